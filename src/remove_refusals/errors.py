@@ -1,0 +1,45 @@
+"""What can go wrong, one type per kind of remedy.
+
+Every message is one sentence: what was found (with its name and value), what was expected, what to do.
+The command turns any of these into that sentence on standard error and `exit_code`, without a traceback.
+"""
+
+
+class RemoveRefusalsError(Exception):
+    """Anything this library refuses to do, with a message for the user."""
+
+    exit_code = 2
+
+
+class PromptError(RemoveRefusalsError):
+    """A prompt file, data set or chat template is missing, unreadable or of the wrong form."""
+
+
+class ModelError(RemoveRefusalsError):
+    """A model or tokenizer cannot be found or loaded."""
+
+
+class ArchitectureError(RemoveRefusalsError):
+    """The model has a part that the map cannot classify, or no exact edit exists for it."""
+
+
+class CheckpointError(RemoveRefusalsError):
+    """A checkpoint on disk is corrupt, incomplete or of an unknown format."""
+
+
+class DirectionError(RemoveRefusalsError):
+    """A direction does not fit the model, is not finite, or cannot be computed from what was given."""
+
+
+class NumericalError(RemoveRefusalsError):
+    """NaN or infinity turned up where finite numbers are needed."""
+
+
+class OutputError(RemoveRefusalsError):
+    """The output cannot be written: it exists already, or the disk is full or read-only."""
+
+
+class CertificateError(RemoveRefusalsError):
+    """The saved files do not hold what the plan says they hold."""
+
+    exit_code = 3

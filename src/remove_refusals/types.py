@@ -1,0 +1,296 @@
+"""The core types: frozen dataclasses for everything that flows from one stage to the next.
+
+PromptSet → Activations → Direction → Intervention → EditPlan → one carrier.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from remove_refusals.errors import DirectionError
+
+SiteKind = Literal["embedding", "attn", "mlp"]
+"""A place where something is added to the residual stream; `attn` also stands for the mixer in its place."""
+
+SITE_KINDS: tuple[SiteKind, ...] = ("embedding", "attn", "mlp")
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts in a fixed order.
+
+    Attributes:
+        name: What the set is called in records, for example `harmful`.
+        prompts: The user messages, as text.
+        source: Where they came from: a file name, a data set id with split and column, or `embedded`.
+    """
+
+    name: str
+    prompts: tuple[str, ...]
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def sha256(self) -> str:
+        """The hash of the prompts in their order: SHA-256 of their JSON list in UTF-8, as 64 hex digits."""
+        encoded = json.dumps(list(self.prompts), ensure_ascii=False, separators=(",", ":")).encode()
+        return hashlib.sha256(encoded).hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Activations:
+    """Hidden states of the residual stream at chosen token positions.
+
+    Attributes:
+        hidden: `[n_prompts, n_positions, n_layers + 1, d_model]`, float32, on the CPU. Index `i` on the third axis is
+            the residual stream before layer `i`; index `n_layers` is the stream after the last layer, before the
+            final norm.
+        positions: The token positions, negative and counted from the end of the rendered prompt.
+        prompts: The prompts that were run, in the order of the first axis.
+    """
+
+    hidden: torch.Tensor
+    positions: tuple[int, ...]
+    prompts: PromptSet
+
+    @property
+    def n_layers(self) -> int:
+        """The number of layers of the model that was run."""
+        return self.hidden.shape[2] - 1
+
+    @property
+    def d_model(self) -> int:
+        """The width of the residual stream."""
+        return self.hidden.shape[3]
+
+
+@dataclass(frozen=True)
+class DirectionOrigin:
+    """Where a direction came from and how it was found; everything that is not known is None.
+
+    Attributes:
+        method: For example `mean-difference`, `projected-mean-difference` or `given`.
+        model: The model id or directory name that was measured.
+        layer: The index on the layer axis of `Activations.hidden`.
+        position: The token position, negative.
+        seed: The seed that drew the prompts.
+        n_harmful: The number of harmful prompts.
+        n_harmless: The number of harmless prompts.
+        harmful_sha256: `PromptSet.sha256` of the harmful prompts.
+        harmless_sha256: `PromptSet.sha256` of the harmless prompts.
+    """
+
+    method: str
+    model: str | None = None
+    layer: int | None = None
+    position: int | None = None
+    seed: int | None = None
+    n_harmful: int | None = None
+    n_harmless: int | None = None
+    harmful_sha256: str | None = None
+    harmless_sha256: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Direction:
+    """A checked orthonormal basis of the subspace to be taken out.
+
+    Attributes:
+        basis: `[d_model, k]`, float32, on the CPU, with orthonormal columns; `k` is 1 for the classic direction.
+        origin: Where it came from.
+    """
+
+    basis: torch.Tensor
+    origin: DirectionOrigin
+
+    def __post_init__(self) -> None:
+        """Check shape, dtype, finiteness and orthonormality.
+
+        Raises:
+            DirectionError: If any of them does not hold.
+        """
+        basis = self.basis
+        if basis.dim() != 2 or basis.dtype != torch.float32 or not 0 < basis.shape[1] <= basis.shape[0]:
+            raise DirectionError(
+                f"The direction has shape {tuple(basis.shape)} and dtype {basis.dtype}, expected [d_model, k] in "
+                "float32 with 1 <= k <= d_model; build it with `direction_from_vectors`."
+            )
+        if not bool(torch.isfinite(basis).all()):
+            raise DirectionError("The direction has NaN or infinite entries; compute it again from finite activations.")
+        gram = basis.T @ basis
+        error = float((gram - torch.eye(basis.shape[1])).abs().max())
+        if error > 1e-4:
+            raise DirectionError(
+                f"The columns of the direction are off orthonormal by {error:.2g}, expected at most 1e-4; "
+                "build it with `direction_from_vectors`."
+            )
+
+    @property
+    def d_model(self) -> int:
+        """The width of the residual stream that the direction lives in."""
+        return self.basis.shape[0]
+
+
+@dataclass(frozen=True)
+class SiteEdit:
+    """How much of which direction is taken out at the sites of one kind in one layer.
+
+    Attributes:
+        kind: The kind of site.
+        layer: The layer's index, or None for the embedding.
+        strength: The share of the component that is taken out: 0 leaves the site alone, 1 takes out all of it.
+        direction: The index into `Intervention.directions`.
+    """
+
+    kind: SiteKind
+    layer: int | None
+    strength: float
+    direction: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Intervention:
+    """The model-independent choice: which direction, at which strength, at which site of which layer.
+
+    Attributes:
+        directions: The directions that `edits` refer to.
+        edits: At most one per kind and layer; sites without one are left alone.
+    """
+
+    directions: tuple[Direction, ...]
+    edits: tuple[SiteEdit, ...]
+
+
+@dataclass(frozen=True)
+class ChannelStep:
+    """One linear step between a writer's output and the residual stream, acting on each channel.
+
+    Attributes:
+        kind: `gain` multiplies by `parameter + offset` channel by channel; `center` subtracts the mean over channels.
+        parameter: The name of the gain in the model, of shape `[d_model]`; None for `center`.
+        offset: What is added to the parameter to get the effective gain: 1.0 in Gemma, 0.0 in most.
+    """
+
+    kind: Literal["gain", "center"]
+    parameter: str | None = None
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A parameter whose output lands in the residual stream.
+
+    Attributes:
+        parameter: Its name in the model, for example `model.layers.3.mlp.down_proj.weight`.
+        axis: The axis of width d_model that is its output.
+        shape: Its shape.
+        steps: What its output passes through before it is added to the residual stream, first step first.
+    """
+
+    parameter: str
+    axis: int
+    shape: tuple[int, ...]
+    steps: tuple[ChannelStep, ...] = ()
+
+
+@dataclass(frozen=True)
+class HookPoint:
+    """A tensor that a hook can change.
+
+    Attributes:
+        module: The module's name in the model.
+        steps: What lies between this module's output and the residual stream, first step first.
+    """
+
+    module: str
+    steps: tuple[ChannelStep, ...] = ()
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place where something is added to the residual stream.
+
+    Attributes:
+        kind: The kind of site.
+        layer: The layer's index, or None for the embedding.
+        writers: The parameters whose output lands here.
+        hook: The output to change so that the effect is that of editing the writers (before any norm in between).
+        residual_hook: The output as it is added to the residual stream (after any norm in between).
+    """
+
+    kind: SiteKind
+    layer: int | None
+    writers: tuple[Writer, ...]
+    hook: HookPoint
+    residual_hook: HookPoint
+
+
+@dataclass(frozen=True)
+class ModelMap:
+    """A model's sites and writers.
+
+    Attributes:
+        model_type: The `model_type` of the config.
+        d_model: The width of the residual stream.
+        n_layers: The number of layers.
+        layers: The layers' module names, in order.
+        sites: Every site, the embedding first, then in the order of the layers.
+        input_embedding: The name of the input embedding's weight.
+        unembedding: The name of the unembedding's weight; None if the model has none.
+        tied: Whether input embedding and unembedding are one parameter.
+        leaks: Why a weight edit cannot be exact, one sentence each; empty where it can.
+    """
+
+    model_type: str
+    d_model: int
+    n_layers: int
+    layers: tuple[str, ...]
+    sites: tuple[Site, ...]
+    input_embedding: str
+    unembedding: str | None
+    tied: bool
+    leaks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class PlanEntry:
+    """One tensor to be edited: `W' = W - strength * basis (basisᵀ W)` along `axis`.
+
+    Attributes:
+        parameter: The tensor's name in the model.
+        kind: The kind of the site that it writes to.
+        layer: The layer's index, or None for the embedding.
+        axis: The axis of width d_model.
+        shape: The tensor's shape.
+        strength: The share that is taken out.
+        basis: `[d_model, k]`, float32, orthonormal: the direction, pulled back through the steps between the writer
+            and the residual stream.
+    """
+
+    parameter: str
+    kind: SiteKind
+    layer: int | None
+    axis: int
+    shape: tuple[int, ...]
+    strength: float
+    basis: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class EditPlan:
+    """An intervention resolved against one model: every tensor to be touched.
+
+    Attributes:
+        entries: What happens to each tensor, in the order of the map.
+        untie: Whether the unembedding gets a copy of the unedited embedding first.
+        left: Writers that are not touched, with the reason.
+    """
+
+    entries: tuple[PlanEntry, ...]
+    untie: bool
+    left: tuple[tuple[str, str], ...]
