@@ -1,0 +1,1 @@
+"""The carriers of an intervention: hooks, an edit in memory."""

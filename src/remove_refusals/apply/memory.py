@@ -1,0 +1,102 @@
+"""Edit plan → a model that fits in memory: new tensors, and a directory that holds them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from remove_refusals.errors import ModelError
+from remove_refusals.linalg import project_out
+from remove_refusals.modelmap import skeleton
+from remove_refusals.types import EditPlan, ModelMap
+
+
+def edited_tensors(
+    model: PreTrainedModel, plan: EditPlan, model_map: ModelMap, *, dtype: torch.dtype | None = None
+) -> dict[str, torch.Tensor]:
+    """Compute a model's tensors after an edit.
+
+    Args:
+        model: The model; it is left as it is.
+        plan: What happens to which tensor.
+        model_map: The model's map.
+        dtype: What floating-point tensors are cast to; None keeps each as it is. Edits are computed in float32 from
+            the model's tensors and cast once.
+
+    Returns:
+        Every tensor of the model's state by name. Tensors that the plan leaves alone and whose dtype does not change
+        share memory with the model's. With `plan.untie` the unembedding is the unedited embedding.
+
+    Raises:
+        ModelError: If a tensor is quantised or not in memory.
+    """
+    tensors: dict[str, torch.Tensor] = dict(model.state_dict())
+    originals = dict(tensors)
+    for entry in plan.entries:
+        tensor = tensors.get(entry.parameter)
+        if tensor is None or tensor.is_meta or not tensor.is_floating_point() or tensor.shape != entry.shape:
+            raise ModelError(
+                f"Tensor '{entry.parameter}' is missing, quantised or not in memory, expected a floating-point tensor "
+                f"of shape {entry.shape}; load the model without quantisation and without offloading."
+            )
+        edited = project_out(tensor.to(torch.float32), entry.basis, entry.strength, entry.axis)
+        tensors[entry.parameter] = edited.to(tensor.dtype)
+    if model_map.unembedding is not None and model_map.tied:
+        source = originals if plan.untie else tensors
+        for name in _names_of(model, model_map.input_embedding) - {model_map.input_embedding}:
+            tensors[name] = source[model_map.input_embedding]
+    if dtype is not None:
+        tensors = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def _names_of(model: PreTrainedModel, parameter: str) -> set[str]:
+    """Every name under which the state holds one parameter."""
+    wanted = model.get_parameter(parameter)
+    return {name for name, value in model.named_parameters(remove_duplicate=False) if value is wanted}
+
+
+def with_tensors(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], *, untie: bool) -> PreTrainedModel:
+    """Build a second model of the same class around given tensors.
+
+    Args:
+        model: The model whose class and configuration are used; it is left as it is.
+        tensors: Its state, complete.
+        untie: Whether the embedding and the unembedding become two parameters.
+
+    Returns:
+        The new model, in evaluation mode.
+    """
+    overrides = {"tie_word_embeddings": False} if untie else {}
+    built = skeleton(model, **overrides)
+    built.load_state_dict(dict(tensors), strict=True, assign=True)
+    if not untie:
+        built.tie_weights()
+    if model.generation_config is not None:
+        built.generation_config = model.generation_config
+    return built
+
+
+def save_edited(
+    model: PreTrainedModel,
+    plan: EditPlan,
+    model_map: ModelMap,
+    directory: Path,
+    *,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write an edited model as a Transformers directory: configuration, generation configuration and weights.
+
+    Args:
+        model: The model; it is left as it is.
+        plan: What happens to which tensor.
+        model_map: The model's map.
+        directory: An existing directory.
+        dtype: The dtype of the saved tensors; None keeps the model's.
+
+    Raises:
+        ModelError: If a tensor is quantised or not in memory.
+    """
+    tensors = edited_tensors(model, plan, model_map, dtype=dtype)
+    with_tensors(model, tensors, untie=plan.untie).save_pretrained(directory, max_shard_size="4GB")

@@ -1,0 +1,143 @@
+"""From activations to a direction."""
+
+from collections.abc import Sequence
+
+import torch
+
+from remove_refusals.errors import DirectionError, NumericalError
+from remove_refusals.linalg import orthonormal_basis
+from remove_refusals.types import Activations, Direction, DirectionOrigin
+
+
+def layer_index(layer: float | int, n_layers: int) -> int:
+    """Turn a layer given as a fraction of depth or as an index into an index.
+
+    Args:
+        layer: A float is a fraction of depth from 0.0 to 1.0, rounded down; an int is an index.
+        n_layers: The model's number of layers.
+
+    Returns:
+        The index on the layer axis of `Activations.hidden`: the residual stream before that layer, and `n_layers` for
+        the stream after the last.
+
+    Raises:
+        DirectionError: If it does not lie within the model.
+    """
+    index = int(layer * n_layers) if isinstance(layer, float) else layer
+    if not 0 <= index <= n_layers:
+        raise DirectionError(
+            f"Layer {layer} does not lie within a model of {n_layers} layers; "
+            f"give a fraction from 0.0 to 1.0 or an index from 0 to {n_layers}."
+        )
+    return index
+
+
+def direction_from_vectors(vectors: torch.Tensor, origin: DirectionOrigin) -> Direction:
+    """Build a checked direction.
+
+    Args:
+        vectors: `[d_model]` or `[d_model, k]`, any floating-point dtype, independent columns of any length.
+        origin: Where they came from.
+
+    Returns:
+        The direction, with an orthonormal basis of the columns' span.
+
+    Raises:
+        DirectionError: If the vectors are not finite or not independent.
+    """
+    columns = vectors.detach().to("cpu")
+    return Direction(orthonormal_basis(columns.unsqueeze(1) if columns.dim() == 1 else columns), origin)
+
+
+def _at(activations: Activations, index: int, position: int) -> torch.Tensor:
+    """The hidden states at one layer and position: `[n_prompts, d_model]`, float64, checked to be finite."""
+    if position not in activations.positions:
+        raise DirectionError(
+            f"Position {position} was not collected, expected one of {list(activations.positions)}; "
+            "collect the activations at that position."
+        )
+    hidden = activations.hidden[:, activations.positions.index(position), index].to(torch.float64)
+    bad = ~torch.isfinite(hidden).all(dim=1)
+    if bool(bad.any()):
+        number = int(bad.nonzero()[0])
+        raise NumericalError(
+            f"The activations of prompt {number} of set '{activations.prompts.name}' at layer index {index} are NaN or "
+            "infinite, expected finite numbers; load the model in float32 or check its weights."
+        )
+    return hidden
+
+
+def mean_difference(
+    harmful: Activations,
+    harmless: Activations,
+    *,
+    layer: float | int = 0.6,
+    position: int = -1,
+    projected: bool = False,
+    model: str | None = None,
+    seed: int | None = None,
+) -> Direction:
+    """The difference of the mean activations on harmful and harmless prompts (Arditi et al. 2024, section 2.3).
+
+    Args:
+        harmful: Activations on prompts that the model refuses.
+        harmless: Activations on prompts that it answers.
+        layer: A fraction of depth (float) or an index (int) on the layer axis.
+        position: The token position, one of those that were collected.
+        projected: Whether the component along the harmless mean is removed first. Where one coordinate holds most of
+            the residual stream's norm, the plain difference leans on it and taking it out destroys the model.
+        model: The model's name, for the record.
+        seed: The seed that drew the prompts, for the record.
+
+    Returns:
+        The unit direction, computed in float64 and kept in float32.
+
+    Raises:
+        DirectionError: If the two sets do not fit together, were not collected there, or have equal means.
+        NumericalError: If an activation is NaN or infinite.
+    """
+    if harmful.hidden.shape[2:] != harmless.hidden.shape[2:]:
+        raise DirectionError(
+            f"The harmful activations have (layers + 1, d_model) {tuple(harmful.hidden.shape[2:])} and the harmless "
+            f"ones {tuple(harmless.hidden.shape[2:])}, expected them to be equal; collect both on one model."
+        )
+    index = layer_index(layer, harmful.n_layers)
+    harmless_mean = _at(harmless, index, position).mean(dim=0)
+    difference = _at(harmful, index, position).mean(dim=0) - harmless_mean
+    if projected:
+        unit = harmless_mean / harmless_mean.norm()
+        difference = difference - unit * (unit @ difference)
+    return direction_from_vectors(
+        difference,
+        DirectionOrigin(
+            method="projected-mean-difference" if projected else "mean-difference",
+            model=model,
+            layer=index,
+            position=position,
+            seed=seed,
+            n_harmful=len(harmful.prompts),
+            n_harmless=len(harmless.prompts),
+            harmful_sha256=harmful.prompts.sha256,
+            harmless_sha256=harmless.prompts.sha256,
+        ),
+    )
+
+
+def largest_coordinate_share(activations: Sequence[Activations], index: int, position: int) -> float:
+    """How much of the residual stream's mean squared norm lies in one coordinate.
+
+    Args:
+        activations: One or more sets from one model.
+        index: The layer axis's index.
+        position: The token position.
+
+    Returns:
+        The largest coordinate's share of the summed squares, from `1 / d_model` to 1. Near 1, the plain mean difference
+        leans on that coordinate.
+
+    Raises:
+        DirectionError: If the position was not collected.
+        NumericalError: If an activation is NaN or infinite.
+    """
+    squares = torch.cat([_at(part, index, position) for part in activations]).square().sum(dim=0)
+    return float(squares.max() / squares.sum())

@@ -1,0 +1,94 @@
+"""The one formula, and what it needs: take a subspace out of a tensor along one axis.
+
+Everything is computed in float32 (orthonormalisation in float64) and cast back once.
+"""
+
+import torch
+
+from remove_refusals.errors import DirectionError
+
+ROWS_AT_ONCE = 1 << 24
+"""How many float32 numbers an edit holds beside the tensor (64 MiB), so that a large vocabulary needs no full copy."""
+
+
+def orthonormal_basis(vectors: torch.Tensor) -> torch.Tensor:
+    """Orthonormalise columns.
+
+    Args:
+        vectors: `[d_model, k]`, any floating-point dtype.
+
+    Returns:
+        `[d_model, k]`, float32, orthonormal columns that span the same space; for `k = 1` the unit vector.
+
+    Raises:
+        DirectionError: If the columns are not finite or not independent.
+    """
+    columns = vectors.to(torch.float64)
+    norms = columns.norm(dim=0)
+    if not bool(torch.isfinite(columns).all()) or bool((norms == 0).any()):
+        raise DirectionError(
+            f"The vectors have norms {norms.tolist()}, expected finite and non-zero; "
+            "use prompts on which the model's activations differ and are finite."
+        )
+    columns = columns / norms
+    if columns.shape[1] == 1:
+        return columns.to(torch.float32)
+    basis, triangle = torch.linalg.qr(columns)
+    if float(triangle.diagonal().abs().min()) < 1e-6:
+        raise DirectionError(
+            f"The {columns.shape[1]} vectors are linearly dependent, expected independent ones; leave one out."
+        )
+    return (basis * triangle.diagonal().sign()).to(torch.float32)
+
+
+def project_out(tensor: torch.Tensor, basis: torch.Tensor, strength: float, axis: int = -1) -> torch.Tensor:
+    """Take a share of the component along `basis` out of a tensor: `W - strength * Q (Qᵀ W)`.
+
+    Args:
+        tensor: Any shape with `shape[axis] == d_model`, floating point; left as it is.
+        basis: `[d_model, k]`, float32, orthonormal columns.
+        strength: The share that is taken out; 0 returns an equal tensor.
+        axis: The axis of width d_model.
+
+    Returns:
+        A new tensor of the same shape and dtype, contiguous.
+    """
+    out = tensor.detach().clone(memory_format=torch.contiguous_format)
+    if strength == 0:
+        return out
+    basis = basis.to(tensor.device)
+    rows = out.movedim(axis, -1)
+    if rows.dim() == 1:
+        rows.copy_(_project_rows(rows, basis, strength))
+        return out
+    step = max(1, ROWS_AT_ONCE // max(1, rows[0].numel()))
+    for start in range(0, rows.shape[0], step):
+        part = rows[start : start + step]
+        part.copy_(_project_rows(part, basis, strength))
+    return out
+
+
+def _project_rows(rows: torch.Tensor, basis: torch.Tensor, strength: float) -> torch.Tensor:
+    values = rows.to(torch.float32)
+    return values - strength * (values @ basis) @ basis.T
+
+
+def share_left(edited: torch.Tensor, original: torch.Tensor, basis: torch.Tensor, axis: int) -> float:
+    """How much of a subspace an edit has left: `‖Qᵀ W'‖ / ‖Qᵀ W‖` (Frobenius norms).
+
+    Args:
+        edited: The tensor after the edit.
+        original: The tensor before, of the same shape.
+        basis: `[d_model, k]`, float32, orthonormal columns.
+        axis: The axis of width d_model.
+
+    Returns:
+        The share, 0 if nothing was there before and nothing is there now.
+    """
+    after, before = (
+        float((value.movedim(axis, -1).to(torch.float32) @ basis.to(value.device)).norm())
+        for value in (edited, original)
+    )
+    if before == 0:
+        return 0.0 if after == 0 else float("inf")
+    return after / before

@@ -1,0 +1,286 @@
+"""A model's sites and writers, derived from a traced forward pass of a weightless copy of it.
+
+The residual stream is what the layers hand on. Between two of its boundaries, the terms that are new are what was
+added: each is a parameter with the axis that it writes on and the norm gains that it passes through. The outermost
+modules whose output holds just those terms are where hooks go. What is not a parameter's output, or a residual stream
+that itself passes through something, is noted as a leak: no weight edit is exact there.
+"""
+
+import copy
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from remove_refusals.errors import ArchitectureError
+from remove_refusals.trace import ModuleCall, Term, Terms, Trace, trace_forward
+from remove_refusals.types import HookPoint, ModelMap, Site, SiteKind, Writer
+
+# The kind of a site changes nothing but which strength applies to it, so names may decide it.
+_MLP = re.compile(r"mlp|ffn|ff\b|fc|feed_?forward|moe|expert|dense_h_to|intermediate|lin2|w_out|^output")
+_N_TOKENS = 7
+
+
+def skeleton(model: PreTrainedModel, dtype: torch.dtype | None = None, **overrides: Any) -> PreTrainedModel:
+    """Build a copy of a model without weights.
+
+    Args:
+        model: The model to copy; left as it is.
+        dtype: The copy's floating-point dtype; None takes the model's.
+        **overrides: Config values to change in the copy, for example `tie_word_embeddings=False`.
+
+    Returns:
+        A model of the same class on the meta device, in evaluation mode, without quantisation.
+    """
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    for name, value in overrides.items():
+        setattr(config, name, value)
+        setattr(config.get_text_config(decoder=True), name, value)
+    with torch.device("meta"):
+        built: PreTrainedModel = type(model)._from_config(config, dtype=dtype or model.dtype)
+    return built.eval()
+
+
+def map_model(model: PreTrainedModel) -> ModelMap:
+    """Derive the sites and writers of a causal language model.
+
+    Args:
+        model: A Transformers causal language model; its weights are not read and it is left as it is.
+
+    Returns:
+        The map. `leaks` says where a weight edit would not be exact.
+
+    Raises:
+        ArchitectureError: If the layers cannot be found, the forward pass cannot be traced, or a parameter inside a
+            layer has an axis of width d_model and was never used.
+    """
+    # Grouped matrix products of experts run on the meta device in bfloat16 only.
+    copy_of_model = skeleton(model, torch.bfloat16)
+    d_model, n_layers = _dimensions(copy_of_model)
+    tokens = torch.arange(_N_TOKENS, device="meta").unsqueeze(0)
+    try:
+        trace = trace_forward(
+            copy_of_model, d_model, lambda: copy_of_model(input_ids=tokens, attention_mask=None, use_cache=False)
+        )
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+        raise ArchitectureError(
+            f"The forward pass of model type '{model.config.model_type}' cannot be traced without weights "
+            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}), expected one that runs on the "
+            "meta device; use hooks on another model type or report this one."
+        ) from error
+    return _Derivation(copy_of_model, d_model, n_layers, trace).model_map()
+
+
+def _dimensions(model: PreTrainedModel) -> tuple[int, int]:
+    config = model.config.get_text_config(decoder=True)
+    found = getattr(config, "hidden_size", None), getattr(config, "num_hidden_layers", None)
+    if not isinstance(found[0], int) or not isinstance(found[1], int):
+        raise ArchitectureError(
+            f"The config of model type '{model.config.model_type}' has hidden_size {found[0]} and num_hidden_layers "
+            f"{found[1]}, expected two numbers; this model type is not supported."
+        )
+    return found[0], found[1]
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """What happens to the residual stream between two boundaries of layers."""
+
+    layer: int | None
+    before: Terms
+    after: Terms
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class _Derivation:
+    """From a trace to a map."""
+
+    model: PreTrainedModel
+    d_model: int
+    n_layers: int
+    trace: Trace
+
+    def model_map(self) -> ModelMap:
+        layers = self._layers()
+        leaks: list[str] = []
+        sites: list[Site] = []
+        for segment in self._segments(layers, leaks):
+            sites.extend(self._sites(segment, layers, leaks))
+        writers = {writer.parameter for site in sites for writer in site.writers}
+        self._check_unused(layers, writers)
+        embedding, unembedding = self._embeddings()
+        return ModelMap(
+            model_type=self.model.config.model_type,
+            d_model=self.d_model,
+            n_layers=len(layers),
+            layers=layers,
+            sites=tuple(sites),
+            input_embedding=embedding,
+            unembedding=unembedding,
+            tied=unembedding == embedding,
+            leaks=tuple(dict.fromkeys(leaks)),
+        )
+
+    def _embeddings(self) -> tuple[str, str | None]:
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        output = self.model.get_output_embeddings()
+        return (
+            names[id(self.model.get_input_embeddings().weight)],
+            names.get(id(output.weight)) if output is not None else None,
+        )
+
+    def _layers(self) -> tuple[str, ...]:
+        """The called module list of `num_hidden_layers` members with the most parameters."""
+        called = {call.module for call in self.trace.calls}
+        best: tuple[int, tuple[str, ...]] = (0, ())
+        for name, module in self.model.named_modules():
+            if isinstance(module, torch.nn.ModuleList) and len(module) == self.n_layers:
+                members = tuple(f"{name}.{index}" for index in range(len(module)))
+                size = sum(parameter.numel() for parameter in module.parameters())
+                if size > best[0] and all(member in called for member in members):
+                    best = (size, members)
+        if not best[1]:
+            raise ArchitectureError(
+                f"Model type '{self.model.config.model_type}' has no list of {self.n_layers} layers that its forward "
+                "pass calls, expected one; this model type is not supported."
+            )
+        return best[1]
+
+    def _segments(self, layers: tuple[str, ...], leaks: list[str]) -> list[_Segment]:
+        calls = sorted((call for call in self.trace.calls if call.module in layers), key=lambda call: call.start)
+        segments: list[_Segment] = []
+        terms: Terms = frozenset()
+        time = -1
+        for call in calls:
+            if call.before is None or call.after is None:
+                raise ArchitectureError(
+                    f"Layer '{call.module}' of model type '{self.model.config.model_type}' does not take and return a "
+                    f"tensor of width {self.d_model} that parameters can be followed to; this model type is not "
+                    "supported."
+                )
+            index = layers.index(call.module)
+            segments.append(_Segment(index if segments else None, terms, call.before, time, call.start))
+            segments.append(_Segment(index, call.before, call.after, call.start, call.end))
+            terms, time = call.after, call.end
+        return [segment for segment in segments if segment.before != segment.after]
+
+    def _sites(self, segment: _Segment, layers: tuple[str, ...], leaks: list[str]) -> list[Site]:
+        place = "the embedding" if segment.layer is None else f"layer {segment.layer}"
+        earlier = {(term.source, term.axis) for term in segment.before}
+        if segment.before - segment.after:
+            leaks.append(f"The residual stream itself passes through something in {place}.")
+        new = [term for term in segment.after - segment.before if (term.source, term.axis) not in earlier]
+        parameters = dict(self.model.named_parameters())
+        wanted: set[Term] = set()
+        for term in sorted(new, key=lambda term: term.source):
+            if term.source not in parameters or term.axis is None:
+                leaks.append(f"In {place} the residual stream takes in {term.source}, which no parameter writes.")
+            elif parameters[term.source].shape[term.axis] != self.d_model:
+                leaks.append(
+                    f"In {place} '{term.source}' writes to the residual stream through an axis of width "
+                    f"{parameters[term.source].shape[term.axis]} instead of {self.d_model}."
+                )
+            else:
+                wanted.add(term)
+        candidates = [
+            call
+            for call in self.trace.calls
+            if segment.start < call.start and call.end < segment.end and call.module not in layers and call.after
+        ]
+        sites = []
+        for call in _outermost(candidates, wanted):
+            assert call.after is not None
+            kind = self._kind(segment.layer, call.module, layers)
+            inner = self._before_norms(call, candidates)
+            writers = tuple(
+                writer
+                for term in sorted(call.after, key=lambda term: term.source)
+                for writer in self._writers(term, parameters, layers)
+            )
+            sites.append(Site(kind, segment.layer, writers, inner, HookPoint(call.module)))
+        unhooked = wanted - {term for call in _outermost(candidates, wanted) for term in call.after or ()}
+        for term in sorted(unhooked, key=lambda term: term.source):
+            leaks.append(f"In {place} '{term.source}' writes to the residual stream outside of any module's output.")
+        return sites
+
+    def _before_norms(self, call: ModuleCall, candidates: Iterable[ModuleCall]) -> HookPoint:
+        """The outermost module that holds the same parameters' output before any per-channel step."""
+        assert call.after is not None
+        sources = {(term.source, term.axis) for term in call.after}
+        steps = {term.steps for term in call.after}
+        if steps == {()} or len(steps) > 1:
+            return HookPoint(call.module)
+        same = [
+            other
+            for other in candidates
+            if other.after
+            and {(t.source, t.axis) for t in other.after} == sources
+            and not any(t.steps for t in other.after)
+        ]
+        if not same:
+            return HookPoint(call.module)
+        return HookPoint(min(same, key=lambda other: (other.start, -other.end)).module, next(iter(steps)))
+
+    def _kind(self, layer: int | None, module: str, layers: tuple[str, ...]) -> SiteKind:
+        if layer is None:
+            return "embedding"
+        return "mlp" if _MLP.search(module.removeprefix(layers[layer] + ".").lower()) else "attn"
+
+    def _writers(
+        self, term: Term, parameters: Mapping[str, torch.nn.Parameter], layers: tuple[str, ...]
+    ) -> list[Writer]:
+        """The term's parameter and its siblings in a list of experts that no token was routed to."""
+        assert term.axis is not None
+        names = [term.source, *self._unused_siblings(term.source, parameters)]
+        return [Writer(name, term.axis, tuple(parameters[name].shape), term.steps) for name in names]
+
+    def _unused_siblings(self, source: str, parameters: Mapping[str, torch.nn.Parameter]) -> list[str]:
+        pattern = _pattern(source, keep=self._layer_prefix(source))
+        return [
+            name
+            for name in parameters
+            if name not in self.trace.used
+            and _pattern(name, keep=self._layer_prefix(name)) == pattern
+            and parameters[name].shape == parameters[source].shape
+        ]
+
+    def _layer_prefix(self, name: str) -> str:
+        match = re.match(r"(?:.*?\.)?\d+\.", name)
+        return match.group() if match else ""
+
+    def _check_unused(self, layers: tuple[str, ...], writers: set[str]) -> None:
+        parameters = dict(self.model.named_parameters())
+        known = {_pattern(name, self._layer_prefix(name)) for name in self.trace.used | writers}
+        for name, parameter in parameters.items():
+            inside = any(name.startswith(layer + ".") for layer in layers)
+            if inside and self.d_model in parameter.shape and _pattern(name, self._layer_prefix(name)) not in known:
+                raise ArchitectureError(
+                    f"Parameter '{name}' of shape {tuple(parameter.shape)} in model type "
+                    f"'{self.model.config.model_type}' has an axis of width {self.d_model} and takes no part in the "
+                    "forward pass, expected every such parameter to be a known writer or reader; this model type is "
+                    "not supported."
+                )
+
+
+def _pattern(name: str, keep: str) -> str:
+    return keep + re.sub(r"\.\d+\.", ".*.", "." + name.removeprefix(keep))
+
+
+def _outermost(calls: Iterable[ModuleCall], wanted: set[Term]) -> list[ModuleCall]:
+    """The fewest, outermost calls whose outputs hold nothing but wanted terms, each term once."""
+    fitting = [call for call in calls if call.after and call.after <= wanted]
+    fitting.sort(key=lambda call: (-len(call.after or ()), call.start, -call.end))
+    chosen: list[ModuleCall] = []
+    covered: set[Term] = set()
+    for call in fitting:
+        if call.after and not call.after & covered:
+            chosen.append(call)
+            covered |= call.after
+    return sorted(chosen, key=lambda call: call.start)

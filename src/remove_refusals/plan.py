@@ -1,0 +1,171 @@
+"""From an intervention and a model's map to an edit plan: every tensor to be touched, and how.
+
+The direction lives in the residual stream. Where a norm sits between a writer and the stream, the direction is pulled
+back through it: a writer whose output is orthogonal to `gain ⊙ q` adds nothing along `q` after the norm, since the
+norm's division by a number per token rotates nothing.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
+
+import torch
+
+from remove_refusals.errors import ArchitectureError, DirectionError
+from remove_refusals.linalg import orthonormal_basis
+from remove_refusals.types import (
+    SITE_KINDS,
+    ChannelStep,
+    Direction,
+    EditPlan,
+    Intervention,
+    ModelMap,
+    PlanEntry,
+    SiteEdit,
+    SiteKind,
+)
+
+Tied = Literal["untie", "both"]
+"""What happens to an embedding that is also the unembedding: `untie` leaves the unembedding as it was, which is what
+the hooks do; `both` edits them as one, which keeps the file small and takes the direction out of the logits as well."""
+
+
+def intervene(
+    direction: Direction,
+    n_layers: int,
+    *,
+    strength: float = 1.0,
+    layers: tuple[int, int] | None = None,
+    kinds: Iterable[SiteKind] = SITE_KINDS,
+) -> Intervention:
+    """Take one direction out at one strength, at every site of a range of layers.
+
+    Args:
+        direction: What is taken out.
+        n_layers: The model's number of layers.
+        strength: The share that is taken out; 1 takes out all of it.
+        layers: The first and the last layer, both included; None means all of them and the embedding. With a range,
+            the embedding is edited only if it starts at layer 0.
+        kinds: The kinds of site to edit.
+
+    Returns:
+        The intervention.
+
+    Raises:
+        DirectionError: If the range does not lie within the model or the strength is not a finite number.
+    """
+    first, last = layers if layers is not None else (0, n_layers - 1)
+    if not 0 <= first <= last < n_layers:
+        raise DirectionError(
+            f"The layer range {first}-{last} does not lie within the model's layers 0-{n_layers - 1}; "
+            "give two of its layers, the lower one first."
+        )
+    if not -10 <= strength <= 10:
+        raise DirectionError(f"The strength is {strength}, expected a number from -10 to 10; 1 takes out all of it.")
+    wanted = frozenset(kinds)
+    edits = [SiteEdit("embedding", None, strength)] if "embedding" in wanted and first == 0 else []
+    for layer in range(first, last + 1):
+        edits += [SiteEdit(kind, layer, strength) for kind in SITE_KINDS[1:] if kind in wanted]
+    return Intervention((direction,), tuple(edits))
+
+
+def pull_back(
+    basis: torch.Tensor, steps: Sequence[ChannelStep], tensor_of: Callable[[str], torch.Tensor]
+) -> torch.Tensor:
+    """Find the directions that become `basis` behind per-channel steps.
+
+    Args:
+        basis: `[d_model, k]`, float32, orthonormal columns, in the residual stream.
+        steps: The steps from the writer to the residual stream, first step first.
+        tensor_of: Gives a parameter by its name in the model.
+
+    Returns:
+        `[d_model, k]`, float32, orthonormal columns: a writer without a component along them adds none along `basis`.
+    """
+    if not steps:
+        return basis
+    columns = basis.to(torch.float64)
+    for step in reversed(steps):
+        if step.kind == "center":
+            columns = columns - columns.mean(dim=0, keepdim=True)
+        else:
+            assert step.parameter is not None
+            gain = tensor_of(step.parameter).detach().to("cpu", torch.float64).reshape(-1) + step.offset
+            columns = gain.unsqueeze(1) * columns
+    return orthonormal_basis(columns)
+
+
+def check_fit(intervention: Intervention, model_map: ModelMap) -> None:
+    """Check that an intervention's directions and layers are the model's.
+
+    Raises:
+        DirectionError: If a direction's width is not the model's, or an edit names a layer or direction that is not
+            there, or a site twice.
+    """
+    for direction in intervention.directions:
+        if direction.d_model != model_map.d_model:
+            raise DirectionError(
+                f"The direction has d_model {direction.d_model} and the model has d_model {model_map.d_model}, "
+                "expected them to be equal; use a direction that was found on this model."
+            )
+    seen = set()
+    for edit in intervention.edits:
+        if edit.layer is not None and not 0 <= edit.layer < model_map.n_layers:
+            raise DirectionError(
+                f"The intervention edits layer {edit.layer}, expected one of the model's layers "
+                f"0-{model_map.n_layers - 1}; use an intervention that was made for this model."
+            )
+        if not 0 <= edit.direction < len(intervention.directions) or (edit.kind, edit.layer) in seen:
+            raise DirectionError(
+                f"The intervention edits site {edit.kind} of layer {edit.layer} twice or with a direction that it "
+                f"does not have ({edit.direction}), expected each site once; leave one of the edits out."
+            )
+        seen.add((edit.kind, edit.layer))
+
+
+def resolve(
+    intervention: Intervention,
+    model_map: ModelMap,
+    tensor_of: Callable[[str], torch.Tensor],
+    *,
+    tied: Tied = "untie",
+) -> EditPlan:
+    """Resolve an intervention against one model.
+
+    Args:
+        intervention: What to take out where.
+        model_map: The model's sites and writers.
+        tensor_of: Gives a parameter by its name in the model; only norm gains are asked for.
+        tied: What to do with an embedding that is also the unembedding.
+
+    Returns:
+        The plan. An edit of strength 0 is listed under `left`, as is every writer of a site without an edit.
+
+    Raises:
+        DirectionError: If the intervention does not fit the model.
+        ArchitectureError: If the model's map has leaks, or one tensor would have to be edited in two ways.
+    """
+    check_fit(intervention, model_map)
+    if model_map.leaks:
+        raise ArchitectureError(
+            f"No weight edit of model type '{model_map.model_type}' is exact: {model_map.leaks[0]} "
+            "Use hooks (chat, generate) instead of a permanent edit."
+        )
+    edits = {(edit.kind, edit.layer): edit for edit in intervention.edits}
+    entries: dict[str, PlanEntry] = {}
+    left: list[tuple[str, str]] = []
+    for site in model_map.sites:
+        edit = edits.get((site.kind, site.layer))
+        for writer in site.writers:
+            if edit is None or edit.strength == 0:
+                left.append((writer.parameter, "not selected" if edit is None else "strength 0"))
+                continue
+            basis = pull_back(intervention.directions[edit.direction].basis, writer.steps, tensor_of)
+            entry = PlanEntry(writer.parameter, site.kind, site.layer, writer.axis, writer.shape, edit.strength, basis)
+            known = entries.setdefault(writer.parameter, entry)
+            if known.strength != entry.strength or not torch.equal(known.basis, entry.basis):
+                raise ArchitectureError(
+                    f"Parameter '{writer.parameter}' writes to the residual stream at two sites that want two "
+                    "different edits, expected one edit per tensor; use the same strength and direction for both."
+                )
+    edits_embedding = model_map.input_embedding in entries
+    return EditPlan(tuple(entries.values()), model_map.tied and edits_embedding and tied == "untie", tuple(left))
