@@ -23,7 +23,7 @@ def orthonormal_basis(vectors: torch.Tensor) -> torch.Tensor:
     Raises:
         DirectionError: If the columns are not finite or not independent.
     """
-    columns = vectors.to(torch.float64)
+    columns: torch.Tensor = vectors.to(torch.float64)
     norms = columns.norm(dim=0)
     if not bool(torch.isfinite(columns).all()) or bool((norms == 0).any()):
         raise DirectionError(
@@ -38,7 +38,8 @@ def orthonormal_basis(vectors: torch.Tensor) -> torch.Tensor:
         raise DirectionError(
             f"The {columns.shape[1]} vectors are linearly dependent, expected independent ones; leave one out."
         )
-    return (basis * triangle.diagonal().sign()).to(torch.float32)
+    signed: torch.Tensor = basis * triangle.diagonal().sign()
+    return signed.to(torch.float32)
 
 
 def project_out(tensor: torch.Tensor, basis: torch.Tensor, strength: float, axis: int = -1) -> torch.Tensor:

@@ -10,7 +10,6 @@ import copy
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -24,13 +23,13 @@ _MLP = re.compile(r"mlp|ffn|ff\b|fc|feed_?forward|moe|expert|dense_h_to|intermed
 _N_TOKENS = 7
 
 
-def skeleton(model: PreTrainedModel, dtype: torch.dtype | None = None, **overrides: Any) -> PreTrainedModel:
+def skeleton(model: PreTrainedModel, *, dtype: torch.dtype | None = None, tied: bool | None = None) -> PreTrainedModel:
     """Build a copy of a model without weights.
 
     Args:
         model: The model to copy; left as it is.
         dtype: The copy's floating-point dtype; None takes the model's.
-        **overrides: Config values to change in the copy, for example `tie_word_embeddings=False`.
+        tied: Whether the copy's embedding and unembedding are one parameter; None takes the model's setting.
 
     Returns:
         A model of the same class on the meta device, in evaluation mode, without quantisation.
@@ -38,9 +37,9 @@ def skeleton(model: PreTrainedModel, dtype: torch.dtype | None = None, **overrid
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    for name, value in overrides.items():
-        setattr(config, name, value)
-        setattr(config.get_text_config(decoder=True), name, value)
+    if tied is not None:
+        for part in (config, config.get_text_config(decoder=True)):
+            part.tie_word_embeddings = tied
     with torch.device("meta"):
         built: PreTrainedModel = type(model)._from_config(config, dtype=dtype or model.dtype)
     return built.eval()
@@ -60,7 +59,7 @@ def map_model(model: PreTrainedModel) -> ModelMap:
             layer has an axis of width d_model and was never used.
     """
     # Grouped matrix products of experts run on the meta device in bfloat16 only.
-    copy_of_model = skeleton(model, torch.bfloat16)
+    copy_of_model = skeleton(model, dtype=torch.bfloat16)
     d_model, n_layers = _dimensions(copy_of_model)
     tokens = torch.arange(_N_TOKENS, device="meta").unsqueeze(0)
     try:

@@ -12,6 +12,7 @@ What is learned this way does not depend on the names of modules or parameters.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -88,8 +89,8 @@ class _Weight:
 _KEEP = frozenset(
     """alias clone contiguous copy detach _to_copy lift_fresh view _unsafe_view reshape expand permute transpose t slice
     select index index_select gather squeeze unsqueeze repeat roll flip masked_fill neg native_dropout dropout cumsum
-    take_along_dim as_strided constant_pad_nd split split_with_sizes chunk unbind unfold narrow movedim swapaxes diagonal
-    _reshape_alias repeat_interleave nan_to_num set_data real""".split()
+    take_along_dim as_strided constant_pad_nd split split_with_sizes chunk unbind unfold narrow movedim swapaxes
+    diagonal _reshape_alias repeat_interleave nan_to_num set_data real""".split()
 )
 # Operations that unite the summands of their operands.
 _UNITE = frozenset(
@@ -98,7 +99,7 @@ _UNITE = frozenset(
 )
 _FRESH = frozenset("zeros zeros_like new_zeros empty empty_like new_empty new_empty_strided empty_strided".split())
 _REDUCE = frozenset("sum mean".split())
-_PRODUCTS = frozenset("mm addmm bmm baddbmm matmul linear _grouped_mm mv addmv dot einsum".split())
+_PRODUCTS = frozenset("mm addmm bmm baddbmm matmul linear _grouped_mm mv addmv".split())
 
 
 # Without values, a question about a value is answered with 1 or True, and every element counts as non-zero: each path
@@ -131,11 +132,11 @@ class _State:
     used: set[str] = field(default_factory=set)
 
 
-class _Tracer(TorchDispatchMode):
+class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Keeps `_State` up to date with every operation."""
 
     def __init__(self, state: _State) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.state = state
         self._rules: dict[str, Callable[[Sequence[Any], Mapping[str, Any], Any], Terms | None]] = {
             "add": self._add,
@@ -149,7 +150,7 @@ class _Tracer(TorchDispatchMode):
             "_fused_rms_norm": self._norm,
             "rms_norm": self._norm,
             "addcmul": self._add_product,
-            **dict.fromkeys(_PRODUCTS, self._product),
+            **{name: partial(self._product, name) for name in _PRODUCTS},
             **dict.fromkeys(_REDUCE, self._reduce),
             **dict.fromkeys(_FRESH, lambda args, kwargs, out: frozenset()),
             **dict.fromkeys(_KEEP, lambda args, kwargs, out: self.terms(args[0])),
@@ -177,7 +178,7 @@ class _Tracer(TorchDispatchMode):
         terms = rule(args, kwargs, out) if rule else self._opaque(name, inputs)
         if terms is not None:
             if in_place and name in {"copy", "index_put", "_index_put_impl", "index_copy", "masked_scatter", "scatter"}:
-                terms = terms | self._unite(args)
+                terms = terms | (self._unite(args) or frozenset())
             for tensor in outputs:
                 if self.weight(tensor) is None:
                     self.state.terms[_key(tensor)] = terms
@@ -305,32 +306,29 @@ class _Tracer(TorchDispatchMode):
         bias = self.terms(args[3]) if len(args) > 3 and isinstance(args[3], torch.Tensor) else None
         return terms | (bias or frozenset())
 
-    def _product(self, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Terms | None:
-        operands = [value for value in tree_leaves(list(args)) if isinstance(value, torch.Tensor)]
-        bias: torch.Tensor | None = None
-        name = "a product of two activations"
-        if len(operands) == 3 and operands[2].dim() == 1 and operands[1].dim() == 2 and operands[0].dim() >= 2:
-            bias, left, right, last = operands[2], operands[0], operands[1], 0
-        elif len(operands) == 3 and operands[0].shape[-1] == out.shape[-1] and not operands[2].dtype == torch.int32:
-            bias, left, right, last = operands[0], operands[1], operands[2], -1
+    def _product(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Terms | None:
+        values = [*args, *kwargs.values()]
+        bias: Any = None
+        out_dim, sum_dim = -1, -2
+        if name in {"addmm", "baddbmm", "addmv"}:
+            bias, left, right = values[:3]
+        elif name == "linear":
+            left, right, bias = (*values, None)[:3]
+            out_dim, sum_dim = 0, 1
         else:
-            left, right, last = operands[0], operands[1], -1
-        extra = (self.terms(bias) if bias is not None else None) or frozenset()
-        for weight_side, out_dim, sum_dim in ((right, last, -2 if last == -1 else -1), (left, -2, -1)):
-            weight = self.weight(weight_side)
-            if weight is None:
-                continue
-            strides = weight_side.stride()
-            if len(strides) < 2:
-                return self._opaque(name, operands)
-            read = weight.axes.get(strides[sum_dim])
-            if read is not None:
-                self.state.read_axes.setdefault(weight.name, set()).add(read)
-            return frozenset({Term(weight.name, weight.axes.get(strides[out_dim]))}) | extra
+            left, right = values[:2]
+        added = self.terms(bias) or frozenset()
+        for operand, kept, summed in ((right, out_dim, sum_dim), (left, -2, -1)):
+            weight = self.weight(operand)
+            if weight is not None and operand.dim() >= 2:
+                read = weight.axes.get(operand.stride(summed))
+                if read is not None:
+                    self.state.read_axes.setdefault(weight.name, set()).add(read)
+                return frozenset({Term(weight.name, weight.axes.get(operand.stride(kept)))}) | added
         carried = self.terms(right)
         if carried and right.dim() >= 2 and right.shape[-1] == self.state.d_model and right.stride(-1) == 1:
-            return carried | extra
-        return self._opaque(name, operands)
+            return carried | added
+        return self._opaque("a product of two activations", [left, right])
 
 
 def _with_step(terms: Terms, step: ChannelStep) -> Terms:

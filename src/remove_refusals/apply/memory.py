@@ -68,8 +68,7 @@ def with_tensors(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], *,
     Returns:
         The new model, in evaluation mode.
     """
-    overrides = {"tie_word_embeddings": False} if untie else {}
-    built = skeleton(model, **overrides)
+    built = skeleton(model, tied=False) if untie else skeleton(model)
     built.load_state_dict(dict(tensors), strict=True, assign=True)
     if not untie:
         built.tie_weights()
