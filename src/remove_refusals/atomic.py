@@ -1,0 +1,193 @@
+"""Output that is there whole or not at all: written beside its place, renamed into it at the end."""
+
+import errno
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from remove_refusals.errors import OutputError
+
+MODEL_FILES = ("config.json", "ablation.json", "adapter_config.json")
+"""A directory that holds one of these is a model's and may be replaced by force; any other may not."""
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EBUSY)
+
+
+@contextmanager
+def atomic_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
+    """Give a temporary directory beside `target` that becomes `target` when the block ends without an exception.
+
+    On any exception, Ctrl-C included, the temporary directory is removed and `target` is as it was. The files are
+    flushed to the disk before the rename. With `force`, an old `target` is set aside by a rename, the new one renamed
+    into its place, and only then is the old one deleted.
+
+    Args:
+        target: The directory to make; missing parents are made too, and removed again on failure.
+        force: Whether an existing directory is replaced; one that is neither empty nor a model's never is.
+
+    Yields:
+        The temporary directory, empty. Its name is a dot, the target's name, and the number of this process.
+
+    Raises:
+        OutputError: If `target` exists and `force` is not given, if it may not be replaced, or if it cannot be
+            written because the disk is full, read-only, or closed to this user.
+    """
+    with _staged(target, force=force, directory=True) as staging:
+        staging.mkdir()
+        yield staging
+        for folder, _, files in os.walk(staging):
+            for name in files:
+                _flush(Path(folder) / name)
+            _flush_entries(Path(folder))
+
+
+@contextmanager
+def atomic_file(target: Path, *, force: bool = False) -> Iterator[Path]:
+    """Give a temporary path beside `target`; the file written there becomes `target` when the block ends well.
+
+    Args:
+        target: The file to make; missing parents are made too, and removed again on failure.
+        force: Whether an existing file is replaced.
+
+    Yields:
+        The temporary path, with the suffix of `target`; nothing lies there yet.
+
+    Raises:
+        OutputError: As for `atomic_directory`; a directory is never replaced by a file.
+    """
+    with _staged(target, force=force, directory=False) as staging:
+        yield staging
+        _flush(staging)
+
+
+@contextmanager
+def _staged(target: Path, *, force: bool, directory: bool) -> Iterator[Path]:
+    """Give a free path beside `target` and move what lies there into place; if the block fails, leave no trace."""
+    target = Path(os.path.realpath(target.expanduser()))
+    staging = target.parent / f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}{target.suffix}"
+    made: list[Path] = []
+    try:
+        _check_target(target, force=force, directory=directory)
+        _make_parents(target.parent, made)
+        yield staging
+        # Looked at again, since the block may have taken hours.
+        _check_target(target, force=force, directory=directory)
+        _move_into_place(staging, target)
+    except BaseException as error:
+        _remove(staging, made)
+        sentence = _explain(error, staging, target)
+        if sentence is None:
+            raise
+        raise OutputError(sentence) from error
+    _flush_entries(target.parent)
+
+
+def _check_target(target: Path, *, force: bool, directory: bool) -> None:
+    if not target.exists():
+        return
+    if not force:
+        raise OutputError(
+            f"The output {target} exists already, expected a new path; choose another one or pass `--force`."
+        )
+    if directory != target.is_dir():
+        found, expected = ("a file", "a directory") if directory else ("a directory", "a file")
+        raise OutputError(
+            f"The output {target} is {found}, expected {expected} or nothing; choose another path or remove it "
+            "yourself."
+        )
+    names = {path.name for path in target.iterdir()} if directory else set()
+    if names and names.isdisjoint(MODEL_FILES):
+        raise OutputError(
+            f"The output directory {target} is not empty and holds none of {', '.join(MODEL_FILES)}, expected a saved "
+            "model before it is replaced; choose another path or remove it yourself."
+        )
+
+
+def _make_parents(parent: Path, made: list[Path]) -> None:
+    """Make `parent` and what is missing above it, noting each in `made` so that a failure can undo it."""
+    missing = [path for path in (parent, *parent.parents) if not path.exists()]
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+        made.append(path)
+
+
+def _move_into_place(staging: Path, target: Path) -> None:
+    if not target.is_dir():
+        staging.replace(target)
+        return
+    old = staging.with_name(staging.name + ".old")
+    try:
+        target.rename(old)
+        staging.rename(target)
+    finally:
+        # Also reached by Ctrl-C between the two: then the old directory goes back to its place.
+        if old.exists() and target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        elif old.exists():
+            old.rename(target)
+
+
+def _remove(staging: Path, made: list[Path]) -> None:
+    """Remove what lies at `staging` and the parents made for it, as far as that can be done."""
+    try:
+        if staging.is_dir():
+            shutil.rmtree(staging, ignore_errors=True)
+        else:
+            staging.unlink(missing_ok=True)
+        for parent in reversed(made):
+            parent.rmdir()
+    except OSError:
+        # The failure that led here is the one to tell; a parent in which others have put something stays.
+        return
+
+
+def _flush(path: Path) -> None:
+    """Make the system write a file's content to the disk now."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _flush_entries(directory: Path) -> None:
+    """Make the system write a directory's entries to the disk now, where it lets us."""
+    try:
+        _flush(directory)
+    except OSError:
+        # Some file systems cannot flush a directory and some directories cannot be opened; the files are whole anyway.
+        return
+
+
+def _explain(error: BaseException, staging: Path, target: Path) -> str | None:
+    """Return the sentence for a failure to write the output, or None if the exception is about something else."""
+    if isinstance(error, OSError):
+        number = error.errno
+        about_output = error.filename is None or _concerns(str(error.filename), staging, target)
+    elif isinstance(error, Exception) and (match := re.search(r"\(os error (\d+)\)", str(error))):
+        # The Rust parts of safetensors and tokenizers report a failed write as text with the system's number in it.
+        number, about_output = int(match.group(1)), True
+    else:
+        return None
+    if number in _FULL:
+        return (
+            f"The output {target} could not be written ({os.strerror(number)}), expected a disk with room for all of "
+            "it; free some space or choose another path."
+        )
+    if number in _FORBIDDEN and about_output:
+        return (
+            f"The output {target} could not be written ({os.strerror(number)}), expected a place that this user can "
+            "write to; choose another path or change its permissions."
+        )
+    return None
+
+
+def _concerns(name: str, staging: Path, target: Path) -> bool:
+    """Whether `name` is the output, something in it, or a directory above it."""
+    path = Path(os.path.realpath(name))
+    return any(path.is_relative_to(root) or root.is_relative_to(path) for root in (staging, target))
