@@ -1,0 +1,300 @@
+"""Load a model and its tokenizer, or say in one sentence why that is not possible."""
+
+import importlib.util
+import pickle
+import textwrap
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, constants, errors
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import PreTrainedModel as Model
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.configuration_utils import PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
+
+from remove_refusals.checkpoint import INDEX_FILE, SINGLE_FILE, checkpoint_tensors
+from remove_refusals.errors import ModelError
+
+_FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+_HUB_TIMEOUT_SECONDS = 10.0
+
+# The hub's client has changed the HTTP package under it before; its own error always derives from that package's.
+_HTTPError: type[Exception] = errors.HfHubHTTPError.__mro__[1]
+# What Transformers, its config validation, safetensors and torch raise for a checkpoint that they cannot read.
+_PYTHON_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError, EOFError)
+_LOADING_ERRORS = (*_PYTHON_ERRORS, SafetensorError, errors.StrictDataclassError)
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A causal language model in evaluation mode, with its tokenizer.
+
+    Attributes:
+        model: The model. Its parameters keep `requires_grad`: frozen weights make the CPU's `linear` pathologically
+            slow on non-contiguous input, so callers run it under `torch.inference_mode` instead.
+        tokenizer: The tokenizer as it was saved; nothing in it is changed, so that saving it again gives it back.
+        source: The directory or hub id it was loaded from.
+        revision: The hub's commit, or the revision that was asked for; None for a directory.
+        checkpoint_dtype: The data type of the saved weights, which `model.dtype` need not be; None if unknown.
+        unused_tensors: Names of tensors in the checkpoint that the model has no place for, sorted.
+    """
+
+    model: Model
+    tokenizer: Tokenizer
+    source: str
+    revision: str | None = None
+    checkpoint_dtype: torch.dtype | None = None
+    unused_tensors: tuple[str, ...] = ()
+
+    @property
+    def device(self) -> torch.device:
+        """The device that token ids have to be on."""
+        embedding: torch.Tensor = self.model.get_input_embeddings().weight
+        return embedding.device if embedding.device.type != "meta" else self.model.device
+
+    @property
+    def pad_token_id(self) -> int:
+        """The token that fills up a batch: the pad token, else the end token, else 0; it is masked in any case."""
+        candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        return next((int(token) for token in candidates if token is not None), 0)
+
+    @property
+    def vocabulary_size(self) -> int:
+        """The number of logits at each position."""
+        head = self.model.get_output_embeddings()
+        return int(head.weight.shape[0]) if head is not None else int(self.model.config.get_text_config().vocab_size)
+
+
+def load(
+    source: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "auto",
+    load_in_4bit: bool = False,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
+    tokenizer: str | Path | None = None,
+) -> LoadedModel:
+    """Load a causal language model and its tokenizer from a directory or the Hugging Face hub.
+
+    Args:
+        source: A directory with a `config.json`, or a hub id.
+        device: Where the model goes; by default `cuda`, `mps` or `cpu`, the first that is there.
+        dtype: `auto` takes the checkpoint's data type on an accelerator and float32 on the CPU (which holds bfloat16
+            and float16 values exactly); or a data type such as `bfloat16`.
+        load_in_4bit: Quantise the linear layers to 4 bits (NF4) with bitsandbytes while loading.
+        trust_remote_code: Run Python code that comes with the checkpoint.
+        revision: The hub's branch, tag or commit; the default branch if not given.
+        device_map: Passed on to Transformers instead of `device`, for example `auto`.
+        tokenizer: Where the tokenizer comes from, if not from `source`.
+
+    Returns:
+        The model in evaluation mode with its tokenizer.
+
+    Raises:
+        ModelError: If it cannot be found or loaded, is no causal language model, needs code that is not trusted, or
+            lacks tensors (which Transformers would fill with random numbers).
+        CheckpointError: If a weight file of a directory is truncated, corrupt or missing.
+    """
+    name = str(source)
+    if device is not None and device_map is not None:
+        raise ModelError(f"Both device {device} and device_map {device_map} are given, expected one; leave one out.")
+    where = _pick_device(device)
+    wanted = _parse_dtype(dtype)
+    local = _find(name, revision)
+    with _quiet(bars=Path(name).is_dir()), _explained(f"The model {name}"):
+        settings: dict[str, Any] = {"revision": revision, "local_files_only": local}
+        described, _ = PretrainedConfig.get_config_dict(name, **settings)
+        _check_model_type(name, described, trust_remote_code)
+        settings["trust_remote_code"] = trust_remote_code
+        config = AutoConfig.from_pretrained(name, **settings)
+        if getattr(config, "is_encoder_decoder", False):
+            raise ModelError(
+                f"The model {name} of type {config.model_type} is an encoder-decoder, expected a decoder that "
+                "continues its prompt; choose a causal language model."
+            )
+        saved = _saved_dtype(name, described)
+        quantised = load_in_4bit or "quantization_config" in described
+        if wanted is None and where.type == "cpu" and device_map is None and not quantised:
+            wanted = torch.float32
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name,
+            config=config,
+            dtype="auto" if wanted is None else wanted,
+            device_map=device_map or {"": where},
+            quantization_config=_four_bit(wanted or saved or torch.float32) if load_in_4bit else None,
+            ignore_mismatched_sizes=True,  # so that they are reported with their names, below
+            output_loading_info=True,
+            **settings,
+        )
+        _check_complete(name, report)
+    with _quiet(bars=True), _explained(f"The tokenizer of {tokenizer or name}"):
+        loaded_tokenizer = AutoTokenizer.from_pretrained(tokenizer or name, **(settings if tokenizer is None else {}))
+    commit, unused = getattr(config, "_commit_hash", None), tuple(sorted(report["unexpected_keys"]))
+    return LoadedModel(model.eval(), loaded_tokenizer, name, commit or revision, saved, unused)
+
+
+def _find(name: str, revision: str | None) -> bool:
+    """Check that the source exists; return whether only local files are to be read."""
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"The directory {name} has no config.json, expected a Hugging Face model; check the path.")
+        if (path / SINGLE_FILE).exists() or (path / INDEX_FILE).exists():
+            checkpoint_tensors(path)
+        return True
+    if path.exists() or name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
+        what = "is a file" if path.exists() else "does not exist"
+        raise ModelError(f"The model {name} {what}, expected a directory with a config.json; check the path.")
+    return _hub_is_out_of_reach(name, revision)
+
+
+def _hub_is_out_of_reach(name: str, revision: str | None) -> bool:
+    """Ask the hub once, because each of the many requests of a load would be retried for half a minute."""
+    if constants.HF_HUB_OFFLINE:
+        return True
+    try:
+        HfApi().model_info(name, revision=revision, timeout=_HUB_TIMEOUT_SECONDS)
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
+        at = f" at revision {revision}" if revision else ""
+        raise ModelError(
+            f"The model {name}{at} is neither a directory nor on the hub for you to read, expected one of them; check "
+            "the name, and log in with `hf auth login` if it is gated or private."
+        ) from error
+    except (OSError, _HTTPError):
+        return True
+    return False
+
+
+def _check_model_type(name: str, described: Mapping[str, Any], trust_remote_code: bool) -> None:
+    model_type = described.get("model_type")
+    code = described.get("auto_map") or {}
+    if not model_type and "AutoConfig" not in code:
+        raise ModelError(
+            f"The config.json of {name} names no model_type, expected one that Transformers knows; check the file."
+        )
+    known = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if "AutoModelForCausalLM" in code and not known:
+        if not trust_remote_code:
+            raise ModelError(
+                f"The model {name} of type {model_type} needs code that comes with it, expected permission to run it; "
+                "read that code and pass trust_remote_code if you trust it."
+            )
+    elif not known:
+        reason = "has no causal form" if model_type in CONFIG_MAPPING_NAMES else "this Transformers does not know"
+        raise ModelError(
+            f"The model {name} is of type {model_type}, which {reason}, expected a decoder that continues its prompt; "
+            "choose another model or upgrade Transformers."
+        )
+
+
+def _check_complete(name: str, report: Mapping[str, Any]) -> None:
+    """Refuse what Transformers would fill with random numbers."""
+    for tensor, found, expected in sorted(report["mismatched_keys"]):
+        raise ModelError(
+            f"The tensor {tensor} of {name} has shape {tuple(found)}, expected {tuple(expected)} from its config.json; "
+            "download or convert the model again."
+        )
+    if missing := sorted(report["missing_keys"]):
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ModelError(
+            f"The checkpoint {name} lacks {', '.join(missing[:3])}{more}, expected every tensor of the model that its "
+            "config.json describes; download or convert it again."
+        )
+
+
+def _saved_dtype(name: str, described: Mapping[str, Any]) -> torch.dtype | None:
+    """Read the saved data type from the config, else from the weight files: the one that most bytes have."""
+    for part in (described, described.get("text_config") or {}):
+        value = part.get("dtype") or part.get("torch_dtype")
+        parsed = getattr(torch, str(value).removeprefix("torch."), None)
+        if isinstance(parsed, torch.dtype):
+            return parsed
+    sizes: dict[str, int] = {}
+    if (Path(name) / SINGLE_FILE).exists() or (Path(name) / INDEX_FILE).exists():
+        for _, entry in checkpoint_tensors(Path(name)).values():
+            sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.stop - entry.start
+    return _FLOAT_DTYPES.get(max(sizes, key=sizes.__getitem__)) if sizes else None
+
+
+def _pick_device(device: str | torch.device | None) -> torch.device:
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    present = [kind for kind, there in available.items() if there]
+    if device is None:
+        return torch.device(present[0])
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        chosen = None
+    if chosen is None or not available.get(chosen.type, True):
+        raise ModelError(f"The device {device} is not there, expected one of {', '.join(present)}; choose one of them.")
+    return chosen
+
+
+def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    if dtype == "auto":
+        return None
+    parsed = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(parsed, torch.dtype) or not parsed.is_floating_point:
+        raise ModelError(f"The dtype {dtype} is unknown, expected auto, float32, bfloat16 or float16; choose one.")
+    return parsed
+
+
+def _four_bit(compute: torch.dtype) -> BitsAndBytesConfig:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(
+            "The package bitsandbytes is missing, expected for 4-bit loading; pip install 'remove-refusals[4bit]'."
+        )
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Turn whatever a broken checkpoint raises into one sentence."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise ModelError(
+            f"{what} does not fit into the device's memory, expected enough for its weights; use a smaller data type, "
+            "4-bit loading or a device map."
+        ) from error
+    except pickle.UnpicklingError as error:
+        raise ModelError(
+            f"{what} has weights that are corrupt or hold more than tensors, expected plain tensors; do not load them "
+            "in any other way, but look for safetensors files."
+        ) from error
+    except _LOADING_ERRORS as error:
+        text = textwrap.shorten(str(error), 240, placeholder=" …").rstrip(".")
+        if "couldn't connect" in text or isinstance(error, errors.OfflineModeIsEnabled):
+            raise ModelError(
+                f"{what} is neither a directory nor in the local cache and the hub cannot be reached, expected one of "
+                "them; check the name or the network."
+            ) from error
+        raise ModelError(
+            f"{what} cannot be loaded ({type(error).__name__}: {text}), expected files that Transformers can "
+            "read; check or download them again."
+        ) from error
+
+
+@contextmanager
+def _quiet(*, bars: bool) -> Iterator[None]:
+    """Silence Transformers' warnings, and with `bars` its progress bars too (downloads keep theirs)."""
+    verbosity, hide = logging.get_verbosity(), bars and logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if hide:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if hide:
+            logging.enable_progress_bar()
