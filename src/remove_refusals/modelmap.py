@@ -109,11 +109,11 @@ class _Derivation:
     def model_map(self) -> ModelMap:
         layers = self._layers()
         leaks: list[str] = []
+        unhooked: list[str] = []
         sites: list[Site] = []
-        for segment in self._segments(layers, leaks):
-            sites.extend(self._sites(segment, layers, leaks))
+        for segment in self._segments(layers):
+            sites.extend(self._sites(segment, layers, leaks, unhooked))
         writers = {writer.parameter for site in sites for writer in site.writers}
-        self._check_unused(layers, writers)
         embedding, unembedding = self._embeddings()
         return ModelMap(
             model_type=self.model.config.model_type,
@@ -125,6 +125,8 @@ class _Derivation:
             unembedding=unembedding,
             tied=unembedding == embedding,
             leaks=tuple(dict.fromkeys(leaks)),
+            unhooked=tuple(dict.fromkeys(unhooked)),
+            unused=self._unused(layers, writers),
         )
 
     def _embeddings(self) -> tuple[str, str | None]:
@@ -136,23 +138,24 @@ class _Derivation:
         )
 
     def _layers(self) -> tuple[str, ...]:
-        """The called module list of `num_hidden_layers` members with the most parameters."""
+        """The called list of `num_hidden_layers` modules with the most parameters, or else of any number of them."""
         called = {call.module for call in self.trace.calls}
-        best: tuple[int, tuple[str, ...]] = (0, ())
+        best: tuple[bool, int, tuple[str, ...]] = (False, 0, ())
         for name, module in self.model.named_modules():
-            if isinstance(module, torch.nn.ModuleList) and len(module) == self.n_layers:
-                members = tuple(f"{name}.{index}" for index in range(len(module)))
+            if not isinstance(module, torch.nn.ModuleList):
+                continue
+            members = tuple(f"{name}.{index}" for index in range(len(module)))
+            if len(called & set(members)) > len(members) // 2:
                 size = sum(parameter.numel() for parameter in module.parameters())
-                if size > best[0] and all(member in called for member in members):
-                    best = (size, members)
-        if not best[1]:
+                best = max(best, (len(module) == self.n_layers, size, members))
+        if not best[2]:
             raise ArchitectureError(
-                f"Model type '{self.model.config.model_type}' has no list of {self.n_layers} layers that its forward "
-                "pass calls, expected one; this model type is not supported."
+                f"Model type '{self.model.config.model_type}' has no list of layers that its forward pass calls, "
+                "expected one; this model type is not supported."
             )
-        return best[1]
+        return best[2]
 
-    def _segments(self, layers: tuple[str, ...], leaks: list[str]) -> list[_Segment]:
+    def _segments(self, layers: tuple[str, ...]) -> list[_Segment]:
         calls = sorted((call for call in self.trace.calls if call.module in layers), key=lambda call: call.start)
         segments: list[_Segment] = []
         terms: Terms = frozenset()
@@ -170,8 +173,32 @@ class _Derivation:
             terms, time = call.after, call.end
         return [segment for segment in segments if segment.before != segment.after]
 
-    def _sites(self, segment: _Segment, layers: tuple[str, ...], leaks: list[str]) -> list[Site]:
+    def _sites(self, segment: _Segment, layers: tuple[str, ...], leaks: list[str], unhooked: list[str]) -> list[Site]:
         place = "the embedding" if segment.layer is None else f"layer {segment.layer}"
+        wanted = self._wanted(segment, place, leaks)
+        candidates = [
+            call
+            for call in self.trace.calls
+            if segment.start < call.start and call.end < segment.end and call.module not in layers and call.after
+        ]
+        parameters = dict(self.model.named_parameters())
+        sites = []
+        for call in _outermost(candidates, wanted):
+            assert call.after is not None
+            terms = sorted(call.after, key=lambda term: term.source)
+            writers = tuple(writer for term in terms for writer in self._writers(term, parameters))
+            kind = self._kind(segment.layer, call.module, layers)
+            hooks = _before_norms(call, candidates)
+            sites.append(Site(kind, segment.layer, writers, hooks, HookPoint(call.module)))
+            wanted -= call.after
+        for term in sorted(wanted, key=lambda term: term.source):
+            unhooked.append(f"In {place} '{term.source}' writes to the residual stream outside of any module's output.")
+            kind = self._kind(segment.layer, term.source, layers)
+            sites.append(Site(kind, segment.layer, tuple(self._writers(term, parameters)), (), HookPoint("")))
+        return sites
+
+    def _wanted(self, segment: _Segment, place: str, leaks: list[str]) -> set[Term]:
+        """The terms that parameters have added in a segment; what else was done goes to `leaks`."""
         earlier = {(term.source, term.axis) for term in segment.before}
         if segment.before - segment.after:
             leaks.append(f"The residual stream itself passes through something in {place}.")
@@ -188,53 +215,14 @@ class _Derivation:
                 )
             else:
                 wanted.add(term)
-        candidates = [
-            call
-            for call in self.trace.calls
-            if segment.start < call.start and call.end < segment.end and call.module not in layers and call.after
-        ]
-        sites = []
-        for call in _outermost(candidates, wanted):
-            assert call.after is not None
-            kind = self._kind(segment.layer, call.module, layers)
-            inner = self._before_norms(call, candidates)
-            writers = tuple(
-                writer
-                for term in sorted(call.after, key=lambda term: term.source)
-                for writer in self._writers(term, parameters, layers)
-            )
-            sites.append(Site(kind, segment.layer, writers, inner, HookPoint(call.module)))
-        unhooked = wanted - {term for call in _outermost(candidates, wanted) for term in call.after or ()}
-        for term in sorted(unhooked, key=lambda term: term.source):
-            leaks.append(f"In {place} '{term.source}' writes to the residual stream outside of any module's output.")
-        return sites
-
-    def _before_norms(self, call: ModuleCall, candidates: Iterable[ModuleCall]) -> HookPoint:
-        """The outermost module that holds the same parameters' output before any per-channel step."""
-        assert call.after is not None
-        sources = {(term.source, term.axis) for term in call.after}
-        steps = {term.steps for term in call.after}
-        if steps == {()} or len(steps) > 1:
-            return HookPoint(call.module)
-        same = [
-            other
-            for other in candidates
-            if other.after
-            and {(t.source, t.axis) for t in other.after} == sources
-            and not any(t.steps for t in other.after)
-        ]
-        if not same:
-            return HookPoint(call.module)
-        return HookPoint(min(same, key=lambda other: (other.start, -other.end)).module, next(iter(steps)))
+        return wanted
 
     def _kind(self, layer: int | None, module: str, layers: tuple[str, ...]) -> SiteKind:
         if layer is None:
             return "embedding"
         return "mlp" if _MLP.search(module.removeprefix(layers[layer] + ".").lower()) else "attn"
 
-    def _writers(
-        self, term: Term, parameters: Mapping[str, torch.nn.Parameter], layers: tuple[str, ...]
-    ) -> list[Writer]:
+    def _writers(self, term: Term, parameters: Mapping[str, torch.nn.Parameter]) -> list[Writer]:
         """The term's parameter and its siblings in a list of experts that no token was routed to."""
         assert term.axis is not None
         names = [term.source, *self._unused_siblings(term.source, parameters)]
@@ -254,18 +242,54 @@ class _Derivation:
         match = re.match(r"(?:.*?\.)?\d+\.", name)
         return match.group() if match else ""
 
-    def _check_unused(self, layers: tuple[str, ...], writers: set[str]) -> None:
-        parameters = dict(self.model.named_parameters())
+    def _unused(self, layers: tuple[str, ...], writers: set[str]) -> tuple[str, ...]:
+        """Parameters of the layers with an axis of width d_model whose module the forward pass never calls.
+
+        Raises:
+            ArchitectureError: If the module is called and yet the parameter is never used.
+        """
+        called = {call.module for call in self.trace.calls}
         known = {_pattern(name, self._layer_prefix(name)) for name in self.trace.used | writers}
-        for name, parameter in parameters.items():
+        unused = []
+        for name, parameter in self.model.named_parameters():
             inside = any(name.startswith(layer + ".") for layer in layers)
-            if inside and self.d_model in parameter.shape and _pattern(name, self._layer_prefix(name)) not in known:
+            if not inside or self.d_model not in parameter.shape or _pattern(name, self._layer_prefix(name)) in known:
+                continue
+            if name.rpartition(".")[0] in called:
                 raise ArchitectureError(
                     f"Parameter '{name}' of shape {tuple(parameter.shape)} in model type "
-                    f"'{self.model.config.model_type}' has an axis of width {self.d_model} and takes no part in the "
-                    "forward pass, expected every such parameter to be a known writer or reader; this model type is "
-                    "not supported."
+                    f"'{self.model.config.model_type}' has an axis of width {self.d_model} and nothing is known of its "
+                    "use, expected every such parameter to be a known writer or reader; this model type is not "
+                    "supported."
                 )
+            unused.append(name)
+        return tuple(unused)
+
+
+def _before_norms(call: ModuleCall, candidates: Iterable[ModuleCall]) -> tuple[HookPoint, ...]:
+    """The outermost modules whose outputs, before any per-channel step, make up a call's output.
+
+    Biases that a norm adds have no module of their own: they are taken out of the call's output. Where the parts cannot
+    all be found, the call's output itself is the place.
+    """
+    assert call.after is not None
+    steps_of = {(term.source, term.axis): term.steps for term in call.after}
+    if not any(steps_of.values()):
+        return (HookPoint(call.module),)
+    bare = {Term(source, axis) for source, axis in steps_of}
+    points = []
+    for part in _outermost([other for other in candidates if call.start <= other.start or other.after], bare):
+        assert part.after is not None
+        steps = {steps_of[term.source, term.axis] for term in part.after}
+        if len(steps) > 1:
+            return (HookPoint(call.module),)
+        points.append(HookPoint(part.module, next(iter(steps))))
+        bare -= part.after
+    for term in sorted(bare, key=lambda term: term.source):
+        if steps_of[term.source, term.axis]:
+            return (HookPoint(call.module),)
+        points.append(HookPoint(call.module, (), term.source))
+    return tuple(points)
 
 
 def _pattern(name: str, keep: str) -> str:

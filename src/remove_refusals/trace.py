@@ -189,7 +189,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def terms(self, tensor: Any) -> Terms | None:
         """The terms of a tensor; None for one that no parameter has reached: a constant, a mask, a position."""
-        if not isinstance(tensor, torch.Tensor):
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
             return None
         weight = self.weight(tensor)
         if weight is None:
@@ -336,9 +336,12 @@ def _with_step(terms: Terms, step: ChannelStep) -> Terms:
 
 
 def _first_of_width(value: Any, d_model: int) -> torch.Tensor | None:
-    """The first floating-point tensor whose last axis is the residual stream's."""
+    """The first floating-point tensor whose last axis is the residual stream's, or several streams side by side."""
     for tensor in _tensors(value):
         if tensor.is_floating_point() and tensor.dim() >= 2 and tensor.shape[-1] == d_model:
+            return tensor
+    for tensor in _tensors(value):
+        if tensor.is_floating_point() and tensor.dim() >= 3 and tensor.shape[-1] and tensor.shape[-1] % d_model == 0:
             return tensor
     return None
 

@@ -204,11 +204,14 @@ class HookPoint:
 
     Attributes:
         module: The module's name in the model.
-        steps: What lies between this module's output and the residual stream, first step first.
+        steps: What lies between the output of the module, or of `bias`, and the residual stream, first step first.
+        bias: A parameter that the module adds to its output behind a norm. If it is given, only this parameter's
+            component is taken out of the module's output, as an edit of the bias does.
     """
 
     module: str
     steps: tuple[ChannelStep, ...] = ()
+    bias: str | None = None
 
 
 @dataclass(frozen=True)
@@ -219,14 +222,14 @@ class Site:
         kind: The kind of site.
         layer: The layer's index, or None for the embedding.
         writers: The parameters whose output lands here.
-        hook: The output to change so that the effect is that of editing the writers (before any norm in between).
+        hooks: The outputs to change so that the effect is that of editing the writers (before any norm in between).
         residual_hook: The output as it is added to the residual stream (after any norm in between).
     """
 
     kind: SiteKind
     layer: int | None
     writers: tuple[Writer, ...]
-    hook: HookPoint
+    hooks: tuple[HookPoint, ...]
     residual_hook: HookPoint
 
 
@@ -244,6 +247,8 @@ class ModelMap:
         unembedding: The name of the unembedding's weight; None if the model has none.
         tied: Whether input embedding and unembedding are one parameter.
         leaks: Why a weight edit cannot be exact, one sentence each; empty where it can.
+        unhooked: Why hooks cannot be exact, one sentence each; empty where they can.
+        unused: Parameters of the layers with an axis of width d_model that take no part in the forward pass.
     """
 
     model_type: str
@@ -255,6 +260,8 @@ class ModelMap:
     unembedding: str | None
     tied: bool
     leaks: tuple[str, ...] = ()
+    unhooked: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

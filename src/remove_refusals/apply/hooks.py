@@ -4,8 +4,9 @@ The hooks sit at the write sites, not on the layers' outputs: a layer's output a
 taking a share out there would take it out again at every layer, and would not be what an edit of the weights does.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -14,40 +15,63 @@ from transformers import PreTrainedModel
 from remove_refusals.errors import ArchitectureError
 from remove_refusals.modelmap import map_model
 from remove_refusals.plan import check_fit, pull_back
-from remove_refusals.types import Intervention, ModelMap
+from remove_refusals.types import Direction, HookPoint, Intervention, ModelMap
 
 Placement = Literal["writers", "residual"]
 """Where a norm lies between a writer and the residual stream: `writers` acts before it, as an edit of the weights does;
 `residual` acts behind it, on exactly what is added. Elsewhere they are the same."""
 
 
-def _take_out(basis: torch.Tensor, strength: float, d_model: int) -> Callable[..., Any]:
-    """Build a forward hook that changes the first tensor of width d_model in a module's output."""
-    on_device: dict[torch.device, torch.Tensor] = {}
+@dataclass(frozen=True)
+class _TakeOut:
+    """A forward hook: takes the component along `basis` out of the module's first output of width d_model.
 
-    def changed(tensor: torch.Tensor) -> torch.Tensor:
-        vectors = on_device.get(tensor.device)
-        if vectors is None:
-            vectors = on_device.setdefault(tensor.device, basis.to(tensor.device))
-        values = tensor.to(torch.float32)
-        return (values - strength * (values @ vectors) @ vectors.T).to(tensor.dtype)
+    With `constant`, `[d_model]`, that vector is subtracted instead: the component of a bias.
+    """
 
-    def is_stream(value: Any) -> bool:
-        return isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape[-1:] == (d_model,)
+    basis: torch.Tensor
+    strength: float
+    d_model: int
+    constant: torch.Tensor | None = None
 
-    def hook(module: torch.nn.Module, args: Any, output: Any) -> Any:
-        if is_stream(output):
-            return changed(output)
+    def __call__(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
+        if self._fits(output):
+            return self._changed(output)
         if isinstance(output, tuple):
             for index, value in enumerate(output):
-                if is_stream(value):
-                    return (*output[:index], changed(value), *output[index + 1 :])
+                if self._fits(value):
+                    return (*output[:index], self._changed(value), *output[index + 1 :])
         raise ArchitectureError(
-            f"A hooked {type(module).__name__} returned {type(output).__name__} without a tensor of width {d_model}, "
-            "expected what it returned when the model was mapped; report this model type."
+            f"A hooked {type(module).__name__} returned {type(output).__name__} without a tensor of width "
+            f"{self.d_model}, expected what it returned when the model was mapped; report this model type."
         )
 
-    return hook
+    def _fits(self, value: Any) -> bool:
+        return (
+            isinstance(value, torch.Tensor)
+            and value.is_floating_point()
+            and value.dim() > 0
+            and value.shape[-1] % self.d_model == 0
+            and value.shape[-1] > 0
+        )
+
+    def _changed(self, output: torch.Tensor) -> torch.Tensor:
+        values = output.to(torch.float32).reshape(*output.shape[:-1], -1, self.d_model)
+        if self.constant is not None:
+            values = values - self.constant.to(output.device)
+        else:
+            basis = self.basis.to(output.device)
+            values = values - self.strength * (values @ basis) @ basis.T
+        changed: torch.Tensor = values.reshape(output.shape).to(output.dtype)
+        return changed
+
+
+def _hook_for(model: PreTrainedModel, point: HookPoint, direction: Direction, strength: float) -> _TakeOut:
+    basis = pull_back(direction.basis, point.steps, model.get_parameter)
+    if point.bias is None:
+        return _TakeOut(basis, strength, direction.d_model)
+    bias = model.get_parameter(point.bias).detach().to("cpu", torch.float32)
+    return _TakeOut(basis, strength, direction.d_model, strength * basis @ (basis.T @ bias))
 
 
 @contextmanager
@@ -71,9 +95,14 @@ def ablated(
 
     Raises:
         DirectionError: If the intervention does not fit the model.
-        ArchitectureError: If the model cannot be mapped.
+        ArchitectureError: If the model cannot be mapped, or no hook reaches one of its writers.
     """
     model_map = model_map or map_model(model)
+    if model_map.unhooked:
+        raise ArchitectureError(
+            f"Hooks on model type '{model_map.model_type}' are not exact: {model_map.unhooked[0]} "
+            "Edit the weights instead."
+        )
     check_fit(intervention, model_map)
     edits = {(edit.kind, edit.layer): edit for edit in intervention.edits}
     modules = dict(model.named_modules())
@@ -83,10 +112,9 @@ def ablated(
             edit = edits.get((site.kind, site.layer))
             if edit is None or edit.strength == 0:
                 continue
-            point = site.hook if placement == "writers" else site.residual_hook
-            basis = pull_back(intervention.directions[edit.direction].basis, point.steps, model.get_parameter)
-            hook = _take_out(basis, edit.strength, model_map.d_model)
-            handles.append(modules[point.module].register_forward_hook(hook))
+            for point in site.hooks if placement == "writers" else (site.residual_hook,):
+                hook = _hook_for(model, point, intervention.directions[edit.direction], edit.strength)
+                handles.append(modules[point.module].register_forward_hook(hook))
         yield
     finally:
         for handle in handles:
