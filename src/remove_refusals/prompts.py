@@ -1,0 +1,248 @@
+"""Prompts: load them, draw from them, split them, and see that the parts have nothing in common."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from importlib.resources import files
+from pathlib import Path
+
+from remove_refusals import prompt_files
+from remove_refusals.errors import PromptError
+from remove_refusals.types import PromptSet
+
+EMBEDDED_SETS = ("harmful_train", "harmful_test", "harmless_train", "harmless_test", "harmless_alarming")
+"""The names of the prompt sets that come with the package."""
+
+
+def load_prompts(source: str, *, name: str, column: str | None = None, split: str | None = None) -> PromptSet:
+    """Load prompts from a file or a Hugging Face data set.
+
+    Files are told by their suffix: `.txt` (or none) has one prompt a line, blank lines are skipped; `.json` is a list
+    of strings or objects, or an object with such a list; `.jsonl` has one string or object a line; `.csv` and
+    `.parquet` have columns. Anything else is a data set: an id such as `owner/name`, with `:name` added for a
+    configuration, or a directory. Prompts are kept as they are, in their order, repeated ones too; one that is blank
+    or not text is an error.
+
+    Args:
+        source: The file's path or the data set's id.
+        name: What the set is to be called.
+        column: The column or key of the prompts; by default the first of `prompt_files.DEFAULT_COLUMNS` that is there.
+        split: The data set's split, `train` by default; an error for files, which have none.
+
+    Returns:
+        The prompts, at least one.
+
+    Raises:
+        PromptError: If the file is missing, unreadable, empty or of another form, if a prompt is blank or not text,
+            or if the column is not there; with the line where that is possible.
+    """
+    values, where = _read(source, column, split)
+    if not values:
+        raise PromptError(f"The prompts {source} are empty, expected at least one; add prompts or choose another file.")
+    return PromptSet(name, tuple(_checked(value, place, source) for place, value in values), where)
+
+
+def embedded_prompts(name: str) -> PromptSet:
+    """Load one of the prompt sets that come with the package.
+
+    Args:
+        name: One of `EMBEDDED_SETS`.
+
+    Returns:
+        The prompts, in the order of the file.
+
+    Raises:
+        PromptError: If there is no set of that name.
+    """
+    if name not in EMBEDDED_SETS:
+        raise PromptError(
+            f"There is no embedded prompt set {name!r}, expected one of {', '.join(EMBEDDED_SETS)}; choose one of them."
+        )
+    text = files("remove_refusals").joinpath("data", "prompts", f"{name}.txt").read_text(encoding="utf-8")
+    return PromptSet(name, tuple(line for line in text.split("\n") if line), "embedded")
+
+
+def draw(prompts: PromptSet, n: int, seed: int) -> PromptSet:
+    """Draw a sample without replacement.
+
+    The prompts are ordered by the SHA-256 of `seed:prompt`, so the sample depends on nothing but the prompts and the
+    seed, and a smaller sample is the beginning of a larger one.
+
+    Args:
+        prompts: What to draw from.
+        n: How many to draw.
+        seed: The seed.
+
+    Returns:
+        A set of the same name and source with `n` prompts, in the order drawn.
+
+    Raises:
+        PromptError: If `n` is below 1 or above the number of prompts.
+    """
+    if not 1 <= n <= len(prompts):
+        raise PromptError(
+            f"{n} prompts were asked for from {prompts.name}, which has {len(prompts)}, expected 1 to {len(prompts)}; "
+            "ask for fewer or add prompts."
+        )
+    ordered = sorted(prompts.prompts, key=lambda prompt: _digest(prompt, seed))
+    return PromptSet(prompts.name, tuple(ordered[:n]), prompts.source)
+
+
+def split_by_size(prompts: PromptSet, sizes: Mapping[str, int], seed: int) -> dict[str, PromptSet]:
+    """Draw several sets that have no prompt in common; repeated prompts count once.
+
+    Args:
+        prompts: What to draw from.
+        sizes: For each name of a set how many prompts it gets.
+        seed: The seed; the order is that of `draw`.
+
+    Returns:
+        The sets by name.
+
+    Raises:
+        PromptError: If a size is below 1, or if together they exceed the number of different prompts.
+    """
+    distinct = PromptSet(prompts.name, tuple(dict.fromkeys(prompts.prompts)), prompts.source)
+    total = sum(sizes.values())
+    if min(sizes.values(), default=0) < 1 or total > len(distinct):
+        asked = " + ".join(str(size) for size in sizes.values())
+        raise PromptError(
+            f"{asked} = {total} prompts were asked for from {prompts.name}, which has {len(distinct)} different ones, "
+            "expected at least 1 for each set and no more than there are; ask for fewer or add prompts."
+        )
+    rest = draw(distinct, total, seed).prompts
+    parts = {}
+    for name, size in sizes.items():
+        parts[name], rest = PromptSet(name, rest[:size], prompts.source), rest[size:]
+    return parts
+
+
+def split_by_fraction(prompts: PromptSet, fractions: Mapping[str, float], seed: int) -> dict[str, PromptSet]:
+    """Split a set so that where a prompt goes depends on that prompt and the seed alone.
+
+    Prompts that are added later move none of the others, and a repeated prompt goes to one place. The sizes therefore
+    only come near the fractions. The order within each set is that of `prompts`.
+
+    Args:
+        prompts: What to split.
+        fractions: For each name of a set its share; what they leave of 1 is left out.
+        seed: The seed.
+
+    Returns:
+        The sets by name, each with at least one prompt.
+
+    Raises:
+        PromptError: If a share is not above 0, if together they exceed 1, or if a set stays empty.
+    """
+    total = sum(fractions.values())
+    if not min(fractions.values(), default=0) > 0 or not total <= 1 + 1e-9:
+        raise PromptError(
+            f"The fractions {dict(fractions)} sum up to {total:g}, expected shares above 0 with a sum of at most 1; "
+            "change them."
+        )
+    parts: dict[str, list[str]] = {part: [] for part in fractions}
+    for prompt in prompts.prompts:
+        rest = int(_digest(prompt, seed)[:16], 16) / 2**64
+        for part, fraction in fractions.items():
+            if rest < fraction:
+                parts[part].append(prompt)
+                break
+            rest -= fraction
+    empty = [part for part, chosen in parts.items() if not chosen]
+    if empty:
+        raise PromptError(
+            f"The set {empty[0]} gets none of the {len(prompts)} prompts of {prompts.name}, expected at least one; "
+            "raise its fraction or add prompts."
+        )
+    return {part: PromptSet(part, tuple(chosen), prompts.source) for part, chosen in parts.items()}
+
+
+def check_disjoint(*sets: PromptSet) -> None:
+    """Check that no two sets share a prompt, so that what was measured on one was not chosen on another.
+
+    Prompts that differ only in white space or in upper and lower case count as the same.
+
+    Args:
+        sets: The sets.
+
+    Raises:
+        PromptError: With the first prompt that is shared.
+    """
+    owners: dict[str, int] = {}
+    for number, prompts in enumerate(sets):
+        for prompt in prompts.prompts:
+            owner = owners.setdefault(" ".join(prompt.split()).casefold(), number)
+            if owner != number:
+                raise PromptError(
+                    f"The prompt {_shortened(prompt)!r} is in both {sets[owner].name} and {prompts.name}, expected "
+                    "sets without a prompt in common; take it out of one of them."
+                )
+
+
+def _read(source: str, column: str | None, split: str | None) -> tuple[prompt_files.Values, str]:
+    """Read the values, and say where they came from."""
+    path = Path(source).expanduser()
+    suffix = path.suffix.lower()
+    if path.is_dir() or not (path.exists() or _looks_like_a_file(source, suffix)):
+        chosen_split = split or "train"
+        values, chosen = prompt_files.read_data_set(source, column, chosen_split)
+        shown = path.name if path.is_dir() else source
+        return values, f"{shown}, split {chosen_split}, column {chosen}"
+    if not path.exists():
+        raise PromptError(f"The prompt file {source} is missing, expected a file; check the path.")
+    if split is not None:
+        raise PromptError(
+            f"The prompts {source} are a file, expected a data set for the split {split!r}; leave the split away."
+        )
+    if suffix in (".txt", ""):
+        if column is not None:
+            raise PromptError(
+                f"The prompts {source} are plain text, expected columns for the column {column!r}; leave it away."
+            )
+        return prompt_files.read_text(path), path.name
+    readers: dict[str, Callable[[Path, str | None], tuple[prompt_files.Values, str | None]]] = {
+        ".json": prompt_files.read_json,
+        ".jsonl": prompt_files.read_jsonl,
+        ".csv": prompt_files.read_csv,
+        ".parquet": prompt_files.read_parquet,
+    }
+    if suffix not in readers:
+        raise PromptError(
+            f"The prompt file {source} has the suffix {suffix}, expected one of "
+            f"{', '.join(prompt_files.FILE_SUFFIXES)}; convert it."
+        )
+    values, used = readers[suffix](path, column)
+    return values, path.name if used is None else f"{path.name}, column {used}"
+
+
+def _looks_like_a_file(source: str, suffix: str) -> bool:
+    # A data set's id has at most one slash, inside it; so `data/prompts.txt` is a file and `owner/name` is not.
+    return (
+        suffix in prompt_files.FILE_SUFFIXES
+        or source.startswith((".", "/", "~"))
+        or source.endswith("/")
+        or source.count("/") > 1
+        or "\\" in source
+    )
+
+
+def _checked(value: object, place: str, source: str) -> str:
+    if not isinstance(value, str):
+        raise PromptError(
+            f"The prompts {source} hold {_shortened(repr(value))} at {place}, expected text; correct it or name "
+            "another column."
+        )
+    if not value.strip():
+        raise PromptError(f"The prompts {source} hold a blank prompt at {place}, expected text; take it out.")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise PromptError(
+            f"The prompts {source} hold half of a surrogate pair at {place}, expected valid Unicode; correct it."
+        )
+    return value
+
+
+def _digest(prompt: str, seed: int) -> str:
+    return hashlib.sha256(f"{seed}:{prompt}".encode()).hexdigest()
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,232 @@
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from remove_refusals.chat_template import check_position, render, template_tail_length
+from remove_refusals.errors import PromptError
+
+LLAMA = (
+    "{{ bos_token }}{% for message in messages %}<|start|>{{ message['role'] }}<|end|>\n\n"
+    "{{ message['content'] | trim }}<|eot|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant<|end|>\n\n{% endif %}"
+)
+DATED = (
+    "\n{% if strftime_now is defined %}{% set date = strftime_now('%d %b %Y') %}{% endif %}{{ date }} "
+    "{{ strftime_now('%Y-%m-%d').split('-')[1] }}\n"
+)
+QWEN = (
+    "{% for message in messages %}<|start|>{{ message.role }}\n{{ message.content }}<|eot|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+QWEN_THINKING = QWEN.split("{% if enable_thinking", maxsplit=1)[0] + "<think>\n{% endif %}"
+R1 = (
+    "{{ bos_token }}{% for message in messages %}{% if message.role == 'system' %}{{ message.content }}"
+    "{% else %}<|start|>User{{ message.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>Assistant<think>\n{% endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] | trim }}<|end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|start|>model\n{% endif %}"
+)
+NO_SPECIALS = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n\n{% endfor %}Answer:"
+TEMPLATES = {
+    "llama": LLAMA,
+    "qwen": QWEN,
+    "qwen-thinking": QWEN_THINKING,
+    "r1": R1,
+    "gemma": GEMMA,
+    "no-specials": NO_SPECIALS,
+}
+TAILS = {
+    "llama": "<|eot|><|start|>assistant<|end|>\n\n",
+    "qwen": "<|eot|>\n<|start|>assistant\n<think>\n\n</think>\n\n",
+    "qwen-thinking": "<|eot|>\n<|start|>assistant\n<think>\n\n</think>\n\n",
+    "r1": "<|start|>Assistant<think>\n\n</think>\n\n",
+    "gemma": "<|end|>\n<|start|>model\n",
+}
+SPECIAL = ["<bos>", "<|start|>", "<|end|>", "<|eot|>", "<think>", "</think>"]
+
+
+@pytest.fixture(scope="module")
+def make() -> Callable[[str | None], PreTrainedTokenizerFast]:
+    """Tokenizers of byte-level pairs, which add a beginning of their own as Llama's and Gemma's do."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    # Marks followed by line ends are trained to merge, as they do in real vocabularies.
+    corpus = ["user assistant model: What is this?\n\n", "Answer: it is so.\n\n", "the end\n\n"] * 5
+    backend.train_from_iterator(
+        corpus,
+        trainers.BpeTrainer(
+            vocab_size=330, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        ),
+    )
+    backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+
+    def build(template: str | None) -> PreTrainedTokenizerFast:
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<|eot|>")
+        tokenizer.chat_template = template
+        return tokenizer
+
+    return build
+
+
+Make = Callable[[str | None], PreTrainedTokenizerFast]
+
+
+@pytest.mark.parametrize("kind", TAILS)
+def test_prompt_ends_where_the_answer_starts(make: Make, kind: str) -> None:
+    tokenizer = make(TEMPLATES[kind])
+    (row,) = render(tokenizer, ["How are you?"])
+    text = tokenizer.decode(row)
+    assert text.endswith("How are you?" + TAILS[kind])
+    assert text.count("<bos>") == (0 if "qwen" in kind else 1)
+    assert text.count("<think>") == text.count("</think>")
+
+
+def test_thinking_is_closed_with_the_tokens_that_the_template_uses_itself(make: Make) -> None:
+    by_template = render(make(QWEN), ["Hi"])
+    by_hand = render(make(QWEN_THINKING), ["Hi"])
+    assert by_template == by_hand
+
+
+def test_prompt_about_thinking_is_left_alone(make: Make) -> None:
+    tokenizer = make(LLAMA)
+    (row,) = render(tokenizer, ["What does <think> mean?"])
+    assert "</think>" not in tokenizer.decode(row)
+
+
+def test_rendering_agrees_with_the_library_where_there_is_no_thinking(make: Make) -> None:
+    tokenizer = make(LLAMA)
+    for prompt in ("Hi", "Two\nlines", "é 日本 🙂"):
+        messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": prompt}]
+        expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert render(tokenizer, [prompt], system_prompt="Be kind.") == [expected]
+
+
+def test_each_prompt_is_rendered_as_if_alone(make: Make) -> None:
+    tokenizer = make(QWEN)
+    prompts = ["a", "a much longer prompt than the first", "b"]
+    assert render(tokenizer, prompts) == [render(tokenizer, [prompt])[0] for prompt in prompts]
+    assert render(tokenizer, []) == []
+
+
+def test_date_is_the_same_every_day(make: Make) -> None:
+    tokenizer = make(DATED + LLAMA)
+    (row,) = render(tokenizer, ["Hi"])
+    assert tokenizer.decode(row) == "\n26 Jul 2024 07\n" + tokenizer.decode(render(make(LLAMA), ["Hi"])[0])
+
+
+def test_system_prompt_that_the_template_refuses(make: Make) -> None:
+    with pytest.raises(PromptError, match=r"System role not supported.*leave the system prompt away"):
+        render(make(GEMMA), ["Hi"], system_prompt="Be kind.")
+    assert render(make(GEMMA), ["Hi"])
+
+
+def test_what_the_template_swallows_is_an_error(make: Make) -> None:
+    no_system = (
+        "{% for message in messages %}{% if message.role == 'user' %}{{ message.content }}{% endif %}{% endfor %}"
+    )
+    with pytest.raises(PromptError, match=r"leaves out the system prompt 'Be kind\.'"):
+        render(make(no_system), ["Hi"], system_prompt="Be kind.")
+    # Templates of models that also take images may want a list of parts and show nothing of a string.
+    parts = "{% for message in messages %}{% for part in message.content %}{{ part.text }}{% endfor %}{% endfor %}end"
+    with pytest.raises(PromptError, match="leaves out the prompt 'Hi'"):
+        render(make(parts), ["Hi"])
+
+
+@pytest.mark.parametrize("template", ["{% for", "{{ messages.nothing.here }}", "{{ messages + 1 }}"])
+def test_broken_template(make: Make, template: str) -> None:
+    with pytest.raises(PromptError, match="The chat template failed"):
+        render(make(None), ["Hi"], chat_template=template)
+
+
+def test_model_without_template(make: Make) -> None:
+    tokenizer = make(None)
+    for function in (lambda: render(tokenizer, ["Hi"]), lambda: template_tail_length(tokenizer)):
+        with pytest.raises(PromptError, match=r"no chat template.*chat model.*--chat-template FILE.*plain"):
+            function()
+    assert render(tokenizer, ["Hi"], chat_template=LLAMA) == render(make(LLAMA), ["Hi"])
+    assert render(make(QWEN), ["Hi"], chat_template=LLAMA) == render(make(LLAMA), ["Hi"])
+    assert tokenizer.chat_template is None
+
+
+def test_several_templates(make: Make) -> None:
+    tokenizer = make(None)
+    tokenizer.chat_template = {"default": LLAMA, "tools": QWEN}
+    assert render(tokenizer, ["Hi"]) == render(make(LLAMA), ["Hi"])
+    tokenizer.chat_template = {"rag": LLAMA, "tools": QWEN}
+    with pytest.raises(PromptError, match="rag, tools, expected one named default"):
+        render(tokenizer, ["Hi"])
+
+
+def test_plain_mode(make: Make) -> None:
+    tokenizer = make(LLAMA)
+    assert render(tokenizer, ["Hi there"], plain=True) == [tokenizer("Hi there")["input_ids"]]
+    assert tokenizer.decode(render(tokenizer, ["Hi"], plain=True)[0]) == "<bos>Hi"
+    assert template_tail_length(tokenizer, plain=True) == 0
+    with pytest.raises(PromptError, match="given a system prompt"):
+        render(tokenizer, ["Hi"], plain=True, system_prompt="Be kind.")
+    with pytest.raises(PromptError, match="given a chat template"):
+        render(tokenizer, ["Hi"], plain=True, chat_template=LLAMA)
+
+
+def test_prompt_without_tokens(make: Make) -> None:
+    tokenizer = make(None)
+    with pytest.raises(PromptError, match="gives no tokens"):
+        render(tokenizer, ["Hi", ""], chat_template="{{ messages[0].content }}")
+
+
+@pytest.mark.parametrize("kind", TAILS)
+def test_tail_is_what_follows_the_words(make: Make, kind: str) -> None:
+    tokenizer = make(TEMPLATES[kind])
+    expected = tokenizer(TAILS[kind], add_special_tokens=False)["input_ids"]
+    assert template_tail_length(tokenizer) == len(expected)
+    if kind != "gemma":
+        assert template_tail_length(tokenizer, system_prompt="Be kind.") == len(expected)
+
+
+@given(prompt=st.text(min_size=1, max_size=20).filter(lambda text: text.strip() == text))
+@settings(max_examples=200, deadline=None)
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_every_prompt_has_the_same_tail(make: Make, kind: str, prompt: str) -> None:
+    tokenizer = make(TEMPLATES[kind])
+    tail = template_tail_length(tokenizer)
+    first, second = render(tokenizer, ["Tell me about apples", prompt])
+    assert tail > 0
+    assert first[-tail:] == second[-tail:]
+
+
+def test_marks_that_merge_with_the_template_shorten_the_tail(make: Make) -> None:
+    tokenizer = make(NO_SPECIALS)
+    whole = tokenizer("\n\nAnswer:", add_special_tokens=False)["input_ids"]
+    (question,) = render(tokenizer, ["this?"])
+    assert question[-len(whole) :] != whole, "the tokenizer of this test should merge the question mark"
+    assert 0 < template_tail_length(tokenizer) < len(whole)
+
+
+def test_unknown_words_are_no_part_of_the_tail() -> None:
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "Answer": 1, ":": 2}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    assert template_tail_length(tokenizer, chat_template="{{ messages[0].content }} Answer:") == 2
+
+
+def test_positions_within_the_tail() -> None:
+    for position in (-1, -3):
+        check_position(position, 3)
+    check_position(-1, 0)
+    for position, tail in ((-4, 3), (0, 3), (2, 3), (-2, 0)):
+        with pytest.raises(PromptError, match=rf"position is {position}, expected .* puts {tail} tokens"):
+            check_position(position, tail)
