@@ -42,6 +42,21 @@ class PromptSet:
         return hashlib.sha256(encoded).hexdigest()
 
 
+@dataclass(frozen=True)
+class ChatFormat:
+    """How a prompt is put before the model.
+
+    Attributes:
+        system_prompt: A system message before each prompt.
+        chat_template: The text of a Jinja template to use in place of the tokenizer's own.
+        plain: Whether to use no template: the prompt alone.
+    """
+
+    system_prompt: str | None = None
+    chat_template: str | None = None
+    plain: bool = False
+
+
 @dataclass(frozen=True, eq=False)
 class Activations:
     """Hidden states of the residual stream at chosen token positions.

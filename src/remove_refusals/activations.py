@@ -1,0 +1,121 @@
+"""From prompts and a model to hidden states of the residual stream, in one batched pass without logits."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from remove_refusals.batching import accepts, first_batch_size, left_pad, longest_first, with_backoff
+from remove_refusals.chat_template import render
+from remove_refusals.errors import ArchitectureError, DirectionError
+from remove_refusals.modelmap import map_model
+from remove_refusals.models import LoadedModel
+from remove_refusals.types import Activations, ChatFormat, ModelMap, PromptSet
+
+
+@contextmanager
+def _residual_stream(
+    loaded: LoadedModel, model_map: ModelMap, positions: Sequence[int]
+) -> Iterator[dict[int, torch.Tensor]]:
+    """Collect the stream before each layer and after the last, at some positions, while the context lasts.
+
+    Only the positions that are asked for are kept, so that a batch costs no memory beyond the forward pass's own.
+    """
+    found: dict[int, torch.Tensor] = {}
+    modules = dict(loaded.model.named_modules())
+    # Indexed on the device that the stream is on: no copy, no wait for the device between layers.
+    wanted = list(positions)
+
+    def keep(index: int, values: Any) -> None:
+        for value in values:
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape[-1] == model_map.d_model:
+                if value.dim() != 3:
+                    raise ArchitectureError(
+                        f"The residual stream of model type '{model_map.model_type}' has shape {tuple(value.shape)}, "
+                        "expected [batch, tokens, d_model]; directions of several streams are not supported."
+                    )
+                found[index] = value[:, wanted]
+                return
+        raise ArchitectureError(
+            f"Layer {index} of model type '{model_map.model_type}' was called without a tensor of width "
+            f"{model_map.d_model}, expected the residual stream; this model type is not supported."
+        )
+
+    def before(index: int) -> Callable[..., None]:
+        return lambda module, args, kwargs: keep(index, (*args, *kwargs.values()))
+
+    def after(module: torch.nn.Module, args: Any, output: Any) -> None:
+        keep(model_map.n_layers, output if isinstance(output, tuple) else (output,))
+
+    handles = [
+        modules[name].register_forward_pre_hook(before(index), with_kwargs=True)
+        for index, name in enumerate(model_map.layers)
+    ]
+    handles.append(modules[model_map.layers[-1]].register_forward_hook(after))
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def collect_activations(
+    loaded: LoadedModel,
+    prompts: PromptSet,
+    *,
+    chat: ChatFormat | None = None,
+    positions: Sequence[int] = (-1,),
+    batch_size: int | None = None,
+    model_map: ModelMap | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> Activations:
+    """Run prompts through the decoder, without its head and without generating, and keep the residual stream.
+
+    Args:
+        loaded: The model.
+        prompts: The prompts.
+        chat: How they are put before the model; by default as user messages in its own chat template.
+        positions: Negative token positions, counted from the end of the rendered prompt.
+        batch_size: How many prompts to run at once; by default automatic. It is halved when memory runs out.
+        model_map: The model's map, if it is at hand; otherwise it is derived.
+        on_progress: Called after each batch with the number of prompts that are done.
+
+    Returns:
+        `hidden` of shape `[n_prompts, n_positions, n_layers + 1, d_model]`, float32, on the CPU. Batch size and padding
+        do not change it beyond float tolerance.
+
+    Raises:
+        DirectionError: If a position is not negative or reaches before the start of the shortest prompt.
+        ArchitectureError: If the model's layers cannot be found or hand on several streams.
+        PromptError: If the prompts cannot be rendered.
+        ModelError: If memory runs out with a single prompt.
+    """
+    token_ids = render(loaded.tokenizer, prompts.prompts, **vars(chat or ChatFormat()))
+    shortest = min((len(ids) for ids in token_ids), default=0)
+    for position in positions:
+        if not -shortest <= position <= -1:
+            raise DirectionError(
+                f"Token position {position} does not lie within the shortest prompt of {shortest} tokens, expected a "
+                f"number from {-shortest} to -1; count from the end."
+            )
+    model_map = model_map or map_model(loaded.model)
+    decoder = getattr(loaded.model, loaded.model.base_model_prefix, loaded.model)
+    extra = {"use_cache": False} if accepts(loaded, "use_cache") else {}
+    hidden = torch.empty(len(token_ids), len(positions), model_map.n_layers + 1, model_map.d_model)
+
+    def run(indices: Sequence[int]) -> torch.Tensor:
+        batch = left_pad([token_ids[index] for index in indices], loaded.pad_token_id)
+        with torch.inference_mode(), _residual_stream(loaded, model_map, positions) as found:
+            decoder(**batch.inputs(loaded), **extra)
+        stacked = [found[index].to("cpu", torch.float32) for index in range(model_map.n_layers + 1)]
+        return torch.stack(stacked, dim=2)
+
+    done = 0
+    size = first_batch_size(loaded, batch_size)
+    for indices, result in with_backoff(run, longest_first(token_ids), size):
+        hidden[list(indices)] = result
+        done += len(indices)
+        if on_progress is not None:
+            on_progress(done)
+    return Activations(hidden, tuple(positions), prompts)
