@@ -248,6 +248,7 @@ def test_damaged_file_gives_a_direction_or_a_direction_error(
         assert torch.isfinite(loaded.basis).all()
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @given(data=st.data())
 @settings(max_examples=150, deadline=None)
 def test_damaged_pickle_gives_a_direction_or_a_direction_error(
