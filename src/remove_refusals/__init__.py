@@ -1,1 +1,81 @@
-"""Find the direction in the residual stream that mediates refusal, take it out, and measure what that did."""
+"""Find the direction in the residual stream that mediates refusal, take it out, and measure what that did.
+
+The names below are the public interface; each is imported from its module when it is first used, so that importing the
+package, and the command's help, stay quick.
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from remove_refusals.activations import collect_activations
+    from remove_refusals.apply.hooks import ablated
+    from remove_refusals.baking import bake
+    from remove_refusals.directions import direction_from_vectors, mean_difference
+    from remove_refusals.errors import RemoveRefusalsError
+    from remove_refusals.evaluate import evaluate
+    from remove_refusals.generate import generate
+    from remove_refusals.modelmap import map_model
+    from remove_refusals.models import load
+    from remove_refusals.pipeline import RunSettings, run
+    from remove_refusals.plan import intervene
+    from remove_refusals.prompts import embedded_prompts, load_prompts
+    from remove_refusals.records import load_direction, save_direction
+    from remove_refusals.types import Activations, Direction, Intervention, PromptSet
+
+__version__ = version("remove-refusals")
+
+_HOME = {
+    "Activations": "types",
+    "Direction": "types",
+    "Intervention": "types",
+    "PromptSet": "types",
+    "RemoveRefusalsError": "errors",
+    "RunSettings": "pipeline",
+    "ablated": "apply.hooks",
+    "bake": "baking",
+    "collect_activations": "activations",
+    "direction_from_vectors": "directions",
+    "embedded_prompts": "prompts",
+    "evaluate": "evaluate",
+    "generate": "generate",
+    "intervene": "plan",
+    "load": "models",
+    "load_direction": "records",
+    "load_prompts": "prompts",
+    "map_model": "modelmap",
+    "mean_difference": "directions",
+    "run": "pipeline",
+    "save_direction": "records",
+}
+
+__all__ = [
+    "Activations",
+    "Direction",
+    "Intervention",
+    "PromptSet",
+    "RemoveRefusalsError",
+    "RunSettings",
+    "ablated",
+    "bake",
+    "collect_activations",
+    "direction_from_vectors",
+    "embedded_prompts",
+    "evaluate",
+    "generate",
+    "intervene",
+    "load",
+    "load_direction",
+    "load_prompts",
+    "map_model",
+    "mean_difference",
+    "run",
+    "save_direction",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'remove_refusals' has no attribute {name!r}")
+    return getattr(import_module(f"remove_refusals.{_HOME[name]}"), name)

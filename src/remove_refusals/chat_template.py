@@ -72,6 +72,34 @@ def render(
     return rows
 
 
+def render_conversation(
+    tokenizer: "PreTrainedTokenizerBase",
+    prompt: str,
+    turns: Sequence[tuple[str, str]],
+    *,
+    system_prompt: str | None = None,
+    chat_template: str | None = None,
+) -> list[int]:
+    """Turn a prompt and the turns before it into the token ids after which the model's answer starts.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        prompt: The last user message.
+        turns: The earlier user messages, each with its answer.
+        system_prompt: As for `render`.
+        chat_template: As for `render`.
+
+    Returns:
+        The token ids, as `render` gives them for a single prompt.
+
+    Raises:
+        PromptError: If there is no template, or if it fails or does not show the prompt or the system prompt.
+    """
+    text = _render_one(tokenizer, prompt, system_prompt, _template(tokenizer, chat_template), turns)
+    row: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return row
+
+
 def template_tail_length(
     tokenizer: "PreTrainedTokenizerBase",
     *,
@@ -142,8 +170,16 @@ def _template(tokenizer: "PreTrainedTokenizerBase", chat_template: str | None) -
     return _FIXED_CLOCK + template if "strftime_now" in template else template
 
 
-def _render_one(tokenizer: "PreTrainedTokenizerBase", prompt: str, system_prompt: str | None, template: str) -> str:
+def _render_one(
+    tokenizer: "PreTrainedTokenizerBase",
+    prompt: str,
+    system_prompt: str | None,
+    template: str,
+    turns: Sequence[tuple[str, str]] = (),
+) -> str:
     messages = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+    for question, answer in turns:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     messages.append({"role": "user", "content": prompt})
     options = {"enable_thinking": False} if "enable_thinking" in template else {}
     try:

@@ -87,7 +87,7 @@ def share_left(edited: torch.Tensor, original: torch.Tensor, basis: torch.Tensor
         The share, 0 if nothing was there before and nothing is there now.
     """
     after, before = (
-        float((value.movedim(axis, -1).to(torch.float32) @ basis.to(value.device)).norm())
+        float((value.detach().movedim(axis, -1).to(torch.float32) @ basis.to(value.device)).norm())
         for value in (edited, original)
     )
     if before == 0:

@@ -1,7 +1,6 @@
 """A permanent edit of a model that fits in memory: a directory that is written whole or not at all."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,6 @@ def bake(
     dtype: torch.dtype | None = None,
     force: bool = False,
     model_map: ModelMap | None = None,
-    finish: Callable[[Path, EditPlan, dict[str, Any]], None] | None = None,
 ) -> Baked:
     """Edit a model's weights and save it as a Transformers directory with its tokenizer and `ablation.json`.
 
@@ -59,8 +57,6 @@ def bake(
         dtype: The dtype of the saved tensors; by default that of the model's checkpoint.
         force: Whether to replace an existing output.
         model_map: The model's map, if it is at hand; otherwise it is derived.
-        finish: Called with the finished directory before it is moved to its place, the plan and the record, to add
-            files and to the record; what it raises stops the bake.
 
     Returns:
         What was written.
@@ -72,20 +68,33 @@ def bake(
         OutputError: If the output exists and `force` is not given, or cannot be written.
     """
     target = Path(output)
+    with atomic_directory(target, force=force) as directory:
+        baked = write_baked(loaded, intervention, directory, tied=tied, dtype=dtype, model_map=model_map)
+        write_json(directory / "ablation.json", baked.record)
+    return replace(baked, directory=target)
+
+
+def write_baked(
+    loaded: LoadedModel,
+    intervention: Intervention,
+    directory: Path,
+    *,
+    tied: Tied = "untie",
+    dtype: torch.dtype | None = None,
+    model_map: ModelMap | None = None,
+) -> Baked:
+    """Write an edited model into a directory that exists; `ablation.json` is left to the caller, who may add to it.
+
+    Args, Returns and Raises: as for `bake`.
+    """
     model_map = model_map or map_model(loaded.model)
     plan = resolve(intervention, model_map, loaded.model.get_parameter, tied=tied)
-    saved_dtype = dtype or loaded.checkpoint_dtype
-    with atomic_directory(target, force=force) as directory:
-        save_edited(loaded.model, plan, model_map, directory, dtype=saved_dtype)
-        loaded.tokenizer.save_pretrained(directory)
-        for number, direction in enumerate(intervention.directions):
-            name = "direction.safetensors" if number == 0 else f"direction-{number}.safetensors"
-            save_direction(direction, directory / name)
-        record = ablation_record(loaded, intervention, plan, model_map)
-        if finish is not None:
-            finish(directory, plan, record)
-        write_json(directory / "ablation.json", record)
-    return Baked(target, plan, record)
+    save_edited(loaded.model, plan, model_map, directory, dtype=dtype or loaded.checkpoint_dtype)
+    loaded.tokenizer.save_pretrained(directory)
+    for number, direction in enumerate(intervention.directions):
+        name = "direction.safetensors" if number == 0 else f"direction-{number}.safetensors"
+        save_direction(direction, directory / name)
+    return Baked(directory, plan, ablation_record(loaded, intervention, plan, model_map))
 
 
 def ablation_record(

@@ -1,0 +1,436 @@
+"""The whole job: model → activations → direction → edit → saved model → measured from the saved files."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from remove_refusals.activations import collect_activations
+from remove_refusals.apply.hooks import ablated
+from remove_refusals.atomic import atomic_directory
+from remove_refusals.baking import Baked, write_baked
+from remove_refusals.chat_template import check_position, render, template_tail_length
+from remove_refusals.directions import largest_coordinate_share, layer_index, mean_difference
+from remove_refusals.errors import ModelError
+from remove_refusals.evaluate import Evaluation, EvaluationPrompts, EvaluationSettings, evaluate, warnings
+from remove_refusals.generate import generate
+from remove_refusals.modelmap import map_model
+from remove_refusals.models import LoadedModel, load
+from remove_refusals.plan import Tied, intervene
+from remove_refusals.prompts import check_disjoint, draw, embedded_prompts, load_prompts
+from remove_refusals.records import load_direction, write_json, write_jsonl
+from remove_refusals.report import model_card
+from remove_refusals.types import SITE_KINDS, ChatFormat, Direction, Intervention, ModelMap, PromptSet, SiteKind
+
+DEMO = "demo"
+"""The name that stands for the embedded demo model."""
+
+OUTLIER_SHARE = 0.5
+"""From here on a single coordinate is called an outlier: it holds more than all others together."""
+
+OnProgress = Callable[[str, int, int], None]
+"""Called with the stage's name, how much of it is done and how much there is."""
+
+
+@dataclass(frozen=True)
+class PromptSource:
+    """Where prompts come from.
+
+    Attributes:
+        source: A file or data set id; None for the embedded set.
+        column: The column of a table or the field of an object; None for the usual names.
+        split: The split of a data set.
+    """
+
+    source: str | None = None
+    column: str | None = None
+    split: str | None = None
+
+    def load(self, name: str, embedded: str) -> PromptSet:
+        """Load the prompts, or the embedded set of the given name."""
+        if self.source is None:
+            return replace(embedded_prompts(embedded), name=name)
+        return load_prompts(self.source, name=name, column=self.column, split=self.split)
+
+
+@dataclass(frozen=True)
+class LoadSettings:
+    """How the model is loaded; the names are those of `load`."""
+
+    device: str | None = None
+    dtype: str = "auto"
+    load_in_4bit: bool = False
+    trust_remote_code: bool = False
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class DirectionSettings:
+    """How the direction is found.
+
+    Attributes:
+        harmful: Prompts that the model refuses.
+        harmless: Prompts that it answers.
+        n_prompts: How many of each are drawn.
+        seed: What draws them.
+        layer: A fraction of depth (float) or an index (int).
+        position: The token position, negative, within the chat template's tail.
+        projected: Whether the component along the harmless mean is removed.
+    """
+
+    harmful: PromptSource = PromptSource()
+    harmless: PromptSource = PromptSource()
+    n_prompts: int = 32
+    seed: int = 0
+    layer: float | int = 0.6
+    position: int = -1
+    projected: bool = False
+
+
+@dataclass(frozen=True)
+class EditSettings:
+    """What is taken out where.
+
+    Attributes:
+        strength: The share that is taken out.
+        layers: The first and last layer to edit; None for all and the embedding.
+        sites: The kinds of site to edit.
+        tied: What to do with an embedding that is also the unembedding.
+    """
+
+    strength: float = 1.0
+    layers: tuple[int, int] | None = None
+    sites: tuple[SiteKind, ...] = SITE_KINDS
+    tied: Tied = "untie"
+
+
+@dataclass(frozen=True)
+class MeasureSettings:
+    """What is measured; `n_test` limits each set to that many prompts, None takes all."""
+
+    harmful: PromptSource = PromptSource()
+    harmless: PromptSource = PromptSource()
+    alarming: PromptSource = PromptSource()
+    n_test: int | None = None
+    max_new_tokens: int = 100
+    kl_tokens: int = 32
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Everything that decides a run's result."""
+
+    model: str = DEMO
+    loading: LoadSettings = LoadSettings()
+    chat: ChatFormat = ChatFormat()
+    direction: DirectionSettings = DirectionSettings()
+    edit: EditSettings = EditSettings()
+    measure: MeasureSettings = MeasureSettings()
+    batch_size: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class RunResult:
+    """What a run made and measured."""
+
+    baked: Baked
+    evaluation: Evaluation
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class FoundDirection:
+    """A direction with what its record needs.
+
+    Attributes:
+        direction: The direction.
+        prompts: The harmful and the harmless prompts that it was found on; empty for one from a file.
+        largest_coordinate: The share of the residual stream's mean squared norm that lies in one coordinate there;
+            None for a direction from a file.
+    """
+
+    direction: Direction
+    prompts: tuple[PromptSet, ...]
+    largest_coordinate: float | None
+
+
+@contextlib.contextmanager
+def model_source(model: str) -> Iterator[str]:
+    """Give the directory of the embedded demo model for the name `demo`, and any other name unchanged."""
+    if model != DEMO or Path(model).is_dir():
+        yield model
+        return
+    with resources.as_file(resources.files("remove_refusals") / "data" / "demo") as directory:
+        yield str(directory)
+
+
+def load_model(model: str, settings: LoadSettings) -> LoadedModel:
+    """Load a model by directory, hub id or the name `demo`.
+
+    Raises:
+        ModelError: If it cannot be found or loaded.
+        CheckpointError: If a weight file is corrupt.
+    """
+    with model_source(model) as source:
+        loaded = load(source, **asdict(settings))
+    return replace(loaded, source=model) if model == DEMO else loaded
+
+
+def find_direction(
+    loaded: LoadedModel,
+    settings: DirectionSettings,
+    *,
+    chat: ChatFormat,
+    batch_size: int | None = None,
+    model_map: ModelMap | None = None,
+    on_progress: OnProgress | None = None,
+) -> FoundDirection:
+    """Draw prompts, collect their activations and take the difference of the means.
+
+    Raises:
+        PromptError: If prompts cannot be loaded, or the position does not lie within the chat template's tail.
+        DirectionError: If the layer does not lie within the model.
+        NumericalError: If activations are NaN or infinite.
+    """
+    harmful = draw(settings.harmful.load("harmful", "harmful_train"), settings.n_prompts, settings.seed)
+    harmless = draw(settings.harmless.load("harmless", "harmless_train"), settings.n_prompts, settings.seed)
+    if not chat.plain:
+        tail = template_tail_length(
+            loaded.tokenizer, system_prompt=chat.system_prompt, chat_template=chat.chat_template
+        )
+        check_position(settings.position, tail)
+    model_map = model_map or map_model(loaded.model)
+    index = layer_index(settings.layer, model_map.n_layers)
+    total = len(harmful) + len(harmless)
+    parts = []
+    for before, prompts in ((0, harmful), (len(harmful), harmless)):
+        parts.append(
+            collect_activations(
+                loaded,
+                prompts,
+                chat=chat,
+                positions=(settings.position,),
+                batch_size=batch_size,
+                model_map=model_map,
+                on_progress=stage_progress(on_progress, "activations", before, total),
+            )
+        )
+    direction = mean_difference(
+        parts[0],
+        parts[1],
+        layer=settings.layer,
+        position=settings.position,
+        projected=settings.projected,
+        model=Path(loaded.source).name if Path(loaded.source).is_dir() else loaded.source,
+        seed=settings.seed,
+    )
+    share = largest_coordinate_share(parts, index, settings.position)
+    return FoundDirection(direction, (harmful, harmless), share)
+
+
+def make_intervention(direction: Direction, settings: EditSettings, model_map: ModelMap) -> Intervention:
+    """Apply one direction as the settings say.
+
+    Raises:
+        DirectionError: If the layers do not lie within the model.
+    """
+    return intervene(
+        direction, model_map.n_layers, strength=settings.strength, layers=settings.layers, kinds=settings.sites
+    )
+
+
+def test_prompts(settings: MeasureSettings, used: tuple[PromptSet, ...] = ()) -> EvaluationPrompts:
+    """Load the prompts to measure on and check that none of them was used to find the direction.
+
+    Raises:
+        PromptError: If a set cannot be loaded, or shares a prompt with another.
+    """
+
+    def limited(prompts: PromptSet) -> PromptSet:
+        if settings.n_test is None or settings.n_test >= len(prompts):
+            return prompts
+        return draw(prompts, settings.n_test, 0)
+
+    harmful = settings.harmful.load("harmful", "harmful_test")
+    harmless = settings.harmless.load("harmless", "harmless_test")
+    alarming = settings.alarming.load("alarming", "harmless_alarming")
+    check_disjoint(*used, harmful, harmless, alarming)
+    return EvaluationPrompts(limited(harmful), limited(harmless), limited(alarming))
+
+
+def measure_settings(settings: RunSettings) -> EvaluationSettings:
+    """The settings of the evaluation as a run's settings give them."""
+    return EvaluationSettings(
+        max_new_tokens=settings.measure.max_new_tokens,
+        kl_tokens=settings.measure.kl_tokens,
+        batch_size=settings.batch_size,
+        chat=settings.chat,
+    )
+
+
+def run(
+    settings: RunSettings,
+    output: Path | str,
+    *,
+    force: bool = False,
+    direction_file: Path | None = None,
+    on_progress: OnProgress | None = None,
+) -> RunResult:
+    """Do the whole job and leave a directory with the edited model, its tokenizer, its records and its model card.
+
+    The final numbers are measured on the saved files, loaded afresh.
+
+    Args:
+        settings: What to do.
+        output: The directory to be made.
+        force: Whether to replace an existing output.
+        direction_file: A direction that was found before; otherwise it is found now.
+        on_progress: Told of every stage.
+
+    Returns:
+        What was made and measured.
+
+    Raises:
+        RemoveRefusalsError: Of the type that fits what went wrong; nothing is left half-made.
+    """
+    if settings.loading.load_in_4bit:
+        raise ModelError(
+            "The model is to be loaded in 4 bits and saved, expected full weights for a permanent edit; leave "
+            "--load-in-4bit out, or measure with `evaluate` and talk with `chat`."
+        )
+    target = Path(output)
+    with atomic_directory(target, force=force) as directory:
+        result = _run_into(directory, settings, direction_file, on_progress)
+    return replace(result, baked=replace(result.baked, directory=target))
+
+
+def _run_into(
+    directory: Path, settings: RunSettings, direction_file: Path | None, on_progress: OnProgress | None
+) -> RunResult:
+    loaded = load_model(settings.model, settings.loading)
+    model_map = map_model(loaded.model)
+    if direction_file is None:
+        found = find_direction(
+            loaded,
+            settings.direction,
+            chat=settings.chat,
+            batch_size=settings.batch_size,
+            model_map=model_map,
+            on_progress=on_progress,
+        )
+    else:
+        found = FoundDirection(load_direction(direction_file), (), None)
+    prompts = test_prompts(settings.measure, found.prompts)
+    intervention = make_intervention(found.direction, settings.edit, model_map)
+    baked = write_baked(loaded, intervention, directory, tied=settings.edit.tied, model_map=model_map)
+    edited = load(str(directory), device=settings.loading.device, dtype=settings.loading.dtype)
+    evaluation = evaluate(
+        loaded, edited, prompts, measure_settings(settings), on_progress=stage_progress(on_progress, "evaluation")
+    )
+    notes = (*warnings(evaluation), *_outlier_warning(found, settings))
+    record = {
+        **baked.record,
+        "settings": asdict(settings),
+        "prompts": _prompt_records(found.prompts, prompts),
+        "scores": evaluation.to_json(),
+        "warnings": list(notes),
+    }
+    write_json(directory / "ablation.json", record)
+    write_json(directory / "scores.json", evaluation.to_json())
+    write_jsonl(directory / "rows.jsonl", (row.to_json() for row in evaluation.rows))
+    (directory / "README.md").write_text(model_card(record), encoding="utf-8")
+    return RunResult(replace(baked, record=record), evaluation, notes)
+
+
+def _prompt_records(used: tuple[PromptSet, ...], prompts: EvaluationPrompts) -> dict[str, dict[str, Any]]:
+    sets = {f"{part.name}_train": part for part in used}
+    sets |= {f"{part.name}_test": part for part in (prompts.harmful, prompts.harmless, prompts.alarming) if part}
+    return {name: {"source": part.source, "n": len(part), "sha256": part.sha256} for name, part in sets.items()}
+
+
+def _outlier_warning(found: FoundDirection, settings: RunSettings) -> tuple[str, ...]:
+    share = found.largest_coordinate
+    if share is None or share < OUTLIER_SHARE or settings.direction.projected:
+        return ()
+    return (
+        f"One coordinate holds {share:.0%} of the residual stream's mean squared norm where the direction was found; "
+        "the plain mean difference leans on it. Try --projected and a range of layers in the upper half.",
+    )
+
+
+def stage_progress(
+    on_progress: OnProgress | None, stage: str, before: int = 0, total: int | None = None
+) -> Callable[..., None] | None:
+    """Turn the report of one stage's part, `(done)` or `(done, total)`, into that of the stage."""
+    if on_progress is None:
+        return None
+
+    def report(done: int, whole: int | None = None) -> None:
+        on_progress(stage, before + done, whole if total is None and whole is not None else total or 0)
+
+    return report
+
+
+def compare(
+    settings: RunSettings, edited: str, *, on_progress: OnProgress | None = None
+) -> tuple[Evaluation, tuple[str, ...]]:
+    """Measure an edited model against its base, `settings.model`.
+
+    Returns:
+        The scores, and what should be said of them.
+
+    Raises:
+        RemoveRefusalsError: Of the type that fits what went wrong.
+    """
+    base = load_model(settings.model, settings.loading)
+    other = load_model(edited, replace(settings.loading, revision=None))
+    prompts = test_prompts(settings.measure)
+    evaluation = evaluate(
+        base, other, prompts, measure_settings(settings), on_progress=stage_progress(on_progress, "evaluation")
+    )
+    return evaluation, warnings(evaluation)
+
+
+def answer_rows(
+    loaded: LoadedModel,
+    prompts: PromptSet,
+    intervention: Intervention | None,
+    *,
+    model_map: ModelMap | None = None,
+    chat: ChatFormat | None = None,
+    max_new_tokens: int = 100,
+    batch_size: int | None = None,
+    on_progress: OnProgress | None = None,
+) -> list[dict[str, Any]]:
+    """Answer prompts, with a direction taken out if an intervention is given.
+
+    Returns:
+        One JSON object per prompt, in order: `prompt`, `answer`, `n_tokens`, `finished`, `ablated`.
+
+    Raises:
+        RemoveRefusalsError: If the model cannot be hooked, or a prompt cannot be rendered or does not fit.
+    """
+    token_ids = render(loaded.tokenizer, prompts.prompts, **vars(chat or ChatFormat()))
+    context: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if intervention is not None:
+        context = ablated(loaded.model, intervention, model_map=model_map)
+    with context:
+        answers = generate(
+            loaded,
+            token_ids,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            on_progress=stage_progress(on_progress, "answers", 0, len(prompts)),
+        )
+    return [
+        {
+            "prompt": prompt,
+            "answer": answer.text,
+            "n_tokens": len(answer.token_ids),
+            "finished": answer.finished,
+            "ablated": intervention is not None,
+        }
+        for prompt, answer in zip(prompts.prompts, answers, strict=True)
+    ]

@@ -1,0 +1,113 @@
+"""Laws of the one formula."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from remove_refusals import linalg
+from remove_refusals.errors import DirectionError
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@st.composite
+def cases(draw):
+    d_model = draw(st.integers(2, 24))
+    rank = draw(st.integers(1, min(3, d_model)))
+    shape = draw(st.lists(st.integers(1, 6), min_size=0, max_size=2))
+    axis = draw(st.integers(0, len(shape)))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    tensor = torch.randn([*shape[:axis], d_model, *shape[axis:]], generator=generator)
+    basis = linalg.orthonormal_basis(torch.randn(d_model, rank, generator=generator))
+    return tensor.to(draw(st.sampled_from(DTYPES))), basis, axis
+
+
+def component(tensor, basis, axis):
+    return tensor.movedim(axis, -1).float() @ basis
+
+
+@given(cases())
+@settings(max_examples=60, deadline=None)
+def test_strength_zero_leaves_every_byte(case):
+    tensor, basis, axis = case
+    kept = linalg.project_out(tensor, basis, 0.0, axis)
+    assert kept.dtype == tensor.dtype and torch.equal(kept, tensor)
+    assert kept.data_ptr() != tensor.data_ptr()
+
+
+@given(cases())
+@settings(max_examples=60, deadline=None)
+def test_full_strength_leaves_nothing_beyond_rounding(case):
+    tensor, basis, axis = case
+    before = tensor.clone()
+    edited = linalg.project_out(tensor, basis, 1.0, axis)
+    assert torch.equal(tensor, before)
+    scale = tensor.float().norm()
+    assert component(edited, basis, axis).norm() <= 2 * torch.finfo(tensor.dtype).eps * scale + 1e-6
+
+
+@given(cases(), st.floats(-2, 2))
+@settings(max_examples=60, deadline=None)
+def test_strength_scales_the_component_and_leaves_the_rest(case, strength):
+    tensor, basis, axis = case
+    tensor = tensor.float()
+    edited = linalg.project_out(tensor, basis, strength, axis)
+    torch.testing.assert_close(
+        component(edited, basis, axis), (1 - strength) * component(tensor, basis, axis), atol=1e-4, rtol=1e-4
+    )
+    rest = [linalg.project_out(value, basis, 1.0, axis) for value in (edited, tensor)]
+    torch.testing.assert_close(*rest, atol=1e-4, rtol=1e-4)
+
+
+@given(cases())
+@settings(max_examples=40, deadline=None)
+def test_twice_is_once(case):
+    tensor, basis, axis = case
+    once = linalg.project_out(tensor.float(), basis, 1.0, axis)
+    torch.testing.assert_close(linalg.project_out(once, basis, 1.0, axis), once, atol=1e-5, rtol=1e-5)
+
+
+def test_large_tensors_in_parts_equal_the_whole(monkeypatch):
+    tensor, basis = torch.randn(50, 4, 8), linalg.orthonormal_basis(torch.randn(8, 1))
+    whole = tensor - (tensor @ basis) @ basis.T
+    monkeypatch.setattr(linalg, "ROWS_AT_ONCE", 40)
+    torch.testing.assert_close(linalg.project_out(tensor, basis, 1.0, -1), whole)
+
+
+def test_a_low_rank_pair_is_the_same_edit():
+    weight, basis = torch.randn(16, 5), linalg.orthonormal_basis(torch.randn(16, 2))
+    pair = weight + (-0.7 * basis) @ (basis.T @ weight)
+    torch.testing.assert_close(linalg.project_out(weight, basis, 0.7, 0), pair)
+
+
+def test_share_left():
+    weight, basis = torch.randn(16, 5), linalg.orthonormal_basis(torch.randn(16, 1))
+    assert linalg.share_left(weight, weight, basis, 0) == pytest.approx(1.0)
+    assert linalg.share_left(linalg.project_out(weight, basis, 0.75, 0), weight, basis, 0) == pytest.approx(0.25, 1e-3)
+    assert linalg.share_left(linalg.project_out(weight, basis, 1.0, 0), weight, basis, 0) < 1e-6
+
+
+def test_basis_spans_the_vectors():
+    vectors = torch.randn(12, 3)
+    basis = linalg.orthonormal_basis(vectors)
+    torch.testing.assert_close(basis.T @ basis, torch.eye(3), atol=1e-6, rtol=0)
+    torch.testing.assert_close(basis @ (basis.T @ vectors), vectors, atol=1e-5, rtol=1e-5)
+
+
+def test_a_single_vector_keeps_its_sign():
+    vector = torch.randn(9)
+    torch.testing.assert_close(linalg.orthonormal_basis(vector[:, None])[:, 0], vector / vector.norm())
+
+
+@pytest.mark.parametrize(
+    ("vectors", "what"),
+    [
+        (torch.zeros(4, 1), "non-zero"),
+        (torch.tensor([[1.0], [float("nan")]]), "finite"),
+        (torch.ones(4, 2), "dependent"),
+    ],
+)
+def test_unusable_vectors_are_refused(vectors, what):
+    with pytest.raises(DirectionError, match=what):
+        linalg.orthonormal_basis(vectors)
