@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from remove_refusals.chat_template import check_position, render, template_tail_length
+from remove_refusals.chat_template import check_position, render, render_conversation, template_tail_length
 from remove_refusals.errors import PromptError
 
 LLAMA = (
@@ -113,6 +113,19 @@ def test_rendering_agrees_with_the_library_where_there_is_no_thinking(make: Make
         messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": prompt}]
         expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         assert render(tokenizer, [prompt], system_prompt="Be kind.") == [expected]
+
+
+def test_conversation_agrees_with_the_library(make: Make) -> None:
+    tokenizer = make(LLAMA)
+    messages = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello."},
+        {"role": "user", "content": "Bye"},
+    ]
+    expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert render_conversation(tokenizer, "Bye", [("Hi", "Hello.")], system_prompt="Be kind.") == expected
+    assert render_conversation(make(R1), "Bye", []) == render(make(R1), ["Bye"])[0]
 
 
 def test_each_prompt_is_rendered_as_if_alone(make: Make) -> None:
