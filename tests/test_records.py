@@ -16,6 +16,7 @@ from safetensors.torch import save, save_file
 
 from remove_refusals.errors import CheckpointError, DirectionError, NumericalError, OutputError
 from remove_refusals.records import (
+    check_direction_path,
     direction_sha256,
     load_direction,
     read_json,
@@ -226,6 +227,21 @@ def test_missing_and_unknown_files(tmp_path: Path) -> None:
         load_direction(tmp_path / "a.npy")
     with pytest.raises(DirectionError, match=r"expected \.safetensors or \.pt"):
         save_direction(random_direction(), tmp_path / "a")
+
+
+def test_path_is_checked_before_the_work(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    check_direction_path(path)
+    assert not path.exists()
+    save_direction(random_direction(), path)
+    check_direction_path(path, force=True)
+    with pytest.raises(OutputError, match="exists already"):
+        check_direction_path(path)
+    with pytest.raises(DirectionError, match=r"'\.npy'"):
+        check_direction_path(tmp_path / "a.npy")
+    (tmp_path / "directory.pt").mkdir()
+    with pytest.raises(OutputError, match="is a directory, expected a file"):
+        check_direction_path(tmp_path / "directory.pt", force=True)
 
 
 @given(data=st.data())

@@ -72,11 +72,11 @@ def _staged(target: Path, *, force: bool, directory: bool) -> Iterator[Path]:
     staging = target.parent / f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}{target.suffix}"
     made: list[Path] = []
     try:
-        _check_target(target, force=force, directory=directory)
+        check_target(target, force=force, directory=directory)
         _make_parents(target.parent, made)
         yield staging
         # Looked at again, since the block may have taken hours.
-        _check_target(target, force=force, directory=directory)
+        check_target(target, force=force, directory=directory)
         _move_into_place(staging, target)
     except BaseException as error:
         _remove(staging, made)
@@ -87,7 +87,18 @@ def _staged(target: Path, *, force: bool, directory: bool) -> Iterator[Path]:
     _flush_entries(target.parent)
 
 
-def _check_target(target: Path, *, force: bool, directory: bool) -> None:
+def check_target(target: Path, *, force: bool, directory: bool) -> None:
+    """Check that an output may be made at a place, without making anything.
+
+    Args:
+        target: The file or directory to be made.
+        force: Whether an existing one is replaced.
+        directory: Whether it is a directory.
+
+    Raises:
+        OutputError: If it exists and `force` is not given, or is not replaced even so: a file for a directory, the
+            reverse, or a directory that is neither empty nor a model's.
+    """
     if not target.exists():
         return
     if not force:

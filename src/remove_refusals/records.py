@@ -4,10 +4,7 @@ import hashlib
 import io
 import json
 import math
-import pickle
 import platform
-import struct
-import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from importlib import metadata
@@ -18,15 +15,14 @@ import safetensors
 import safetensors.torch
 import torch
 
-from remove_refusals.atomic import atomic_file
+from remove_refusals.atomic import atomic_file, check_target
 from remove_refusals.errors import DirectionError, NumericalError, RemoveRefusalsError
+from remove_refusals.torch_files import read_torch_file
 from remove_refusals.types import Direction, DirectionOrigin
 
 DIRECTION_FORMAT_VERSION = 1
 
 _METADATA_KEY = "remove_refusals"
-# What PyTorch's restricted unpickler was seen to raise when single bytes of a saved vector were changed.
-_DAMAGE = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError, AssertionError, struct.error)
 _PACKAGES = ("remove-refusals", "torch", "transformers", "safetensors")
 
 
@@ -121,6 +117,21 @@ def direction_sha256(direction: Direction) -> str:
     return hashlib.sha256(f"{rows}x{columns}\n".encode() + values).hexdigest()
 
 
+def check_direction_path(path: Path, *, force: bool = False) -> None:
+    """Check that `save_direction` will take a path, before the work that leads to a direction is done.
+
+    Args:
+        path: Where the direction is to go.
+        force: Whether an existing file is replaced.
+
+    Raises:
+        DirectionError: If the suffix is neither `.safetensors` nor `.pt`.
+        OutputError: If the file exists and `force` is not given, or if it is a directory.
+    """
+    _format(path)
+    check_target(path, force=force, directory=False)
+
+
 def save_direction(direction: Direction, path: Path, *, force: bool = False) -> None:
     """Write a direction to a `.safetensors` file with its origin, or to a plain `.pt` file.
 
@@ -182,7 +193,7 @@ def load_direction(path: Path) -> Direction:
             f"The direction file {path} cannot be read ({error.strerror}), expected a direction; check the path."
         ) from error
     if suffix == ".pt":
-        return _from_vector(_unpickle(content, path), path)
+        return _from_vector(read_torch_file(content, path), path)
     try:
         tensors = safetensors.torch.load(content)
     except (safetensors.SafetensorError, ValueError) as error:
@@ -208,27 +219,6 @@ def _format(path: Path) -> str:
             f"The direction file {path} has the suffix {suffix!r}, expected .safetensors or .pt; choose one of them."
         )
     return suffix
-
-
-def _unpickle(content: bytes, path: Path) -> object:
-    if not zipfile.is_zipfile(io.BytesIO(content)):
-        raise DirectionError(
-            f"The direction file {path} is not in the format of `torch.save`, expected a vector saved by it; save it "
-            "again with a current PyTorch."
-        )
-    try:
-        value: object = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise DirectionError(
-            f"The direction file {path} is damaged or holds something other than tensors, which was not executed, "
-            "expected one plain tensor; do not trust this file."
-        ) from error
-    except _DAMAGE as error:
-        raise DirectionError(
-            f"The direction file {path} is corrupt ({type(error).__name__}), expected a vector saved by `torch.save`; "
-            "make it again."
-        ) from error
-    return value
 
 
 def _from_vector(value: object, path: Path) -> Direction:
