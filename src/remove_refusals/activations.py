@@ -11,7 +11,9 @@ from remove_refusals.chat_template import render
 from remove_refusals.errors import ArchitectureError, DirectionError
 from remove_refusals.modelmap import map_model
 from remove_refusals.models import LoadedModel
-from remove_refusals.types import Activations, ChatFormat, ModelMap, PromptSet
+from remove_refusals.types import Activations, ChatFormat, Direction, ModelMap, PromptSet
+
+_N_PROBE_TOKENS = 16
 
 
 @contextmanager
@@ -119,3 +121,27 @@ def collect_activations(
         if on_progress is not None:
             on_progress(done)
     return Activations(hidden, tuple(positions), prompts)
+
+
+def measure_boundaries(loaded: LoadedModel, direction: Direction, model_map: ModelMap) -> tuple[float, ...]:
+    """Run a model on a few tokens and measure what the residual stream holds along a direction.
+
+    Args:
+        loaded: The model.
+        direction: The direction, of the model's width.
+        model_map: The model's map.
+
+    Returns:
+        For the stream before each layer and behind the last, the largest `‖Qᵀh‖ / ‖h‖` over the tokens.
+
+    Raises:
+        ArchitectureError: If the layers hand on several streams.
+    """
+    tokens = [[(7 * index + 3) % min(loaded.vocabulary_size, 1000) for index in range(_N_PROBE_TOKENS)]]
+    batch = left_pad(tokens, loaded.pad_token_id)
+    positions = tuple(range(-_N_PROBE_TOKENS, 0))
+    with torch.inference_mode(), _residual_stream(loaded, model_map, positions) as found:
+        loaded.model(**batch.inputs(loaded))
+    basis = direction.basis.to(loaded.device)
+    shares = [found[index].to(torch.float32) for index in range(model_map.n_layers + 1)]
+    return tuple(float(((h @ basis).norm(dim=-1) / h.norm(dim=-1).clamp_min(1e-30)).max()) for h in shares)

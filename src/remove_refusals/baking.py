@@ -1,18 +1,24 @@
 """A permanent edit of a model that fits in memory: a directory that is written whole or not at all."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 
+from remove_refusals.activations import measure_boundaries
 from remove_refusals.apply.memory import save_edited
 from remove_refusals.atomic import atomic_directory
-from remove_refusals.checkpoint import file_hashes
+from remove_refusals.certify import Certificate, certify
+from remove_refusals.checkpoint import INDEX_FILE, SINGLE_FILE, checkpoint_tensors, file_hashes
+from remove_refusals.errors import CertificateError
 from remove_refusals.modelmap import map_model
-from remove_refusals.models import LoadedModel
+from remove_refusals.models import FLOAT_DTYPES, LoadedModel, load
 from remove_refusals.plan import Tied, resolve
 from remove_refusals.records import direction_sha256, save_direction, versions, write_json
+from remove_refusals.skeleton import disk_names
 from remove_refusals.types import EditPlan, Intervention, ModelMap
 
 FORMAT = 1
@@ -27,11 +33,14 @@ class Baked:
         directory: Where.
         plan: What happened to which tensor.
         record: The content of `ablation.json`.
+        certificate: What was measured on the saved files; None where the base has no safetensors to compare with, or
+            the dtype was changed.
     """
 
     directory: Path
     plan: EditPlan
     record: dict[str, Any]
+    certificate: Certificate | None
 
 
 def bake(
@@ -41,6 +50,7 @@ def bake(
     *,
     tied: Tied = "untie",
     dtype: torch.dtype | None = None,
+    allow_leak: bool = False,
     force: bool = False,
     model_map: ModelMap | None = None,
 ) -> Baked:
@@ -55,6 +65,7 @@ def bake(
         output: The directory to be made.
         tied: What to do with an embedding that is also the unembedding.
         dtype: The dtype of the saved tensors; by default that of the model's checkpoint.
+        allow_leak: Whether to edit a model whose weights no edit makes exact; the leak is measured and recorded.
         force: Whether to replace an existing output.
         model_map: The model's map, if it is at hand; otherwise it is derived.
 
@@ -65,11 +76,14 @@ def bake(
         DirectionError: If the intervention does not fit the model.
         ArchitectureError: If no exact weight edit of the model exists.
         ModelError: If a tensor is quantised or not in memory.
+        CertificateError: If the saved files do not hold what the plan says.
         OutputError: If the output exists and `force` is not given, or cannot be written.
     """
     target = Path(output)
     with atomic_directory(target, force=force) as directory:
-        baked = write_baked(loaded, intervention, directory, tied=tied, dtype=dtype, model_map=model_map)
+        baked = write_baked(
+            loaded, intervention, directory, tied=tied, dtype=dtype, allow_leak=allow_leak, model_map=model_map
+        )
         write_json(directory / "ablation.json", baked.record)
     return replace(baked, directory=target)
 
@@ -81,6 +95,7 @@ def write_baked(
     *,
     tied: Tied = "untie",
     dtype: torch.dtype | None = None,
+    allow_leak: bool = False,
     model_map: ModelMap | None = None,
 ) -> Baked:
     """Write an edited model into a directory that exists; `ablation.json` is left to the caller, who may add to it.
@@ -88,13 +103,70 @@ def write_baked(
     Args, Returns and Raises: as for `bake`.
     """
     model_map = model_map or map_model(loaded.model)
-    plan = resolve(intervention, model_map, loaded.model.get_parameter, tied=tied)
-    save_edited(loaded.model, plan, model_map, directory, dtype=dtype or loaded.checkpoint_dtype)
+    plan = resolve(intervention, model_map, loaded.model.get_parameter, tied=tied, allow_leak=allow_leak)
+    base = base_directory(loaded)
+    saved = (lambda name: dtype) if dtype is not None else _saved_dtypes(loaded, base)
+    save_edited(loaded.model, plan, model_map, directory, dtype_of=saved)
     loaded.tokenizer.save_pretrained(directory)
+    certificate = None
+    if base is not None and dtype is None:
+        certificate = certify(
+            directory, base, plan, model_map, boundaries=_boundaries(loaded, directory, intervention, model_map)
+        )
+        write_json(directory / "certificate.json", certificate.to_json())
+        if not certificate.passed:
+            raise CertificateError(
+                f"The saved files do not hold the edit: {certificate.problems[0]} ({len(certificate.problems)} such in "
+                "all), expected every writer edited and all other bytes unchanged; nothing was kept, report this "
+                "model type."
+            )
     for number, direction in enumerate(intervention.directions):
         name = "direction.safetensors" if number == 0 else f"direction-{number}.safetensors"
         save_direction(direction, directory / name)
-    return Baked(directory, plan, ablation_record(loaded, intervention, plan, model_map))
+    record = ablation_record(loaded, intervention, plan, model_map)
+    if certificate is not None and plan.leaks and certificate.boundaries is not None:
+        record["leak"] = {"why": list(plan.leaks), "largest_component": max(certificate.boundaries)}
+    return Baked(directory, plan, record, certificate)
+
+
+def base_directory(loaded: LoadedModel) -> Path | None:
+    """Find the directory of the safetensors files that a model was loaded from.
+
+    Returns:
+        The directory, in the hub's cache for a hub id; None if there are no safetensors files.
+    """
+    source = Path(loaded.source)
+    if not source.is_dir():
+        found = try_to_load_from_cache(loaded.source, "config.json", revision=loaded.revision)
+        if not isinstance(found, str):
+            return None
+        source = Path(found).parent
+    return source if (source / SINGLE_FILE).is_file() or (source / INDEX_FILE).is_file() else None
+
+
+def _saved_dtypes(loaded: LoadedModel, base: Path | None) -> Callable[[str], torch.dtype | None]:
+    """Give each tensor the dtype that it has in the base's files, which need not be the same for all."""
+    if base is None:
+        return lambda name: loaded.checkpoint_dtype
+    on_disk = {name: FLOAT_DTYPES.get(entry.dtype) for name, (_, entry) in checkpoint_tensors(base).items()}
+    if len({dtype for dtype in on_disk.values() if dtype is not None}) == 1:
+        return lambda name: loaded.checkpoint_dtype
+
+    def dtype_of(name: str) -> torch.dtype | None:
+        return next((on_disk[disk] for disk in disk_names(loaded.model, name) if disk in on_disk), None)
+
+    return dtype_of
+
+
+def _boundaries(
+    loaded: LoadedModel, directory: Path, intervention: Intervention, model_map: ModelMap
+) -> tuple[float, ...] | None:
+    """Run the saved model and measure what is left at every layer boundary, where nothing should be."""
+    everywhere = {(edit.kind, edit.layer) for edit in intervention.edits if edit.strength == 1}
+    if len(intervention.directions) != 1 or {(site.kind, site.layer) for site in model_map.sites} - everywhere:
+        return None
+    edited = load(str(directory), device=str(loaded.device), dtype=torch.float32, tokenizer=None)
+    return measure_boundaries(edited, intervention.directions[0], model_map)
 
 
 def ablation_record(

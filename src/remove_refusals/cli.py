@@ -298,8 +298,7 @@ def bake(
     revision: Revision = None,
 ) -> None:
     """Edit the weights for good and save the model with its tokenizer."""
-    from remove_refusals import baking
-    from remove_refusals import console, pipeline
+    from remove_refusals import baking, console, pipeline
 
     edit = _edit_settings(strength, layers, sites, tied)
     loaded = pipeline.load_model(model, pipeline.LoadSettings(device, dtype, False, trust_remote_code, revision))

@@ -6,7 +6,6 @@ modules whose output holds just those terms are where hooks go. What is not a pa
 that itself passes through something, is noted as a leak: no weight edit is exact there.
 """
 
-import copy
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,34 +14,13 @@ import torch
 from transformers import PreTrainedModel
 
 from remove_refusals.errors import ArchitectureError
+from remove_refusals.skeleton import disk_tensors, skeleton
 from remove_refusals.trace import ModuleCall, Term, Terms, Trace, trace_forward
-from remove_refusals.types import HookPoint, ModelMap, Site, SiteKind, Writer
+from remove_refusals.types import DiskTensor, HookPoint, ModelMap, Site, SiteKind, Writer
 
 # The kind of a site changes nothing but which strength applies to it, so names may decide it.
 _MLP = re.compile(r"mlp|ffn|ff\b|fc|feed_?forward|moe|expert|dense_h_to|intermediate|lin2|w_out|^output")
 _N_TOKENS = 7
-
-
-def skeleton(model: PreTrainedModel, *, dtype: torch.dtype | None = None, tied: bool | None = None) -> PreTrainedModel:
-    """Build a copy of a model without weights.
-
-    Args:
-        model: The model to copy; left as it is.
-        dtype: The copy's floating-point dtype; None takes the model's.
-        tied: Whether the copy's embedding and unembedding are one parameter; None takes the model's setting.
-
-    Returns:
-        A model of the same class on the meta device, in evaluation mode, without quantisation.
-    """
-    config = copy.deepcopy(model.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    if tied is not None:
-        for part in (config, config.get_text_config(decoder=True)):
-            part.tie_word_embeddings = tied
-    with torch.device("meta"):
-        built: PreTrainedModel = type(model)._from_config(config, dtype=dtype or model.dtype)
-    return built.eval()
 
 
 def map_model(model: PreTrainedModel) -> ModelMap:
@@ -72,7 +50,7 @@ def map_model(model: PreTrainedModel) -> ModelMap:
             f"({str(error).splitlines()[0] if str(error) else type(error).__name__}), expected one that runs on the "
             "meta device; use hooks on another model type or report this one."
         ) from error
-    return _Derivation(copy_of_model, d_model, n_layers, trace).model_map()
+    return _Derivation(model, copy_of_model, d_model, n_layers, trace).model_map()
 
 
 def _dimensions(model: PreTrainedModel) -> tuple[int, int]:
@@ -88,9 +66,14 @@ def _dimensions(model: PreTrainedModel) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class _Segment:
-    """What happens to the residual stream between two boundaries of layers."""
+    """What happens to the residual stream between two boundaries of layers.
+
+    `layer` is the layer it belongs to, None for the embedding; `hands_to` is the layer whose input it ends in, None
+    where it is a layer's own work.
+    """
 
     layer: int | None
+    hands_to: int | None
     before: Terms
     after: Terms
     start: int
@@ -101,6 +84,7 @@ class _Segment:
 class _Derivation:
     """From a trace to a map."""
 
+    source: PreTrainedModel
     model: PreTrainedModel
     d_model: int
     n_layers: int
@@ -168,14 +152,18 @@ class _Derivation:
                     "supported."
                 )
             index = layers.index(call.module)
-            segments.append(_Segment(index if segments else None, terms, call.before, time, call.start))
-            segments.append(_Segment(index, call.before, call.after, call.start, call.end))
+            segments.append(_Segment(index if segments else None, index, terms, call.before, time, call.start))
+            segments.append(_Segment(index, None, call.before, call.after, call.start, call.end))
             terms, time = call.after, call.end
         return [segment for segment in segments if segment.before != segment.after]
 
     def _sites(self, segment: _Segment, layers: tuple[str, ...], leaks: list[str], unhooked: list[str]) -> list[Site]:
         place = "the embedding" if segment.layer is None else f"layer {segment.layer}"
-        wanted = self._wanted(segment, place, leaks)
+        found: list[str] = []
+        wanted = self._wanted(segment, place, found)
+        if found:
+            leaks.extend(found)
+            return [self._stream_site(segment, wanted, layers)]
         candidates = [
             call
             for call in self.trace.calls
@@ -196,6 +184,19 @@ class _Derivation:
             kind = self._kind(segment.layer, term.source, layers)
             sites.append(Site(kind, segment.layer, tuple(self._writers(term, parameters)), (), HookPoint("")))
         return sites
+
+    def _stream_site(self, segment: _Segment, wanted: set[Term], layers: tuple[str, ...]) -> Site:
+        """The residual stream as a whole, behind a segment that no sum of writers describes."""
+        parameters = dict(self.model.named_parameters())
+        terms = sorted(wanted, key=lambda term: term.source)
+        writers = tuple(writer for term in terms for writer in self._writers(term, parameters))
+        if segment.hands_to is not None:
+            kind: SiteKind = "embedding" if segment.layer is None else "attn"
+            point = HookPoint(layers[segment.hands_to], on_input=True)
+        else:
+            assert segment.layer is not None
+            kind, point = "mlp", HookPoint(layers[segment.layer])
+        return Site(kind, segment.layer, writers, (point,), point)
 
     def _wanted(self, segment: _Segment, place: str, leaks: list[str]) -> set[Term]:
         """The terms that parameters have added in a segment; what else was done goes to `leaks`."""
@@ -226,7 +227,13 @@ class _Derivation:
         """The term's parameter and its siblings in a list of experts that no token was routed to."""
         assert term.axis is not None
         names = [term.source, *self._unused_siblings(term.source, parameters)]
-        return [Writer(name, term.axis, tuple(parameters[name].shape), term.steps) for name in names]
+        return [
+            Writer(name, term.axis, tuple(parameters[name].shape), term.steps, self._on_disk(name, term.axis))
+            for name in names
+        ]
+
+    def _on_disk(self, name: str, axis: int) -> tuple[DiskTensor, ...]:
+        return disk_tensors(self.source, name, tuple(dict(self.model.named_parameters())[name].shape), axis)
 
     def _unused_siblings(self, source: str, parameters: Mapping[str, torch.nn.Parameter]) -> list[str]:
         pattern = _pattern(source, keep=self._layer_prefix(source))

@@ -23,7 +23,7 @@ from transformers.utils import logging
 from remove_refusals.checkpoint import INDEX_FILE, SINGLE_FILE, checkpoint_tensors
 from remove_refusals.errors import ModelError
 
-_FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 _HUB_TIMEOUT_SECONDS = 10.0
 
 # The hub's client has changed the HTTP package under it before; its own error always derives from that package's.
@@ -223,7 +223,7 @@ def _saved_dtype(name: str, described: Mapping[str, Any]) -> torch.dtype | None:
     if (Path(name) / SINGLE_FILE).exists() or (Path(name) / INDEX_FILE).exists():
         for _, entry in checkpoint_tensors(Path(name)).values():
             sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.stop - entry.start
-    return _FLOAT_DTYPES.get(max(sizes, key=sizes.__getitem__)) if sizes else None
+    return FLOAT_DTYPES.get(max(sizes, key=sizes.__getitem__)) if sizes else None
 
 
 def _pick_device(device: str | torch.device | None) -> torch.device:

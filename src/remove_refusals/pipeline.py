@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,7 @@ class RunSettings:
 
     model: str = DEMO
     loading: LoadSettings = LoadSettings()
-    chat: ChatFormat = ChatFormat()
+    chat: ChatFormat = field(default_factory=ChatFormat)
     direction: DirectionSettings = DirectionSettings()
     edit: EditSettings = EditSettings()
     measure: MeasureSettings = MeasureSettings()

@@ -128,6 +128,7 @@ def resolve(
     tensor_of: Callable[[str], torch.Tensor],
     *,
     tied: Tied = "untie",
+    allow_leak: bool = False,
 ) -> EditPlan:
     """Resolve an intervention against one model.
 
@@ -136,19 +137,21 @@ def resolve(
         model_map: The model's sites and writers.
         tensor_of: Gives a parameter by its name in the model; only norm gains are asked for.
         tied: What to do with an embedding that is also the unembedding.
+        allow_leak: Whether to plan an edit that is known not to be exact.
 
     Returns:
         The plan. An edit of strength 0 is listed under `left`, as is every writer of a site without an edit.
 
     Raises:
         DirectionError: If the intervention does not fit the model.
-        ArchitectureError: If the model's map has leaks, or one tensor would have to be edited in two ways.
+        ArchitectureError: If the model's map has leaks and `allow_leak` is not given, or one tensor would have to be
+            edited in two ways.
     """
     check_fit(intervention, model_map)
-    if model_map.leaks:
+    if model_map.leaks and not allow_leak:
         raise ArchitectureError(
             f"No weight edit of model type '{model_map.model_type}' is exact: {model_map.leaks[0]} "
-            "Use hooks (chat, generate) instead of a permanent edit."
+            "Use hooks (chat, generate), or pass --allow-leak and read the measured leak."
         )
     edits = {(edit.kind, edit.layer): edit for edit in intervention.edits}
     entries: dict[str, PlanEntry] = {}
@@ -160,7 +163,16 @@ def resolve(
                 left.append((writer.parameter, "not selected" if edit is None else "strength 0"))
                 continue
             basis = pull_back(intervention.directions[edit.direction].basis, writer.steps, tensor_of)
-            entry = PlanEntry(writer.parameter, site.kind, site.layer, writer.axis, writer.shape, edit.strength, basis)
+            entry = PlanEntry(
+                parameter=writer.parameter,
+                kind=site.kind,
+                layer=site.layer,
+                axis=writer.axis,
+                shape=writer.shape,
+                strength=edit.strength,
+                basis=basis,
+                on_disk=writer.on_disk,
+            )
             known = entries.setdefault(writer.parameter, entry)
             if known.strength != entry.strength or not torch.equal(known.basis, entry.basis):
                 raise ArchitectureError(
@@ -168,4 +180,6 @@ def resolve(
                     "different edits, expected one edit per tensor; use the same strength and direction for both."
                 )
     edits_embedding = model_map.input_embedding in entries
-    return EditPlan(tuple(entries.values()), model_map.tied and edits_embedding and tied == "untie", tuple(left))
+    return EditPlan(
+        tuple(entries.values()), model_map.tied and edits_embedding and tied == "untie", tuple(left), model_map.leaks
+    )

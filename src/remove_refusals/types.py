@@ -197,6 +197,19 @@ class ChannelStep:
 
 
 @dataclass(frozen=True)
+class DiskTensor:
+    """A tensor of a checkpoint that holds a parameter of the model, or a part of it.
+
+    Attributes:
+        name: Its name on disk.
+        axis: Its axis of width d_model.
+    """
+
+    name: str
+    axis: int
+
+
+@dataclass(frozen=True)
 class Writer:
     """A parameter whose output lands in the residual stream.
 
@@ -205,12 +218,14 @@ class Writer:
         axis: The axis of width d_model that is its output.
         shape: Its shape.
         steps: What its output passes through before it is added to the residual stream, first step first.
+        on_disk: The tensors of a checkpoint that hold it; several where experts are fused in memory only.
     """
 
     parameter: str
     axis: int
     shape: tuple[int, ...]
     steps: tuple[ChannelStep, ...] = ()
+    on_disk: tuple[DiskTensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -218,7 +233,7 @@ class HookPoint:
     """A tensor that a hook can change.
 
     Attributes:
-        module: The module's name in the model.
+        module: The module's name in the model; its output is changed, or its input if `on_input` is set.
         steps: What lies between the output of the module, or of `bias`, and the residual stream, first step first.
         bias: A parameter that the module adds to its output behind a norm. If it is given, only this parameter's
             component is taken out of the module's output, as an edit of the bias does.
@@ -227,6 +242,7 @@ class HookPoint:
     module: str
     steps: tuple[ChannelStep, ...] = ()
     bias: str | None = None
+    on_input: bool = False
 
 
 @dataclass(frozen=True)
@@ -246,6 +262,9 @@ class Site:
     writers: tuple[Writer, ...]
     hooks: tuple[HookPoint, ...]
     residual_hook: HookPoint
+
+
+Verdict = Literal["exact", "hooks only"]
 
 
 @dataclass(frozen=True)
@@ -278,6 +297,11 @@ class ModelMap:
     unhooked: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
 
+    @property
+    def verdict(self) -> Verdict:
+        """`exact` if an edit of the weights is exact, otherwise `hooks only`."""
+        return "hooks only" if self.leaks else "exact"
+
 
 @dataclass(frozen=True, eq=False)
 class PlanEntry:
@@ -292,6 +316,7 @@ class PlanEntry:
         strength: The share that is taken out.
         basis: `[d_model, k]`, float32, orthonormal: the direction, pulled back through the steps between the writer
             and the residual stream.
+        on_disk: The tensors of a checkpoint that hold it.
     """
 
     parameter: str
@@ -301,6 +326,7 @@ class PlanEntry:
     shape: tuple[int, ...]
     strength: float
     basis: torch.Tensor
+    on_disk: tuple[DiskTensor, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -311,8 +337,10 @@ class EditPlan:
         entries: What happens to each tensor, in the order of the map.
         untie: Whether the unembedding gets a copy of the unedited embedding first.
         left: Writers that are not touched, with the reason.
+        leaks: Why the edit is not exact, if it was asked for all the same.
     """
 
     entries: tuple[PlanEntry, ...]
     untie: bool
     left: tuple[tuple[str, str], ...]
+    leaks: tuple[str, ...] = ()

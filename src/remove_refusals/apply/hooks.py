@@ -46,6 +46,19 @@ class _TakeOut:
             f"{self.d_model}, expected what it returned when the model was mapped; report this model type."
         )
 
+    def on_input(self, module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
+        """Do the same to the module's first input of width d_model, as a forward pre-hook."""
+        for index, value in enumerate(args):
+            if self._fits(value):
+                return (*args[:index], self._changed(value), *args[index + 1 :]), kwargs
+        for name, value in kwargs.items():
+            if self._fits(value):
+                return args, {**kwargs, name: self._changed(value)}
+        raise ArchitectureError(
+            f"A hooked {type(module).__name__} was called without a tensor of width {self.d_model}, expected what it "
+            "took when the model was mapped; report this model type."
+        )
+
     def _fits(self, value: Any) -> bool:
         return (
             isinstance(value, torch.Tensor)
@@ -114,7 +127,12 @@ def ablated(
                 continue
             for point in site.hooks if placement == "writers" else (site.residual_hook,):
                 hook = _hook_for(model, point, intervention.directions[edit.direction], edit.strength)
-                handles.append(modules[point.module].register_forward_hook(hook))
+                module = modules[point.module]
+                handles.append(
+                    module.register_forward_pre_hook(hook.on_input, with_kwargs=True)
+                    if point.on_input
+                    else module.register_forward_hook(hook)
+                )
         yield
     finally:
         for handle in handles:

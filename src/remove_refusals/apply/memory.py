@@ -1,6 +1,6 @@
 """Edit plan → a model that fits in memory: new tensors, and a directory that holds them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -8,12 +8,16 @@ from transformers import PreTrainedModel
 
 from remove_refusals.errors import ModelError
 from remove_refusals.linalg import project_out
-from remove_refusals.modelmap import skeleton
+from remove_refusals.skeleton import skeleton
 from remove_refusals.types import EditPlan, ModelMap
 
 
 def edited_tensors(
-    model: PreTrainedModel, plan: EditPlan, model_map: ModelMap, *, dtype: torch.dtype | None = None
+    model: PreTrainedModel,
+    plan: EditPlan,
+    model_map: ModelMap,
+    *,
+    dtype_of: Callable[[str], torch.dtype | None] = lambda name: None,
 ) -> dict[str, torch.Tensor]:
     """Compute a model's tensors after an edit.
 
@@ -21,8 +25,8 @@ def edited_tensors(
         model: The model; it is left as it is.
         plan: What happens to which tensor.
         model_map: The model's map.
-        dtype: What floating-point tensors are cast to; None keeps each as it is. Edits are computed in float32 from
-            the model's tensors and cast once.
+        dtype_of: Gives the dtype that a floating-point tensor of a given name is cast to; None keeps it as it is.
+            Edits are computed in float32 from the model's tensors and cast once.
 
     Returns:
         Every tensor of the model's state by name. Tensors that the plan leaves alone and whose dtype does not change
@@ -41,14 +45,15 @@ def edited_tensors(
                 f"of shape {entry.shape}; load the model without quantisation and without offloading."
             )
         edited = project_out(tensor.to(torch.float32), entry.basis, entry.strength, entry.axis)
-        tensors[entry.parameter] = edited.to(tensor.dtype)
+        tensors[entry.parameter] = edited.to(dtype_of(entry.parameter) or tensor.dtype)
     if model_map.unembedding is not None and model_map.tied:
         source = originals if plan.untie else tensors
         for name in _names_of(model, model_map.input_embedding) - {model_map.input_embedding}:
             tensors[name] = source[model_map.input_embedding]
-    if dtype is not None:
-        tensors = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-    return tensors
+    return {
+        name: tensor.to(dtype_of(name) or tensor.dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def _names_of(model: PreTrainedModel, parameter: str) -> set[str]:
@@ -72,6 +77,10 @@ def with_tensors(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], *,
     built.load_state_dict(dict(tensors), strict=True, assign=True)
     if not untie:
         built.tie_weights()
+    # The names on disk stay those of the checkpoint that the model was loaded from.
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is not None:
+        built._weight_conversions = conversions
     if model.generation_config is not None:
         built.generation_config = model.generation_config
     return built
@@ -83,7 +92,7 @@ def save_edited(
     model_map: ModelMap,
     directory: Path,
     *,
-    dtype: torch.dtype | None = None,
+    dtype_of: Callable[[str], torch.dtype | None] = lambda name: None,
 ) -> None:
     """Write an edited model as a Transformers directory: configuration, generation configuration and weights.
 
@@ -92,10 +101,10 @@ def save_edited(
         plan: What happens to which tensor.
         model_map: The model's map.
         directory: An existing directory.
-        dtype: The dtype of the saved tensors; None keeps the model's.
+        dtype_of: Gives the dtype of the saved tensor of a given name; None keeps the model's.
 
     Raises:
         ModelError: If a tensor is quantised or not in memory.
     """
-    tensors = edited_tensors(model, plan, model_map, dtype=dtype)
+    tensors = edited_tensors(model, plan, model_map, dtype_of=dtype_of)
     with_tensors(model, tensors, untie=plan.untie).save_pretrained(directory, max_shard_size="4GB")

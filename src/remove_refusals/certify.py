@@ -1,0 +1,237 @@
+"""Saved files → certificate: what is left of the direction in every writer, and that all other bytes are unchanged.
+
+A writer passes if its component along the direction is what the plan says, up to the rounding of the saved dtype: the
+component of an error that is at most half a unit in the last place of each number is at most that error's norm.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from remove_refusals.checkpoint import checkpoint_tensors, tensor_hashes
+from remove_refusals.errors import CheckpointError
+from remove_refusals.types import DiskTensor, EditPlan, ModelMap, PlanEntry
+
+FORMAT = 1
+"""The version of the layout of `certificate.json`."""
+
+ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-11, torch.float64: 2.0**-53}
+"""Half a unit in the last place, relative to a number: the largest error of one rounding."""
+
+
+@dataclass(frozen=True)
+class WriterCertificate:
+    """What was measured on one tensor of the saved files that holds a writer or a part of one.
+
+    Attributes:
+        name: Its name on disk.
+        parameter: The parameter's name in the model.
+        kind: The kind of its site.
+        layer: The layer's index, or None for the embedding.
+        dtype: The saved dtype.
+        strength: The share that the plan takes out.
+        share_left: `‖QᵀW'‖ / ‖QᵀW‖`; the plan wants `|1 - strength|`.
+        error: `‖QᵀW' - (1 - strength) QᵀW‖`, the absolute deviation from the plan.
+        allowed: What rounding to the saved dtype can cost at most.
+    """
+
+    name: str
+    parameter: str
+    kind: str
+    layer: int | None
+    dtype: str
+    strength: float
+    share_left: float
+    error: float
+    allowed: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the deviation is within rounding."""
+        return self.error <= self.allowed
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was measured on saved files against their base.
+
+    Attributes:
+        edited: One entry for each tensor that the plan edits.
+        left: Writers that the plan leaves alone, with the reason; their bytes are checked with the others.
+        identical: How many other tensors are the base's byte for byte.
+        problems: What does not hold, one sentence each; empty if the certificate passed.
+        leaks: Why the edit cannot be exact, for a model that was edited all the same.
+        boundaries: The largest component along the direction relative to the residual stream's norm, before each layer
+            and behind the last; None where the model was not run.
+    """
+
+    edited: tuple[WriterCertificate, ...]
+    left: tuple[tuple[str, str], ...]
+    identical: int
+    problems: tuple[str, ...]
+    leaks: tuple[str, ...] = ()
+    boundaries: tuple[float, ...] | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether the files hold what the plan says."""
+        return not self.problems
+
+    @property
+    def worst(self) -> WriterCertificate | None:
+        """The edited tensor with the largest share left beyond what the plan wants."""
+        return max(self.edited, key=lambda entry: abs(entry.share_left - abs(1 - entry.strength)), default=None)
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the content of `certificate.json`; what was not measured is absent."""
+        record: dict[str, Any] = {
+            "format": FORMAT,
+            "passed": self.passed,
+            "problems": list(self.problems),
+            "edited": [asdict(entry) | {"passed": entry.passed} for entry in self.edited],
+            "left": dict(self.left),
+            "identical_tensors": self.identical,
+        }
+        if self.leaks:
+            record["leaks"] = list(self.leaks)
+        if self.boundaries is not None:
+            record["largest_component_at_layer_boundaries"] = list(self.boundaries)
+        return record
+
+
+def certify(
+    directory: Path, base: Path, plan: EditPlan, model_map: ModelMap, *, boundaries: tuple[float, ...] | None = None
+) -> Certificate:
+    """Measure saved files against their base and a plan.
+
+    Args:
+        directory: The edited checkpoint.
+        base: The checkpoint that it was made from.
+        plan: What was to happen to which tensor.
+        model_map: The model's map.
+        boundaries: What `measure_boundaries` found, if the model was run.
+
+    Returns:
+        The certificate, passed or not.
+
+    Raises:
+        CheckpointError: If a checkpoint cannot be read.
+    """
+    before, after = checkpoint_tensors(base), checkpoint_tensors(directory)
+    edited: list[WriterCertificate] = []
+    problems: list[str] = []
+    planned: set[str] = set()
+    for entry in plan.entries:
+        if not entry.on_disk:
+            problems.append(f"Writer '{entry.parameter}' is to be edited and its name on disk is unknown.")
+        for tensor in entry.on_disk:
+            planned.add(tensor.name)
+            if tensor.name not in before or tensor.name not in after:
+                where = base if tensor.name not in before else directory
+                problems.append(f"Writer '{tensor.name}' is to be edited and is missing in {where.name}.")
+                continue
+            edited.append(_writer(entry, tensor, before[tensor.name][0], after[tensor.name][0]))
+    problems.extend(
+        f"Writer '{entry.name}' deviates from the plan by {entry.error:.2g}, more than the {entry.allowed:.2g} that "
+        f" rounding to {entry.dtype} can cost; {entry.share_left:.1%} of the direction is left."
+        for entry in edited
+        if not entry.passed
+    )
+    identical = _compare_others(directory, base, plan, model_map, planned, problems)
+    return Certificate(tuple(edited), plan.left, identical, tuple(problems), plan.leaks, boundaries)
+
+
+def _writer(entry: PlanEntry, tensor: DiskTensor, base: Path, edited: Path) -> WriterCertificate:
+    original, saved = read_tensor(base, tensor.name), read_tensor(edited, tensor.name)
+    components = [_component(value, entry.basis, tensor.axis) for value in (original, saved)]
+    wanted = (1 - entry.strength) * components[0]
+    norm = float(components[0].norm())
+    rounding = ROUNDING.get(saved.dtype, 0.0)
+    # The edit itself is computed in float32, whose errors add up along the axis.
+    arithmetic = 4 * ROUNDING[torch.float32] * float(original.to(torch.float32).norm())
+    return WriterCertificate(
+        name=tensor.name,
+        parameter=entry.parameter,
+        kind=entry.kind,
+        layer=entry.layer,
+        dtype=str(saved.dtype).removeprefix("torch."),
+        strength=entry.strength,
+        share_left=float(components[1].norm()) / norm if norm else 0.0,
+        error=float((components[1] - wanted).norm()),
+        allowed=rounding * float(saved.to(torch.float32).norm()) + arithmetic,
+    )
+
+
+def _component(tensor: torch.Tensor, basis: torch.Tensor, axis: int) -> torch.Tensor:
+    return tensor.movedim(axis, -1).to(torch.float32) @ basis
+
+
+def _compare_others(
+    directory: Path, base: Path, plan: EditPlan, model_map: ModelMap, planned: set[str], problems: list[str]
+) -> int:
+    """Compare the bytes of every tensor that the plan does not edit; what differs goes to `problems`."""
+    before, after = tensor_hashes(base), tensor_hashes(directory)
+    expected = dict(before)
+    if plan.untie and model_map.unembedding is not None:
+        source = next((entry for entry in plan.entries if entry.parameter == model_map.input_embedding), None)
+        name = source.on_disk[0].name if source is not None and source.on_disk else model_map.input_embedding
+        # The untied unembedding is new on disk and holds the embedding as it was.
+        expected.setdefault(untied_name(after, before), before.get(name, ""))
+    identical = 0
+    for name in sorted((expected.keys() | after.keys()) - planned):
+        if name not in after:
+            problems.append(f"Tensor '{name}' of the base is missing.")
+        elif name not in expected:
+            problems.append(f"Tensor '{name}' is not in the base.")
+        elif after[name] != expected[name]:
+            problems.append(f"Tensor '{name}' is not to be edited and its bytes differ from the base's.")
+        else:
+            identical += 1
+    return identical
+
+
+def untied_name(after: Mapping[str, str], before: Mapping[str, str]) -> str:
+    """Name the tensor that untying has added to a checkpoint."""
+    added = sorted(after.keys() - before.keys())
+    return added[0] if len(added) == 1 else "lm_head.weight"
+
+
+def read_tensor(path: Path, name: str) -> torch.Tensor:
+    """Read one tensor of a safetensors file.
+
+    Raises:
+        CheckpointError: If the file does not hold it.
+    """
+    with safe_open(path, framework="pt") as file:
+        if name not in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
+            raise CheckpointError(f"The file {path} has no tensor '{name}', expected it; download the file again.")
+        tensor: torch.Tensor = file.get_tensor(name)
+    return tensor
+
+
+def disk_reader(directory: Path, names: Callable[[str], str]) -> Callable[[str], torch.Tensor]:
+    """Give a function that reads a parameter of a checkpoint by its name in the model.
+
+    Args:
+        directory: The checkpoint.
+        names: Turns a name in the model into the one on disk.
+
+    Raises:
+        CheckpointError: If the checkpoint cannot be read, or (from the function) does not hold the parameter.
+    """
+    tensors = checkpoint_tensors(directory)
+
+    def read(parameter: str) -> torch.Tensor:
+        name = names(parameter)
+        if name not in tensors:
+            raise CheckpointError(
+                f"The checkpoint {directory} has no tensor '{name}', expected parameter '{parameter}' under that name; "
+                "check that it is the base that the directory was made from."
+            )
+        return read_tensor(tensors[name][0], name)
+
+    return read

@@ -1,0 +1,91 @@
+"""Models without weights: built from a configuration, and the names that their parameters have on disk."""
+
+import copy
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from remove_refusals.errors import ModelError
+from remove_refusals.types import DiskTensor
+
+
+def skeleton(model: PreTrainedModel, *, dtype: torch.dtype | None = None, tied: bool | None = None) -> PreTrainedModel:
+    """Build a copy of a model without weights.
+
+    Args:
+        model: The model to copy; left as it is.
+        dtype: The copy's floating-point dtype; None takes the model's.
+        tied: Whether the copy's embedding and unembedding are one parameter; None takes the model's setting.
+
+    Returns:
+        A model of the same class on the meta device, in evaluation mode, without quantisation.
+    """
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    if tied is not None:
+        for part in (config, config.get_text_config(decoder=True)):
+            part.tie_word_embeddings = tied
+    with torch.device("meta"):
+        built: PreTrainedModel = type(model)._from_config(config, dtype=dtype or model.dtype)
+    return built.eval()
+
+
+def skeleton_of(source: str | Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Build a model without weights from a checkpoint's configuration alone.
+
+    Args:
+        source: A directory or a hub id.
+        trust_remote_code: Run Python code that comes with the checkpoint.
+
+    Returns:
+        A causal language model on the meta device, in evaluation mode.
+
+    Raises:
+        ModelError: If there is no configuration, or none of a causal language model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            built: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"The configuration of {source} gives no causal language model "
+            f"({str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}), expected a "
+            "directory with a config.json of a known model type; check the path."
+        ) from error
+    return built.eval()
+
+
+def disk_tensors(model: PreTrainedModel, name: str, shape: tuple[int, ...], axis: int) -> tuple[DiskTensor, ...]:
+    """Find the tensors of a checkpoint that hold a parameter, through Transformers' own conversion of names.
+
+    Args:
+        model: The model, as it was loaded; a model without weights gives the names under which it would be saved.
+        name: The parameter's name in the model.
+        shape: Its shape.
+        axis: Its axis of width d_model.
+
+    Returns:
+        One tensor, or several for parameters that are fused in memory only.
+    """
+    # The axis is found by its size: only on disk, where it may lie elsewhere, is it twice as wide in the second run.
+    first, second = (
+        revert_weight_conversion(model, {name: torch.empty(sizes, device="meta")})
+        for sizes in (shape, [size + (index == axis) * size for index, size in enumerate(shape)])
+    )
+    found = []
+    for disk_name, tensor in first.items():
+        other = second[disk_name]
+        axes = [index for index, size in enumerate(tensor.shape) if other.shape[index] != size]
+        if len(axes) == 1:
+            found.append(DiskTensor(disk_name, axes[0]))
+    return tuple(found)
+
+
+def disk_names(model: PreTrainedModel, name: str) -> tuple[str, ...]:
+    """Name the tensors of a checkpoint that hold a parameter, through Transformers' own conversion of names."""
+    shape = model.state_dict()[name].shape
+    return tuple(revert_weight_conversion(model, {name: torch.empty(shape, device="meta")}))
