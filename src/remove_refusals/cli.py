@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from remove_refusals.errors import DirectionError, PromptError, RemoveRefusalsError
+from remove_refusals.errors import CertificateError, DirectionError, PromptError, RemoveRefusalsError
 
 if TYPE_CHECKING:
     from remove_refusals import pipeline
@@ -357,6 +357,46 @@ def evaluate(
         records.write_json(output, evaluation.to_json(), force=force)
     if rows is not None:
         records.write_jsonl(rows, (row.to_json() for row in evaluation.rows), force=force)
+
+
+@app.command(epilog="Example: remove-refusals inspect demo")
+def inspect(
+    model: ModelArgument,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """What an edit would touch and what it would leave, from the configuration alone."""
+    from remove_refusals import console, inspection, pipeline
+
+    with pipeline.model_source(model) as source:
+        found = inspection.inspect(source, trust_remote_code=trust_remote_code)
+    if as_json:
+        console.say_json(found)
+    else:
+        console.show_map(found)
+
+
+@app.command(epilog="Example: remove-refusals certify demo-ablated --base demo")
+def certify(
+    directory: Annotated[Path, typer.Argument(help="The edited model, with its ablation.json.")],
+    base: Annotated[str, typer.Option(help="The model that it was made from.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Measure on saved files what is left of the direction; exit code 3 if they do not hold the edit."""
+    from remove_refusals import console, inspection, pipeline
+
+    with pipeline.model_source(base) as source:
+        certificate = inspection.certify_directory(directory, source, trust_remote_code=trust_remote_code)
+    if as_json:
+        console.say_json(certificate.to_json())
+    else:
+        console.show_certificate(certificate)
+    if not certificate.passed:
+        raise CertificateError(
+            f"{len(certificate.problems)} things in {directory} are not as its record says, expected none; "
+            "make the directory again."
+        )
 
 
 def _direction_settings(

@@ -1,13 +1,16 @@
 """What the command shows: progress, tables, the chat prompt. Numbers come from records; nothing is computed here."""
 
+import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from remove_refusals.certify import Certificate
 from remove_refusals.evaluate import Evaluation
 from remove_refusals.types import EditPlan, ModelMap
 
@@ -58,7 +61,7 @@ def show_plan(plan: EditPlan, model_map: ModelMap) -> None:
         counts[entry.kind] = counts.get(entry.kind, 0) + 1
     edited = ", ".join(f"{count} {kind}" for kind, count in counts.items()) or "none"
     say(f"Edited tensors of model type {model_map.model_type}: {edited}; left as they were: {len(plan.left)} writers.")
-    if model_map.tied:
+    if model_map.tied and any(entry.parameter == model_map.input_embedding for entry in plan.entries):
         how = "it was untied first, so the unembedding is unchanged" if plan.untie else "both are one tensor still"
         say(f"The embedding is tied to the unembedding: {how}.")
 
@@ -74,3 +77,45 @@ def show_evaluation(evaluation: Evaluation, notes: tuple[str, ...]) -> None:
     console.print(table)
     for note in notes:
         console.print(f"Warning: {note}", style="yellow", markup=False)
+
+
+def say_json(data: object) -> None:
+    """Print JSON to standard output, and nothing else."""
+    sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def show_map(found: Mapping[str, Any]) -> None:
+    """Print a model's map as a table, with its verdict and what would be left."""
+    console = Console(highlight=False)
+    table = Table(title=f"{found['model_type']}: {found['n_layers']} layers, d_model {found['d_model']}")
+    for column in ("site", "layer", "on disk", "shape", "axis", "dtype", "norm", "tied"):
+        table.add_column(column, overflow="fold")
+    for row in found["writers"]:
+        layer = "" if row["layer"] is None else str(row["layer"])
+        dtype = "missing" if row.get("missing") else row.get("dtype", "")
+        shape = " x ".join(map(str, row["shape"]))
+        tied = "yes" if row["tied"] else ""
+        table.add_row(row["site"], layer, row["on_disk"], shape, str(row["axis"]), dtype, row["norm"] or "", tied)
+    console.print(table)
+    meaning = "weights and hooks" if found["verdict"] == "exact" else "no weight edit is exact"
+    console.print(f"Verdict: {found['verdict']} ({meaning}).")
+    for sentence in (*found["leaks"], *found["unhooked"]):
+        console.print(f"  {sentence}", markup=False)
+    if found["unused"]:
+        console.print(f"Left, since their modules take no part in the forward pass: {', '.join(found['unused'])}.")
+
+
+def show_certificate(certificate: Certificate) -> None:
+    """Print what was measured on the saved files."""
+    for problem in certificate.problems:
+        say(f"Failed: {problem}")
+    worst = certificate.worst
+    if worst is not None:
+        say(
+            f"Edited tensors: {len(certificate.edited)}; the most of the direction is left in {worst.name}: "
+            f"{worst.share_left:.2%} at strength {worst.strength:g}, saved in {worst.dtype}."
+        )
+    say(f"Writers left as planned: {len(certificate.left)}. Other tensors identical: {certificate.identical}.")
+    if certificate.boundaries is not None:
+        say(f"Largest component at any layer boundary: {max(certificate.boundaries):.1e} of the norm.")
+    say("Certificate passed." if certificate.passed else "Certificate failed.")
