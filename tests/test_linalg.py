@@ -111,3 +111,25 @@ def test_a_single_vector_keeps_its_sign():
 def test_unusable_vectors_are_refused(vectors, what):
     with pytest.raises(DirectionError, match=what):
         linalg.orthonormal_basis(vectors)
+
+
+def test_norm_preserving_keeps_each_inputs_norm_and_stays_exact():
+    weight, basis = torch.randn(16, 5), linalg.orthonormal_basis(torch.randn(16, 2))
+    edited = linalg.project_out(weight, basis, 1.0, 0, "norm-preserving")
+    torch.testing.assert_close(edited.norm(dim=0), weight.norm(dim=0))
+    assert linalg.share_left(edited, weight, basis, 0) < 1e-6
+
+
+def test_norm_preserving_leaves_what_lies_within_the_direction_at_zero():
+    basis = linalg.orthonormal_basis(torch.tensor([[1.0], [0.0]]))
+    edited = linalg.project_out(torch.tensor([[3.0, 0.0], [0.0, 2.0]]), basis, 1.0, 0, "norm-preserving")
+    assert torch.equal(edited, torch.tensor([[0.0, 0.0], [0.0, 2.0]]))
+
+
+@pytest.mark.parametrize("shape", [(16, 50), (3, 16, 50)])
+def test_row_norms_put_the_direction_back(shape):
+    scales = torch.linspace(0.1, 3, 16)[:, None]
+    weight, basis = torch.randn(shape) * scales, linalg.orthonormal_basis(torch.randn(16, 1))
+    edited = linalg.project_out(weight, basis, 1.0, -2, "row-norm")
+    torch.testing.assert_close(edited.norm(dim=-1), weight.norm(dim=-1))
+    assert linalg.share_left(edited, weight, basis, -2) > 0.05

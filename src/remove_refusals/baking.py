@@ -14,6 +14,7 @@ from remove_refusals.atomic import atomic_directory
 from remove_refusals.certify import Certificate, certify
 from remove_refusals.checkpoint import INDEX_FILE, SINGLE_FILE, checkpoint_tensors, file_hashes
 from remove_refusals.errors import CertificateError
+from remove_refusals.linalg import Variant
 from remove_refusals.modelmap import map_model
 from remove_refusals.models import FLOAT_DTYPES, LoadedModel, load
 from remove_refusals.plan import Tied, resolve
@@ -51,6 +52,7 @@ def bake(
     tied: Tied = "untie",
     dtype: torch.dtype | None = None,
     allow_leak: bool = False,
+    variant: Variant = "plain",
     force: bool = False,
     model_map: ModelMap | None = None,
 ) -> Baked:
@@ -66,6 +68,7 @@ def bake(
         tied: What to do with an embedding that is also the unembedding.
         dtype: The dtype of the saved tensors; by default that of the model's checkpoint.
         allow_leak: Whether to edit a model whose weights no edit makes exact; the leak is measured and recorded.
+        variant: What else the edit does to each tensor; only `plain` is what the hooks do.
         force: Whether to replace an existing output.
         model_map: The model's map, if it is at hand; otherwise it is derived.
 
@@ -82,7 +85,14 @@ def bake(
     target = Path(output)
     with atomic_directory(target, force=force) as directory:
         baked = write_baked(
-            loaded, intervention, directory, tied=tied, dtype=dtype, allow_leak=allow_leak, model_map=model_map
+            loaded,
+            intervention,
+            directory,
+            tied=tied,
+            dtype=dtype,
+            allow_leak=allow_leak,
+            variant=variant,
+            model_map=model_map,
         )
         write_json(directory / "ablation.json", baked.record)
     return replace(baked, directory=target)
@@ -96,6 +106,7 @@ def write_baked(
     tied: Tied = "untie",
     dtype: torch.dtype | None = None,
     allow_leak: bool = False,
+    variant: Variant = "plain",
     model_map: ModelMap | None = None,
 ) -> Baked:
     """Write an edited model into a directory that exists; `ablation.json` is left to the caller, who may add to it.
@@ -103,7 +114,9 @@ def write_baked(
     Args, Returns and Raises: as for `bake`.
     """
     model_map = model_map or map_model(loaded.model)
-    plan = resolve(intervention, model_map, loaded.model.get_parameter, tied=tied, allow_leak=allow_leak)
+    plan = resolve(
+        intervention, model_map, loaded.model.get_parameter, tied=tied, allow_leak=allow_leak, variant=variant
+    )
     base = base_directory(loaded)
     saved = (lambda name: dtype) if dtype is not None else _saved_dtypes(loaded, base)
     save_edited(loaded.model, plan, model_map, directory, dtype_of=saved)
@@ -201,6 +214,7 @@ def ablation_record(
         "plan": {
             "edited": [entry.parameter for entry in plan.entries],
             "left": dict(plan.left),
+            "variant": plan.variant,
             "embedding_untied": plan.untie,
             "tied_in_base": model_map.tied,
         },

@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 from remove_refusals.checkpoint import checkpoint_tensors, tensor_hashes
 from remove_refusals.errors import CheckpointError
+from remove_refusals.linalg import Variant, project_out
 from remove_refusals.types import DiskTensor, EditPlan, ModelMap, PlanEntry
 
 FORMAT = 1
@@ -34,8 +35,8 @@ class WriterCertificate:
         layer: The layer's index, or None for the embedding.
         dtype: The saved dtype.
         strength: The share that the plan takes out.
-        share_left: `‖QᵀW'‖ / ‖QᵀW‖`; the plan wants `|1 - strength|`.
-        error: `‖QᵀW' - (1 - strength) QᵀW‖`, the absolute deviation from the plan.
+        share_left: `‖QᵀW'‖ / ‖QᵀW‖`; a plain edit wants `|1 - strength|`.
+        error: How far `QᵀW'` is from the planned one, computed from the base in float32 (Frobenius norm).
         allowed: What rounding to the saved dtype can cost at most.
     """
 
@@ -134,7 +135,7 @@ def certify(
                 where = base if tensor.name not in before else directory
                 problems.append(f"Writer '{tensor.name}' is to be edited and is missing in {where.name}.")
                 continue
-            edited.append(_writer(entry, tensor, before[tensor.name][0], after[tensor.name][0]))
+            edited.append(_writer(entry, tensor, before[tensor.name][0], after[tensor.name][0], plan.variant))
     problems.extend(
         f"Writer '{entry.name}' deviates from the plan by {entry.error:.2g}, more than the {entry.allowed:.2g} that "
         f" rounding to {entry.dtype} can cost; {entry.share_left:.1%} of the direction is left."
@@ -145,10 +146,10 @@ def certify(
     return Certificate(tuple(edited), plan.left, identical, tuple(problems), plan.leaks, boundaries)
 
 
-def _writer(entry: PlanEntry, tensor: DiskTensor, base: Path, edited: Path) -> WriterCertificate:
+def _writer(entry: PlanEntry, tensor: DiskTensor, base: Path, edited: Path, variant: Variant) -> WriterCertificate:
     original, saved = read_tensor(base, tensor.name), read_tensor(edited, tensor.name)
-    components = [_component(value, entry.basis, tensor.axis) for value in (original, saved)]
-    wanted = (1 - entry.strength) * components[0]
+    planned = project_out(original.to(torch.float32), entry.basis, entry.strength, tensor.axis, variant)
+    components = [_component(value, entry.basis, tensor.axis) for value in (original, saved, planned)]
     norm = float(components[0].norm())
     rounding = ROUNDING.get(saved.dtype, 0.0)
     # The edit itself is computed in float32, whose errors add up along the axis.
@@ -161,7 +162,7 @@ def _writer(entry: PlanEntry, tensor: DiskTensor, base: Path, edited: Path) -> W
         dtype=str(saved.dtype).removeprefix("torch."),
         strength=entry.strength,
         share_left=float(components[1].norm()) / norm if norm else 0.0,
-        error=float((components[1] - wanted).norm()),
+        error=float((components[1] - components[2]).norm()),
         allowed=rounding * float(saved.to(torch.float32).norm()) + arithmetic,
     )
 

@@ -70,6 +70,12 @@ LayerRange = Annotated[
 ]
 Sites = Annotated[str, typer.Option(help="Which of embedding, attn, mlp; joined by commas.", rich_help_panel=EDIT)]
 TiedOption = Annotated[str, typer.Option("--tied", help="A tied embedding: untie, or edit both.", rich_help_panel=EDIT)]
+AllowLeak = Annotated[
+    bool, typer.Option("--allow-leak", help="Edit even where no edit is exact; measure it.", rich_help_panel=EDIT)
+]
+VariantOption = Annotated[
+    str, typer.Option("--variant", help="plain, norm-preserving or row-norm.", rich_help_panel=EDIT)
+]
 HarmfulTest = Annotated[str | None, typer.Option(help="Refused prompts to measure on.", rich_help_panel=MEASURE)]
 HarmlessTest = Annotated[str | None, typer.Option(help="Answered prompts to measure on.", rich_help_panel=MEASURE)]
 AlarmingTest = Annotated[str | None, typer.Option(help="Alarming but harmless prompts.", rich_help_panel=MEASURE)]
@@ -111,6 +117,8 @@ def run(
     layers: LayerRange = None,
     sites: Sites = "embedding,attn,mlp",
     tied: TiedOption = "untie",
+    variant: VariantOption = "plain",
+    allow_leak: AllowLeak = False,
     harmful_test: HarmfulTest = None,
     harmless_test: HarmlessTest = None,
     alarming_test: AlarmingTest = None,
@@ -129,7 +137,7 @@ def run(
         direction=_direction_settings(
             source(harmful, column, split), source(harmless, column, split), n_prompts, seed, layer, position, projected
         ),
-        edit=_edit_settings(strength, layers, sites, tied),
+        edit=_edit_settings(strength, layers, sites, tied, variant, allow_leak),
         measure=pipeline.MeasureSettings(
             source(harmful_test, column, split),
             source(harmless_test, column, split),
@@ -223,7 +231,7 @@ def chat(
     loaded = pipeline.load_model(model, pipeline.LoadSettings(device, dtype, load_in_4bit, trust_remote_code, revision))
     intervention, model_map = None, None
     if direction is not None and not no_ablation:
-        intervention, model_map = _intervention(loaded, direction, _edit_settings(strength, layers, sites, "untie"))
+        intervention, model_map = _intervention(loaded, direction, _edit_settings(strength, layers, sites))
     chatting.converse(
         loaded,
         intervention,
@@ -266,7 +274,7 @@ def generate(
     loaded = pipeline.load_model(model, pipeline.LoadSettings(device, dtype, load_in_4bit, trust_remote_code, revision))
     intervention, model_map = None, None
     if direction is not None:
-        intervention, model_map = _intervention(loaded, direction, _edit_settings(strength, layers, sites, "untie"))
+        intervention, model_map = _intervention(loaded, direction, _edit_settings(strength, layers, sites))
     with console.progress() as on_progress:
         rows = pipeline.answer_rows(
             loaded,
@@ -292,6 +300,8 @@ def bake(
     layers: LayerRange = None,
     sites: Sites = "embedding,attn,mlp",
     tied: TiedOption = "untie",
+    variant: VariantOption = "plain",
+    allow_leak: AllowLeak = False,
     device: Device = None,
     dtype: Dtype = "auto",
     trust_remote_code: RemoteCode = False,
@@ -300,10 +310,19 @@ def bake(
     """Edit the weights for good and save the model with its tokenizer."""
     from remove_refusals import baking, console, pipeline
 
-    edit = _edit_settings(strength, layers, sites, tied)
+    edit = _edit_settings(strength, layers, sites, tied, variant, allow_leak)
     loaded = pipeline.load_model(model, pipeline.LoadSettings(device, dtype, False, trust_remote_code, revision))
     intervention, model_map = _intervention(loaded, direction, edit)
-    baked = baking.bake(loaded, intervention, output, tied=edit.tied, force=force, model_map=model_map)
+    baked = baking.bake(
+        loaded,
+        intervention,
+        output,
+        tied=edit.tied,
+        allow_leak=edit.allow_leak,
+        variant=edit.variant,
+        force=force,
+        model_map=model_map,
+    )
     console.show_plan(baked.plan, model_map)
     console.say(f"Saved to {output}.")
 
@@ -416,16 +435,35 @@ def _layer(text: str) -> float | int:
         ) from None
 
 
-def _edit_settings(strength: float, layers: str | None, sites: str, tied: str) -> "pipeline.EditSettings":
+def _edit_settings(
+    strength: float,
+    layers: str | None,
+    sites: str,
+    tied: str = "untie",
+    variant: str = "plain",
+    allow_leak: bool = False,
+) -> "pipeline.EditSettings":
+    from remove_refusals.linalg import VARIANTS
     from remove_refusals.pipeline import EditSettings
     from remove_refusals.types import SITE_KINDS
 
     kinds = tuple(kind for kind in SITE_KINDS if kind in sites.split(","))
     if set(kinds) != set(sites.split(",")):
         raise DirectionError(f"The sites are {sites!r}, expected some of {','.join(SITE_KINDS)}, joined by commas.")
-    if tied not in ("untie", "both"):
-        raise DirectionError(f"--tied is {tied!r}, expected untie or both.")
-    return EditSettings(strength, _range(layers), kinds, "both" if tied == "both" else "untie")
+    return EditSettings(
+        strength,
+        _range(layers),
+        kinds,
+        _one_of("--tied", tied, ("untie", "both")),
+        _one_of("--variant", variant, VARIANTS),
+        allow_leak,
+    )
+
+
+def _one_of(option: str, value: str, accepted: tuple[Any, ...]) -> Any:
+    if value not in accepted:
+        raise DirectionError(f"{option} is {value!r}, expected one of {', '.join(accepted)}.")
+    return value
 
 
 def _range(text: str | None) -> tuple[int, int] | None:

@@ -9,6 +9,7 @@ from huggingface_hub import try_to_load_from_cache
 from remove_refusals.certify import Certificate, certify, disk_reader
 from remove_refusals.checkpoint import checkpoint_tensors
 from remove_refusals.errors import CheckpointError
+from remove_refusals.linalg import VARIANTS, Variant
 from remove_refusals.modelmap import map_model
 from remove_refusals.plan import Tied, resolve
 from remove_refusals.records import load_direction, read_json
@@ -127,6 +128,7 @@ def certify_directory(directory: Path, base: str, *, trust_remote_code: bool = F
         disk_reader(base_directory, lambda parameter: disk_names(model, parameter)[0]),
         tied=_tied(record, model_map),
         allow_leak=True,
+        variant=_variant(record),
     )
     return certify(directory, base_directory, plan, model_map)
 
@@ -151,3 +153,15 @@ def _tied(record: dict[str, Any], model_map: ModelMap) -> Tied:
     plan = record.get("plan")
     untied = isinstance(plan, dict) and plan.get("embedding_untied") is True
     return "untie" if untied or not model_map.tied else "both"
+
+
+def _variant(record: dict[str, Any]) -> Variant:
+    plan = record.get("plan")
+    found = plan.get("variant", "plain") if isinstance(plan, dict) else "plain"
+    for variant in VARIANTS:
+        if found == variant:
+            return variant
+    raise CheckpointError(
+        f"The record names the variant {found!r}, expected one of {', '.join(VARIANTS)}; use the version of this "
+        "package that made it."
+    )

@@ -3,9 +3,16 @@
 Everything is computed in float32 (orthonormalisation in float64) and cast back once.
 """
 
+from typing import Literal
+
 import torch
 
 from remove_refusals.errors import DirectionError
+
+Variant = Literal["plain", "norm-preserving", "row-norm"]
+"""What else an edit does to a tensor; see `project_out`."""
+
+VARIANTS: tuple[Variant, ...] = ("plain", "norm-preserving", "row-norm")
 
 ROWS_AT_ONCE = 1 << 24
 """How many float32 numbers an edit holds beside the tensor (64 MiB), so that a large vocabulary needs no full copy."""
@@ -42,7 +49,9 @@ def orthonormal_basis(vectors: torch.Tensor) -> torch.Tensor:
     return signed.to(torch.float32)
 
 
-def project_out(tensor: torch.Tensor, basis: torch.Tensor, strength: float, axis: int = -1) -> torch.Tensor:
+def project_out(
+    tensor: torch.Tensor, basis: torch.Tensor, strength: float, axis: int = -1, variant: Variant = "plain"
+) -> torch.Tensor:
     """Take a share of the component along `basis` out of a tensor: `W - strength * Q (Qᵀ W)`.
 
     Args:
@@ -50,6 +59,9 @@ def project_out(tensor: torch.Tensor, basis: torch.Tensor, strength: float, axis
         basis: `[d_model, k]`, float32, orthonormal columns.
         strength: The share that is taken out; 0 returns an equal tensor.
         axis: The axis of width d_model.
+        variant: `plain`; `norm-preserving` scales what each single input writes back to its old norm, which adds
+            nothing along `basis`; `row-norm` scales each output coordinate to its old norm over the inputs, as some
+            tools do, which puts a part of the direction back and is here to compare with.
 
     Returns:
         A new tensor of the same shape and dtype, contiguous.
@@ -60,18 +72,32 @@ def project_out(tensor: torch.Tensor, basis: torch.Tensor, strength: float, axis
     basis = basis.to(tensor.device)
     rows = out.movedim(axis, -1)
     if rows.dim() == 1:
-        rows.copy_(_project_rows(rows, basis, strength))
+        rows.copy_(_project_rows(rows, basis, strength, variant))
         return out
     step = max(1, ROWS_AT_ONCE // max(1, rows[0].numel()))
     for start in range(0, rows.shape[0], step):
         part = rows[start : start + step]
-        part.copy_(_project_rows(part, basis, strength))
-    return out
+        part.copy_(_project_rows(part, basis, strength, variant))
+    return _with_row_norms(out, tensor, axis) if variant == "row-norm" else out
 
 
-def _project_rows(rows: torch.Tensor, basis: torch.Tensor, strength: float) -> torch.Tensor:
+def _project_rows(rows: torch.Tensor, basis: torch.Tensor, strength: float, variant: Variant) -> torch.Tensor:
     values = rows.to(torch.float32)
-    return values - strength * (values @ basis) @ basis.T
+    edited = values - strength * (values @ basis) @ basis.T
+    if variant != "norm-preserving":
+        return edited
+    after = edited.norm(dim=-1, keepdim=True)
+    # What lies wholly within the direction has nothing left that could be scaled.
+    scale = torch.where(after > 0, values.norm(dim=-1, keepdim=True) / after.clamp_min(1e-30), after)
+    return edited * scale
+
+
+def _with_row_norms(edited: torch.Tensor, original: torch.Tensor, axis: int) -> torch.Tensor:
+    """Scale each output coordinate back to its norm over the inputs; a leading axis of experts is kept apart."""
+    inputs = [index for index in range(edited.dim()) if index != axis % edited.dim()][-1:]
+    after, before = (value.to(torch.float32).norm(dim=inputs, keepdim=True) for value in (edited, original.detach()))
+    scaled: torch.Tensor = edited.to(torch.float32) * before / after.clamp_min(1e-30)
+    return scaled.to(edited.dtype)
 
 
 def share_left(edited: torch.Tensor, original: torch.Tensor, basis: torch.Tensor, axis: int) -> float:

@@ -16,6 +16,7 @@ from remove_refusals.directions import largest_coordinate_share, layer_index, me
 from remove_refusals.errors import ModelError
 from remove_refusals.evaluate import Evaluation, EvaluationPrompts, EvaluationSettings, evaluate, warnings
 from remove_refusals.generate import generate
+from remove_refusals.linalg import Variant
 from remove_refusals.modelmap import map_model
 from remove_refusals.models import LoadedModel, load
 from remove_refusals.plan import Tied, intervene
@@ -98,12 +99,16 @@ class EditSettings:
         layers: The first and last layer to edit; None for all and the embedding.
         sites: The kinds of site to edit.
         tied: What to do with an embedding that is also the unembedding.
+        variant: What else the edit does to each tensor.
+        allow_leak: Whether to edit a model whose weights no edit makes exact.
     """
 
     strength: float = 1.0
     layers: tuple[int, int] | None = None
     sites: tuple[SiteKind, ...] = SITE_KINDS
     tied: Tied = "untie"
+    variant: Variant = "plain"
+    allow_leak: bool = False
 
 
 @dataclass(frozen=True)
@@ -324,7 +329,23 @@ def _run_into(
         found = FoundDirection(load_direction(direction_file), (), None)
     prompts = test_prompts(settings.measure, found.prompts)
     intervention = make_intervention(found.direction, settings.edit, model_map)
-    baked = write_baked(loaded, intervention, directory, tied=settings.edit.tied, model_map=model_map)
+    baked = write_baked(
+        loaded,
+        intervention,
+        directory,
+        tied=settings.edit.tied,
+        allow_leak=settings.edit.allow_leak,
+        variant=settings.edit.variant,
+        model_map=model_map,
+    )
+        loaded,
+        intervention,
+        directory,
+        tied=settings.edit.tied,
+        allow_leak=settings.edit.allow_leak,
+        variant=settings.edit.variant,
+        model_map=model_map,
+    )
     edited = load(str(directory), device=settings.loading.device, dtype=settings.loading.dtype)
     evaluation = evaluate(
         loaded, edited, prompts, measure_settings(settings), on_progress=stage_progress(on_progress, "evaluation")

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from remove_refusals.errors import ArchitectureError, DirectionError
-from remove_refusals.linalg import orthonormal_basis
+from remove_refusals.linalg import Variant, orthonormal_basis
 from remove_refusals.types import (
     SITE_KINDS,
     ChannelStep,
@@ -129,6 +129,7 @@ def resolve(
     *,
     tied: Tied = "untie",
     allow_leak: bool = False,
+    variant: Variant = "plain",
 ) -> EditPlan:
     """Resolve an intervention against one model.
 
@@ -138,6 +139,7 @@ def resolve(
         tensor_of: Gives a parameter by its name in the model; only norm gains are asked for.
         tied: What to do with an embedding that is also the unembedding.
         allow_leak: Whether to plan an edit that is known not to be exact.
+        variant: What else the edit does to each tensor; only `plain` is what the hooks do.
 
     Returns:
         The plan. An edit of strength 0 is listed under `left`, as is every writer of a site without an edit.

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 from remove_refusals.errors import DirectionError
+from remove_refusals.linalg import Variant
 
 SiteKind = Literal["embedding", "attn", "mlp"]
 """A place where something is added to the residual stream; `attn` also stands for the mixer in its place."""
@@ -338,9 +339,11 @@ class EditPlan:
         untie: Whether the unembedding gets a copy of the unedited embedding first.
         left: Writers that are not touched, with the reason.
         leaks: Why the edit is not exact, if it was asked for all the same.
+        variant: What else the edit does to each tensor.
     """
 
     entries: tuple[PlanEntry, ...]
     untie: bool
     left: tuple[tuple[str, str], ...]
     leaks: tuple[str, ...] = ()
+    variant: Variant = "plain"
