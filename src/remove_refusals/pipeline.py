@@ -338,14 +338,6 @@ def _run_into(
         variant=settings.edit.variant,
         model_map=model_map,
     )
-        loaded,
-        intervention,
-        directory,
-        tied=settings.edit.tied,
-        allow_leak=settings.edit.allow_leak,
-        variant=settings.edit.variant,
-        model_map=model_map,
-    )
     edited = load(str(directory), device=settings.loading.device, dtype=settings.loading.dtype)
     evaluation = evaluate(
         loaded, edited, prompts, measure_settings(settings), on_progress=stage_progress(on_progress, "evaluation")
