@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 
 from remove_refusals.activations import measure_boundaries
 from remove_refusals.apply.memory import save_edited
@@ -20,6 +19,7 @@ from remove_refusals.models import FLOAT_DTYPES, LoadedModel, load
 from remove_refusals.plan import Tied, resolve
 from remove_refusals.records import direction_sha256, save_direction, versions, write_json
 from remove_refusals.skeleton import disk_names
+from remove_refusals.sources import local_directory
 from remove_refusals.types import EditPlan, Intervention, ModelMap
 
 FORMAT = 1
@@ -148,12 +148,9 @@ def base_directory(loaded: LoadedModel) -> Path | None:
     Returns:
         The directory, in the hub's cache for a hub id; None if there are no safetensors files.
     """
-    source = Path(loaded.source)
-    if not source.is_dir():
-        found = try_to_load_from_cache(loaded.source, "config.json", revision=loaded.revision)
-        if not isinstance(found, str):
-            return None
-        source = Path(found).parent
+    source = local_directory(loaded.source, loaded.revision)
+    if source is None:
+        return None
     return source if (source / SINGLE_FILE).is_file() or (source / INDEX_FILE).is_file() else None
 
 

@@ -385,10 +385,9 @@ def inspect(
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """What an edit would touch and what it would leave, from the configuration alone."""
-    from remove_refusals import console, inspection, pipeline
+    from remove_refusals import console, inspection
 
-    with pipeline.model_source(model) as source:
-        found = inspection.inspect(source, trust_remote_code=trust_remote_code)
+    found = inspection.inspect(model, trust_remote_code=trust_remote_code)
     if as_json:
         console.say_json(found)
     else:
@@ -403,10 +402,9 @@ def certify(
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Measure on saved files what is left of the direction; exit code 3 if they do not hold the edit."""
-    from remove_refusals import console, inspection, pipeline
+    from remove_refusals import console, inspection
 
-    with pipeline.model_source(base) as source:
-        certificate = inspection.certify_directory(directory, source, trust_remote_code=trust_remote_code)
+    certificate = inspection.certify_directory(directory, base, trust_remote_code=trust_remote_code)
     if as_json:
         console.say_json(certificate.to_json())
     else:

@@ -4,8 +4,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import try_to_load_from_cache
-
 from remove_refusals.certify import Certificate, certify, disk_reader
 from remove_refusals.checkpoint import checkpoint_tensors
 from remove_refusals.errors import CheckpointError
@@ -14,6 +12,7 @@ from remove_refusals.modelmap import map_model
 from remove_refusals.plan import Tied, resolve
 from remove_refusals.records import load_direction, read_json
 from remove_refusals.skeleton import disk_names, skeleton_of
+from remove_refusals.sources import local_directory
 from remove_refusals.types import ChannelStep, Intervention, ModelMap, SiteEdit
 
 
@@ -81,14 +80,6 @@ def _headers(directory: Path | None) -> dict[str, Any]:
     if directory is None or not any(directory.glob("*.safetensors")):
         return {}
     return {name: entry for name, (_, entry) in checkpoint_tensors(directory).items()}
-
-
-def local_directory(source: str) -> Path | None:
-    """Find a model's directory: as given, or in the hub's cache; None if it is in neither."""
-    if Path(source).is_dir():
-        return Path(source)
-    found = try_to_load_from_cache(source, "config.json")
-    return Path(found).parent if isinstance(found, str) else None
 
 
 def certify_directory(directory: Path, base: str, *, trust_remote_code: bool = False) -> Certificate:

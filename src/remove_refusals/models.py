@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from remove_refusals.checkpoint import INDEX_FILE, SINGLE_FILE, checkpoint_tensors
 from remove_refusals.errors import ModelError
+from remove_refusals.sources import model_source
 
 FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 _HUB_TIMEOUT_SECONDS = 10.0
@@ -87,7 +88,7 @@ def load(
     """Load a causal language model and its tokenizer from a directory or the Hugging Face hub.
 
     Args:
-        source: A directory with a `config.json`, or a hub id.
+        source: A directory with a `config.json`, a hub id, or `demo` for the model that comes with the package.
         device: Where the model goes; by default `cuda`, `mps` or `cpu`, the first that is there.
         dtype: `auto` takes the checkpoint's data type on an accelerator and float32 on the CPU (which holds bfloat16
             and float16 values exactly); or a data type such as `bfloat16`.
@@ -105,7 +106,7 @@ def load(
             lacks tensors (which Transformers would fill with random numbers).
         CheckpointError: If a weight file of a directory is truncated, corrupt or missing.
     """
-    name = str(source)
+    name = model_source(str(source))
     if device is not None and device_map is not None:
         raise ModelError(f"Both device {device} and device_map {device_map} are given, expected one; leave one out.")
     where = _pick_device(device)

@@ -1,9 +1,8 @@
 """The whole job: model → activations → direction → edit → saved model → measured from the saved files."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,8 @@ from remove_refusals.plan import Tied, intervene
 from remove_refusals.prompts import check_disjoint, draw, embedded_prompts, load_prompts
 from remove_refusals.records import load_direction, write_json, write_jsonl
 from remove_refusals.report import model_card
+from remove_refusals.sources import DEMO
 from remove_refusals.types import SITE_KINDS, ChatFormat, Direction, Intervention, ModelMap, PromptSet, SiteKind
-
-DEMO = "demo"
-"""The name that stands for the embedded demo model."""
 
 OUTLIER_SHARE = 0.5
 """From here on a single coordinate is called an outlier: it holds more than all others together."""
@@ -161,16 +158,6 @@ class FoundDirection:
     largest_coordinate: float | None
 
 
-@contextlib.contextmanager
-def model_source(model: str) -> Iterator[str]:
-    """Give the directory of the embedded demo model for the name `demo`, and any other name unchanged."""
-    if model != DEMO or Path(model).is_dir():
-        yield model
-        return
-    with resources.as_file(resources.files("remove_refusals") / "data" / "demo") as directory:
-        yield str(directory)
-
-
 def load_model(model: str, settings: LoadSettings) -> LoadedModel:
     """Load a model by directory, hub id or the name `demo`.
 
@@ -178,9 +165,7 @@ def load_model(model: str, settings: LoadSettings) -> LoadedModel:
         ModelError: If it cannot be found or loaded.
         CheckpointError: If a weight file is corrupt.
     """
-    with model_source(model) as source:
-        loaded = load(source, **asdict(settings))
-    return replace(loaded, source=model) if model == DEMO else loaded
+    return load(model, **asdict(settings))
 
 
 def find_direction(

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from remove_refusals.errors import ModelError
+from remove_refusals.sources import model_source
 from remove_refusals.types import DiskTensor
 
 
@@ -37,7 +38,7 @@ def skeleton_of(source: str | Path, *, trust_remote_code: bool = False) -> PreTr
     """Build a model without weights from a checkpoint's configuration alone.
 
     Args:
-        source: A directory or a hub id.
+        source: A directory, a hub id, or `demo`.
         trust_remote_code: Run Python code that comes with the checkpoint.
 
     Returns:
@@ -47,7 +48,7 @@ def skeleton_of(source: str | Path, *, trust_remote_code: bool = False) -> PreTr
         ModelError: If there is no configuration, or none of a causal language model.
     """
     try:
-        config = AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(model_source(str(source)), trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             built: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
