@@ -338,7 +338,7 @@ def _run_into(
     write_json(directory / "ablation.json", record)
     write_json(directory / "scores.json", evaluation.to_json())
     write_jsonl(directory / "rows.jsonl", (row.to_json() for row in evaluation.rows))
-    (directory / "README.md").write_text(model_card(record), encoding="utf-8")
+    (directory / "README.md").write_text(model_card(record, evaluation.table(), baked.certificate), encoding="utf-8")
     return RunResult(replace(baked, record=record), evaluation, notes)
 
 

@@ -1,0 +1,36 @@
+"""The model card, from records; nothing is computed here but what is printed."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from remove_refusals.certify import Certificate
+
+
+def model_card(
+    record: Mapping[str, Any], table: Sequence[Sequence[str]], certificate: Certificate | None = None
+) -> str:
+    """Write the model card of an edited model.
+
+    Args:
+        record: The content of `ablation.json`, with `prompts`, `scores` and `warnings`.
+        table: The rows of `Evaluation.table`.
+        certificate: What was measured on the saved files; left out if there is none.
+
+    Returns:
+        Markdown with the metadata block that the Hugging Face hub reads.
+    """
+    # Markdown, not HTML: text is kept as it is, and what could break the table is in no record.
+    environment = Environment(
+        loader=PackageLoader("remove_refusals", "data"), undefined=StrictUndefined, keep_trailing_newline=True
+    )
+    worst = certificate.worst if certificate is not None else None
+    text: str = environment.get_template("model_card.md.jinja").render(
+        record=record,
+        table=table,
+        certificate=certificate,
+        worst=100 * abs(worst.share_left - abs(1 - worst.strength)) if worst is not None else 0.0,
+        strengths=sorted({edit["strength"] for edit in record["intervention"]}),
+    )
+    return text
