@@ -94,7 +94,7 @@ def test_a_float_is_a_fraction_and_an_int_an_index(layer, index):
     assert layer_index(layer, 16) == index
 
 
-@pytest.mark.parametrize("layer", [-0.1, 1.2, 17, -1])
+@pytest.mark.parametrize("layer", [-0.1, -0.01, 1.01, 1.2, float("nan"), float("inf"), 17, -1])
 def test_layers_outside_are_refused(layer):
     with pytest.raises(DirectionError, match=str(layer)):
         layer_index(layer, 16)

@@ -12,7 +12,7 @@ from remove_refusals.apply.memory import save_edited
 from remove_refusals.atomic import atomic_directory
 from remove_refusals.certify import Certificate, certify
 from remove_refusals.checkpoint import INDEX_FILE, SINGLE_FILE, checkpoint_tensors, file_hashes
-from remove_refusals.errors import CertificateError
+from remove_refusals.errors import CertificateError, OutputError
 from remove_refusals.linalg import Variant
 from remove_refusals.modelmap import map_model
 from remove_refusals.models import FLOAT_DTYPES, LoadedModel, load
@@ -80,9 +80,10 @@ def bake(
         ArchitectureError: If no exact weight edit of the model exists.
         ModelError: If a tensor is quantised or not in memory.
         CertificateError: If the saved files do not hold what the plan says.
-        OutputError: If the output exists and `force` is not given, or cannot be written.
+        OutputError: If the output is the model's own directory, exists and `force` is not given, or cannot be written.
     """
     target = Path(output)
+    check_not_source(target, loaded.source, loaded.revision)
     with atomic_directory(target, force=force) as directory:
         baked = write_baked(
             loaded,
@@ -140,6 +141,25 @@ def write_baked(
     if certificate is not None and plan.leaks and certificate.boundaries is not None:
         record["leak"] = {"why": list(plan.leaks), "largest_component": max(certificate.boundaries)}
     return Baked(directory, plan, record, certificate)
+
+
+def check_not_source(output: Path, model: str, revision: str | None = None) -> None:
+    """Check that an output does not take the place of the model that it is made from.
+
+    Args:
+        output: The directory to be made.
+        model: The model's directory, hub id, or `demo`.
+        revision: The hub's branch, tag or commit.
+
+    Raises:
+        OutputError: If the output is the model's directory or one above it, links followed.
+    """
+    source = local_directory(model, revision)
+    if source is not None and source.resolve().is_relative_to(output.expanduser().resolve()):
+        raise OutputError(
+            f"The output {output} is the model itself or a directory that holds it, expected another place, since the "
+            "model is never written to; choose another path."
+        )
 
 
 def base_directory(loaded: LoadedModel) -> Path | None:

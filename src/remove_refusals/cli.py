@@ -7,15 +7,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from remove_refusals.errors import CertificateError, DirectionError, PromptError, RemoveRefusalsError
 
 if TYPE_CHECKING:
     from remove_refusals import pipeline
     from remove_refusals.models import LoadedModel
-    from remove_refusals.types import ChatFormat, Intervention, ModelMap
+    from remove_refusals.types import ChatFormat, Direction, Intervention, ModelMap
+
+
+class _Commands(TyperGroup):
+    """The commands; their errors and Ctrl-C are caught here, before Typer answers them in its own way."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command."""
+        with _one_sentence():
+            return super().invoke(ctx)
+
 
 app = typer.Typer(
+    cls=_Commands,
     name="remove-refusals",
     help="Find the direction in a language model's residual stream that mediates refusal, take it out, and measure "
     "what that did.",
@@ -188,9 +200,12 @@ def find(
         source(harmful, column, split), source(harmless, column, split), n_prompts, seed, layer, position, projected
     )
     chat = _chat_format(system_prompt, chat_template, plain)
+    prompts = pipeline.training_prompts(settings)
     loaded = pipeline.load_model(model, pipeline.LoadSettings(device, dtype, load_in_4bit, trust_remote_code, revision))
     with console.progress() as on_progress:
-        found = pipeline.find_direction(loaded, settings, chat=chat, batch_size=batch_size, on_progress=on_progress)
+        found = pipeline.find_direction(
+            loaded, settings, chat=chat, prompts=prompts, batch_size=batch_size, on_progress=on_progress
+        )
     records.save_direction(found.direction, output, force=force)
     console.say(
         f"Saved to {output}: d_model {found.direction.d_model}, layer {found.direction.origin.layer}, "
@@ -219,7 +234,7 @@ def chat(
 ) -> None:
     """Talk to a model with the direction taken out as it runs; end with Ctrl-D."""
     from remove_refusals import chat as chatting
-    from remove_refusals import console, pipeline
+    from remove_refusals import console, pipeline, records
 
     if no_ablation and compare:
         raise DirectionError("Both --no-ablation and --compare are given, expected one of them; leave one out.")
@@ -228,10 +243,12 @@ def chat(
             "No direction is given, expected --direction FILE; make one with `remove-refusals direction`, or pass "
             "--no-ablation."
         )
+    given = None if direction is None or no_ablation else records.load_direction(direction)
+    edit = _edit_settings(strength, layers, sites)
     loaded = pipeline.load_model(model, pipeline.LoadSettings(device, dtype, load_in_4bit, trust_remote_code, revision))
     intervention, model_map = None, None
-    if direction is not None and not no_ablation:
-        intervention, model_map = _intervention(loaded, direction, _edit_settings(strength, layers, sites))
+    if given is not None:
+        intervention, model_map = _intervention(loaded, given, edit)
     chatting.converse(
         loaded,
         intervention,
@@ -268,13 +285,16 @@ def generate(
     max_new_tokens: MaxNewTokens = 100,
 ) -> None:
     """Answer prompts in batches, greedily; without --direction the model answers as it is."""
-    from remove_refusals import console, pipeline, records
+    from remove_refusals import atomic, console, pipeline, records
 
+    atomic.check_target(output, force=force, directory=False)
     prompt_set = pipeline.PromptSource(prompts, column, split).load("prompts", "")
+    given = None if direction is None else records.load_direction(direction)
+    edit = _edit_settings(strength, layers, sites)
     loaded = pipeline.load_model(model, pipeline.LoadSettings(device, dtype, load_in_4bit, trust_remote_code, revision))
     intervention, model_map = None, None
-    if direction is not None:
-        intervention, model_map = _intervention(loaded, direction, _edit_settings(strength, layers, sites))
+    if given is not None:
+        intervention, model_map = _intervention(loaded, given, edit)
     with console.progress() as on_progress:
         rows = pipeline.answer_rows(
             loaded,
@@ -308,11 +328,13 @@ def bake(
     revision: Revision = None,
 ) -> None:
     """Edit the weights for good and save the model with its tokenizer."""
-    from remove_refusals import baking, console, pipeline
+    from remove_refusals import atomic, baking, console, pipeline, records
 
+    atomic.check_target(output, force=force, directory=True)
     edit = _edit_settings(strength, layers, sites, tied, variant, allow_leak)
+    given = records.load_direction(direction)
     loaded = pipeline.load_model(model, pipeline.LoadSettings(device, dtype, False, trust_remote_code, revision))
-    intervention, model_map = _intervention(loaded, direction, edit)
+    intervention, model_map = _intervention(loaded, given, edit)
     baked = baking.bake(
         loaded,
         intervention,
@@ -352,8 +374,11 @@ def evaluate(
     kl_tokens: KlTokens = 32,
 ) -> None:
     """Refusals, false refusals and damage of two models, side by side on the same prompts."""
-    from remove_refusals import console, pipeline, records
+    from remove_refusals import atomic, console, pipeline, records
 
+    for path in (output, rows):
+        if path is not None:
+            atomic.check_target(path, force=force, directory=False)
     source = pipeline.PromptSource
     settings = pipeline.RunSettings(
         model=base,
@@ -426,7 +451,7 @@ def _direction_settings(
 
 def _layer(text: str) -> float | int:
     try:
-        return int(text) if text.lstrip("+-").isdigit() else float(text)
+        return int(text) if text.lstrip("+-").isdecimal() else float(text)
     except ValueError:
         raise DirectionError(
             f"The layer is {text!r}, expected a fraction of depth such as 0.6 or an index such as 15."
@@ -467,10 +492,12 @@ def _one_of(option: str, value: str, accepted: tuple[Any, ...]) -> Any:
 def _range(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
-    first, _, last = text.partition("-")
-    if not first.isdigit() or not (last or first).isdigit():
+    first, dash, last = text.partition("-")
+    if not dash:
+        last = first
+    if not (first.isdecimal() and last.isdecimal()):
         raise DirectionError(f"The layers are {text!r}, expected a range such as 8-20 or one layer such as 12.")
-    return int(first), int(last or first)
+    return int(first), int(last)
 
 
 def _chat_format(system_prompt: str | None, chat_template: Path | None, plain: bool) -> "ChatFormat":
@@ -488,12 +515,12 @@ def _chat_format(system_prompt: str | None, chat_template: Path | None, plain: b
 
 
 def _intervention(
-    loaded: "LoadedModel", direction: Path, settings: "pipeline.EditSettings"
+    loaded: "LoadedModel", direction: "Direction", settings: "pipeline.EditSettings"
 ) -> tuple["Intervention", "ModelMap"]:
-    from remove_refusals import modelmap, pipeline, records
+    from remove_refusals import modelmap, pipeline
 
     model_map = modelmap.map_model(loaded.model)
-    return pipeline.make_intervention(records.load_direction(direction), settings, model_map), model_map
+    return pipeline.make_intervention(direction, settings, model_map), model_map
 
 
 @contextmanager
@@ -511,5 +538,4 @@ def _one_sentence() -> Iterator[None]:
 
 def main() -> None:
     """Run the command; the console script and `python -m remove_refusals` call this."""
-    with _one_sentence():
-        app()
+    app()

@@ -23,13 +23,12 @@ def layer_index(layer: float | int, n_layers: int) -> int:
     Raises:
         DirectionError: If it does not lie within the model.
     """
-    index = int(layer * n_layers) if isinstance(layer, float) else layer
-    if not 0 <= index <= n_layers:
+    if not 0 <= layer <= (1 if isinstance(layer, float) else n_layers):
         raise DirectionError(
             f"Layer {layer} does not lie within a model of {n_layers} layers; "
             f"give a fraction from 0.0 to 1.0 or an index from 0 to {n_layers}."
         )
-    return index
+    return int(layer * n_layers) if isinstance(layer, float) else layer
 
 
 def direction_from_vectors(vectors: torch.Tensor, origin: DirectionOrigin) -> Direction:

@@ -112,7 +112,7 @@ def load(
     where = _pick_device(device)
     wanted = _parse_dtype(dtype)
     local = _find(name, revision)
-    with _quiet(bars=Path(name).is_dir()), _explained(f"The model {name}"):
+    with quiet(bars=Path(name).is_dir()), _explained(f"The model {name}"):
         settings: dict[str, Any] = {"revision": revision, "local_files_only": local}
         described, _ = PretrainedConfig.get_config_dict(name, **settings)
         _check_model_type(name, described, trust_remote_code)
@@ -138,7 +138,7 @@ def load(
             **settings,
         )
         _check_complete(name, report)
-    with _quiet(bars=True), _explained(f"The tokenizer of {tokenizer or name}"):
+    with quiet(bars=True), _explained(f"The tokenizer of {tokenizer or name}"):
         loaded_tokenizer = AutoTokenizer.from_pretrained(tokenizer or name, **(settings if tokenizer is None else {}))
     commit, unused = getattr(config, "_commit_hash", None), tuple(sorted(report["unexpected_keys"]))
     return LoadedModel(model.eval(), loaded_tokenizer, name, commit or revision, saved, unused)
@@ -287,8 +287,12 @@ def _explained(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet(*, bars: bool) -> Iterator[None]:
-    """Silence Transformers' warnings, and with `bars` its progress bars too (downloads keep theirs)."""
+def quiet(*, bars: bool) -> Iterator[None]:
+    """Silence Transformers' warnings while the context lasts.
+
+    Args:
+        bars: Whether to hide its progress bars too; hidden, those of downloads are not seen either.
+    """
     verbosity, hide = logging.get_verbosity(), bars and logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     if hide:

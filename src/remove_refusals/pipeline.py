@@ -9,7 +9,7 @@ from typing import Any
 from remove_refusals.activations import collect_activations
 from remove_refusals.apply.hooks import ablated
 from remove_refusals.atomic import atomic_directory
-from remove_refusals.baking import Baked, write_baked
+from remove_refusals.baking import Baked, check_not_source, write_baked
 from remove_refusals.chat_template import check_position, render, template_tail_length
 from remove_refusals.directions import largest_coordinate_share, layer_index, mean_difference
 from remove_refusals.errors import ModelError
@@ -18,7 +18,7 @@ from remove_refusals.generate import generate
 from remove_refusals.linalg import Variant
 from remove_refusals.modelmap import map_model
 from remove_refusals.models import LoadedModel, load
-from remove_refusals.plan import Tied, intervene
+from remove_refusals.plan import Tied, check_fit, intervene
 from remove_refusals.prompts import check_disjoint, draw, embedded_prompts, load_prompts
 from remove_refusals.records import load_direction, write_json, write_jsonl
 from remove_refusals.report import model_card
@@ -168,24 +168,37 @@ def load_model(model: str, settings: LoadSettings) -> LoadedModel:
     return load(model, **asdict(settings))
 
 
+def training_prompts(settings: DirectionSettings) -> tuple[PromptSet, PromptSet]:
+    """Load the harmful and the harmless prompts and draw from both.
+
+    Raises:
+        PromptError: If a set cannot be loaded or has fewer prompts than are to be drawn.
+    """
+    harmful = settings.harmful.load("harmful", "harmful_train")
+    harmless = settings.harmless.load("harmless", "harmless_train")
+    return draw(harmful, settings.n_prompts, settings.seed), draw(harmless, settings.n_prompts, settings.seed)
+
+
 def find_direction(
     loaded: LoadedModel,
     settings: DirectionSettings,
     *,
     chat: ChatFormat,
+    prompts: tuple[PromptSet, PromptSet] | None = None,
     batch_size: int | None = None,
     model_map: ModelMap | None = None,
     on_progress: OnProgress | None = None,
 ) -> FoundDirection:
-    """Draw prompts, collect their activations and take the difference of the means.
+    """Collect the activations of harmful and harmless prompts and take the difference of the means.
+
+    The prompts are those of `training_prompts`, if they are not given.
 
     Raises:
         PromptError: If prompts cannot be loaded, or the position does not lie within the chat template's tail.
         DirectionError: If the layer does not lie within the model.
         NumericalError: If activations are NaN or infinite.
     """
-    harmful = draw(settings.harmful.load("harmful", "harmful_train"), settings.n_prompts, settings.seed)
-    harmless = draw(settings.harmless.load("harmless", "harmless_train"), settings.n_prompts, settings.seed)
+    harmful, harmless = prompts or training_prompts(settings)
     if not chat.plain:
         tail = template_tail_length(
             loaded.tokenizer, system_prompt=chat.system_prompt, chat_template=chat.chat_template
@@ -195,11 +208,11 @@ def find_direction(
     index = layer_index(settings.layer, model_map.n_layers)
     total = len(harmful) + len(harmless)
     parts = []
-    for before, prompts in ((0, harmful), (len(harmful), harmless)):
+    for before, part in ((0, harmful), (len(harmful), harmless)):
         parts.append(
             collect_activations(
                 loaded,
-                prompts,
+                part,
                 chat=chat,
                 positions=(settings.position,),
                 batch_size=batch_size,
@@ -224,11 +237,13 @@ def make_intervention(direction: Direction, settings: EditSettings, model_map: M
     """Apply one direction as the settings say.
 
     Raises:
-        DirectionError: If the layers do not lie within the model.
+        DirectionError: If the direction's width is not the model's, or the layers do not lie within the model.
     """
-    return intervene(
+    intervention = intervene(
         direction, model_map.n_layers, strength=settings.strength, layers=settings.layers, kinds=settings.sites
     )
+    check_fit(intervention, model_map)
+    return intervention
 
 
 def test_prompts(settings: MeasureSettings, used: tuple[PromptSet, ...] = ()) -> EvaluationPrompts:
@@ -291,6 +306,7 @@ def run(
             "--load-in-4bit out, or measure with `evaluate` and talk with `chat`."
         )
     target = Path(output)
+    check_not_source(target, settings.model, settings.loading.revision)
     with atomic_directory(target, force=force) as directory:
         result = _run_into(directory, settings, direction_file, on_progress)
     return replace(result, baked=replace(result.baked, directory=target))
@@ -299,20 +315,24 @@ def run(
 def _run_into(
     directory: Path, settings: RunSettings, direction_file: Path | None, on_progress: OnProgress | None
 ) -> RunResult:
+    # What can be wrong with files is said before a model is loaded.
+    given = None if direction_file is None else load_direction(direction_file)
+    drawn = training_prompts(settings.direction) if given is None else None
+    prompts = test_prompts(settings.measure, drawn or ())
     loaded = load_model(settings.model, settings.loading)
     model_map = map_model(loaded.model)
-    if direction_file is None:
+    if given is None:
         found = find_direction(
             loaded,
             settings.direction,
             chat=settings.chat,
+            prompts=drawn,
             batch_size=settings.batch_size,
             model_map=model_map,
             on_progress=on_progress,
         )
     else:
-        found = FoundDirection(load_direction(direction_file), (), None)
-    prompts = test_prompts(settings.measure, found.prompts)
+        found = FoundDirection(given, (), None)
     intervention = make_intervention(found.direction, settings.edit, model_map)
     baked = write_baked(
         loaded,
@@ -382,9 +402,9 @@ def compare(
     Raises:
         RemoveRefusalsError: Of the type that fits what went wrong.
     """
+    prompts = test_prompts(settings.measure)
     base = load_model(settings.model, settings.loading)
     other = load_model(edited, replace(settings.loading, revision=None))
-    prompts = test_prompts(settings.measure)
     evaluation = evaluate(
         base, other, prompts, measure_settings(settings), on_progress=stage_progress(on_progress, "evaluation")
     )

@@ -202,8 +202,8 @@ def load_direction(path: Path) -> Direction:
         ) from error
     if list(tensors) != ["direction"]:
         raise DirectionError(
-            f"The direction file {path} holds the tensors {sorted(tensors)[:5]}, expected one named `direction`; is "
-            "it a model's weight file?"
+            f"The direction file {path} holds the tensors {sorted(tensors)[:5]}, expected one named `direction`; "
+            "give the file of a direction, not of a model."
         )
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     record = header.get("__metadata__", {}).get(_METADATA_KEY)

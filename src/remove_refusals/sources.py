@@ -4,6 +4,7 @@ from importlib import resources
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 
 DEMO = "demo"
 """The name that stands for the embedded demo model."""
@@ -29,5 +30,9 @@ def local_directory(model: str, revision: str | None = None) -> Path | None:
     source = Path(model_source(model))
     if source.is_dir():
         return source
-    found = try_to_load_from_cache(model, "config.json", revision=revision)
+    try:
+        found = try_to_load_from_cache(model, "config.json", revision=revision)
+    except HFValidationError:
+        # A path to something that is not there cannot be a hub id.
+        return None
     return Path(found).parent if isinstance(found, str) else None

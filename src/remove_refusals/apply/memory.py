@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from remove_refusals.errors import ModelError
 from remove_refusals.linalg import project_out
+from remove_refusals.models import quiet
 from remove_refusals.skeleton import skeleton
 from remove_refusals.types import EditPlan, ModelMap
 
@@ -107,4 +108,5 @@ def save_edited(
         ModelError: If a tensor is quantised or not in memory.
     """
     tensors = edited_tensors(model, plan, model_map, dtype_of=dtype_of)
-    with_tensors(model, tensors, untie=plan.untie).save_pretrained(directory, max_shard_size="4GB")
+    with quiet(bars=True):
+        with_tensors(model, tensors, untie=plan.untie).save_pretrained(directory, max_shard_size="4GB")
