@@ -1,0 +1,153 @@
+"""The whole job on a tiny random model: what it leaves, and that its numbers are those of the saved files."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import tiny
+from remove_refusals.errors import ModelError, OutputError, PromptError
+from remove_refusals.inspection import certify_directory, inspect
+from remove_refusals.models import load
+from remove_refusals.pipeline import (
+    DirectionSettings,
+    EditSettings,
+    LoadSettings,
+    MeasureSettings,
+    PromptSource,
+    RunSettings,
+    answer_rows,
+    compare,
+    find_direction,
+    run,
+)
+from remove_refusals.records import load_direction, save_direction
+from remove_refusals.types import ChatFormat, PromptSet
+
+
+def prompt_file(path, words):
+    path.write_text("".join(f"Please {word} it\n" for word in words), encoding="utf-8")
+    return PromptSource(str(path))
+
+
+@pytest.fixture
+def settings(tmp_path):
+    source = tmp_path / "base"
+    tiny.llama().to(torch.bfloat16).save_pretrained(source)
+    tiny.tokenizer().save_pretrained(source)
+    return RunSettings(
+        model=str(source),
+        direction=DirectionSettings(
+            prompt_file(tmp_path / "harmful.txt", ("steal", "break", "burn", "forge")),
+            prompt_file(tmp_path / "harmless.txt", ("bake", "water", "paint", "read")),
+            n_prompts=3,
+        ),
+        measure=MeasureSettings(
+            prompt_file(tmp_path / "a.txt", ("rob", "hack")),
+            prompt_file(tmp_path / "b.txt", ("cook", "sing", "draw")),
+            prompt_file(tmp_path / "c.txt", ("kill", "shoot")),
+            max_new_tokens=6,
+            kl_tokens=4,
+        ),
+    )
+
+
+def test_a_run_leaves_a_whole_and_documented_model(settings, tmp_path):
+    stages = []
+    result = run(settings, tmp_path / "out", on_progress=lambda *stage: stages.append(stage))
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} >= {
+        "README.md", "ablation.json", "certificate.json", "config.json", "direction.safetensors",
+        "generation_config.json", "model.safetensors", "rows.jsonl", "scores.json", "tokenizer.json",
+    }  # fmt: skip
+    AutoModelForCausalLM.from_pretrained(out)
+    record = json.loads((out / "ablation.json").read_text())
+    assert record["settings"]["direction"]["seed"] == 0
+    assert record["prompts"]["harmful_test"]["n"] == 2 and len(record["prompts"]["harmful_test"]["sha256"]) == 64
+    assert (
+        record["scores"]
+        == json.loads((out / "scores.json").read_text())
+        == json.loads(json.dumps(result.evaluation.to_json()))
+    )
+    rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 * (2 + 3 + 2)
+    assert {stage for stage, _, _ in stages} == {"activations", "evaluation"}
+    card = (out / "README.md").read_text()
+    assert "This is not the base model" in card and "base_model: " in card
+    assert str(tmp_path) not in json.dumps(record["base"]) and record["directions"][0]["sha256"][:16] in card
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_the_numbers_are_those_of_the_saved_files(settings, tmp_path):
+    result = run(settings, tmp_path / "out")
+    again, _ = compare(settings, str(tmp_path / "out"))
+    assert again.sets == result.evaluation.sets and again.distance == result.evaluation.distance
+
+
+def test_the_same_seed_gives_the_same_files(settings, tmp_path):
+    first, second = (run(settings, tmp_path / name).baked.directory for name in ("one", "two"))
+    for name in ("model.safetensors", "direction.safetensors", "certificate.json"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+def test_a_direction_from_a_file_is_used_as_it_is(settings, tmp_path):
+    loaded = load(settings.model)
+    found = find_direction(loaded, settings.direction, chat=ChatFormat())
+    save_direction(found.direction, tmp_path / "d.safetensors")
+    run(settings, tmp_path / "out", direction_file=tmp_path / "d.safetensors")
+    assert torch.equal(load_direction(tmp_path / "out" / "direction.safetensors").basis, found.direction.basis)
+
+
+def test_prompts_that_found_the_direction_may_not_measure_it(settings, tmp_path):
+    shared = replace(settings, measure=replace(settings.measure, harmful=settings.direction.harmful))
+    with pytest.raises(PromptError, match="Please"):
+        run(replace(shared, direction=replace(settings.direction, n_prompts=4)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_saved_is_refused_before_any_work(settings, tmp_path):
+    with pytest.raises(ModelError, match="4 bits"):
+        run(replace(settings, loading=LoadSettings(load_in_4bit=True)), tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(OutputError, match="--force"):
+        run(settings, tmp_path / "out")
+    run(settings, tmp_path / "out", force=True)
+    assert (tmp_path / "out" / "ablation.json").is_file()
+
+
+@pytest.mark.parametrize("variant", ["plain", "norm-preserving", "row-norm"])
+def test_a_directory_is_certified_from_its_own_record(settings, tmp_path, variant):
+    edit = EditSettings(strength=0.8, layers=(1, 1), variant=variant)
+    run(replace(settings, edit=edit), tmp_path / "out")
+    certificate = certify_directory(tmp_path / "out", settings.model)
+    assert certificate.passed and len(certificate.edited) == 2 and len(certificate.left) == 3
+    if variant == "plain":
+        assert all(entry.share_left == pytest.approx(0.2, abs=0.02) for entry in certificate.edited)
+
+
+def test_a_certificate_fails_for_files_that_were_changed(settings, tmp_path):
+    run(settings, tmp_path / "out")
+    (tmp_path / "out" / "model.safetensors").write_bytes((tmp_path / "base" / "model.safetensors").read_bytes())
+    certificate = certify_directory(tmp_path / "out", settings.model)
+    assert not certificate.passed and len(certificate.problems) == 5
+    assert "model.layers.0.self_attn.o_proj.weight" in " ".join(certificate.problems)
+
+
+def test_inspect_needs_no_weights(settings, tmp_path):
+    (tmp_path / "base" / "model.safetensors").unlink()
+    found = inspect(settings.model)
+    assert found["verdict"] == "exact" and found["sites"] == {"embedding": 1, "attn": 2, "mlp": 2}
+    assert [row["on_disk"] for row in found["writers"]][:2] == [
+        "model.embed_tokens.weight",
+        "model.layers.0.self_attn.o_proj.weight",
+    ]
+    assert "dtype" not in found["writers"][0]
+
+
+def test_answer_rows(settings):
+    loaded = load(settings.model)
+    rows = answer_rows(loaded, PromptSet("p", ("One", "Two"), "test"), None, max_new_tokens=5)
+    assert [row["prompt"] for row in rows] == ["One", "Two"]
+    assert all(row["n_tokens"] <= 5 and row["ablated"] is False for row in rows)
