@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 
 from remove_refusals.batching import left_pad
-from remove_refusals.generate import generate
+from remove_refusals.generation import generate
 from remove_refusals.models import LoadedModel, load
 
 SENTENCE = "Explain in a few words how a rainforest works, and what lives in it. "

@@ -6,7 +6,7 @@ python demo/measure.py src/remove_refusals/data/demo
 import argparse
 
 from remove_refusals.apply.hooks import ablated
-from remove_refusals.evaluate import Evaluation, EvaluationSettings, evaluate
+from remove_refusals.evaluation import Evaluation, EvaluationSettings, evaluate
 from remove_refusals.modelmap import map_model
 from remove_refusals.models import LoadedModel, load
 from remove_refusals.pipeline import (

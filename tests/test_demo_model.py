@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from remove_refusals.apply.hooks import ablated
-from remove_refusals.evaluate import Evaluation, EvaluationPrompts, EvaluationSettings, evaluate
+from remove_refusals.evaluation import Evaluation, EvaluationPrompts, EvaluationSettings, evaluate
 from remove_refusals.judges import Label, judge_phrases
 from remove_refusals.modelmap import map_model
 from remove_refusals.models import LoadedModel, load

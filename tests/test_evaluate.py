@@ -12,8 +12,8 @@ import torch
 import tiny
 from remove_refusals.chat_template import render
 from remove_refusals.errors import ModelError, NumericalError
-from remove_refusals.evaluate import EvaluationPrompts, EvaluationSettings, evaluate, warnings
-from remove_refusals.generate import generate
+from remove_refusals.evaluation import EvaluationPrompts, EvaluationSettings, evaluate, warnings
+from remove_refusals.generation import generate
 from remove_refusals.metrics import McNemar, Mean, Perplexity, mcnemar, wilson_rate
 from remove_refusals.models import LoadedModel
 from remove_refusals.scores import Distance, Evaluation, PairedRate, SetScores

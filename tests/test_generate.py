@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel
 import tiny
 from remove_refusals.batching import accepts, check_prompts, contiguous_head, left_pad, longest_first, with_backoff
 from remove_refusals.errors import ModelError, NumericalError, PromptError
-from remove_refusals.generate import answer_logits, generate, stream
+from remove_refusals.generation import answer_logits, generate, stream
 from remove_refusals.models import LoadedModel
 
 TEXTS = (

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from remove_refusals.baking import bake
     from remove_refusals.directions import direction_from_vectors, mean_difference
     from remove_refusals.errors import RemoveRefusalsError
-    from remove_refusals.evaluate import evaluate
-    from remove_refusals.generate import generate
+    from remove_refusals.evaluation import evaluate
+    from remove_refusals.generation import generate
     from remove_refusals.modelmap import map_model
     from remove_refusals.models import load
     from remove_refusals.pipeline import RunSettings, run
@@ -38,8 +38,8 @@ _HOME = {
     "collect_activations": "activations",
     "direction_from_vectors": "directions",
     "embedded_prompts": "prompts",
-    "evaluate": "evaluate",
-    "generate": "generate",
+    "evaluate": "evaluation",
+    "generate": "generation",
     "intervene": "plan",
     "load": "models",
     "load_direction": "records",

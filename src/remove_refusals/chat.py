@@ -6,7 +6,7 @@ from typing import Literal
 
 from remove_refusals.apply.hooks import ablated
 from remove_refusals.chat_template import render, render_conversation
-from remove_refusals.generate import stream
+from remove_refusals.generation import stream
 from remove_refusals.models import LoadedModel
 from remove_refusals.types import ChatFormat, Intervention, ModelMap
 

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from remove_refusals.certify import Certificate
-from remove_refusals.evaluate import Evaluation
+from remove_refusals.evaluation import Evaluation
 from remove_refusals.types import EditPlan, ModelMap
 
 

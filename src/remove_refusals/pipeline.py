@@ -13,8 +13,8 @@ from remove_refusals.baking import Baked, check_not_source, write_baked
 from remove_refusals.chat_template import check_position, render, template_tail_length
 from remove_refusals.directions import largest_coordinate_share, layer_index, mean_difference
 from remove_refusals.errors import ModelError
-from remove_refusals.evaluate import Evaluation, EvaluationPrompts, EvaluationSettings, evaluate, warnings
-from remove_refusals.generate import generate
+from remove_refusals.evaluation import Evaluation, EvaluationPrompts, EvaluationSettings, evaluate, warnings
+from remove_refusals.generation import generate
 from remove_refusals.linalg import Variant
 from remove_refusals.modelmap import map_model
 from remove_refusals.models import LoadedModel, load

@@ -10,7 +10,7 @@ import torch
 from remove_refusals.batching import first_batch_size, longest_first, with_backoff
 from remove_refusals.chat_template import render
 from remove_refusals.errors import ModelError
-from remove_refusals.generate import Answer, AnswerLogits, answer_logits, generate
+from remove_refusals.generation import Answer, AnswerLogits, answer_logits, generate
 from remove_refusals.judges import Label, judge_phrases
 from remove_refusals.metrics import kl_divergence, mcnemar, mean_with_interval, perplexity, wilson_rate
 from remove_refusals.models import LoadedModel
