@@ -4,6 +4,7 @@ A model type's default configuration is shrunk: every known size becomes a small
 biases are made non-trivial, so that a numeric test of an edit means something.
 """
 
+import inspect
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -138,7 +140,40 @@ FIX["cohere_compass_text"] = dict(
     rope_parameters={k: dict(rope_type="default", rope_theta=10000.0) for k in ("full_attention", "sliding_attention")},
 )
 FIX["dbrx"] = dict(attn_config=dict(kv_n_heads=2, rope_theta=10000.0, clip_qkv=8.0))
-FIX["gemma4_assistant"] = dict()
+FIX["gemma4_assistant"] = dict(
+    text_config=dict(
+        model_type="gemma4_text",
+        hidden_size=D,
+        num_hidden_layers=L,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        global_head_dim=16,
+        intermediate_size=96,
+        vocab_size=V,
+        vocab_size_per_layer_input=0,
+        hidden_size_per_layer_input=0,
+        num_kv_shared_layers=L,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    )
+)
+
+# Decoders with cross-attention, which runs only where something beside the language model hands over hidden states.
+WITH_TOWER = (
+    "bart",
+    "bigbird_pegasus",
+    "blenderbot",
+    "blenderbot-small",
+    "marian",
+    "mbart",
+    "mllama_text_model",
+    "mvp",
+    "pegasus",
+    "plbart",
+    "prophetnet",
+    "trocr",
+    "whisper",
+)
 
 # Composite configurations whose causal LM takes the text part.
 TEXT_CONFIG = {"gemma3n": "text_config", "qwen4_exp": "text_config", "dots3_note": "text_config"}
@@ -200,7 +235,7 @@ def _shrunk(values: dict[str, Any]) -> dict[str, Any]:
 def _defaults(config_class: type) -> dict[str, Any]:
     try:
         return config_class().to_dict()
-    except (TypeError, ValueError, AttributeError, KeyError):
+    except (TypeError, ValueError, AttributeError, KeyError, StrictDataclassError):
         plain = int | float | list | tuple | str
         return {k: v for k, v in config_class.__dict__.items() if not k.startswith("_") and isinstance(v, plain)}
 
@@ -264,3 +299,16 @@ def token_ids(model: PreTrainedModel, n_tokens: int = 8, seed: int = 0) -> torch
     generator = torch.Generator().manual_seed(seed + 7)
     rows = 4 if model.config.model_type.startswith("musicgen") else 1
     return torch.randint(8, V - 16, (rows, n_tokens), generator=generator)
+
+
+def inputs(model: PreTrainedModel, n_tokens: int = 8, seed: int = 0) -> dict[str, Any]:
+    """Random inputs that any of the models takes: token ids, and what a tower beside the language model hands over."""
+    states = torch.randn(1, 5, D, generator=torch.Generator().manual_seed(seed + 9))
+    given: dict[str, Any] = {"input_ids": token_ids(model, n_tokens, seed), "use_cache": False}
+    if model.config.model_type in WITH_TOWER:
+        known = inspect.signature(model.forward).parameters
+        name = next(
+            name for name in ("cross_attention_states", "encoder_hidden_states", "encoder_outputs") if name in known
+        )
+        given[name] = (states,) if name == "encoder_outputs" else states
+    return given

@@ -4,7 +4,7 @@ A writer passes if its component along the direction is what the plan says, up t
 component of an error that is at most half a unit in the last place of each number is at most that error's norm.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -176,29 +176,26 @@ def _compare_others(
 ) -> int:
     """Compare the bytes of every tensor that the plan does not edit; what differs goes to `problems`."""
     before, after = tensor_hashes(base), tensor_hashes(directory)
-    expected = dict(before)
-    if plan.untie and model_map.unembedding is not None:
-        source = next((entry for entry in plan.entries if entry.parameter == model_map.input_embedding), None)
-        name = source.on_disk[0].name if source is not None and source.on_disk else model_map.input_embedding
-        # The untied unembedding is new on disk and holds the embedding as it was.
-        expected.setdefault(untied_name(after, before), before.get(name, ""))
+    copies: set[str] = set()
+    if plan.untie:
+        embedding = next(entry for entry in plan.entries if entry.parameter == model_map.input_embedding)
+        names = {tensor.name for tensor in embedding.on_disk}
+        kept = {before[name] for name in names & before.keys()}
+        if not any(after[name] in kept for name in after.keys() - names):
+            problems.append(f"No tensor holds '{model_map.input_embedding}' as it was, for the unembedding.")
+        # Where nothing is tied any more, what was one tensor under several names is several with the same bytes.
+        copies = kept | {after[name] for name in (before.keys() & after.keys()) - names}
     identical = 0
-    for name in sorted((expected.keys() | after.keys()) - planned):
+    for name in sorted((before.keys() | after.keys()) - planned):
         if name not in after:
             problems.append(f"Tensor '{name}' of the base is missing.")
-        elif name not in expected:
+        elif name not in before and after[name] not in copies:
             problems.append(f"Tensor '{name}' is not in the base.")
-        elif after[name] != expected[name]:
+        elif name in before and after[name] != before[name]:
             problems.append(f"Tensor '{name}' is not to be edited and its bytes differ from the base's.")
         else:
             identical += 1
     return identical
-
-
-def untied_name(after: Mapping[str, str], before: Mapping[str, str]) -> str:
-    """Name the tensor that untying has added to a checkpoint."""
-    added = sorted(after.keys() - before.keys())
-    return added[0] if len(added) == 1 else "lm_head.weight"
 
 
 def read_tensor(path: Path, name: str) -> torch.Tensor:

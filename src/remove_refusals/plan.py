@@ -80,6 +80,7 @@ def pull_back(
 
     Returns:
         `[d_model, k]`, float32, orthonormal columns: a writer without a component along them adds none along `basis`.
+        A depthwise convolution with n taps needs up to n + 1 columns for each of `basis`.
     """
     if not steps:
         return basis
@@ -87,10 +88,18 @@ def pull_back(
     for step in reversed(steps):
         if step.kind == "center":
             columns = columns - columns.mean(dim=0, keepdim=True)
+            continue
+        assert step.parameter is not None
+        values = tensor_of(step.parameter).detach().to("cpu", torch.float64)
+        if step.kind == "gain":
+            columns = (values.reshape(-1) + step.offset).unsqueeze(1) * columns
         else:
-            assert step.parameter is not None
-            gain = tensor_of(step.parameter).detach().to("cpu", torch.float64).reshape(-1) + step.offset
-            columns = gain.unsqueeze(1) * columns
+            # Each tap brings the component of another token, so none of them may bring any.
+            taps = [tap.unsqueeze(1) * columns for tap in values.reshape(columns.shape[0], -1).unbind(1)]
+            spanned, sizes, _ = torch.linalg.svd(
+                torch.cat([*taps, *([columns] if step.offset else [])], dim=1), full_matrices=False
+            )
+            columns = spanned[:, sizes > 1e-7 * sizes[0]]
     return orthonormal_basis(columns)
 
 

@@ -31,7 +31,7 @@ def skeleton(model: PreTrainedModel, *, dtype: torch.dtype | None = None, tied: 
             part.tie_word_embeddings = tied
     with torch.device("meta"):
         built: PreTrainedModel = type(model)._from_config(config, dtype=dtype or model.dtype)
-    return built.eval()
+    return _without_weights(built)
 
 
 def skeleton_of(source: str | Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -57,6 +57,14 @@ def skeleton_of(source: str | Path, *, trust_remote_code: bool = False) -> PreTr
             f"({str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}), expected a "
             "directory with a config.json of a known model type; check the path."
         ) from error
+    return _without_weights(built)
+
+
+def _without_weights(built: PreTrainedModel) -> PreTrainedModel:
+    """Move to the meta device what a model has built elsewhere in spite of the device it was told to use."""
+    if any(not parameter.is_meta for parameter in built.parameters()):
+        built = built.to("meta")
+        built.tie_weights()
     return built.eval()
 
 

@@ -2,42 +2,25 @@
 
 A forward pass is run under a dispatch mode that sees every tensor operation. Beside each tensor it keeps *terms*: the
 parameters whose output the tensor is a sum of, and the per-channel steps (norm gains, centring) that each has passed
-through since. A matrix product with a parameter starts a new term; sums unite terms; selecting, reshaping, scaling by a
-number per token and mixing over tokens keep them; a gain adds a step; anything else ends them in an *opaque* term that
-names the operation. Values never matter, so the pass may run on the meta device, where no weights are needed.
+through since. What an operation does to them stands in `operations`. Values never matter, so the pass may run on the
+meta device, where no weights are needed.
 
 What is learned this way does not depend on the names of modules or parameters.
 """
 
+import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from remove_refusals.types import ChannelStep
-
-
-@dataclass(frozen=True)
-class Term:
-    """One summand of a tensor.
-
-    Attributes:
-        source: The parameter's or buffer's name; for an opaque term the operation that ended the trace.
-        axis: The parameter's axis that became the tensor's channels; None for an opaque term.
-        steps: The per-channel steps that the summand has passed through since, first step first.
-    """
-
-    source: str
-    axis: int | None
-    steps: tuple[ChannelStep, ...] = ()
-
-
-Terms = frozenset[Term]
+from remove_refusals.operations import channel_dim, terms_after
+from remove_refusals.terms import Knowledge, Term, Terms, first_of_width, same_storage, tensors_in
+from remove_refusals.weights import Weight, axes_of, changed_weight
 
 
 @dataclass(frozen=True)
@@ -47,6 +30,7 @@ class ModuleCall:
     Attributes:
         module: The module's name in the model.
         before: The terms of its first input of the residual stream's width, when it was called.
+        beside: The terms of its other inputs of that width.
         after: The terms of its first output of the residual stream's width, when it returned.
         start: The position of the call's begin in the order of all begins and ends.
         end: The position of the call's end.
@@ -54,6 +38,7 @@ class ModuleCall:
 
     module: str
     before: Terms | None
+    beside: frozenset[Terms]
     after: Terms | None
     start: int
     end: int
@@ -65,307 +50,135 @@ class Trace:
 
     Attributes:
         calls: Every module call, in the order in which they ended.
-        read_axes: For each parameter that was multiplied with a tensor, the axes that were summed over.
-        gains: The parameters that were used as per-channel gains.
         used: Every parameter that any operation touched.
+        made_in: For each term, the modules that were being called whenever it was made.
     """
 
     calls: tuple[ModuleCall, ...]
-    read_axes: Mapping[str, frozenset[int]]
-    gains: frozenset[str]
     used: frozenset[str]
+    made_in: Mapping[Term, frozenset[str]]
 
 
-@dataclass(frozen=True)
-class _Weight:
-    """A tensor computed from one parameter alone; `axes` maps a stride of the tensor to the parameter's axis."""
-
-    name: str
-    axes: Mapping[int, int]
-    offset: float = 0.0
+def _rows_of(index: Any) -> list[Any]:
+    """A full mask's row numbers, one tensor for each of its dimensions; any other index as it is."""
+    if not isinstance(index, torch.Tensor) or index.dtype not in {torch.bool, torch.uint8}:
+        return [index]
+    return [torch.empty(index.numel(), dtype=torch.int64, device="meta")] * index.dim()
 
 
-# Operations that keep every summand's channels: they select, move or mix rows, or scale them by a number.
-_KEEP = frozenset(
-    """alias clone contiguous copy detach _to_copy lift_fresh view _unsafe_view reshape expand permute transpose t slice
-    select index index_select gather squeeze unsqueeze repeat roll flip masked_fill neg native_dropout dropout cumsum
-    take_along_dim as_strided constant_pad_nd split split_with_sizes chunk unbind unfold narrow movedim swapaxes
-    diagonal _reshape_alias repeat_interleave nan_to_num set_data real""".split()
-)
-# Operations that unite the summands of their operands.
-_UNITE = frozenset(
-    """cat stack where index_add index_put _index_put_impl index_copy scatter scatter_add scatter_reduce slice_scatter
-    select_scatter masked_scatter _foreach_add""".split()
-)
-_FRESH = frozenset("zeros zeros_like new_zeros empty empty_like new_empty new_empty_strided empty_strided".split())
-_REDUCE = frozenset("sum mean".split())
-_PRODUCTS = frozenset("mm addmm bmm baddbmm matmul linear _grouped_mm mv addmv".split())
+class _MadeUpValues:
+    """Answers the questions about values that the meta device cannot.
 
+    A question about a value is answered with 1 or True, every element counts as non-zero, and counts that do not add up
+    leave the rest to the last: each path that matters is then taken, since masks are full and every expert has tokens.
+    With `numbered`, an index among the non-zero elements is answered with its place; otherwise it is 1 as well.
+    """
 
-# Without values, a question about a value is answered with 1 or True, and every element counts as non-zero: each path
-# that matters is then taken, since masks are full and every expert has tokens.
-_MADE_UP: Mapping[str, Callable[[torch.Tensor], Any]] = {
-    "_local_scalar_dense": lambda value: value.dtype == torch.bool or (1.0 if value.is_floating_point() else 1),
-    "nonzero": lambda value: torch.empty((value.numel(), value.dim()), dtype=torch.int64, device="meta"),
-}
+    def __init__(self, *, numbered: bool) -> None:
+        self._numbered = numbered
+        self._masks: dict[int, tuple[torch.Tensor, torch.Size]] = {}
 
+    def run(self, func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Run an operation, or make its result up."""
+        value = args[0] if args else None
+        if not isinstance(value, torch.Tensor) or not value.is_meta:
+            return func(*args, **kwargs)
+        if name == "_local_scalar_dense":
+            return self._number(value)
+        if name == "nonzero":
+            rows = torch.empty((value.numel(), value.dim()), dtype=torch.int64, device="meta")
+            self._masks[rows.untyped_storage()._cdata] = rows, value.shape
+            return rows
+        if name == "_to_copy" and str(kwargs.get("device")) == "cpu":
+            return torch.ones(value.shape, dtype=kwargs.get("dtype") or value.dtype)
+        if name in {"_grouped_mm", "grouped_mm_fallback"}:
+            return torch.empty((*value.shape[:-1], args[1].shape[-1]), dtype=value.dtype, device="meta")
+        if name in {"index", "index_put", "index_put_"}:
+            args = (value, [row for index in args[1] for row in _rows_of(index)], *args[2:])
+        if name == "split_with_sizes":
+            sizes, dim = args[1][:-1], args[2] if len(args) > 2 else 0
+            args = (value, [*sizes, value.shape[dim] - sum(sizes)], dim)
+        return func(*args, **kwargs)
 
-def _key(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
-
-
-@dataclass
-class _State:
-    """What is known of each storage; storages are kept alive so that their addresses stay theirs."""
-
-    d_model: int
-    weights: dict[int, _Weight] = field(default_factory=dict)
-    terms: dict[int, Terms] = field(default_factory=dict)
-    means: dict[int, int] = field(default_factory=dict)
-    alive: list[torch.Tensor] = field(default_factory=list)
-    read_axes: dict[str, set[int]] = field(default_factory=dict)
-    gains: set[str] = field(default_factory=set)
-    used: set[str] = field(default_factory=set)
+    def _number(self, value: torch.Tensor) -> bool | int | float:
+        if value.dtype == torch.bool or value.is_floating_point():
+            return True if value.dtype == torch.bool else 1.0
+        rows, shape = self._masks.get(value.untyped_storage()._cdata, (None, None))
+        if rows is None or shape is None or not self._numbered:
+            return 1
+        # Every element of the mask was counted, so the place of a number in the list of rows says what it is.
+        row, column = divmod(int(value.storage_offset()), max(1, rows.shape[1]))
+        return row // math.prod(shape[column + 1 :]) % shape[column]
 
 
 class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Keeps `_State` up to date with every operation."""
+    """Keeps what is known up to date with every operation."""
 
-    def __init__(self, state: _State) -> None:
+    def __init__(self, known: Knowledge, values: _MadeUpValues) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.state = state
-        self._rules: dict[str, Callable[[Sequence[Any], Mapping[str, Any], Any], Terms | None]] = {
-            "add": self._add,
-            "sub": self._add,
-            "rsub": self._add,
-            "mul": self._multiply,
-            "div": self._multiply,
-            "embedding": self._embedding,
-            "convolution": self._convolution,
-            "native_layer_norm": self._norm,
-            "_fused_rms_norm": self._norm,
-            "rms_norm": self._norm,
-            "addcmul": self._add_product,
-            **{name: partial(self._product, name) for name in _PRODUCTS},
-            **dict.fromkeys(_REDUCE, self._reduce),
-            **dict.fromkeys(_FRESH, lambda args, kwargs, out: frozenset()),
-            **dict.fromkeys(_KEEP, lambda args, kwargs, out: self.terms(args[0])),
-            **dict.fromkeys(_UNITE, lambda args, kwargs, out: self._unite(args)),
-        }
+        self.known = known
+        self._values = values
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        name = func.overloadpacket.__name__
-        out = _MADE_UP[name](args[0]) if name in _MADE_UP and args[0].is_meta else func(*args, **kwargs)
-        in_place = name.endswith("_") and not name.startswith("__")
-        name = name.rstrip("_") if in_place else name
-        outputs = _tensors(out)
-        inputs = _tensors((args, kwargs))
-        self.state.alive.extend(outputs)
-        for tensor in inputs:
-            weight = self.weight(tensor)
-            if weight is not None:
-                self.state.used.add(weight.name)
-        if self._derive_weight(name, args, inputs, outputs):
+        packet = func.overloadpacket.__name__
+        in_place = packet.endswith("_") and not packet.startswith("__")
+        name = packet.rstrip("_") if in_place else packet
+        # Every operation's arguments are in their order here, whichever way the caller named them.
+        rest = func._schema.arguments[len(args) :]
+        values = [*args, *(kwargs.get(part.name, part.default_value) for part in rest)]
+        out = self._values.run(func, packet, args, kwargs)
+        inputs = tensors_in(values)
+        self.known.used.update(weight.name for weight in map(self.known.weight, inputs) if weight is not None)
+        new = [tensor for tensor in tensors_in(out) if not any(same_storage(tensor, value) for value in inputs)]
+        if not in_place and (not new or self._is_weight(name, values, new)):
             return out
-        rule = self._rules.get(name)
-        terms = rule(args, kwargs, out) if rule else self._opaque(name, inputs)
-        if terms is not None:
-            if in_place and name in {"copy", "index_put", "_index_put_impl", "index_copy", "masked_scatter", "scatter"}:
-                terms = terms | (self._unite(args) or frozenset())
-            for tensor in outputs:
-                if self.weight(tensor) is None:
-                    self.state.terms[_key(tensor)] = terms
+        terms = terms_after(self.known, name, values, out)
+        if terms is not None and in_place:
+            self.known.overwrite(values[0], terms)
+        elif terms is not None:
+            dim = channel_dim(self.known, name, values)
+            for tensor in new:
+                self.known.learn(tensor, terms, dim=dim)
         return out
 
-    def weight(self, tensor: Any) -> _Weight | None:
-        return self.state.weights.get(_key(tensor)) if isinstance(tensor, torch.Tensor) else None
-
-    def terms(self, tensor: Any) -> Terms | None:
-        """The terms of a tensor; None for one that no parameter has reached: a constant, a mask, a position."""
-        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-            return None
-        weight = self.weight(tensor)
-        if weight is None:
-            return self.state.terms.get(_key(tensor))
-        axis = weight.axes.get(tensor.stride(-1)) if tensor.dim() else None
-        return frozenset({Term(weight.name, axis)})
-
-    def _opaque(self, name: str, inputs: Sequence[torch.Tensor]) -> Terms | None:
-        if any(self.terms(tensor) for tensor in inputs):
-            return frozenset({Term(name, None)})
-        return None
-
-    def _unite(self, value: Any) -> Terms | None:
-        found = [terms for terms in map(self.terms, _tensors(value)) if terms is not None]
-        return frozenset().union(*found) if found else None
-
-    def _derive_weight(
-        self, name: str, args: Sequence[Any], inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]
-    ) -> bool:
-        """Whether the result is still one parameter: copied, cast, indexed, or changed by a number."""
-        others = [tensor for tensor in inputs if self.weight(tensor) is None and tensor.is_floating_point()]
-        sources = [tensor for tensor in inputs if self.weight(tensor) is not None]
-        if len(sources) != 1 or others or not outputs or name == "embedding":
+    def _is_weight(self, name: str, values: Sequence[Any], new: Sequence[torch.Tensor]) -> bool:
+        """Note whether new tensors are still one parameter."""
+        floats = [tensor for tensor in tensors_in(values) if tensor.is_floating_point()]
+        weight = self.known.weight(floats[0]) if len(floats) == 1 else None
+        changed = changed_weight(weight, name, values) if weight is not None else None
+        if changed is None:
             return False
-        source, weight = sources[0], self.weight(sources[0])
-        assert weight is not None
-        if name in {"add", "sub"} and isinstance(args[1], (int, float)):
-            weight = replace(weight, offset=weight.offset + (args[1] if name == "add" else -args[1]))
-        elif name not in _KEEP and name not in {"mul", "div", "rsub"}:
-            return False
-        for out in outputs:
-            if _key(out) != _key(source):
-                pairs = zip(reversed(out.stride()), reversed(source.stride()), strict=False)
-                axes = {new: weight.axes[old] for new, old in pairs if old in weight.axes}
-                self.state.weights[_key(out)] = replace(weight, axes=axes)
+        for tensor in new:
+            self.known.learn_weight(tensor, replace(changed, axes=axes_of(tensor, floats[0], changed)))
         return True
-
-    def _is_per_row(self, tensor: Any) -> bool:
-        return not isinstance(tensor, torch.Tensor) or tensor.numel() == 1 or tensor.shape[-1] == 1
-
-    def _add(self, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Terms | None:
-        first, second = args[0], args[1]
-        for whole, mean in ((first, second), (second, first)):
-            if isinstance(mean, torch.Tensor) and isinstance(whole, torch.Tensor):
-                terms = self.terms(whole)
-                if terms and self.state.means.get(_key(mean)) == _key(whole):
-                    return _with_step(terms, ChannelStep("center"))
-        found = [self.terms(first), self.terms(second)]
-        if found[0] is None and found[1] is None:
-            return None
-        unknown = any(
-            terms is None and not (isinstance(value, (int, float)) and value == 0)
-            for value, terms in zip((first, second), found, strict=True)
-        )
-        united = frozenset().union(*(terms for terms in found if terms is not None))
-        return united | {Term("a constant", None)} if unknown else united
-
-    def _multiply(self, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Terms | None:
-        first, second = args[0], args[1]
-        if self.terms(first) is None and self.terms(second) is None:
-            return None
-        for value, factor in ((first, second), (second, first)):
-            terms = self.terms(value)
-            if terms is None or (self._is_per_row(value) and not self._is_per_row(factor)):
-                continue
-            if self._is_per_row(factor):
-                return terms
-            gain = self.weight(factor)
-            if gain is not None and self.weight(value) is None and factor.numel() == factor.shape[-1]:
-                self.state.gains.add(gain.name)
-                return _with_step(terms, ChannelStep("gain", gain.name, gain.offset))
-        for value, factor in ((first, second), (second, first)):
-            if self.terms(value) is not None and self.terms(factor) is None and not factor.is_floating_point():
-                return self.terms(value)
-        return frozenset({Term("a product of two activations", None)})
-
-    def _add_product(self, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Terms | None:
-        product = self._multiply(args[1:3], {}, out)
-        start = self.terms(args[0])
-        return None if product is None and start is None else (product or frozenset()) | (start or frozenset())
-
-    def _reduce(self, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Terms | None:
-        value = args[0]
-        dims = args[1] if len(args) > 1 and args[1] is not None else kwargs.get("dim", range(value.dim()))
-        dims = [dims] if isinstance(dims, int) else list(dims)
-        if not value.dim() or value.dim() - 1 in [dim % value.dim() for dim in dims]:
-            self.state.means[_key(out)] = _key(value)
-            return self._opaque("a reduction over channels", [value])
-        return self.terms(value)
-
-    def _embedding(self, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Terms | None:
-        weight = self.weight(args[0])
-        if weight is None:
-            return self._opaque("embedding", [args[0]])
-        return frozenset({Term(weight.name, weight.axes.get(args[0].stride(-1)))})
-
-    def _convolution(self, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Terms | None:
-        weight = self.weight(args[1])
-        if weight is None:
-            return self._opaque("convolution", _tensors(args))
-        bias = self.terms(args[2]) if len(args) > 2 else None
-        return frozenset({Term(weight.name, weight.axes.get(args[1].stride(0)))}) | (bias or frozenset())
-
-    def _norm(self, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Terms | None:
-        terms = self.terms(args[0])
-        if terms is None:
-            return None
-        if isinstance(out, tuple) and len(out) == 3:
-            terms = _with_step(terms, ChannelStep("center"))
-        gain = self.weight(args[2]) if len(args) > 2 else None
-        if gain is not None:
-            self.state.gains.add(gain.name)
-            terms = _with_step(terms, ChannelStep("gain", gain.name, gain.offset))
-        bias = self.terms(args[3]) if len(args) > 3 and isinstance(args[3], torch.Tensor) else None
-        return terms | (bias or frozenset())
-
-    def _product(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Terms | None:
-        values = [*args, *kwargs.values()]
-        bias: Any = None
-        out_dim, sum_dim = -1, -2
-        if name in {"addmm", "baddbmm", "addmv"}:
-            bias, left, right = values[:3]
-        elif name == "linear":
-            left, right, bias = (*values, None)[:3]
-            out_dim, sum_dim = 0, 1
-        else:
-            left, right = values[:2]
-        added = self.terms(bias) or frozenset()
-        for operand, kept, summed in ((right, out_dim, sum_dim), (left, -2, -1)):
-            weight = self.weight(operand)
-            if weight is not None and operand.dim() >= 2:
-                read = weight.axes.get(operand.stride(summed))
-                if read is not None:
-                    self.state.read_axes.setdefault(weight.name, set()).add(read)
-                return frozenset({Term(weight.name, weight.axes.get(operand.stride(kept)))}) | added
-        carried = self.terms(right)
-        if carried and right.dim() >= 2 and right.shape[-1] == self.state.d_model and right.stride(-1) == 1:
-            return carried | added
-        return self._opaque("a product of two activations", [left, right])
-
-
-def _with_step(terms: Terms, step: ChannelStep) -> Terms:
-    return frozenset(replace(term, steps=(*term.steps, step)) for term in terms)
-
-
-def _first_of_width(value: Any, d_model: int) -> torch.Tensor | None:
-    """The first floating-point tensor whose last axis is the residual stream's, or several streams side by side."""
-    for tensor in _tensors(value):
-        if tensor.is_floating_point() and tensor.dim() >= 2 and tensor.shape[-1] == d_model:
-            return tensor
-    for tensor in _tensors(value):
-        if tensor.is_floating_point() and tensor.dim() >= 3 and tensor.shape[-1] and tensor.shape[-1] % d_model == 0:
-            return tensor
-    return None
 
 
 @contextmanager
-def _recorded_calls(model: torch.nn.Module, tracer: _Tracer) -> Iterator[list[ModuleCall]]:
+def _recorded_calls(model: torch.nn.Module, known: Knowledge) -> Iterator[list[ModuleCall]]:
     """Note the terms at the entry and the exit of every module."""
     calls: list[ModuleCall] = []
-    open_calls: list[tuple[str, Terms | None, int]] = []
-    clock = iter(range(10**9))
+    open_calls: list[tuple[Terms | None, frozenset[Terms], int]] = []
+    clock = itertools.count()
 
     def terms_of(value: Any) -> Terms | None:
-        tensor = _first_of_width(value, tracer.state.d_model)
-        return tracer.terms(tensor) if tensor is not None else None
+        return known.terms(first_of_width(value, known.d_model))
 
     def begin(name: str) -> Callable[..., None]:
         def hook(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
-            open_calls.append((name, terms_of((args, kwargs)), next(clock)))
+            known.open_modules.append(name)
+            first = first_of_width((args, kwargs), known.d_model)
+            others = [t for t in tensors_in((args, kwargs)) if t is not first and t.shape[-1:] == (known.d_model,)]
+            beside = frozenset(terms for terms in map(known.terms, others) if terms)
+            open_calls.append((known.terms(first), beside, next(clock)))
 
         return hook
 
     def finish(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        name, before, start = open_calls.pop()
-        calls.append(ModuleCall(name, before, terms_of(output), start, next(clock)))
+        name, (before, beside, start) = known.open_modules.pop(), open_calls.pop()
+        calls.append(ModuleCall(name, before, beside, terms_of(output), start, next(clock)))
 
     handles = []
     for name, module in model.named_modules():
@@ -389,18 +202,20 @@ def trace_forward(model: torch.nn.Module, d_model: int, forward: Callable[[], An
     Returns:
         What was seen. The model is left as it was.
     """
-    state = _State(d_model)
-    named = [*model.named_parameters(), *model.named_buffers()]
-    for name, tensor in named:
-        axes = {stride: axis for axis, stride in reversed(list(enumerate(tensor.stride())))}
-        state.weights.setdefault(_key(tensor), _Weight(name, axes))
-    tracer = _Tracer(state)
-    with torch.no_grad(), _recorded_calls(model, tracer) as calls, tracer:
-        forward()
+    try:
+        return _traced(model, d_model, forward, _MadeUpValues(numbered=True))
+    except IndexError:
+        # Some models count one expert more than they have, for padding, and never choose it.
+        return _traced(model, d_model, forward, _MadeUpValues(numbered=False))
+
+
+def _traced(model: torch.nn.Module, d_model: int, forward: Callable[[], Any], values: _MadeUpValues) -> Trace:
+    known = Knowledge(d_model)
     parameters = {name for name, _ in model.named_parameters()}
-    return Trace(
-        calls=tuple(calls),
-        read_axes={name: frozenset(axes) for name, axes in state.read_axes.items() if name in parameters},
-        gains=frozenset(state.gains),
-        used=frozenset(state.used & parameters),
-    )
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        # Of several axes with one stride, all but the first have size 1.
+        axes = {stride: axis for axis, stride in reversed(list(enumerate(tensor.stride())))}
+        known.learn_weight(tensor, Weight(name, axes, name in parameters))
+    with torch.no_grad(), _recorded_calls(model, known) as calls, _Tracer(known, values):
+        forward()
+    return Trace(calls=tuple(calls), used=frozenset(known.used & parameters), made_in=known.made_in)

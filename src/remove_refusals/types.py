@@ -64,8 +64,8 @@ class Activations:
 
     Attributes:
         hidden: `[n_prompts, n_positions, n_layers + 1, d_model]`, float32, on the CPU. Index `i` on the third axis is
-            the residual stream before layer `i`; index `n_layers` is the stream after the last layer, before the
-            final norm.
+            the residual stream before layer `i`; index `n_layers` is the stream after the last layer that was looked
+            at, which is before the final norm where that is the model's last.
         positions: The token positions, negative and counted from the end of the rendered prompt.
         prompts: The prompts that were run, in the order of the first axis.
     """
@@ -76,7 +76,7 @@ class Activations:
 
     @property
     def n_layers(self) -> int:
-        """The number of layers of the model that was run."""
+        """The number of layers that were looked at, from the first; it may be less than the model has."""
         return self.hidden.shape[2] - 1
 
     @property
@@ -187,12 +187,15 @@ class ChannelStep:
     """One linear step between a writer's output and the residual stream, acting on each channel.
 
     Attributes:
-        kind: `gain` multiplies by `parameter + offset` channel by channel; `center` subtracts the mean over channels.
-        parameter: The name of the gain in the model, of shape `[d_model]`; None for `center`.
-        offset: What is added to the parameter to get the effective gain: 1.0 in Gemma, 0.0 in most.
+        kind: `gain` multiplies by `parameter + offset` channel by channel; `center` subtracts the mean over channels;
+            `taps` is a depthwise convolution over tokens, each of whose taps multiplies channel by channel.
+        parameter: The name of the gain in the model, of `d_model` numbers, or of the taps, `[d_model, 1, n_taps]`;
+            None for `center`.
+        offset: What is added to the parameter to get the effective gain: 1.0 in Gemma, 0.0 in most. For `taps` 1.0 if
+            what enters the convolution is also added to what leaves it.
     """
 
-    kind: Literal["gain", "center"]
+    kind: Literal["gain", "center", "taps"]
     parameter: str | None = None
     offset: float = 0.0
 
@@ -235,15 +238,16 @@ class HookPoint:
 
     Attributes:
         module: The module's name in the model; its output is changed, or its input if `on_input` is set.
-        steps: What lies between the output of the module, or of `bias`, and the residual stream, first step first.
-        bias: A parameter that the module adds to its output behind a norm. If it is given, only this parameter's
-            component is taken out of the module's output, as an edit of the bias does.
+        steps: What lies between that and the residual stream, first step first.
+        on_input: Whether the module's input is changed.
+        writer: A writer whose output is no module's, as a bias that a norm adds. If it is given, an edited copy stands
+            in its place, and `module` is empty.
     """
 
     module: str
     steps: tuple[ChannelStep, ...] = ()
-    bias: str | None = None
     on_input: bool = False
+    writer: Writer | None = None
 
 
 @dataclass(frozen=True)
@@ -255,14 +259,15 @@ class Site:
         layer: The layer's index, or None for the embedding.
         writers: The parameters whose output lands here.
         hooks: The outputs to change so that the effect is that of editing the writers (before any norm in between).
-        residual_hook: The output as it is added to the residual stream (after any norm in between).
+        residual_hook: The output as it is added to the residual stream (after any norm in between); None if that is no
+            module's output.
     """
 
     kind: SiteKind
     layer: int | None
     writers: tuple[Writer, ...]
     hooks: tuple[HookPoint, ...]
-    residual_hook: HookPoint
+    residual_hook: HookPoint | None
 
 
 Verdict = Literal["exact", "hooks only"]

@@ -5,17 +5,20 @@ taking a share out there would take it out again at every layer, and would not b
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import PreTrainedModel
 
 from remove_refusals.errors import ArchitectureError
+from remove_refusals.linalg import project_out
 from remove_refusals.modelmap import map_model
 from remove_refusals.plan import check_fit, pull_back
-from remove_refusals.types import Direction, HookPoint, Intervention, ModelMap
+from remove_refusals.terms import first_of_width
+from remove_refusals.types import Direction, HookPoint, Intervention, ModelMap, Site, Writer
 
 Placement = Literal["writers", "residual"]
 """Where a norm lies between a writer and the residual stream: `writers` acts before it, as an edit of the weights does;
@@ -24,67 +27,74 @@ Placement = Literal["writers", "residual"]
 
 @dataclass(frozen=True)
 class _TakeOut:
-    """A forward hook: takes the component along `basis` out of the module's first output of width d_model.
-
-    With `constant`, `[d_model]`, that vector is subtracted instead: the component of a bias.
-    """
+    """A forward hook: takes the component along `basis` out of the residual stream in a module's output or input."""
 
     basis: torch.Tensor
     strength: float
     d_model: int
-    constant: torch.Tensor | None = None
 
     def __call__(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
-        if self._fits(output):
-            return self._changed(output)
-        if isinstance(output, tuple):
-            for index, value in enumerate(output):
-                if self._fits(value):
-                    return (*output[:index], self._changed(value), *output[index + 1 :])
-        raise ArchitectureError(
-            f"A hooked {type(module).__name__} returned {type(output).__name__} without a tensor of width "
-            f"{self.d_model}, expected what it returned when the model was mapped; report this model type."
-        )
+        return self._replaced(output, module)
 
     def on_input(self, module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
-        """Do the same to the module's first input of width d_model, as a forward pre-hook."""
-        for index, value in enumerate(args):
-            if self._fits(value):
-                return (*args[:index], self._changed(value), *args[index + 1 :]), kwargs
-        for name, value in kwargs.items():
-            if self._fits(value):
-                return args, {**kwargs, name: self._changed(value)}
-        raise ArchitectureError(
-            f"A hooked {type(module).__name__} was called without a tensor of width {self.d_model}, expected what it "
-            "took when the model was mapped; report this model type."
-        )
+        """Do the same to the module's input, as a forward pre-hook."""
+        return self._replaced((args, kwargs), module)
 
-    def _fits(self, value: Any) -> bool:
-        return (
-            isinstance(value, torch.Tensor)
-            and value.is_floating_point()
-            and value.dim() > 0
-            and value.shape[-1] % self.d_model == 0
-            and value.shape[-1] > 0
-        )
+    def _replaced(self, value: Any, module: torch.nn.Module) -> Any:
+        leaves, structure = tree_flatten(value)
+        stream = first_of_width(leaves, self.d_model)
+        if stream is None:
+            raise ArchitectureError(
+                f"A hooked {type(module).__name__} was run without a tensor of width {self.d_model}, expected what it "
+                "took and returned when the model was mapped; report this model type."
+            )
+        return tree_unflatten([self._changed(leaf) if leaf is stream else leaf for leaf in leaves], structure)
 
     def _changed(self, output: torch.Tensor) -> torch.Tensor:
         values = output.to(torch.float32).reshape(*output.shape[:-1], -1, self.d_model)
-        if self.constant is not None:
-            values = values - self.constant.to(output.device)
-        else:
-            basis = self.basis.to(output.device)
-            values = values - self.strength * (values @ basis) @ basis.T
+        basis = self.basis.to(output.device)
+        values = values - self.strength * (values @ basis) @ basis.T
         changed: torch.Tensor = values.reshape(output.shape).to(output.dtype)
         return changed
 
 
-def _hook_for(model: PreTrainedModel, point: HookPoint, direction: Direction, strength: float) -> _TakeOut:
-    basis = pull_back(direction.basis, point.steps, model.get_parameter)
-    if point.bias is None:
-        return _TakeOut(basis, strength, direction.d_model)
-    bias = model.get_parameter(point.bias).detach().to("cpu", torch.float32)
-    return _TakeOut(basis, strength, direction.d_model, strength * basis @ (basis.T @ bias))
+@contextmanager
+def _standing_in(model: PreTrainedModel, writer: Writer, basis: torch.Tensor, strength: float) -> Iterator[None]:
+    """Put an edited copy in a parameter's place while the context lasts."""
+    original = model.get_parameter(writer.parameter)
+    if original.is_meta or not original.is_floating_point() or original.shape != writer.shape:
+        raise ArchitectureError(
+            f"Parameter '{writer.parameter}' is quantised or not in memory, expected a floating-point tensor of shape "
+            f"{writer.shape}; load the model without quantisation and without offloading."
+        )
+    owner, _, attribute = writer.parameter.rpartition(".")
+    module = model.get_submodule(owner)
+    edited = project_out(original, basis, strength, writer.axis)
+    setattr(module, attribute, torch.nn.Parameter(edited, requires_grad=False))
+    try:
+        yield
+    finally:
+        setattr(module, attribute, original)
+
+
+@contextmanager
+def _hooked(model: PreTrainedModel, point: HookPoint, direction: Direction, strength: float) -> Iterator[None]:
+    if point.writer is not None:
+        basis = pull_back(direction.basis, point.writer.steps, model.get_parameter)
+        with _standing_in(model, point.writer, basis, strength):
+            yield
+        return
+    hook = _TakeOut(pull_back(direction.basis, point.steps, model.get_parameter), strength, direction.d_model)
+    module = model.get_submodule(point.module)
+    handle = (
+        module.register_forward_pre_hook(hook.on_input, with_kwargs=True)
+        if point.on_input
+        else module.register_forward_hook(hook)
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager
@@ -98,7 +108,7 @@ def ablated(
     """Run a model with directions taken out while the context lasts; nothing of it stays.
 
     Args:
-        model: The model; its weights are left as they are.
+        model: The model; when the context ends it is as it was.
         intervention: What to take out where.
         model_map: The model's map, if it is at hand; otherwise it is derived.
         placement: On which side of a norm between writer and residual stream.
@@ -108,32 +118,35 @@ def ablated(
 
     Raises:
         DirectionError: If the intervention does not fit the model.
-        ArchitectureError: If the model cannot be mapped, or no hook reaches one of its writers.
+        ArchitectureError: If the model cannot be mapped, or no hook reaches what is to be taken out.
     """
     model_map = model_map or map_model(model)
     if model_map.unhooked:
         raise ArchitectureError(
             f"Hooks on model type '{model_map.model_type}' are not exact: {model_map.unhooked[0]} "
-            "Edit the weights instead."
+            "Use another model type."
         )
     check_fit(intervention, model_map)
     edits = {(edit.kind, edit.layer): edit for edit in intervention.edits}
-    modules = dict(model.named_modules())
-    handles = []
-    try:
+    done: set[HookPoint] = set()
+    with ExitStack() as hooks:
         for site in model_map.sites:
             edit = edits.get((site.kind, site.layer))
             if edit is None or edit.strength == 0:
                 continue
-            for point in site.hooks if placement == "writers" else (site.residual_hook,):
-                hook = _hook_for(model, point, intervention.directions[edit.direction], edit.strength)
-                module = modules[point.module]
-                handles.append(
-                    module.register_forward_pre_hook(hook.on_input, with_kwargs=True)
-                    if point.on_input
-                    else module.register_forward_hook(hook)
-                )
+            for point in site.hooks if placement == "writers" else _residual_points(site, model_map):
+                # A module that several sites share is hooked once.
+                if point in done:
+                    continue
+                done.add(point)
+                hooks.enter_context(_hooked(model, point, intervention.directions[edit.direction], edit.strength))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def _residual_points(site: Site, model_map: ModelMap) -> tuple[HookPoint, ...]:
+    if site.residual_hook is None:
+        raise ArchitectureError(
+            f"In model type '{model_map.model_type}' '{site.writers[0].parameter}' reaches the residual stream in no "
+            "module's output, expected one to hook; use the placement 'writers'."
+        )
+    return (site.residual_hook,)

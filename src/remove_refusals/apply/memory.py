@@ -75,7 +75,7 @@ def with_tensors(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], *,
         The new model, in evaluation mode.
     """
     built = skeleton(model, tied=False) if untie else skeleton(model)
-    built.load_state_dict(dict(tensors), strict=True, assign=True)
+    built.load_state_dict(_apart(tensors) if untie else dict(tensors), strict=True, assign=True)
     if not untie:
         built.tie_weights()
     # The names on disk stay those of the checkpoint that the model was loaded from.
@@ -85,6 +85,16 @@ def with_tensors(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], *,
     if model.generation_config is not None:
         built.generation_config = model.generation_config
     return built
+
+
+def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Give each tensor memory of its own: a model that ties nothing saves every one of them."""
+    seen: set[int] = set()
+    apart = {}
+    for name, tensor in tensors.items():
+        apart[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return apart
 
 
 def save_edited(
