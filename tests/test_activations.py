@@ -4,12 +4,17 @@ import dataclasses
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import tiny
+import zoo
 from remove_refusals.activations import collect_activations
+from remove_refusals.batching import MOST_PROMPTS, fitting_pass
 from remove_refusals.chat_template import render
 from remove_refusals.directions import largest_coordinate_share, layer_index, mean_difference
 from remove_refusals.errors import DirectionError, NumericalError
+from remove_refusals.modelmap import map_model
 from remove_refusals.models import LoadedModel
 from remove_refusals.types import Activations, PromptSet
 
@@ -42,6 +47,63 @@ def test_the_last_index_is_the_stream_before_the_final_norm(loaded):
     with torch.inference_mode():
         last = loaded.model(ids, output_hidden_states=True).hidden_states[-1][0, -1]
         torch.testing.assert_close(norm(found.hidden[1, 0, 2]), last, atol=1e-5, rtol=1e-5)
+
+
+def test_layers_behind_those_asked_for_are_not_run(loaded):
+    whole = collect_activations(loaded, PROMPTS, batch_size=4).hidden
+    model_map = map_model(loaded.model)
+    ran = []
+    modules = dict(loaded.model.named_modules())
+    handles = [
+        # The part that is called within a layer, so that the call of the layer alone does not count.
+        next(modules[name].children()).register_forward_hook(lambda *_, name=name: ran.append(name))
+        for name in model_map.layers
+    ]
+    for n_layers in range(3):
+        ran.clear()
+        part = collect_activations(loaded, PROMPTS, n_layers=n_layers, batch_size=4, model_map=model_map)
+        assert part.n_layers == n_layers
+        assert torch.equal(part.hidden, whole[:, :, : n_layers + 1])
+        # A look at one prompt first, with all layers.
+        assert ran == [*(model_map.layers if n_layers < 2 else ()), *model_map.layers[:n_layers]]
+    for handle in handles:
+        handle.remove()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in loaded.model.modules())
+
+
+@pytest.mark.skipif("hrm_text" not in zoo.MODEL_TYPES, reason="this Transformers has no hrm_text")
+def test_layers_that_are_called_again_count_with_their_last_call():
+    loaded = LoadedModel(zoo.build("hrm_text"), tiny.tokenizer(), "tiny")
+    whole = collect_activations(loaded, PROMPTS).hidden
+    assert torch.equal(collect_activations(loaded, PROMPTS, n_layers=1).hidden, whole[:, :, :2])
+
+
+@pytest.mark.parametrize("n_layers", [-1, 3])
+def test_more_layers_than_there_are(loaded, n_layers):
+    with pytest.raises(DirectionError, match=f"{n_layers} layers were asked for, expected 0 to 2"):
+        collect_activations(loaded, PROMPTS, n_layers=n_layers)
+
+
+def test_automatic_batches_change_nothing(loaded):
+    prompts = dataclasses.replace(PROMPTS, prompts=tuple("How? " * (1 + number % 23) for number in range(90)))
+    done = []
+    found = collect_activations(loaded, prompts, on_progress=done.append).hidden
+    torch.testing.assert_close(found, collect_activations(loaded, prompts, batch_size=1).hidden, atol=1e-5, rtol=1e-5)
+    assert done[-1] == 90 and 2 < len(done) < 45
+
+
+@given(st.lists(st.integers(1, 3000), min_size=1, max_size=300))
+def test_a_fitting_pass_is_neither_too_large_nor_too_small(lengths):
+    loaded = LoadedModel(tiny.llama(), tiny.tokenizer(), "tiny")
+    lengths = sorted(lengths, reverse=True)
+    n = fitting_pass(loaded, lengths)
+
+    def fits(count):
+        padding = count * lengths[0] - sum(lengths[:count])
+        return count <= MOST_PROMPTS and padding <= 64 and count * lengths[0] <= 1500
+
+    assert n == 1 or fits(n)
+    assert n == len(lengths) or not fits(n + 1)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 4])

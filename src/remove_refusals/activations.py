@@ -1,12 +1,12 @@
 """From prompts and a model to hidden states of the residual stream, in one batched pass without logits."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 
-from remove_refusals.batching import accepts, first_batch_size, left_pad, longest_first, with_backoff
+from remove_refusals.batching import MOST_PROMPTS, accepts, fitting_pass, left_pad, longest_first, with_backoff
 from remove_refusals.chat_template import render
 from remove_refusals.errors import ArchitectureError, DirectionError
 from remove_refusals.modelmap import map_model
@@ -16,13 +16,18 @@ from remove_refusals.types import Activations, ChatFormat, Direction, ModelMap, 
 _N_PROBE_TOKENS = 16
 
 
+class _EnoughError(Exception):
+    """Ends a forward pass whose rest is not needed."""
+
+
 @contextmanager
 def _residual_stream(
-    loaded: LoadedModel, model_map: ModelMap, positions: Sequence[int]
+    loaded: LoadedModel, model_map: ModelMap, positions: Sequence[int], n_layers: int, *, stop: bool = False
 ) -> Iterator[dict[int, torch.Tensor]]:
-    """Collect the stream before each layer and after the last, at some positions, while the context lasts.
+    """Collect the stream before each of the first layers and after them, at some positions, while the context lasts.
 
-    Only the positions that are asked for are kept, so that a batch costs no memory beyond the forward pass's own.
+    Only the positions that are asked for are kept, so that a batch costs no memory beyond the forward pass's own. With
+    `stop`, the context ends quietly before the layer behind them runs.
     """
     found: dict[int, torch.Tensor] = {}
     modules = dict(loaded.model.named_modules())
@@ -45,18 +50,25 @@ def _residual_stream(
         )
 
     def before(index: int) -> Callable[..., None]:
-        return lambda module, args, kwargs: keep(index, (*args, *kwargs.values()))
+        def hook(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+            keep(index, (*args, *kwargs.values()))
+            if stop and index == n_layers:
+                raise _EnoughError
+
+        return hook
 
     def after(module: torch.nn.Module, args: Any, output: Any) -> None:
         keep(model_map.n_layers, output if isinstance(output, tuple) else (output,))
 
     handles = [
         modules[name].register_forward_pre_hook(before(index), with_kwargs=True)
-        for index, name in enumerate(model_map.layers)
+        for index, name in enumerate(model_map.layers[: n_layers + 1])
     ]
-    handles.append(modules[model_map.layers[-1]].register_forward_hook(after))
+    if n_layers == model_map.n_layers:
+        handles.append(modules[model_map.layers[-1]].register_forward_hook(after))
     try:
-        yield found
+        with suppress(_EnoughError):
+            yield found
     finally:
         for handle in handles:
             handle.remove()
@@ -68,6 +80,7 @@ def collect_activations(
     *,
     chat: ChatFormat | None = None,
     positions: Sequence[int] = (-1,),
+    n_layers: int | None = None,
     batch_size: int | None = None,
     model_map: ModelMap | None = None,
     on_progress: Callable[[int], None] | None = None,
@@ -79,7 +92,9 @@ def collect_activations(
         prompts: The prompts.
         chat: How they are put before the model; by default as user messages in its own chat template.
         positions: Negative token positions, counted from the end of the rendered prompt.
-        batch_size: How many prompts to run at once; by default automatic. It is halved when memory runs out.
+        n_layers: How many layers to look at; by default all. Those behind them are not run.
+        batch_size: How many prompts to run at once; by default as many as suit the device and waste little on padding.
+            It is halved when memory runs out.
         model_map: The model's map, if it is at hand; otherwise it is derived.
         on_progress: Called after each batch with the number of prompts that are done.
 
@@ -88,12 +103,39 @@ def collect_activations(
         do not change it beyond float tolerance.
 
     Raises:
-        DirectionError: If a position is not negative or reaches before the start of the shortest prompt.
+        DirectionError: If a position is not negative or reaches before the start of the shortest prompt, or if the
+            model has fewer layers.
         ArchitectureError: If the model's layers cannot be found or hand on several streams.
         PromptError: If the prompts cannot be rendered.
         ModelError: If memory runs out with a single prompt.
     """
     token_ids = render(loaded.tokenizer, prompts.prompts, **vars(chat or ChatFormat()))
+    model_map = model_map or map_model(loaded.model)
+    depth = model_map.n_layers if n_layers is None else n_layers
+    _check_places(token_ids, positions, depth, model_map)
+    stop = depth < model_map.n_layers and bool(token_ids) and _runs_each_layer_once(loaded, model_map, token_ids)
+    hidden = torch.empty(len(token_ids), len(positions), depth + 1, model_map.d_model)
+
+    def run(indices: Sequence[int]) -> torch.Tensor:
+        with torch.inference_mode(), _residual_stream(loaded, model_map, positions, depth, stop=stop) as found:
+            _run_decoder(loaded, [token_ids[index] for index in indices])
+        return torch.stack([found[index].to("cpu", torch.float32) for index in range(depth + 1)], dim=2)
+
+    def fitting(indices: Sequence[int]) -> int:
+        return batch_size or fitting_pass(loaded, [len(token_ids[index]) for index in indices])
+
+    done = 0
+    for indices, result in with_backoff(run, longest_first(token_ids), batch_size or MOST_PROMPTS, fitting=fitting):
+        hidden[list(indices)] = result
+        done += len(indices)
+        if on_progress is not None:
+            on_progress(done)
+    return Activations(hidden, tuple(positions), prompts)
+
+
+def _check_places(
+    token_ids: Sequence[Sequence[int]], positions: Sequence[int], depth: int, model_map: ModelMap
+) -> None:
     shortest = min((len(ids) for ids in token_ids), default=0)
     for position in positions:
         if not -shortest <= position <= -1:
@@ -101,26 +143,35 @@ def collect_activations(
                 f"Token position {position} does not lie within the shortest prompt of {shortest} tokens, expected a "
                 f"number from {-shortest} to -1; count from the end."
             )
-    model_map = model_map or map_model(loaded.model)
+    if not 0 <= depth <= model_map.n_layers:
+        raise DirectionError(
+            f"The activations of {depth} layers were asked for, expected 0 to {model_map.n_layers} as the model has; "
+            "ask for fewer."
+        )
+
+
+def _run_decoder(loaded: LoadedModel, token_ids: Sequence[Sequence[int]]) -> None:
     decoder = getattr(loaded.model, loaded.model.base_model_prefix, loaded.model)
     extra = {"use_cache": False} if accepts(loaded, "use_cache") else {}
-    hidden = torch.empty(len(token_ids), len(positions), model_map.n_layers + 1, model_map.d_model)
+    decoder(**left_pad(token_ids, loaded.pad_token_id).inputs(loaded), **extra)
 
-    def run(indices: Sequence[int]) -> torch.Tensor:
-        batch = left_pad([token_ids[index] for index in indices], loaded.pad_token_id)
-        with torch.inference_mode(), _residual_stream(loaded, model_map, positions) as found:
-            decoder(**batch.inputs(loaded), **extra)
-        stacked = [found[index].to("cpu", torch.float32) for index in range(model_map.n_layers + 1)]
-        return torch.stack(stacked, dim=2)
 
-    done = 0
-    size = first_batch_size(loaded, batch_size)
-    for indices, result in with_backoff(run, longest_first(token_ids), size):
-        hidden[list(indices)] = result
-        done += len(indices)
-        if on_progress is not None:
-            on_progress(done)
-    return Activations(hidden, tuple(positions), prompts)
+def _runs_each_layer_once(loaded: LoadedModel, model_map: ModelMap, token_ids: Sequence[Sequence[int]]) -> bool:
+    """Look at the shortest prompt's forward pass: where a model loops over its layers, the last call is what counts."""
+    calls: list[str] = []
+    modules = dict(loaded.model.named_modules())
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda module, args: calls.append(name)
+
+    handles = [modules[name].register_forward_pre_hook(note(name)) for name in model_map.layers]
+    try:
+        with torch.inference_mode():
+            _run_decoder(loaded, [min(token_ids, key=len)])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls == list(model_map.layers)
 
 
 def measure_boundaries(loaded: LoadedModel, direction: Direction, model_map: ModelMap) -> tuple[float, ...]:
@@ -140,7 +191,7 @@ def measure_boundaries(loaded: LoadedModel, direction: Direction, model_map: Mod
     tokens = [[(7 * index + 3) % min(loaded.vocabulary_size, 1000) for index in range(_N_PROBE_TOKENS)]]
     batch = left_pad(tokens, loaded.pad_token_id)
     positions = tuple(range(-_N_PROBE_TOKENS, 0))
-    with torch.inference_mode(), _residual_stream(loaded, model_map, positions) as found:
+    with torch.inference_mode(), _residual_stream(loaded, model_map, positions, model_map.n_layers) as found:
         loaded.model(**batch.inputs(loaded))
     basis = direction.basis.to(loaded.device)
     shares = [found[index].to(torch.float32) for index in range(model_map.n_layers + 1)]

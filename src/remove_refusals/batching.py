@@ -18,6 +18,14 @@ R = TypeVar("R")
 _FIRST_BATCH_SIZE = {"cuda": 128}
 _FIRST_BATCH_SIZE_ELSEWHERE = 32
 
+# Tokens of one forward pass, padding included, and how many of them may be padding. On a CPU, a pass of 1500 tokens is
+# as quick for each token as any (more fall out of its cache), and a pass of its own costs about as much as 30 tokens.
+_TOKENS, _TOKENS_ELSEWHERE = {"cpu": 1500}, 32768
+_PADDING, _PADDING_ELSEWHERE = {"cpu": 64}, 1024
+
+MOST_PROMPTS = 128
+"""How many prompts `fitting_pass` puts into one forward pass at most."""
+
 # PyTorch has no exception type of its own for memory that runs out on the CPU or on Apple's GPU.
 _OUT_OF_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory",
@@ -79,7 +87,11 @@ def longest_first(token_ids: Sequence[Sequence[int]]) -> list[int]:
 
 
 def with_backoff(
-    function: Callable[[Sequence[T]], R], items: Sequence[T], batch_size: int
+    function: Callable[[Sequence[T]], R],
+    items: Sequence[T],
+    batch_size: int,
+    *,
+    fitting: Callable[[Sequence[T]], int] = len,
 ) -> Iterator[tuple[Sequence[T], R]]:
     """Run a function over batches; when memory runs out, halve the batch size and go on from where it failed.
 
@@ -87,6 +99,7 @@ def with_backoff(
         function: Called with consecutive items; a call that runs out of memory must leave nothing behind.
         items: All items.
         batch_size: How many to begin with.
+        fitting: Given the next so many items, says how many of them, at least 1, make a batch; by default all.
 
     Yields:
         Each batch with its result, in order; every item is in one batch.
@@ -97,6 +110,7 @@ def with_backoff(
     start, size = 0, max(1, batch_size)
     while start < len(items):
         batch = items[start : start + size]
+        batch = batch[: fitting(batch)]
         result = _unless_out_of_memory(function, batch)
         if result is not None:
             yield batch, result[0]
@@ -113,6 +127,26 @@ def with_backoff(
 def first_batch_size(loaded: LoadedModel, batch_size: int | None) -> int:
     """Pick the batch size to begin with: the one that was asked for, or one that suits the kind of device."""
     return batch_size or _FIRST_BATCH_SIZE.get(loaded.device.type, _FIRST_BATCH_SIZE_ELSEWHERE)
+
+
+def fitting_pass(loaded: LoadedModel, lengths: Sequence[int]) -> int:
+    """Tell how many prompts go into one forward pass, so that the device is busy and little of it is padding.
+
+    Args:
+        loaded: The model, whose device decides.
+        lengths: The prompts' numbers of tokens, falling.
+
+    Returns:
+        The number of prompts, counted from the first; at least 1.
+    """
+    device = loaded.device.type
+    tokens, padding = _TOKENS.get(device, _TOKENS_ELSEWHERE), _PADDING.get(device, _PADDING_ELSEWHERE)
+    padded = 0
+    for n, length in enumerate(lengths[:MOST_PROMPTS]):
+        padded += lengths[0] - length
+        if n and (padded > padding or (n + 1) * lengths[0] > tokens):
+            return n
+    return min(len(lengths), MOST_PROMPTS)
 
 
 def check_prompts(loaded: LoadedModel, token_ids: Sequence[Sequence[int]], n_new_tokens: int = 0) -> None:

@@ -22,6 +22,7 @@ from remove_refusals.plan import Tied, check_fit, intervene
 from remove_refusals.prompts import check_disjoint, draw, embedded_prompts, load_prompts
 from remove_refusals.records import load_direction, write_json, write_jsonl
 from remove_refusals.report import model_card
+from remove_refusals.scores import table_key
 from remove_refusals.sources import DEMO
 from remove_refusals.types import SITE_KINDS, ChatFormat, Direction, Intervention, ModelMap, PromptSet, SiteKind
 
@@ -215,6 +216,7 @@ def find_direction(
                 part,
                 chat=chat,
                 positions=(settings.position,),
+                n_layers=index,
                 batch_size=batch_size,
                 model_map=model_map,
                 on_progress=stage_progress(on_progress, "activations", before, total),
@@ -223,7 +225,7 @@ def find_direction(
     direction = mean_difference(
         parts[0],
         parts[1],
-        layer=settings.layer,
+        layer=index,
         position=settings.position,
         projected=settings.projected,
         model=Path(loaded.source).name if Path(loaded.source).is_dir() else loaded.source,
@@ -358,7 +360,9 @@ def _run_into(
     write_json(directory / "ablation.json", record)
     write_json(directory / "scores.json", evaluation.to_json())
     write_jsonl(directory / "rows.jsonl", (row.to_json() for row in evaluation.rows))
-    (directory / "README.md").write_text(model_card(record, evaluation.table(), baked.certificate), encoding="utf-8")
+    (directory / "README.md").write_text(
+        model_card(record, evaluation.table(), table_key(evaluation), baked.certificate), encoding="utf-8"
+    )
     return RunResult(replace(baked, record=record), evaluation, notes)
 
 
