@@ -1,0 +1,305 @@
+"""The command from a shell's point of view: what each part makes, says and leaves alone."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import tiny
+from conftest import Command, Inputs, Outcome
+from remove_refusals import cli
+from remove_refusals.prompts import draw, load_prompts
+from remove_refusals.records import load_direction
+
+COMMANDS = sorted(typer.main.get_command(cli.app).commands)
+
+
+def fine(outcome: Outcome) -> str:
+    """Check that a command did its work without complaint, and return what it said."""
+    assert outcome.code == 0, outcome
+    assert outcome.err == ""
+    return outcome.out
+
+
+def hashes(directory: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(directory.iterdir())}
+
+
+def rows(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def direction(command: Command, llama_directory: Path, inputs: Inputs, tmp_path: Path) -> Path:
+    path = tmp_path / "found.safetensors"
+    fine(command("direction", llama_directory, "-o", path, *inputs.train, "--seed", 3))
+    return path
+
+
+class TestHelp:
+    @pytest.fixture(scope="class")
+    def shown(self) -> dict[str, str]:
+        """The help of the whole and of every command, in one fresh process, with what it has imported by then."""
+        script = (
+            "import contextlib, io, json, sys\n"
+            "from remove_refusals.cli import main\n"
+            "shown = {}\n"
+            "for name in json.loads(sys.argv[1]):\n"
+            "    sys.argv = ['remove-refusals', *([name] if name else []), '--help']\n"
+            "    with contextlib.redirect_stdout(io.StringIO()) as out:\n"
+            "        try:\n"
+            "            main()\n"
+            "        except SystemExit as ended:\n"
+            "            assert not ended.code, ended.code\n"
+            "    shown[name] = out.getvalue()\n"
+            "heavy = {'torch', 'transformers', 'numpy', 'scipy', 'safetensors', 'huggingface_hub', 'datasets'}\n"
+            "shown['heavy'] = ' '.join(sorted(heavy & set(sys.modules)))\n"
+            "print(json.dumps(shown))\n"
+        )
+        found = subprocess.run(
+            [sys.executable, "-c", script, json.dumps(["", *COMMANDS])],
+            env={**os.environ, "COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return json.loads(found.stdout)
+
+    def test_nothing_heavy_is_imported(self, shown: dict[str, str]) -> None:
+        assert shown["heavy"] == ""
+
+    def test_the_whole_names_every_command(self, shown: dict[str, str]) -> None:
+        assert {"run", "direction", "chat", "generate", "bake", "evaluate"} <= set(COMMANDS)
+        assert all(f" {name} " in shown[""] for name in COMMANDS)
+
+    @pytest.mark.parametrize("name", COMMANDS)
+    def test_fits_a_terminal_of_80_columns(self, shown: dict[str, str], name: str) -> None:
+        assert max(map(len, shown[name].splitlines())) <= 80
+        # Nothing is cut off: each option stands there in full, with an example at the end.
+        for parameter in typer.main.get_command(cli.app).commands[name].params:
+            if parameter.param_type_name == "option":
+                assert any(option in shown[name] for option in parameter.opts), parameter.opts
+        assert f"Example: remove-refusals {name}" in shown[name]
+
+    def test_without_arguments(self, command: Command) -> None:
+        found = command()
+        assert found.code in (0, 2)
+        assert all(f" {name} " in found.out + found.err for name in COMMANDS)
+
+    @pytest.mark.parametrize(
+        ("arguments", "named"),
+        [
+            (("direction",), "'model'"),
+            (("direction", "m"), "--output"),
+            (("direction", "m", "-o", "d.pt", "--position", "0"), "--position"),
+            (("direction", "m", "-o", "d.pt", "--n-prompts", "0"), "--n-prompts"),
+            (("run", "m", "--strenght", "1"), "--strenght"),
+            (("run", "m", "--strength", "much"), "--strength"),
+            (("ablate", "m"), "ablate"),
+        ],
+    )
+    def test_misuse_is_explained(self, command: Command, arguments: tuple[str, ...], named: str) -> None:
+        found = command(*arguments)
+        assert found.code == 2 and found.out == ""
+        assert named in found.err and "--help" in found.err and "Traceback" not in found.err
+
+
+class TestDirection:
+    def test_is_saved_with_where_it_came_from(self, direction: Path, inputs: Inputs, llama_directory: Path) -> None:
+        found = load_direction(direction)
+        assert found.d_model == 32
+        assert found.origin.method == "mean-difference"
+        # 0.6 of two layers, rounded down.
+        assert (found.origin.layer, found.origin.position, found.origin.seed) == (1, -1, 3)
+        harmful = draw(load_prompts(str(inputs.harmful), name="harmful"), 3, 3)
+        assert (found.origin.n_harmful, found.origin.harmful_sha256) == (3, harmful.sha256)
+        assert found.origin.model == llama_directory.name
+
+    def test_same_again_and_in_the_plain_format(
+        self, command: Command, direction: Path, llama_directory: Path, inputs: Inputs, tmp_path: Path
+    ) -> None:
+        for name in ("again.safetensors", "plain.pt"):
+            said = fine(command("direction", llama_directory, "-o", tmp_path / name, *inputs.train, "--seed", 3))
+            assert said == f"Saved to {tmp_path / name}: d_model 32, layer 1, position -1.\n"
+        assert (tmp_path / "again.safetensors").read_bytes() == direction.read_bytes()
+        plain = torch.load(tmp_path / "plain.pt", weights_only=True)
+        assert torch.equal(plain, load_direction(direction).basis[:, 0])
+
+    def test_options_reach_their_place(
+        self, command: Command, direction: Path, llama_directory: Path, inputs: Inputs, tmp_path: Path
+    ) -> None:
+        path = tmp_path / "d.safetensors"
+        options = ("--layer", 2, "--position", -4, "--projected", "--seed", 5, "--system-prompt", "Be brief.")
+        fine(command("direction", llama_directory, "-o", path, *inputs.train, *options))
+        origin = load_direction(path).origin
+        assert (origin.method, origin.layer, origin.position, origin.seed) == ("projected-mean-difference", 2, -4, 5)
+        fine(command("direction", llama_directory, "-o", path, *inputs.train, "--seed", 3, "--plain", "--force"))
+        # Other tokens stand at the end of a prompt without the template.
+        assert not torch.allclose(load_direction(path).basis, load_direction(direction).basis, atol=1e-3)
+
+
+class TestGenerate:
+    @pytest.fixture
+    def answers(self, command: Command, llama_directory: Path, inputs: Inputs, tmp_path: Path):
+        def run(*options: object) -> list[dict[str, object]]:
+            path = tmp_path / "answers.jsonl"
+            given = ("--prompts", inputs.harmful, "-o", path, "--max-new-tokens", 12, "--force")
+            assert fine(command("generate", llama_directory, *given, *options)) == f"Saved 4 answers to {path}.\n"
+            return rows(path)
+
+        return run
+
+    def test_one_row_a_prompt_in_their_order(self, answers, direction: Path, inputs: Inputs) -> None:
+        found = answers("--direction", direction)
+        assert [row["prompt"] for row in found] == inputs.harmful.read_text().splitlines()
+        for row in found:
+            assert set(row) == {"prompt", "answer", "n_tokens", "finished", "ablated"}
+            assert row["ablated"] is True and 1 <= row["n_tokens"] <= 12
+
+    def test_strength_decides(self, answers, direction: Path) -> None:
+        plain = answers()
+        given = ("--direction", direction)
+        for same in (answers(*given, "--strength", 0), answers("--batch-size", 1)):
+            assert [row["answer"] for row in same] == [row["answer"] for row in plain]
+        assert [row["answer"] for row in answers(*given)] != [row["answer"] for row in plain]
+        assert not any(row["ablated"] for row in plain)
+
+    def test_equal_to_the_baked_model(
+        self, answers, command: Command, llama_directory: Path, direction: Path, inputs: Inputs, tmp_path: Path
+    ) -> None:
+        hooked = answers("--direction", direction, "--layers", "1-1", "--sites", "attn,mlp")
+        edited, path = tmp_path / "edited", tmp_path / "of-edited.jsonl"
+        given = ("--direction", direction, "--layers", 1, "--sites", "attn,mlp", "-o", edited)
+        fine(command("bake", llama_directory, *given))
+        given = ("--prompts", inputs.harmful, "-o", path, "--max-new-tokens", 12)
+        fine(command("generate", edited, *given))
+        assert [row["answer"] for row in rows(path)] == [row["answer"] for row in hooked]
+
+
+class TestChat:
+    def test_answers_what_is_typed(
+        self, command: Command, llama_directory: Path, direction: Path, inputs: Inputs, tmp_path: Path
+    ) -> None:
+        prompt = inputs.harmful.read_text().splitlines()[0]
+        given, path = ("--max-new-tokens", 12), tmp_path / "answers.jsonl"
+        expected = {}
+        for side, options in (("original", ()), ("ablated", ("--direction", direction))):
+            fine(command("generate", llama_directory, "--prompts", inputs.harmful, "-o", path, *given, *options))
+            expected[side] = rows(path)[0]["answer"]
+            path.unlink()
+
+        def said(*options: object) -> str:
+            return fine(command("chat", llama_directory, *given, *options, typed=f"\n{prompt}\n"))
+
+        assert said("--no-ablation") == f"{expected['original']}\n"
+        assert said("--direction", direction) == f"{expected['ablated']}\n"
+        both = f"[original] {expected['original']}\n[ablated] {expected['ablated']}\n"
+        assert said("--direction", direction, "--compare") == both
+
+
+class TestBake:
+    def test_saves_a_model_that_transformers_loads(
+        self, command: Command, llama_directory: Path, direction: Path, tmp_path: Path
+    ) -> None:
+        before = hashes(llama_directory)
+        said = fine(command("bake", llama_directory, "--direction", direction, "-o", tmp_path / "edited"))
+        assert "1 embedding, 2 attn, 2 mlp" in said
+        assert hashes(llama_directory) == before
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "edited")
+        assert model.dtype == torch.bfloat16
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "edited")
+        assert tokenizer.chat_template == tiny.CHAT_TEMPLATE
+        basis = load_direction(tmp_path / "edited" / "direction.safetensors").basis
+        assert torch.equal(basis, load_direction(direction).basis)
+        for name, axis in (("embed_tokens.weight", 1), ("layers.1.mlp.down_proj.weight", 0)):
+            weight = model.model.get_parameter(name).detach().float()
+            left = (weight.movedim(axis, -1) @ basis).norm() / weight.norm()
+            assert float(left) < 2e-3
+
+    def test_tied_embeddings_are_told(self, command: Command, direction: Path, inputs: Inputs, tmp_path: Path) -> None:
+        model = tmp_path / "gpt2"
+        tiny.gpt2().save_pretrained(model)
+        tiny.tokenizer().save_pretrained(model)
+        given = ("--direction", direction, "-o", tmp_path / "edited")
+        assert "untied" in fine(command("bake", model, *given))
+        assert not AutoModelForCausalLM.from_pretrained(tmp_path / "edited").config.tie_word_embeddings
+        assert "one tensor still" in fine(command("bake", model, *given, "--force", "--tied", "both"))
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / "edited").config.tie_word_embeddings
+
+    def test_certify_and_inspect(
+        self, command: Command, llama_directory: Path, direction: Path, tmp_path: Path
+    ) -> None:
+        edited = tmp_path / "edited"
+        fine(command("bake", llama_directory, "--direction", direction, "-o", edited))
+        certificate = json.loads(fine(command("certify", edited, "--base", llama_directory, "--json")))
+        assert certificate["passed"] is True
+        found = json.loads(fine(command("inspect", llama_directory, "--json")))
+        assert (found["d_model"], found["n_layers"], len(found["writers"])) == (32, 2, 5)
+        fine(command("inspect", llama_directory))
+        # One writer put back: the certificate says so, with an exit code of its own.
+        weights = load_file(edited / "model.safetensors")
+        original = load_file(llama_directory / "model.safetensors")
+        name = "model.layers.0.mlp.down_proj.weight"
+        save_file({**weights, name: original[name]}, edited / "model.safetensors", {"format": "pt"})
+        refused = command("certify", edited, "--base", llama_directory)
+        assert refused.code == 3 and refused.err.startswith("Error: ")
+        assert name in refused.out
+
+
+class TestRun:
+    def test_leaves_the_model_and_its_records(
+        self, command: Command, llama_directory: Path, direction: Path, inputs: Inputs, tmp_path: Path, monkeypatch
+    ) -> None:
+        before = hashes(llama_directory)
+        (tmp_path / "here").mkdir()
+        monkeypatch.chdir(tmp_path / "here")
+        said = fine(command("run", llama_directory, *inputs.train, *inputs.test, "--seed", 3))
+        assert hashes(llama_directory) == before
+        output = tmp_path / "here" / "llama-ablated"
+        assert [path.name for path in (tmp_path / "here").iterdir()] == ["llama-ablated"]
+        assert "Saved to llama-ablated" in said
+        AutoModelForCausalLM.from_pretrained(output)
+        record = json.loads((output / "ablation.json").read_text())
+        assert record["base"]["sha256"]["model.safetensors"] == before["model.safetensors"]
+        for name, path in (("harmful_test", inputs.harmful_test), ("harmless_test", inputs.harmless_test)):
+            prompts = load_prompts(str(path), name=name)
+            assert (record["prompts"][name]["n"], record["prompts"][name]["sha256"]) == (2, prompts.sha256)
+        assert json.loads((output / "scores.json").read_text()) == record["scores"]
+        # Two models, three sets of two prompts.
+        assert len(rows(output / "rows.jsonl")) == 12
+        assert (output / "README.md").read_text().startswith("---\n")
+        # The parts give the same as the whole.
+        assert (output / "direction.safetensors").read_bytes() == direction.read_bytes()
+        fine(command("bake", llama_directory, "--direction", direction, "-o", tmp_path / "baked"))
+        assert hashes(tmp_path / "baked")["model.safetensors"] == hashes(output)["model.safetensors"]
+
+    def test_evaluate_gives_the_same_scores(
+        self, command: Command, llama_directory: Path, direction: Path, inputs: Inputs, tmp_path: Path
+    ) -> None:
+        edited = tmp_path / "edited"
+        given = ("--direction", direction, "-o", edited, "--strength", 0.5)
+        said = fine(command("run", llama_directory, *given, *inputs.test))
+        saved = ("-o", tmp_path / "scores.json", "--rows", tmp_path / "rows.jsonl")
+        again = fine(command("evaluate", llama_directory, edited, *inputs.test, *saved))
+        assert said.startswith(again.rstrip("\n"))
+        assert rows(tmp_path / "rows.jsonl") == rows(edited / "rows.jsonl")
+        first, second = (json.loads(path.read_text()) for path in (edited / "scores.json", tmp_path / "scores.json"))
+        assert first["sets"] == second["sets"]
+
+    def test_force_replaces_the_old_model(
+        self, command: Command, llama_directory: Path, direction: Path, inputs: Inputs, tmp_path: Path
+    ) -> None:
+        output = ("-o", tmp_path / "edited", "--direction", direction)
+        fine(command("bake", llama_directory, *output))
+        (tmp_path / "edited" / "stale.safetensors").write_text("old")
+        fine(command("run", llama_directory, *output, *inputs.test, "--force", "--layers", "0-0"))
+        assert not (tmp_path / "edited" / "stale.safetensors").exists()
+        assert json.loads((tmp_path / "edited" / "ablation.json").read_text())["intervention"][-1]["layer"] == 0
