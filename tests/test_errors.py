@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -30,6 +31,8 @@ def sentence(outcome: Outcome) -> str:
     assert outcome.out == ""
     assert outcome.err.startswith("Error: ") and outcome.err.endswith(".\n"), outcome.err
     assert outcome.err.count("\n") == 1
+    # What another package said may stand in brackets, in as many sentences as it used.
+    assert not re.search(r"[.!?] [A-Z]", re.sub(r"\(.*\)", "", outcome.err)), outcome.err
     return outcome.err.removeprefix("Error: ").strip()
 
 

@@ -130,9 +130,9 @@ def write_baked(
         write_json(directory / "certificate.json", certificate.to_json())
         if not certificate.passed:
             raise CertificateError(
-                f"The saved files do not hold the edit: {certificate.problems[0]} ({len(certificate.problems)} such in "
-                "all), expected every writer edited and all other bytes unchanged; nothing was kept, report this "
-                "model type."
+                f"The saved files do not hold the edit: {certificate.problems[0].rstrip('.')} "
+                f"({len(certificate.problems)} such in all), expected every writer edited and all other bytes "
+                "unchanged; nothing was kept, report this model type."
             )
     for number, direction in enumerate(intervention.directions):
         name = "direction.safetensors" if number == 0 else f"direction-{number}.safetensors"

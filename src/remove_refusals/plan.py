@@ -161,8 +161,8 @@ def resolve(
     check_fit(intervention, model_map)
     if model_map.leaks and not allow_leak:
         raise ArchitectureError(
-            f"No weight edit of model type '{model_map.model_type}' is exact: {model_map.leaks[0]} "
-            "Use hooks (chat, generate), or pass --allow-leak and read the measured leak."
+            f"No weight edit of model type '{model_map.model_type}' is exact ({model_map.leaks[0].rstrip('.')}), "
+            "expected one that is; use hooks (chat, generate), or pass --allow-leak and read the measured leak."
         )
     edits = {(edit.kind, edit.layer): edit for edit in intervention.edits}
     entries: dict[str, PlanEntry] = {}

@@ -123,8 +123,8 @@ def ablated(
     model_map = model_map or map_model(model)
     if model_map.unhooked:
         raise ArchitectureError(
-            f"Hooks on model type '{model_map.model_type}' are not exact: {model_map.unhooked[0]} "
-            "Use another model type."
+            f"Hooks on model type '{model_map.model_type}' are not exact ({model_map.unhooked[0].rstrip('.')}), "
+            "expected hooks that are; use another model type."
         )
     check_fit(intervention, model_map)
     edits = {(edit.kind, edit.layer): edit for edit in intervention.edits}
