@@ -240,8 +240,8 @@ def test_what_was_not_measured_is_absent(base: LoadedModel, edited: LoadedModel)
 def test_table_has_four_columns(base: LoadedModel, edited: LoadedModel) -> None:
     rows = evaluate(base, edited, PROMPTS, SETTINGS).table()
     assert [len(row) for row in rows] == [4] * (3 + 3 + 4 + 1)
-    assert rows[0][0] == "Refusals, harmful prompts" and rows[1][0] == "False refusals, harmless prompts"
-    assert "n = 4" in rows[6][2]
+    assert rows[0][0] == "Refusals, harmful" and rows[1][0] == "False refusals, harmless"
+    assert rows[6][0] == "First-token KL, harmless" and rows[6][2].startswith("0.")
 
 
 def test_progress_rises_to_the_total(base: LoadedModel, edited: LoadedModel) -> None:

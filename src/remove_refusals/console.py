@@ -12,6 +12,7 @@ from rich.table import Table
 
 from remove_refusals.certify import Certificate
 from remove_refusals.evaluation import Evaluation
+from remove_refusals.scores import table_key
 from remove_refusals.types import EditPlan, ModelMap
 
 
@@ -71,10 +72,11 @@ def show_evaluation(evaluation: Evaluation, notes: tuple[str, ...]) -> None:
     console = Console(highlight=False)
     table = Table(title="Base and edited model on the same prompts")
     for column in ("", "base", "edited", "paired"):
-        table.add_column(column, justify="left" if not column else "right", overflow="fold")
+        table.add_column(column, justify="left" if not column else "right", no_wrap=not column, overflow="fold")
     for row in evaluation.table():
         table.add_row(*row)
     console.print(table)
+    console.print(table_key(evaluation), markup=False)
     for note in notes:
         console.print(f"Warning: {note}", style="yellow", markup=False)
 

@@ -9,13 +9,14 @@ from remove_refusals.certify import Certificate
 
 
 def model_card(
-    record: Mapping[str, Any], table: Sequence[Sequence[str]], certificate: Certificate | None = None
+    record: Mapping[str, Any], table: Sequence[Sequence[str]], key: str, certificate: Certificate | None = None
 ) -> str:
     """Write the model card of an edited model.
 
     Args:
         record: The content of `ablation.json`, with `prompts`, `scores` and `warnings`.
         table: The rows of `Evaluation.table`.
+        key: What explains the table.
         certificate: What was measured on the saved files; left out if there is none.
 
     Returns:
@@ -29,6 +30,7 @@ def model_card(
     text: str = environment.get_template("model_card.md.jinja").render(
         record=record,
         table=table,
+        key=key,
         certificate=certificate,
         worst=100 * abs(worst.share_left - abs(1 - worst.strength)) if worst is not None else 0.0,
         strengths=sorted({edit["strength"] for edit in record["intervention"]}),

@@ -164,23 +164,41 @@ class Evaluation:
         }
 
     def table(self) -> tuple[tuple[str, str, str, str], ...]:
-        """Give rows of text: what was measured, base, edited, and how the two compare."""
+        """Give rows of text: what was measured, base, edited, and how the two compare.
+
+        Rates are a count of n with the Wilson interval in percent, means have a bootstrap interval; `table_key`
+        explains the rows.
+        """
         rows: list[tuple[str, str, str, str]] = []
         for name, scores in self.sets.items():
             false = "" if name == "harmful" else "false "
-            rows.append((f"{false}refusals, {name} prompts".capitalize(), *_paired(scores.refusals)))
+            rows.append((f"{false}refusals, {name}".capitalize(), *_paired(scores.refusals)))
         for name, scores in self.sets.items():
-            rows.append((f"Degenerate answers, {name} prompts", *_paired(scores.degenerate)))
-        parts = (("harmless prompts", self.distance), ("of these, answered by base", self.distance_answered))
+            rows.append((f"degenerate, {name}".capitalize(), *_paired(scores.degenerate)))
+        parts = (("harmless", self.distance), ("answered", self.distance_answered))
         for name, distance in parts:
             if distance is not None:
-                rows.append((f"KL of the first token, {name}", "", _mean(distance.first_token), ""))
-                rows.append((f"KL over {self.settings.kl_tokens} tokens, {name}", "", _mean(distance.mean), ""))
+                rows.append((f"First-token KL, {name}", "", _mean(distance.first_token), ""))
+                rows.append((f"KL, {self.settings.kl_tokens} tokens, {name}", "", _mean(distance.mean), ""))
         base, edited = self.base_perplexity, self.edited_perplexity
         if base is not None and edited is not None:
             ratio = f"{edited.value / base.value:.2f} times"
-            rows.append(("Perplexity of base's harmless answers", f"{base.value:.3g}", f"{edited.value:.3g}", ratio))
+            rows.append(("Perplexity", f"{base.value:.3g}", f"{edited.value:.3g}", ratio))
         return tuple(rows)
+
+
+def table_key(evaluation: Evaluation) -> str:
+    """Explain the rows of `Evaluation.table` in a few sentences."""
+    numbers = [
+        f"{name} {distance.first_token.n}"
+        for name, distance in (("harmless", evaluation.distance), ("answered", evaluation.distance_answered))
+        if distance is not None
+    ]
+    return (
+        "Rates: count/n with a 95% Wilson interval; p: exact McNemar. KL: base from edited, in nats, along the base "
+        f"model's own answers, over all harmless prompts and over those that it answered (n: {', '.join(numbers)}); "
+        "perplexity: of those answers."
+    )
 
 
 def warnings(evaluation: Evaluation) -> tuple[str, ...]:
@@ -224,8 +242,8 @@ def _paired(rates: PairedRate) -> tuple[str, str, str]:
 
 
 def _rate(rate: Rate) -> str:
-    return f"{rate.count}/{rate.n}, {100 * rate.value:.0f}% [{100 * rate.low:.0f}, {100 * rate.high:.0f}]"
+    return f"{rate.count}/{rate.n} [{100 * rate.low:.0f}, {100 * rate.high:.0f}]%"
 
 
 def _mean(mean: Mean) -> str:
-    return f"{mean.value:.3g} [{mean.low:.3g}, {mean.high:.3g}], n = {mean.n}"
+    return f"{mean.value:.2g} [{mean.low:.2g}, {mean.high:.2g}]"
