@@ -7,7 +7,6 @@ exact edit and never fakes one.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -96,19 +95,7 @@ def _add(known: Knowledge, args: Sequence[Any], out: Any) -> Terms | None:
         terms if terms is not None else ZERO if isinstance(value, int | float) and value == 0 else frozenset({CONSTANT})
         for value, terms in zip((first, second), found, strict=True)
     ]
-    return _with_shortcuts(known, parts[0] | parts[1])
-
-
-def _with_shortcuts(known: Knowledge, terms: Terms) -> Terms:
-    """Join what passed through a depthwise convolution with the same that passed beside it."""
-    joined = set(terms)
-    for term in terms:
-        last = term.steps[-1] if term.steps else None
-        beside = replace(term, steps=term.steps[:-1])
-        if last is not None and last.kind == "taps" and last.offset == 0 and beside in joined:
-            joined -= {term, beside}
-            joined.add(known.made(replace(term, steps=(*beside.steps, replace(last, offset=1.0)))))
-    return frozenset(joined)
+    return known.summed(*parts)
 
 
 def _subtract(known: Knowledge, args: Sequence[Any], out: Any) -> Terms | None:
@@ -154,7 +141,7 @@ def _add_product(known: Knowledge, args: Sequence[Any], out: Any) -> Terms | Non
     product, start = _multiply(known, args[1:3], out), known.terms(args[0])
     if product is None and start is None:
         return None
-    return frozenset().union(*(frozenset({CONSTANT}) if part is None else part for part in (product, start)))
+    return known.summed(*(frozenset({CONSTANT}) if part is None else part for part in (product, start)))
 
 
 def _where(known: Knowledge, args: Sequence[Any], out: Any) -> Terms | None:

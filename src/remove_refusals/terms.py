@@ -42,6 +42,8 @@ CONSTANT = Term("a constant", None)
 """What no parameter has written and is not known to be zero."""
 
 
+TWICE = "what it holds already, behind a norm or the like"
+
 REARRANGED: Terms = frozenset({Term("a part or a rearrangement of channels", None)})
 """The terms of a tensor that holds known channels elsewhere than along its last axis."""
 
@@ -183,9 +185,31 @@ class Knowledge:
         return mean.shape[-1:] == (1,) and self._means.get(_key(mean)) == _key(whole)
 
     def united(self, *values: Any) -> Terms | None:
-        """Give the terms of a sum or a collection of values; None if no parameter has reached any of them."""
+        """Give the terms of a collection of values; None if no parameter has reached any of them."""
         floats = [tensor for tensor in tensors_in(values) if tensor.is_floating_point()]
         found = [self.terms(tensor) for tensor in floats]
         if all(terms is None for terms in found):
             return None
-        return frozenset().union(*(frozenset({CONSTANT}) if terms is None else terms for terms in found))
+        return self.summed(*(frozenset({CONSTANT}) if terms is None else terms for terms in found))
+
+    def summed(self, *parts: Terms) -> Terms:
+        """Give the terms of a sum.
+
+        What passed through a depthwise convolution is joined with the same that passed beside it. Anything else that is
+        there twice, behind different steps, becomes opaque: no one edit is right for both.
+        """
+        whole: Terms = frozenset().union(*parts)
+        if any(part == whole for part in parts):
+            return whole
+        chosen: dict[tuple[str, int | None, int], Term] = {}
+        for term in sorted(whole, key=lambda term: len(term.steps)):
+            key = (term.source, term.axis, term.number)
+            known = chosen.setdefault(key, term)
+            if known is term:
+                continue
+            last = term.steps[-1]
+            if last.kind == "taps" and last.offset == 0 and known.steps == term.steps[:-1]:
+                chosen[key] = self.made(replace(term, steps=(*known.steps, replace(last, offset=1.0))))
+            else:
+                (chosen[TWICE, None, 0],) = self.opaque(TWICE)
+        return frozenset(chosen.values())
