@@ -1,0 +1,83 @@
+"""Certificates of saved files: what passes, and what must not."""
+
+import shutil
+
+import pytest
+import tiny
+import torch
+import zoo
+from safetensors.torch import load_file, save_file
+
+from remove_refusals.baking import bake
+from remove_refusals.certify import certify
+from remove_refusals.directions import direction_from_vectors
+from remove_refusals.modelmap import map_model
+from remove_refusals.models import LoadedModel
+from remove_refusals.plan import intervene
+from remove_refusals.types import DirectionOrigin
+
+EXPERT = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16])
+def baked(request, tmp_path):
+    """A saved mixture of experts, its edit, and what `certify` needs to compare them."""
+    model = zoo.build("mixtral").to(request.param)
+    model.save_pretrained(tmp_path / "base")
+    model = model.float()
+    loaded = LoadedModel(model, tiny.tokenizer(), str(tmp_path / "base"), checkpoint_dtype=request.param)
+    vector = torch.randn(zoo.D_MODEL, generator=torch.Generator().manual_seed(0))
+    direction = direction_from_vectors(vector, DirectionOrigin("given"))
+    result = bake(loaded, intervene(direction, zoo.N_LAYERS), tmp_path / "edited")
+    return tmp_path, result.plan, map_model(model), result.certificate
+
+
+def changed(folder, change):
+    """A copy of the edited model with its tensors changed."""
+    target = folder / "changed"
+    shutil.copytree(folder / "edited", target)
+    tensors = load_file(target / "model.safetensors")
+    change(tensors)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def test_every_expert_is_certified(baked):
+    _, _, _, certificate = baked
+    assert certificate.passed and certificate.left == ()
+    assert len(certificate.edited) == 1 + zoo.N_LAYERS * (1 + 4)
+    # What rounding to bfloat16 puts back is well under a hundredth of the direction.
+    assert max(entry.share_left for entry in certificate.edited) < 0.01
+    assert certificate.boundaries is not None and len(certificate.boundaries) == zoo.N_LAYERS + 1
+
+
+def test_one_skipped_expert_fails_by_its_name(baked):
+    folder, plan, model_map, _ = baked
+    original = load_file(folder / "base" / "model.safetensors")[EXPERT]
+    certificate = certify(
+        changed(folder, lambda tensors: tensors.update({EXPERT: original})), folder / "base", plan, model_map
+    )
+    assert not certificate.passed
+    assert len(certificate.problems) == 1 and EXPERT in certificate.problems[0]
+    assert next(entry for entry in certificate.edited if entry.name == EXPERT).share_left == pytest.approx(1.0)
+
+
+def test_a_changed_bystander_fails_by_its_name(baked):
+    folder, plan, model_map, _ = baked
+
+    def nudge(tensors):
+        tensors["model.norm.weight"][0] += 1
+
+    certificate = certify(changed(folder, nudge), folder / "base", plan, model_map)
+    assert len(certificate.problems) == 1 and "model.norm.weight" in certificate.problems[0]
+
+
+def test_missing_and_additional_tensors_fail(baked):
+    folder, plan, model_map, _ = baked
+
+    def swap(tensors):
+        tensors["stranger"] = tensors.pop("model.norm.weight")
+        del tensors[EXPERT]
+
+    problems = " ".join(certify(changed(folder, swap), folder / "base", plan, model_map).problems)
+    assert all(name in problems for name in ("stranger", "model.norm.weight", EXPERT))
