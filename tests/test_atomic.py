@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import tiny
 from remove_refusals.atomic import atomic_directory, atomic_file
 from remove_refusals.errors import OutputError
 
@@ -252,7 +253,9 @@ def test_interrupt_in_the_middle_of_another_process(tmp_path: Path) -> None:
     )
     for name in ("old", "new"):
         command = [sys.executable, "-c", script, str(tmp_path / name)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=tiny.heed_interrupts
+        ) as child:
             assert child.stdout is not None
             assert child.stdout.readline() == "ready\n"
             assert len(names_in(tmp_path)) == 2

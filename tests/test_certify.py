@@ -3,11 +3,11 @@
 import shutil
 
 import pytest
-import tiny
 import torch
-import zoo
 from safetensors.torch import load_file, save_file
 
+import tiny
+import zoo
 from remove_refusals.baking import bake
 from remove_refusals.certify import certify
 from remove_refusals.directions import direction_from_vectors

@@ -421,7 +421,13 @@ class TestOtherProcess:
             command = [sys.executable, "-m", "remove_refusals", *map(str, arguments)]
             pipe = subprocess.PIPE
             return subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True, env=environment
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=pipe,
+                stderr=pipe,
+                text=True,
+                env=environment,
+                preexec_fn=tiny.heed_interrupts,
             )
 
         return start

@@ -1,5 +1,6 @@
 """Tiny random models and a character tokenizer, built without any download."""
 
+import signal
 import string
 
 import torch
@@ -61,3 +62,8 @@ def gpt2(seed: int = 0, *, spread: float = 0.3) -> GPT2LMHeadModel:
     )
     torch.manual_seed(seed)
     return GPT2LMHeadModel(config).eval()
+
+
+def heed_interrupts() -> None:
+    """Let a child process be interrupted even where the tests run in the background of a shell, which ignores it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -11,8 +11,11 @@ DEMO = "demo"
 
 
 def model_source(model: str) -> str:
-    """Give the directory of the embedded demo model for the name `demo`, and any other name unchanged."""
-    if model != DEMO or Path(model).is_dir():
+    """Give the directory of the embedded demo model for the name `demo`, and any other name unchanged.
+
+    A directory of that name is taken for a model only if it holds one: many projects have a folder called demo.
+    """
+    if model != DEMO or (Path(model) / "config.json").is_file():
         return model
     return str(resources.files("remove_refusals") / "data" / "demo")
 
