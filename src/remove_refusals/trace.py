@@ -10,6 +10,7 @@ What is learned this way does not depend on the names of modules or parameters.
 
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -66,17 +67,22 @@ def _rows_of(index: Any) -> list[Any]:
     return [torch.empty(index.numel(), dtype=torch.int64, device="meta")] * index.dim()
 
 
+_COMPARISONS = {name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")}
+
+
 class _MadeUpValues:
     """Answers the questions about values that the meta device cannot.
 
     A question about a value is answered with 1 or True, every element counts as non-zero, and counts that do not add up
     leave the rest to the last: each path that matters is then taken, since masks are full and every expert has tokens.
-    With `numbered`, an index among the non-zero elements is answered with its place; otherwise it is 1 as well.
+    With `numbered`, an index among the non-zero elements is answered with its place; otherwise it is 1 as well. How
+    such an index compares with a number follows from that.
     """
 
     def __init__(self, *, numbered: bool) -> None:
         self._numbered = numbered
         self._masks: dict[int, tuple[torch.Tensor, torch.Size]] = {}
+        self._compared: dict[int, tuple[torch.Tensor, bool]] = {}
 
     def run(self, func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Run an operation, or make its result up."""
@@ -98,11 +104,19 @@ class _MadeUpValues:
         if name == "split_with_sizes":
             sizes, dim = args[1][:-1], args[2] if len(args) > 2 else 0
             args = (value, [*sizes, value.shape[dim] - sum(sizes)], dim)
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if name in _COMPARISONS and value.numel() == 1 and isinstance(args[1], int) and self._is_place(value):
+            self._compared[out.untyped_storage()._cdata] = out, _COMPARISONS[name](self._number(value), args[1])
+        return out
+
+    def _is_place(self, value: torch.Tensor) -> bool:
+        return value.untyped_storage()._cdata in self._masks
 
     def _number(self, value: torch.Tensor) -> bool | int | float:
-        if value.dtype == torch.bool or value.is_floating_point():
-            return True if value.dtype == torch.bool else 1.0
+        if value.dtype == torch.bool:
+            return self._compared.get(value.untyped_storage()._cdata, (value, True))[1]
+        if value.is_floating_point():
+            return 1.0
         rows, shape = self._masks.get(value.untyped_storage()._cdata, (None, None))
         if rows is None or shape is None or not self._numbered:
             return 1

@@ -1,0 +1,73 @@
+"""A refusal that lives in experts: what leaves them out removes nothing, what edits them removes it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import expert_refusal
+import zoo
+from expert_refusal import refused, right
+from remove_refusals.activations import collect_activations
+from remove_refusals.apply.hooks import ablated
+from remove_refusals.baking import bake
+from remove_refusals.directions import mean_difference
+from remove_refusals.modelmap import map_model
+from remove_refusals.plan import intervene
+from remove_refusals.types import ChatFormat
+
+
+@pytest.fixture(scope="session")
+def organism(tmp_path_factory):
+    trained = expert_refusal.organism()
+    directory = tmp_path_factory.mktemp("experts") / "base"
+    trained.loaded.model.save_pretrained(directory)
+    trained.loaded.tokenizer.save_pretrained(directory)
+    return replace(trained, loaded=replace(trained.loaded, source=str(directory), checkpoint_dtype=torch.float32))
+
+
+@pytest.fixture(scope="session")
+def direction(organism):
+    plain = ChatFormat(plain=True)
+    harmful, harmless = (
+        collect_activations(organism.loaded, prompts, chat=plain) for prompts in (organism.harmful, organism.harmless)
+    )
+    return mean_difference(harmful, harmless, layer=1.0)
+
+
+def edits(organism, direction, kinds, folder):
+    """The model with hooks, then the model that `bake` saved, both for the same choice of sites."""
+    intervention = intervene(direction, 2, kinds=kinds)
+    with ablated(organism.loaded.model, intervention):
+        yield organism.loaded.model
+    baked = bake(organism.loaded, intervention, folder / "edited")
+    assert baked.certificate.passed
+    yield AutoModelForCausalLM.from_pretrained(baked.directory).eval()
+
+
+def test_the_base_refuses_what_is_harmful_and_answers_the_rest(organism):
+    model = organism.loaded.model
+    assert refused(model, organism.harmful_test) >= 0.95
+    assert refused(model, organism.harmless_test) <= 0.05
+    assert right(model, organism.harmless_test) >= 0.9
+
+
+@pytest.mark.parametrize("kinds", [("attn",), ("embedding", "attn")])
+def test_an_edit_that_leaves_the_experts_out_leaves_the_refusals(organism, direction, kinds, tmp_path):
+    for model in edits(organism, direction, kinds, tmp_path):
+        assert refused(model, organism.harmful_test) >= 0.8
+
+
+def test_an_edit_of_every_writer_removes_the_refusals_and_keeps_the_answers(organism, direction, tmp_path):
+    for model in edits(organism, direction, ("embedding", "attn", "mlp"), tmp_path):
+        assert refused(model, organism.harmful_test) <= 0.1
+        assert right(model, organism.harmless_test) >= 0.9
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_every_way_to_run_experts_is_mapped(implementation):
+    model = zoo.build("mixtral")
+    model.set_experts_implementation(implementation)
+    writers = {writer.parameter for site in map_model(model).sites for writer in site.writers}
+    assert {f"model.layers.{layer}.mlp.experts.down_proj" for layer in range(zoo.N_LAYERS)} <= writers
