@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from remove_refusals.generation import generate
     from remove_refusals.modelmap import map_model
     from remove_refusals.models import load
-    from remove_refusals.pipeline import RunSettings, run
+    from remove_refusals.pipeline import run
     from remove_refusals.plan import intervene
     from remove_refusals.prompts import embedded_prompts, load_prompts
     from remove_refusals.records import load_direction, save_direction
+    from remove_refusals.settings import RunSettings
     from remove_refusals.types import Activations, Direction, Intervention, PromptSet
 
 __version__ = version("remove-refusals")
@@ -32,7 +33,7 @@ _HOME = {
     "Intervention": "types",
     "PromptSet": "types",
     "RemoveRefusalsError": "errors",
-    "RunSettings": "pipeline",
+    "RunSettings": "settings",
     "ablated": "apply.hooks",
     "bake": "baking",
     "collect_activations": "activations",

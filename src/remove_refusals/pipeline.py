@@ -1,137 +1,32 @@
 """The whole job: model → activations → direction → edit → saved model → measured from the saved files."""
 
-import contextlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from remove_refusals.activations import collect_activations
-from remove_refusals.apply.hooks import ablated
 from remove_refusals.atomic import atomic_directory
 from remove_refusals.baking import Baked, check_not_source, write_baked
-from remove_refusals.chat_template import check_position, render, template_tail_length
+from remove_refusals.chat_template import check_position, template_tail_length
 from remove_refusals.directions import largest_coordinate_share, layer_index, mean_difference
 from remove_refusals.errors import ModelError
 from remove_refusals.evaluation import Evaluation, EvaluationPrompts, EvaluationSettings, evaluate, warnings
-from remove_refusals.generation import generate
-from remove_refusals.linalg import Variant
 from remove_refusals.modelmap import map_model
 from remove_refusals.models import LoadedModel, load
-from remove_refusals.plan import Tied, check_fit, intervene
-from remove_refusals.prompts import check_disjoint, draw, embedded_prompts, load_prompts
+from remove_refusals.plan import check_fit, intervene
+from remove_refusals.prompts import check_disjoint, draw
 from remove_refusals.records import load_direction, write_json, write_jsonl
 from remove_refusals.report import model_card
 from remove_refusals.scores import table_key
-from remove_refusals.sources import DEMO
-from remove_refusals.types import SITE_KINDS, ChatFormat, Direction, Intervention, ModelMap, PromptSet, SiteKind
+from remove_refusals.settings import DirectionSettings, EditSettings, LoadSettings, MeasureSettings, RunSettings
+from remove_refusals.types import ChatFormat, Direction, Intervention, ModelMap, PromptSet
 
 OUTLIER_SHARE = 0.5
 """From here on a single coordinate is called an outlier: it holds more than all others together."""
 
 OnProgress = Callable[[str, int, int], None]
 """Called with the stage's name, how much of it is done and how much there is."""
-
-
-@dataclass(frozen=True)
-class PromptSource:
-    """Where prompts come from.
-
-    Attributes:
-        source: A file or data set id; None for the embedded set.
-        column: The column of a table or the field of an object; None for the usual names.
-        split: The split of a data set.
-    """
-
-    source: str | None = None
-    column: str | None = None
-    split: str | None = None
-
-    def load(self, name: str, embedded: str) -> PromptSet:
-        """Load the prompts, or the embedded set of the given name."""
-        if self.source is None:
-            return replace(embedded_prompts(embedded), name=name)
-        return load_prompts(self.source, name=name, column=self.column, split=self.split)
-
-
-@dataclass(frozen=True)
-class LoadSettings:
-    """How the model is loaded; the names are those of `load`."""
-
-    device: str | None = None
-    dtype: str = "auto"
-    load_in_4bit: bool = False
-    trust_remote_code: bool = False
-    revision: str | None = None
-
-
-@dataclass(frozen=True)
-class DirectionSettings:
-    """How the direction is found.
-
-    Attributes:
-        harmful: Prompts that the model refuses.
-        harmless: Prompts that it answers.
-        n_prompts: How many of each are drawn.
-        seed: What draws them.
-        layer: A fraction of depth (float) or an index (int).
-        position: The token position, negative, within the chat template's tail.
-        projected: Whether the component along the harmless mean is removed.
-    """
-
-    harmful: PromptSource = PromptSource()
-    harmless: PromptSource = PromptSource()
-    n_prompts: int = 32
-    seed: int = 0
-    layer: float | int = 0.6
-    position: int = -1
-    projected: bool = False
-
-
-@dataclass(frozen=True)
-class EditSettings:
-    """What is taken out where.
-
-    Attributes:
-        strength: The share that is taken out.
-        layers: The first and last layer to edit; None for all and the embedding.
-        sites: The kinds of site to edit.
-        tied: What to do with an embedding that is also the unembedding.
-        variant: What else the edit does to each tensor.
-        allow_leak: Whether to edit a model whose weights no edit makes exact.
-    """
-
-    strength: float = 1.0
-    layers: tuple[int, int] | None = None
-    sites: tuple[SiteKind, ...] = SITE_KINDS
-    tied: Tied = "untie"
-    variant: Variant = "plain"
-    allow_leak: bool = False
-
-
-@dataclass(frozen=True)
-class MeasureSettings:
-    """What is measured; `n_test` limits each set to that many prompts, None takes all."""
-
-    harmful: PromptSource = PromptSource()
-    harmless: PromptSource = PromptSource()
-    alarming: PromptSource = PromptSource()
-    n_test: int | None = None
-    max_new_tokens: int = 100
-    kl_tokens: int = 32
-
-
-@dataclass(frozen=True)
-class RunSettings:
-    """Everything that decides a run's result."""
-
-    model: str = DEMO
-    loading: LoadSettings = LoadSettings()
-    chat: ChatFormat = field(default_factory=ChatFormat)
-    direction: DirectionSettings = DirectionSettings()
-    edit: EditSettings = EditSettings()
-    measure: MeasureSettings = MeasureSettings()
-    batch_size: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -413,46 +308,3 @@ def compare(
         base, other, prompts, measure_settings(settings), on_progress=stage_progress(on_progress, "evaluation")
     )
     return evaluation, warnings(evaluation)
-
-
-def answer_rows(
-    loaded: LoadedModel,
-    prompts: PromptSet,
-    intervention: Intervention | None,
-    *,
-    model_map: ModelMap | None = None,
-    chat: ChatFormat | None = None,
-    max_new_tokens: int = 100,
-    batch_size: int | None = None,
-    on_progress: OnProgress | None = None,
-) -> list[dict[str, Any]]:
-    """Answer prompts, with a direction taken out if an intervention is given.
-
-    Returns:
-        One JSON object per prompt, in order: `prompt`, `answer`, `n_tokens`, `finished`, `ablated`.
-
-    Raises:
-        RemoveRefusalsError: If the model cannot be hooked, or a prompt cannot be rendered or does not fit.
-    """
-    token_ids = render(loaded.tokenizer, prompts.prompts, **vars(chat or ChatFormat()))
-    context: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-    if intervention is not None:
-        context = ablated(loaded.model, intervention, model_map=model_map)
-    with context:
-        answers = generate(
-            loaded,
-            token_ids,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            on_progress=stage_progress(on_progress, "answers", 0, len(prompts)),
-        )
-    return [
-        {
-            "prompt": prompt,
-            "answer": answer.text,
-            "n_tokens": len(answer.token_ids),
-            "finished": answer.finished,
-            "ablated": intervention is not None,
-        }
-        for prompt, answer in zip(prompts.prompts, answers, strict=True)
-    ]

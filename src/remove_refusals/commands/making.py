@@ -1,0 +1,200 @@
+"""Commands that make something: a direction, an edited model."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from remove_refusals.options import (
+    AlarmingTest,
+    AllowLeak,
+    BatchSize,
+    Column,
+    Device,
+    DirectionFile,
+    Dtype,
+    Force,
+    FourBit,
+    Harmful,
+    HarmfulTest,
+    Harmless,
+    HarmlessTest,
+    KlTokens,
+    Layer,
+    LayerRange,
+    MaxNewTokens,
+    ModelArgument,
+    NPrompts,
+    NTest,
+    OptionalDirectionFile,
+    Plain,
+    Position,
+    Projected,
+    RemoteCode,
+    Revision,
+    Seed,
+    Sites,
+    Split,
+    Strength,
+    SystemPrompt,
+    TemplateFile,
+    TiedOption,
+    VariantOption,
+    chat_format,
+    direction_settings,
+    edit_settings,
+    made_intervention,
+)
+
+
+def run(
+    model: ModelArgument = "demo",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The directory to make; MODEL-ablated by default.")
+    ] = None,
+    force: Force = False,
+    direction: OptionalDirectionFile = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    load_in_4bit: FourBit = False,
+    trust_remote_code: RemoteCode = False,
+    revision: Revision = None,
+    system_prompt: SystemPrompt = None,
+    chat_template: TemplateFile = None,
+    plain: Plain = False,
+    batch_size: BatchSize = None,
+    harmful: Harmful = None,
+    harmless: Harmless = None,
+    column: Column = None,
+    split: Split = None,
+    n_prompts: NPrompts = 32,
+    seed: Seed = 0,
+    layer: Layer = "0.6",
+    position: Position = -1,
+    projected: Projected = False,
+    strength: Strength = 1.0,
+    layers: LayerRange = None,
+    sites: Sites = "embedding,attn,mlp",
+    tied: TiedOption = "untie",
+    variant: VariantOption = "plain",
+    allow_leak: AllowLeak = False,
+    harmful_test: HarmfulTest = None,
+    harmless_test: HarmlessTest = None,
+    alarming_test: AlarmingTest = None,
+    n_test: NTest = None,
+    max_new_tokens: MaxNewTokens = 100,
+    kl_tokens: KlTokens = 32,
+) -> None:
+    """The whole job: activations, direction, ablation, evaluation, and the saved model."""
+    from remove_refusals import console, pipeline
+    from remove_refusals.settings import LoadSettings, MeasureSettings, PromptSource, RunSettings
+
+    source = PromptSource
+    settings = RunSettings(
+        model=model,
+        loading=LoadSettings(device, dtype, load_in_4bit, trust_remote_code, revision),
+        chat=chat_format(system_prompt, chat_template, plain),
+        direction=direction_settings(
+            source(harmful, column, split), source(harmless, column, split), n_prompts, seed, layer, position, projected
+        ),
+        edit=edit_settings(strength, layers, sites, tied, variant, allow_leak),
+        measure=MeasureSettings(
+            source(harmful_test, column, split),
+            source(harmless_test, column, split),
+            source(alarming_test, column, split),
+            n_test,
+            max_new_tokens,
+            kl_tokens,
+        ),
+        batch_size=batch_size,
+    )
+    target = output or Path(f"{Path(model).name}-ablated")
+    with console.progress() as on_progress:
+        result = pipeline.run(settings, target, force=force, direction_file=direction, on_progress=on_progress)
+    console.show_evaluation(result.evaluation, result.warnings)
+    console.say(f"Saved to {target}: the edited model, ablation.json, scores.json, rows.jsonl and its model card.")
+
+
+def find(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="A .safetensors or .pt file.")],
+    force: Force = False,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    load_in_4bit: FourBit = False,
+    trust_remote_code: RemoteCode = False,
+    revision: Revision = None,
+    system_prompt: SystemPrompt = None,
+    chat_template: TemplateFile = None,
+    plain: Plain = False,
+    batch_size: BatchSize = None,
+    harmful: Harmful = None,
+    harmless: Harmless = None,
+    column: Column = None,
+    split: Split = None,
+    n_prompts: NPrompts = 32,
+    seed: Seed = 0,
+    layer: Layer = "0.6",
+    position: Position = -1,
+    projected: Projected = False,
+) -> None:
+    """Only the direction: the difference of mean activations on harmful and harmless prompts."""
+    from remove_refusals import console, pipeline, records
+    from remove_refusals.settings import LoadSettings, PromptSource
+
+    records.check_direction_path(output, force=force)
+    source = PromptSource
+    settings = direction_settings(
+        source(harmful, column, split), source(harmless, column, split), n_prompts, seed, layer, position, projected
+    )
+    chat = chat_format(system_prompt, chat_template, plain)
+    prompts = pipeline.training_prompts(settings)
+    loaded = pipeline.load_model(model, LoadSettings(device, dtype, load_in_4bit, trust_remote_code, revision))
+    with console.progress() as on_progress:
+        found = pipeline.find_direction(
+            loaded, settings, chat=chat, prompts=prompts, batch_size=batch_size, on_progress=on_progress
+        )
+    records.save_direction(found.direction, output, force=force)
+    console.say(
+        f"Saved to {output}: d_model {found.direction.d_model}, layer {found.direction.origin.layer}, "
+        f"position {found.direction.origin.position}."
+    )
+
+
+def bake(
+    model: ModelArgument,
+    direction: DirectionFile,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The directory to make.")],
+    force: Force = False,
+    strength: Strength = 1.0,
+    layers: LayerRange = None,
+    sites: Sites = "embedding,attn,mlp",
+    tied: TiedOption = "untie",
+    variant: VariantOption = "plain",
+    allow_leak: AllowLeak = False,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    trust_remote_code: RemoteCode = False,
+    revision: Revision = None,
+) -> None:
+    """Edit the weights for good and save the model with its tokenizer."""
+    from remove_refusals import atomic, baking, console, pipeline, records
+    from remove_refusals.settings import LoadSettings
+
+    atomic.check_target(output, force=force, directory=True)
+    edit = edit_settings(strength, layers, sites, tied, variant, allow_leak)
+    given = records.load_direction(direction)
+    loaded = pipeline.load_model(model, LoadSettings(device, dtype, False, trust_remote_code, revision))
+    intervention, model_map = made_intervention(loaded, given, edit)
+    baked = baking.bake(
+        loaded,
+        intervention,
+        output,
+        tied=edit.tied,
+        allow_leak=edit.allow_leak,
+        variant=edit.variant,
+        force=force,
+        model_map=model_map,
+    )
+    console.show_plan(baked.plan, model_map)
+    console.say(f"Saved to {output}.")

@@ -1,0 +1,119 @@
+"""Commands that look at models and change nothing."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from remove_refusals.errors import CertificateError
+from remove_refusals.options import (
+    AlarmingTest,
+    BatchSize,
+    Column,
+    Device,
+    Dtype,
+    Force,
+    FourBit,
+    HarmfulTest,
+    HarmlessTest,
+    KlTokens,
+    MaxNewTokens,
+    ModelArgument,
+    NTest,
+    Plain,
+    RemoteCode,
+    Split,
+    SystemPrompt,
+    TemplateFile,
+    chat_format,
+)
+
+
+def evaluate(
+    base: ModelArgument,
+    edited: Annotated[str, typer.Argument(help="The edited model: a directory or a hub id.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also save the scores as JSON.")] = None,
+    rows: Annotated[Path | None, typer.Option(help="Also save every answer as JSON Lines.")] = None,
+    force: Force = False,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    load_in_4bit: FourBit = False,
+    trust_remote_code: RemoteCode = False,
+    system_prompt: SystemPrompt = None,
+    chat_template: TemplateFile = None,
+    plain: Plain = False,
+    batch_size: BatchSize = None,
+    column: Column = None,
+    split: Split = None,
+    harmful_test: HarmfulTest = None,
+    harmless_test: HarmlessTest = None,
+    alarming_test: AlarmingTest = None,
+    n_test: NTest = None,
+    max_new_tokens: MaxNewTokens = 100,
+    kl_tokens: KlTokens = 32,
+) -> None:
+    """Refusals, false refusals and damage of two models, side by side on the same prompts."""
+    from remove_refusals import atomic, console, pipeline, records
+    from remove_refusals.settings import LoadSettings, MeasureSettings, PromptSource, RunSettings
+
+    for path in (output, rows):
+        if path is not None:
+            atomic.check_target(path, force=force, directory=False)
+    source = PromptSource
+    settings = RunSettings(
+        model=base,
+        loading=LoadSettings(device, dtype, load_in_4bit, trust_remote_code),
+        chat=chat_format(system_prompt, chat_template, plain),
+        measure=MeasureSettings(
+            source(harmful_test, column, split),
+            source(harmless_test, column, split),
+            source(alarming_test, column, split),
+            n_test,
+            max_new_tokens,
+            kl_tokens,
+        ),
+        batch_size=batch_size,
+    )
+    with console.progress() as on_progress:
+        evaluation, notes = pipeline.compare(settings, edited, on_progress=on_progress)
+    console.show_evaluation(evaluation, notes)
+    if output is not None:
+        records.write_json(output, evaluation.to_json(), force=force)
+    if rows is not None:
+        records.write_jsonl(rows, (row.to_json() for row in evaluation.rows), force=force)
+
+
+def inspect(
+    model: ModelArgument,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """What an edit would touch and what it would leave, from the configuration alone."""
+    from remove_refusals import console, inspection
+
+    found = inspection.inspect(model, trust_remote_code=trust_remote_code)
+    if as_json:
+        console.say_json(found)
+    else:
+        console.show_map(found)
+
+
+def certify(
+    directory: Annotated[Path, typer.Argument(help="The edited model, with its ablation.json.")],
+    base: Annotated[str, typer.Option(help="The model that it was made from.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Measure on saved files what is left of the direction; exit code 3 if they do not hold the edit."""
+    from remove_refusals import console, inspection
+
+    certificate = inspection.certify_directory(directory, base, trust_remote_code=trust_remote_code)
+    if as_json:
+        console.say_json(certificate.to_json())
+    else:
+        console.show_certificate(certificate)
+    if not certificate.passed:
+        raise CertificateError(
+            f"{len(certificate.problems)} things in {directory} are not as its record says, expected none; "
+            "make the directory again."
+        )

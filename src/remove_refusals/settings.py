@@ -1,0 +1,110 @@
+"""Everything that decides a run's result, as frozen dataclasses."""
+
+from dataclasses import dataclass, field, replace
+
+from remove_refusals.linalg import Variant
+from remove_refusals.plan import Tied
+from remove_refusals.prompts import embedded_prompts, load_prompts
+from remove_refusals.sources import DEMO
+from remove_refusals.types import SITE_KINDS, ChatFormat, PromptSet, SiteKind
+
+
+@dataclass(frozen=True)
+class PromptSource:
+    """Where prompts come from.
+
+    Attributes:
+        source: A file or data set id; None for the embedded set.
+        column: The column of a table or the field of an object; None for the usual names.
+        split: The split of a data set.
+    """
+
+    source: str | None = None
+    column: str | None = None
+    split: str | None = None
+
+    def load(self, name: str, embedded: str) -> PromptSet:
+        """Load the prompts, or the embedded set of the given name."""
+        if self.source is None:
+            return replace(embedded_prompts(embedded), name=name)
+        return load_prompts(self.source, name=name, column=self.column, split=self.split)
+
+
+@dataclass(frozen=True)
+class LoadSettings:
+    """How the model is loaded; the names are those of `load`."""
+
+    device: str | None = None
+    dtype: str = "auto"
+    load_in_4bit: bool = False
+    trust_remote_code: bool = False
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class DirectionSettings:
+    """How the direction is found.
+
+    Attributes:
+        harmful: Prompts that the model refuses.
+        harmless: Prompts that it answers.
+        n_prompts: How many of each are drawn.
+        seed: What draws them.
+        layer: A fraction of depth (float) or an index (int).
+        position: The token position, negative, within the chat template's tail.
+        projected: Whether the component along the harmless mean is removed.
+    """
+
+    harmful: PromptSource = PromptSource()
+    harmless: PromptSource = PromptSource()
+    n_prompts: int = 32
+    seed: int = 0
+    layer: float | int = 0.6
+    position: int = -1
+    projected: bool = False
+
+
+@dataclass(frozen=True)
+class EditSettings:
+    """What is taken out where.
+
+    Attributes:
+        strength: The share that is taken out.
+        layers: The first and last layer to edit; None for all and the embedding.
+        sites: The kinds of site to edit.
+        tied: What to do with an embedding that is also the unembedding.
+        variant: What else the edit does to each tensor.
+        allow_leak: Whether to edit a model whose weights no edit makes exact.
+    """
+
+    strength: float = 1.0
+    layers: tuple[int, int] | None = None
+    sites: tuple[SiteKind, ...] = SITE_KINDS
+    tied: Tied = "untie"
+    variant: Variant = "plain"
+    allow_leak: bool = False
+
+
+@dataclass(frozen=True)
+class MeasureSettings:
+    """What is measured; `n_test` limits each set to that many prompts, None takes all."""
+
+    harmful: PromptSource = PromptSource()
+    harmless: PromptSource = PromptSource()
+    alarming: PromptSource = PromptSource()
+    n_test: int | None = None
+    max_new_tokens: int = 100
+    kl_tokens: int = 32
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Everything that decides a run's result."""
+
+    model: str = DEMO
+    loading: LoadSettings = LoadSettings()
+    chat: ChatFormat = field(default_factory=ChatFormat)
+    direction: DirectionSettings = DirectionSettings()
+    edit: EditSettings = EditSettings()
+    measure: MeasureSettings = MeasureSettings()
+    batch_size: int | None = None
