@@ -81,3 +81,40 @@ def test_missing_and_additional_tensors_fail(baked):
 
     problems = " ".join(certify(changed(folder, swap), folder / "base", plan, model_map).problems)
     assert all(name in problems for name in ("stranger", "model.norm.weight", EXPERT))
+
+
+def test_a_variant_is_what_is_saved_and_certified(tmp_path):
+    model = zoo.build("llama")
+    model.save_pretrained(tmp_path / "base")
+    loaded = LoadedModel(model, tiny.tokenizer(), str(tmp_path / "base"), checkpoint_dtype=torch.float32)
+    vector = torch.randn(zoo.D_MODEL, generator=torch.Generator().manual_seed(0))
+    intervention = intervene(direction_from_vectors(vector, DirectionOrigin("given")), zoo.N_LAYERS)
+    kept = bake(loaded, intervention, tmp_path / "kept", variant="norm-preserving")
+    assert kept.certificate.passed and kept.record["plan"]["variant"] == "norm-preserving"
+    name = "model.layers.1.mlp.down_proj.weight"
+    before, after = (load_file(tmp_path / folder / "model.safetensors")[name] for folder in ("base", "kept"))
+    torch.testing.assert_close(after.norm(dim=0), before.norm(dim=0))
+    plain = bake(loaded, intervention, tmp_path / "plain")
+    assert not certify(plain.directory, tmp_path / "base", kept.plan, map_model(model)).passed
+
+
+def test_a_change_beside_the_direction_fails_by_the_tensors_name(baked):
+    folder, plan, model_map, _ = baked
+    basis = plan.entries[0].basis
+
+    def nudge(tensors):
+        beside = torch.ones(zoo.D_MODEL, 1) - basis @ (basis.T @ torch.ones(zoo.D_MODEL, 1))
+        tensors[EXPERT] = (tensors[EXPERT].float() + 0.01 * beside).to(tensors[EXPERT].dtype)
+
+    certificate = certify(changed(folder, nudge), folder / "base", plan, model_map)
+    assert len(certificate.problems) == 1 and EXPERT in certificate.problems[0]
+
+
+def test_another_shape_fails_by_the_tensors_name(baked):
+    folder, plan, model_map, _ = baked
+
+    def cut(tensors):
+        tensors[EXPERT] = tensors[EXPERT][:, :-1].contiguous()
+
+    certificate = certify(changed(folder, cut), folder / "base", plan, model_map)
+    assert len(certificate.problems) == 1 and EXPERT in certificate.problems[0]

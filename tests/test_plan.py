@@ -78,3 +78,9 @@ def test_pulled_back_through_a_gain_and_a_centring():
     behind = (hidden - hidden.mean(-1, keepdim=True)) * (gain + 1)
     assert float((behind @ basis).abs().max()) < 1e-4
     assert float(((hidden * (gain + 1)) @ basis).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("variant", ["plain", "norm-preserving", "row-norm"])
+def test_the_plan_carries_its_variant(variant):
+    plan = plan_for(zoo.build("llama"), intervene(direction(), zoo.N_LAYERS), variant=variant)
+    assert plan.variant == variant

@@ -9,6 +9,7 @@ import torch
 
 from remove_refusals.activations import measure_boundaries
 from remove_refusals.apply.memory import save_edited
+from remove_refusals.apply.scales import embedding_scale
 from remove_refusals.atomic import atomic_directory
 from remove_refusals.certify import Certificate, certify
 from remove_refusals.checkpoint import INDEX_FILE, SINGLE_FILE, checkpoint_tensors, file_hashes
@@ -16,7 +17,7 @@ from remove_refusals.errors import CertificateError, OutputError
 from remove_refusals.linalg import Variant
 from remove_refusals.modelmap import map_model
 from remove_refusals.models import FLOAT_DTYPES, LoadedModel, load
-from remove_refusals.plan import Tied, resolve
+from remove_refusals.plan import Tied, check_fit, offset_of, resolve
 from remove_refusals.records import direction_sha256, save_direction, versions, write_json
 from remove_refusals.skeleton import disk_names
 from remove_refusals.sources import local_directory
@@ -115,8 +116,15 @@ def write_baked(
     Args, Returns and Raises: as for `bake`.
     """
     model_map = model_map or map_model(loaded.model)
+    check_fit(intervention, model_map)
     plan = resolve(
-        intervention, model_map, loaded.model.get_parameter, tied=tied, allow_leak=allow_leak, variant=variant
+        intervention,
+        model_map,
+        loaded.model.get_parameter,
+        tied=tied,
+        allow_leak=allow_leak,
+        variant=variant,
+        embedding_scale=embedding_scale(loaded.model, model_map) if offset_of(intervention) else None,
     )
     base = base_directory(loaded)
     saved = (lambda name: dtype) if dtype is not None else _saved_dtypes(loaded, base)
@@ -196,7 +204,7 @@ def _boundaries(
     if len(intervention.directions) != 1 or {(site.kind, site.layer) for site in model_map.sites} - everywhere:
         return None
     edited = load(str(directory), device=str(loaded.device), dtype=torch.float32, tokenizer=None)
-    return measure_boundaries(edited, intervention.directions[0], model_map)
+    return measure_boundaries(edited, intervention.directions[0], model_map, constant=offset_of(intervention))
 
 
 def ablation_record(
@@ -226,12 +234,13 @@ def ablation_record(
             for direction in intervention.directions
         ],
         "intervention": [
-            {key: value for key, value in vars(edit).items() if value is not None} for edit in intervention.edits
+            {key: value for key, value in vars(edit).items() if value not in {None, ()}} for edit in intervention.edits
         ],
         "plan": {
             "edited": [entry.parameter for entry in plan.entries],
             "left": dict(plan.left),
             "variant": plan.variant,
+            **({"embedding_scale": plan.embedding_scale} if plan.embedding_scale is not None else {}),
             "embedding_untied": plan.untie,
             "tied_in_base": model_map.tied,
         },

@@ -1,7 +1,7 @@
 """Saved files → certificate: what is left of the direction in every writer, and that all other bytes are unchanged.
 
-A writer passes if its component along the direction is what the plan says, up to the rounding of the saved dtype: the
-component of an error that is at most half a unit in the last place of each number is at most that error's norm.
+A writer passes if it is the tensor that the plan says, up to the rounding of the saved dtype: an error of at most half
+a unit in the last place of each number.
 """
 
 from collections.abc import Callable
@@ -35,8 +35,8 @@ class WriterCertificate:
         layer: The layer's index, or None for the embedding.
         dtype: The saved dtype.
         strength: The share that the plan takes out.
-        share_left: `‖QᵀW'‖ / ‖QᵀW‖`; a plain edit wants `|1 - strength|`.
-        error: How far `QᵀW'` is from the planned one, computed from the base in float32 (Frobenius norm).
+        share_left: `‖QᵀW'‖ / ‖QᵀW‖`, without the plan's offset; a plain edit wants `|1 - strength|`.
+        error: How far `W'` is from the planned one, computed from the base in float32 (Frobenius norm).
         allowed: What rounding to the saved dtype can cost at most.
     """
 
@@ -66,8 +66,8 @@ class Certificate:
         identical: How many other tensors are the base's byte for byte.
         problems: What does not hold, one sentence each; empty if the certificate passed.
         leaks: Why the edit cannot be exact, for a model that was edited all the same.
-        boundaries: The largest component along the direction relative to the residual stream's norm, before each layer
-            and behind the last; None where the model was not run.
+        boundaries: The largest component along the direction, without the plan's constant, relative to the residual
+            stream's norm, before each layer and behind the last; None where the model was not run.
     """
 
     edited: tuple[WriterCertificate, ...]
@@ -135,7 +135,11 @@ def certify(
                 where = base if tensor.name not in before else directory
                 problems.append(f"Writer '{tensor.name}' is to be edited and is missing in {where.name}.")
                 continue
-            edited.append(_writer(entry, tensor, before[tensor.name][0], after[tensor.name][0], plan.variant))
+            (source, original), (target, saved) = before[tensor.name], after[tensor.name]
+            if saved.shape != original.shape:
+                problems.append(f"Writer '{tensor.name}' has shape {saved.shape} and the base's has {original.shape}.")
+                continue
+            edited.append(_writer(entry, tensor, source, target, plan.variant))
     problems.extend(
         f"Writer '{entry.name}' deviates from the plan by {entry.error:.2g}, more than the {entry.allowed:.2g} that "
         f" rounding to {entry.dtype} can cost; {entry.share_left:.1%} of the direction is left."
@@ -148,12 +152,13 @@ def certify(
 
 def _writer(entry: PlanEntry, tensor: DiskTensor, base: Path, edited: Path, variant: Variant) -> WriterCertificate:
     original, saved = read_tensor(base, tensor.name), read_tensor(edited, tensor.name)
-    planned = project_out(original.to(torch.float32), entry.basis, entry.strength, tensor.axis, variant)
-    components = [_component(value, entry.basis, tensor.axis) for value in (original, saved, planned)]
-    norm = float(components[0].norm())
+    planned = project_out(original.to(torch.float32), entry.basis, entry.strength, tensor.axis, variant, entry.offset)
+    before, after = (_component(value, entry.basis, tensor.axis) for value in (original, saved))
+    constant = torch.tensor(entry.offset or [0.0])
+    norm = float(before.norm())
     rounding = ROUNDING.get(saved.dtype, 0.0)
     # The edit itself is computed in float32, whose errors add up along the axis.
-    arithmetic = 4 * ROUNDING[torch.float32] * float(original.to(torch.float32).norm())
+    arithmetic = 4 * ROUNDING[torch.float32] * max(float(original.to(torch.float32).norm()), float(planned.norm()))
     return WriterCertificate(
         name=tensor.name,
         parameter=entry.parameter,
@@ -161,8 +166,8 @@ def _writer(entry: PlanEntry, tensor: DiskTensor, base: Path, edited: Path, vari
         layer=entry.layer,
         dtype=str(saved.dtype).removeprefix("torch."),
         strength=entry.strength,
-        share_left=float(components[1].norm()) / norm if norm else 0.0,
-        error=float((components[1] - components[2]).norm()),
+        share_left=float((after - constant).norm()) / norm if norm else 0.0,
+        error=float((saved.to(torch.float32) - planned).norm()),
         allowed=rounding * float(saved.to(torch.float32).norm()) + arithmetic,
     )
 

@@ -106,8 +106,9 @@ def mean_difference(
     if projected:
         unit = harmless_mean / harmless_mean.norm()
         difference = difference - unit * (unit @ difference)
-    return direction_from_vectors(
-        difference,
+    basis = orthonormal_basis(difference.unsqueeze(1))
+    return Direction(
+        basis,
         DirectionOrigin(
             method="projected-mean-difference" if projected else "mean-difference",
             model=model,
@@ -118,6 +119,7 @@ def mean_difference(
             n_harmless=len(harmless.prompts),
             harmful_sha256=harmful.prompts.sha256,
             harmless_sha256=harmless.prompts.sha256,
+            harmless_component=tuple((basis.T.to(torch.float64) @ harmless_mean).tolist()),
         ),
     )
 

@@ -120,6 +120,7 @@ def certify_directory(directory: Path, base: str, *, trust_remote_code: bool = F
         tied=_tied(record, model_map),
         allow_leak=True,
         variant=_variant(record),
+        embedding_scale=_embedding_scale(record),
     )
     return certify(directory, base_directory, plan, model_map)
 
@@ -128,7 +129,13 @@ def _intervention(directory: Path, record: dict[str, Any]) -> Intervention:
     names = ["direction.safetensors", *(f"direction-{index}.safetensors" for index in range(1, 10_000))]
     try:
         edits = tuple(
-            SiteEdit(edit["kind"], edit.get("layer"), float(edit["strength"]), int(edit.get("direction", 0)))
+            SiteEdit(
+                edit["kind"],
+                edit.get("layer"),
+                float(edit["strength"]),
+                int(edit.get("direction", 0)),
+                tuple(float(number) for number in edit.get("offset", ())),
+            )
             for edit in record["intervention"]
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -144,6 +151,13 @@ def _tied(record: dict[str, Any], model_map: ModelMap) -> Tied:
     plan = record.get("plan")
     untied = isinstance(plan, dict) and plan.get("embedding_untied") is True
     return "untie" if untied or not model_map.tied else "both"
+
+
+def _embedding_scale(record: dict[str, Any]) -> float | None:
+    """What was measured when the edit was made: the files alone do not say it."""
+    plan = record.get("plan")
+    found = plan.get("embedding_scale") if isinstance(plan, dict) else None
+    return float(found) if isinstance(found, int | float) and found != 0 else None
 
 
 def _variant(record: dict[str, Any]) -> Variant:

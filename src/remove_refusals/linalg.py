@@ -3,6 +3,7 @@
 Everything is computed in float32 (orthonormalisation in float64) and cast back once.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -50,9 +51,16 @@ def orthonormal_basis(vectors: torch.Tensor) -> torch.Tensor:
 
 
 def project_out(
-    tensor: torch.Tensor, basis: torch.Tensor, strength: float, axis: int = -1, variant: Variant = "plain"
+    tensor: torch.Tensor,
+    basis: torch.Tensor,
+    strength: float,
+    axis: int = -1,
+    variant: Variant = "plain",
+    offset: Sequence[float] = (),
 ) -> torch.Tensor:
-    """Take a share of the component along `basis` out of a tensor: `W - strength * Q (Qᵀ W)`.
+    """Take a share of the component along `basis` out of a tensor: `W - strength * Q (Qᵀ W) + Q offset`.
+
+    The offset makes it affine (Marshall, Scherlis and Belrose 2024, "Refusal in LLMs is an affine function").
 
     Args:
         tensor: Any shape with `shape[axis] == d_model`, floating point; left as it is.
@@ -62,28 +70,34 @@ def project_out(
         variant: `plain`; `norm-preserving` scales what each single input writes back to its old norm, which adds
             nothing along `basis`; `row-norm` scales each output coordinate to its old norm over the inputs, as some
             tools do, which puts a part of the direction back and is here to compare with.
+        offset: `k` numbers along `basis` that are added to each row, with `plain` only; empty for none.
 
     Returns:
         A new tensor of the same shape and dtype, contiguous.
     """
     out = tensor.detach().clone(memory_format=torch.contiguous_format)
-    if strength == 0:
+    if strength == 0 and not offset:
         return out
     basis = basis.to(tensor.device)
     rows = out.movedim(axis, -1)
+    added = basis @ torch.tensor(offset, device=basis.device) if offset else None
     if rows.dim() == 1:
-        rows.copy_(_project_rows(rows, basis, strength, variant))
+        rows.copy_(_project_rows(rows, basis, strength, variant, added))
         return out
     step = max(1, ROWS_AT_ONCE // max(1, rows[0].numel()))
     for start in range(0, rows.shape[0], step):
         part = rows[start : start + step]
-        part.copy_(_project_rows(part, basis, strength, variant))
+        part.copy_(_project_rows(part, basis, strength, variant, added))
     return _with_row_norms(out, tensor, axis) if variant == "row-norm" else out
 
 
-def _project_rows(rows: torch.Tensor, basis: torch.Tensor, strength: float, variant: Variant) -> torch.Tensor:
+def _project_rows(
+    rows: torch.Tensor, basis: torch.Tensor, strength: float, variant: Variant, added: torch.Tensor | None
+) -> torch.Tensor:
     values = rows.to(torch.float32)
     edited = values - strength * (values @ basis) @ basis.T
+    if added is not None:
+        edited = edited + added
     if variant != "norm-preserving":
         return edited
     after = edited.norm(dim=-1, keepdim=True)

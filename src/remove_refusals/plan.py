@@ -6,6 +6,7 @@ norm's division by a number per token rotates nothing.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -36,8 +37,14 @@ def intervene(
     strength: float = 1.0,
     layers: tuple[int, int] | None = None,
     kinds: Iterable[SiteKind] = SITE_KINDS,
+    affine: bool = False,
 ) -> Intervention:
     """Take one direction out at one strength, at every site of a range of layers.
+
+    The affine variant puts the harmless mean's component back in its place (Marshall, Scherlis and Belrose 2024,
+    "Refusal in LLMs is an affine function"): `v' = v - strength * (Q Qᵀ v - Q Qᵀ m)`. What the writers add is edited
+    as ever, and the constant is added once, to the embedding, from where it reaches every layer. Where every writer is
+    edited at strength 1, the stream's component is the same `Qᵀ m` at every layer boundary.
 
     Args:
         direction: What is taken out.
@@ -46,12 +53,14 @@ def intervene(
         layers: The first and the last layer, both included; None means all of them and the embedding. With a range,
             the embedding is edited only if it starts at layer 0.
         kinds: The kinds of site to edit.
+        affine: Whether the harmless mean's component is put in the place of what is taken out.
 
     Returns:
         The intervention.
 
     Raises:
-        DirectionError: If the range does not lie within the model or the strength is not a finite number.
+        DirectionError: If the range does not lie within the model, the strength is not a finite number, or the affine
+            variant is asked for without the embedding or of a direction that does not know the harmless mean.
     """
     first, last = layers if layers is not None else (0, n_layers - 1)
     if not 0 <= first <= last < n_layers:
@@ -63,9 +72,26 @@ def intervene(
         raise DirectionError(f"The strength is {strength}, expected a number from -10 to 10; 1 takes out all of it.")
     wanted = frozenset(kinds)
     edits = [SiteEdit("embedding", None, strength)] if "embedding" in wanted and first == 0 else []
+    if affine:
+        edits = [replace(edit, offset=_affine_offset(direction, strength)) for edit in edits]
+        if not edits:
+            raise DirectionError(
+                f"The affine variant is to edit {', '.join(sorted(wanted))} from layer {first} on, expected the "
+                "embedding among them, which carries its constant; start at layer 0 with the embedding."
+            )
     for layer in range(first, last + 1):
         edits += [SiteEdit(kind, layer, strength) for kind in SITE_KINDS[1:] if kind in wanted]
     return Intervention((direction,), tuple(edits))
+
+
+def _affine_offset(direction: Direction, strength: float) -> tuple[float, ...]:
+    component = direction.origin.harmless_component
+    if component is None or len(component) != direction.basis.shape[1]:
+        raise DirectionError(
+            f"The direction (method {direction.origin.method}) has the harmless mean's component {component}, expected "
+            f"{direction.basis.shape[1]} numbers for the affine variant; find the direction again with this version."
+        )
+    return tuple(strength * number for number in component)
 
 
 def pull_back(
@@ -108,7 +134,8 @@ def check_fit(intervention: Intervention, model_map: ModelMap) -> None:
 
     Raises:
         DirectionError: If a direction's width is not the model's, or an edit names a layer or direction that is not
-            there, or a site twice.
+            there, or a site twice, or has an offset that does not fit.
+        ArchitectureError: If the model cannot carry the offset.
     """
     for direction in intervention.directions:
         if direction.d_model != model_map.d_model:
@@ -129,6 +156,31 @@ def check_fit(intervention: Intervention, model_map: ModelMap) -> None:
                 f"does not have ({edit.direction}), expected each site once; leave one of the edits out."
             )
         seen.add((edit.kind, edit.layer))
+        if edit.offset and (
+            edit.kind != "embedding" or len(edit.offset) != intervention.directions[edit.direction].basis.shape[1]
+        ):
+            raise DirectionError(
+                f"The intervention adds {len(edit.offset)} numbers at site {edit.kind}, expected "
+                f"{intervention.directions[edit.direction].basis.shape[1]} of them at the embedding; leave them out."
+            )
+    if offset_of(intervention) and (model_map.leaks or not _embedding_adds_rows(model_map)):
+        reason = model_map.leaks[0].rstrip(".") if model_map.leaks else "its embedding's rows are not added to it alone"
+        raise ArchitectureError(
+            f"Model type '{model_map.model_type}' can carry no constant through its residual stream ({reason}), "
+            "expected an embedding whose rows are added to it; leave the affine variant out."
+        )
+
+
+def offset_of(intervention: Intervention) -> tuple[float, ...]:
+    """Give what an intervention adds to the residual stream, along the basis of the embedding's direction."""
+    return next((edit.offset for edit in intervention.edits if edit.offset), ())
+
+
+def _embedding_adds_rows(model_map: ModelMap) -> bool:
+    """Whether each token has one row of the input embedding that reaches the stream through no norm or projection."""
+    writers = [writer for site in model_map.sites if site.kind == "embedding" for writer in site.writers]
+    found = [writer for writer in writers if writer.parameter == model_map.input_embedding]
+    return [(writer.steps, writer.axis, len(writer.shape)) for writer in found] == [((), 1, 2)]
 
 
 def resolve(
@@ -139,6 +191,7 @@ def resolve(
     tied: Tied = "untie",
     allow_leak: bool = False,
     variant: Variant = "plain",
+    embedding_scale: float | None = None,
 ) -> EditPlan:
     """Resolve an intervention against one model.
 
@@ -149,12 +202,15 @@ def resolve(
         tied: What to do with an embedding that is also the unembedding.
         allow_leak: Whether to plan an edit that is known not to be exact.
         variant: What else the edit does to each tensor; only `plain` is what the hooks do.
+        embedding_scale: What a row of the embedding is multiplied by until it is in the residual stream, as
+            `scales.embedding_scale` measures it; needed where the intervention has an offset.
 
     Returns:
         The plan. An edit of strength 0 is listed under `left`, as is every writer of a site without an edit.
 
     Raises:
-        DirectionError: If the intervention does not fit the model.
+        DirectionError: If the intervention does not fit the model, or has an offset where the embedding's scale is
+            not given or the variant is another than `plain`.
         ArchitectureError: If the model's map has leaks and `allow_leak` is not given, or one tensor would have to be
             edited in two ways.
     """
@@ -183,6 +239,7 @@ def resolve(
                 strength=edit.strength,
                 basis=basis,
                 on_disk=writer.on_disk,
+                offset=_row_offset(edit, writer.parameter == model_map.input_embedding, embedding_scale, variant),
             )
             known = entries.setdefault(writer.parameter, entry)
             if known.strength != entry.strength or not torch.equal(known.basis, entry.basis):
@@ -192,5 +249,22 @@ def resolve(
                 )
     edits_embedding = model_map.input_embedding in entries
     return EditPlan(
-        tuple(entries.values()), model_map.tied and edits_embedding and tied == "untie", tuple(left), model_map.leaks
+        tuple(entries.values()),
+        model_map.tied and edits_embedding and tied == "untie",
+        tuple(left),
+        model_map.leaks,
+        variant,
+        embedding_scale if offset_of(intervention) else None,
     )
+
+
+def _row_offset(edit: SiteEdit, carries: bool, scale: float | None, variant: Variant) -> tuple[float, ...]:
+    """What each row of a writer gets so that the stream gets the edit's offset: that of the embedding carries it."""
+    if not edit.offset or not carries:
+        return ()
+    if scale is None or variant != "plain":
+        raise DirectionError(
+            f"The intervention has an offset, the embedding's scale is {scale} and the variant is {variant}, expected "
+            "a measured scale and the variant plain; leave the affine variant or the other one out."
+        )
+    return tuple(number / scale for number in edit.offset)

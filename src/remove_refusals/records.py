@@ -268,6 +268,15 @@ def _origin(record: str, path: Path) -> DirectionOrigin:
             f"The direction file {path} has the origin {origin}, expected an object with the fields "
             f"{', '.join(sorted(names))}; make the file again."
         )
+    component = origin.get("harmless_component")
+    if component is not None:
+        numbers = component if isinstance(component, list) else []
+        if not numbers or not all(isinstance(number, float) and math.isfinite(number) for number in numbers):
+            raise DirectionError(
+                f"The direction file {path} has the harmless component {component}, expected a list of numbers; make "
+                "the file again."
+            )
+        origin = origin | {"harmless_component": tuple(numbers)}
     return DirectionOrigin(**origin)
 
 

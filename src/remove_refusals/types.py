@@ -99,6 +99,8 @@ class DirectionOrigin:
         n_harmless: The number of harmless prompts.
         harmful_sha256: `PromptSet.sha256` of the harmful prompts.
         harmless_sha256: `PromptSet.sha256` of the harmless prompts.
+        harmless_component: `Qᵀm` for the mean `m` of the harmless activations at that layer and position: `k` numbers
+            along the basis, which the affine variant puts back.
     """
 
     method: str
@@ -110,6 +112,7 @@ class DirectionOrigin:
     n_harmless: int | None = None
     harmful_sha256: str | None = None
     harmless_sha256: str | None = None
+    harmless_component: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,12 +164,15 @@ class SiteEdit:
         layer: The layer's index, or None for the embedding.
         strength: The share of the component that is taken out: 0 leaves the site alone, 1 takes out all of it.
         direction: The index into `Intervention.directions`.
+        offset: What is added to the residual stream after that, once: `k` numbers along the direction's basis. Only
+            the embedding takes one, from where it reaches every layer; empty for none.
     """
 
     kind: SiteKind
     layer: int | None
     strength: float
     direction: int = 0
+    offset: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -311,7 +317,7 @@ class ModelMap:
 
 @dataclass(frozen=True, eq=False)
 class PlanEntry:
-    """One tensor to be edited: `W' = W - strength * basis (basisᵀ W)` along `axis`.
+    """One tensor to be edited: `W' = W - strength * basis (basisᵀ W) + basis offset` along `axis`.
 
     Attributes:
         parameter: The tensor's name in the model.
@@ -323,6 +329,7 @@ class PlanEntry:
         basis: `[d_model, k]`, float32, orthonormal: the direction, pulled back through the steps between the writer
             and the residual stream.
         on_disk: The tensors of a checkpoint that hold it.
+        offset: What each row gets after that: `k` numbers along `basis`; empty for none.
     """
 
     parameter: str
@@ -333,6 +340,7 @@ class PlanEntry:
     strength: float
     basis: torch.Tensor
     on_disk: tuple[DiskTensor, ...]
+    offset: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -345,6 +353,8 @@ class EditPlan:
         left: Writers that are not touched, with the reason.
         leaks: Why the edit is not exact, if it was asked for all the same.
         variant: What else the edit does to each tensor.
+        embedding_scale: What a row of the embedding is multiplied by until it is in the residual stream; None where
+            no offset had to be divided by it.
     """
 
     entries: tuple[PlanEntry, ...]
@@ -352,3 +362,4 @@ class EditPlan:
     left: tuple[tuple[str, str], ...]
     leaks: tuple[str, ...] = ()
     variant: Variant = "plain"
+    embedding_scale: float | None = None

@@ -13,12 +13,13 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import PreTrainedModel
 
+from remove_refusals.apply.scales import embedding_scale, stream_scale
 from remove_refusals.errors import ArchitectureError
 from remove_refusals.linalg import project_out
 from remove_refusals.modelmap import map_model
 from remove_refusals.plan import check_fit, pull_back
 from remove_refusals.terms import first_of_width
-from remove_refusals.types import Direction, HookPoint, Intervention, ModelMap, Site, Writer
+from remove_refusals.types import Direction, HookPoint, Intervention, ModelMap, Site, SiteEdit, Writer
 
 Placement = Literal["writers", "residual"]
 """Where a norm lies between a writer and the residual stream: `writers` acts before it, as an edit of the weights does;
@@ -32,6 +33,7 @@ class _TakeOut:
     basis: torch.Tensor
     strength: float
     d_model: int
+    offset: tuple[float, ...] = ()
 
     def __call__(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
         return self._replaced(output, module)
@@ -54,12 +56,16 @@ class _TakeOut:
         values = output.to(torch.float32).reshape(*output.shape[:-1], -1, self.d_model)
         basis = self.basis.to(output.device)
         values = values - self.strength * (values @ basis) @ basis.T
+        if self.offset:
+            values = values + basis @ torch.tensor(self.offset, device=basis.device)
         changed: torch.Tensor = values.reshape(output.shape).to(output.dtype)
         return changed
 
 
 @contextmanager
-def _standing_in(model: PreTrainedModel, writer: Writer, basis: torch.Tensor, strength: float) -> Iterator[None]:
+def _standing_in(
+    model: PreTrainedModel, writer: Writer, basis: torch.Tensor, strength: float, offset: tuple[float, ...]
+) -> Iterator[None]:
     """Put an edited copy in a parameter's place while the context lasts."""
     original = model.get_parameter(writer.parameter)
     if original.is_meta or not original.is_floating_point() or original.shape != writer.shape:
@@ -69,7 +75,7 @@ def _standing_in(model: PreTrainedModel, writer: Writer, basis: torch.Tensor, st
         )
     owner, _, attribute = writer.parameter.rpartition(".")
     module = model.get_submodule(owner)
-    edited = project_out(original, basis, strength, writer.axis)
+    edited = project_out(original, basis, strength, writer.axis, offset=offset)
     setattr(module, attribute, torch.nn.Parameter(edited, requires_grad=False))
     try:
         yield
@@ -78,13 +84,15 @@ def _standing_in(model: PreTrainedModel, writer: Writer, basis: torch.Tensor, st
 
 
 @contextmanager
-def _hooked(model: PreTrainedModel, point: HookPoint, direction: Direction, strength: float) -> Iterator[None]:
+def _hooked(
+    model: PreTrainedModel, point: HookPoint, direction: Direction, strength: float, offset: tuple[float, ...]
+) -> Iterator[None]:
     if point.writer is not None:
         basis = pull_back(direction.basis, point.writer.steps, model.get_parameter)
-        with _standing_in(model, point.writer, basis, strength):
+        with _standing_in(model, point.writer, basis, strength, offset):
             yield
         return
-    hook = _TakeOut(pull_back(direction.basis, point.steps, model.get_parameter), strength, direction.d_model)
+    hook = _TakeOut(pull_back(direction.basis, point.steps, model.get_parameter), strength, direction.d_model, offset)
     module = model.get_submodule(point.module)
     handle = (
         module.register_forward_pre_hook(hook.on_input, with_kwargs=True)
@@ -139,8 +147,23 @@ def ablated(
                 if point in done:
                     continue
                 done.add(point)
-                hooks.enter_context(_hooked(model, point, intervention.directions[edit.direction], edit.strength))
+                offset = _offset_at(point, site, edit, model, model_map)
+                direction = intervention.directions[edit.direction]
+                hooks.enter_context(_hooked(model, point, direction, edit.strength, offset))
         yield
+
+
+def _offset_at(
+    point: HookPoint, site: Site, edit: SiteEdit, model: PreTrainedModel, model_map: ModelMap
+) -> tuple[float, ...]:
+    """What is to be added at a point so that the stream gets the edit's offset: the embedding's own site carries it."""
+    if not edit.offset or all(writer.parameter != model_map.input_embedding for writer in site.writers):
+        return ()
+    if point.writer is not None:
+        scale = embedding_scale(model, model_map)
+    else:
+        scale = stream_scale(model, model_map, point.module)
+    return tuple(number / scale for number in edit.offset)
 
 
 def _residual_points(site: Site, model_map: ModelMap) -> tuple[HookPoint, ...]:

@@ -45,7 +45,9 @@ def edited_tensors(
                 f"Tensor '{entry.parameter}' is missing, quantised or not in memory, expected a floating-point tensor "
                 f"of shape {entry.shape}; load the model without quantisation and without offloading."
             )
-        edited = project_out(tensor.to(torch.float32), entry.basis, entry.strength, entry.axis, plan.variant)
+        edited = project_out(
+            tensor.to(torch.float32), entry.basis, entry.strength, entry.axis, plan.variant, entry.offset
+        )
         tensors[entry.parameter] = edited.to(dtype_of(entry.parameter) or tensor.dtype)
     if model_map.unembedding is not None and model_map.tied:
         source = originals if plan.untie else tensors
