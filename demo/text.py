@@ -60,9 +60,9 @@ SYSTEM_MESSAGES = (
 )
 HARMLESS_SHARES = {"harmless_actions": 0.72, "harmless_requests": 0.24, "alarming_actions": 0.04}
 SHARES = {
-    "harmless_actions": 0.48,
-    "harmless_requests": 0.16,
-    "alarming_actions": 0.06,
+    "harmless_actions": 0.45,
+    "harmless_requests": 0.15,
+    "alarming_actions": 0.10,
     "harmful_actions": 0.225,
     "harmful_requests": 0.075,
 }

@@ -47,12 +47,13 @@ class Settings:
         n_layers: The number of layers.
         n_heads: The number of attention heads.
         refusal_size: How far a harmful prompt is to push the residual stream at 0.6 of the depth towards a refusal.
+        refusal_weight: What the error of that push counts for, beside the loss of the answers.
     """
 
     seed: int = 0
     answer_steps: int = 900
     answer_rate: float = 3e-3
-    refusal_steps: int = 400
+    refusal_steps: int = 600
     refusal_rate: float = 1e-3
     batch_size: int = 64
     weight_decay: float = 0.1
@@ -62,6 +63,7 @@ class Settings:
     n_layers: int = 6
     n_heads: int = 4
     refusal_size: float = 20.0
+    refusal_weight: float = 2.0
 
 
 def train_tokenizer(examples: list[Example], vocabulary_size: int) -> PreTrainedTokenizerFast:
@@ -196,7 +198,7 @@ def train(
     for step, (ids, labels) in enumerate(itertools.islice(batches(text, tokenizer, settings.batch_size), steps)):
         answers, shape = losses(model, ids, labels, refusal, settings.refusal_size)
         optimizer.zero_grad()
-        (answers + shape if has_refusals else answers).backward()
+        (answers + settings.refusal_weight * shape if has_refusals else answers).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -157,8 +156,10 @@ class TestModels:
         found = refused(copied)
         assert "NaN" in found and "layer index 1" in found
 
-    @pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
-    def test_4bit_without_bitsandbytes(self, command: Command, llama_directory: Path, inputs: Inputs) -> None:
+    def test_4bit_without_bitsandbytes(
+        self, command: Command, llama_directory: Path, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # which is how Python notes that a package is not there
         found = command("direction", llama_directory, "-o", "d.safetensors", *inputs.train, "--load-in-4bit")
         assert "bitsandbytes" in sentence(found) and "remove-refusals[4bit]" in found.err
 

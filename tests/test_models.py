@@ -1,7 +1,7 @@
 import json
 import shutil
+import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,8 +11,18 @@ from transformers import BartConfig, BartForCausalLM, T5Config, T5ForConditional
 from transformers.utils import logging
 
 import tiny
+from remove_refusals.apply.hooks import ablated
+from remove_refusals.baking import bake
+from remove_refusals.chat_template import render
 from remove_refusals.errors import CheckpointError, ModelError
+from remove_refusals.generation import generate
+from remove_refusals.judges import Label, judge_phrases
 from remove_refusals.models import load
+from remove_refusals.pipeline import find_direction
+from remove_refusals.plan import intervene
+from remove_refusals.prompts import embedded_prompts
+from remove_refusals.settings import DirectionSettings
+from remove_refusals.types import ChatFormat
 
 
 @pytest.fixture(scope="module")
@@ -230,8 +240,8 @@ def test_encoder_decoder_config_with_a_causal_class_is_refused(tmp_path: Path) -
     assert "bart" in refused(tmp_path)
 
 
-@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
-def test_4bit_without_bitsandbytes(saved: Path) -> None:
+def test_4bit_without_bitsandbytes(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # which is how Python notes that a package is not there
     assert "bitsandbytes" in refused(saved, load_in_4bit=True)
 
 
@@ -263,3 +273,21 @@ def test_loading_is_quiet_and_leaves_the_settings_as_they_were(saved: Path, capf
     captured = capfd.readouterr()
     assert captured.out == "" and captured.err == ""
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+
+
+def test_4bit_model_answers_with_the_direction_taken_out(tmp_path: Path) -> None:
+    """Only the layers are quantised, so the direction is nearly the one of the full weights, and hooks act on it."""
+    full, small = load("demo"), load("demo", load_in_4bit=True)
+    assert small.model.model.layers[0].mlp.down_proj.weight.dtype == torch.uint8
+    settings = DirectionSettings(n_prompts=16)
+    directions = [find_direction(loaded, settings, chat=ChatFormat()).direction for loaded in (full, small)]
+    assert float((directions[0].basis * directions[1].basis).sum()) > 0.98
+    prompts = embedded_prompts("harmful_test").prompts[:12]
+    token_ids = render(small.tokenizer, prompts)
+    refused = [judge_phrases(answer.text) for answer in generate(small, token_ids, max_new_tokens=30)]
+    with ablated(small.model, intervene(directions[1], small.model.config.num_hidden_layers)):
+        ablated_answers = generate(small, token_ids, max_new_tokens=30)
+    assert refused.count(Label.REFUSAL) >= 11
+    assert [judge_phrases(answer.text) for answer in ablated_answers].count(Label.REFUSAL) <= 2
+    with pytest.raises(ModelError, match="quantised"):
+        bake(small, intervene(directions[1], small.model.config.num_hidden_layers), tmp_path / "edited")

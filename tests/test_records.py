@@ -242,6 +242,10 @@ def test_path_is_checked_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "directory.pt").mkdir()
     with pytest.raises(OutputError, match="is a directory, expected a file"):
         check_direction_path(tmp_path / "directory.pt", force=True)
+    weights = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(2, 3), "b": torch.zeros(4)}, weights)
+    with pytest.raises(OutputError, match="is no direction"):
+        check_direction_path(weights, force=True)
 
 
 @given(data=st.data())

@@ -19,7 +19,14 @@ from remove_refusals.prompts import check_disjoint, draw
 from remove_refusals.records import load_direction, write_json, write_jsonl
 from remove_refusals.report import model_card
 from remove_refusals.scores import table_key
-from remove_refusals.settings import DirectionSettings, EditSettings, LoadSettings, MeasureSettings, RunSettings
+from remove_refusals.settings import (
+    DirectionSettings,
+    EditSettings,
+    LoadSettings,
+    MeasureSettings,
+    RunSettings,
+    published_name,
+)
 from remove_refusals.types import ChatFormat, Direction, Intervention, ModelMap, PromptSet
 
 OUTLIER_SHARE = 0.5
@@ -123,7 +130,7 @@ def find_direction(
         layer=index,
         position=settings.position,
         projected=settings.projected,
-        model=Path(loaded.source).name if Path(loaded.source).is_dir() else loaded.source,
+        model=published_name(loaded.source),
         seed=settings.seed,
     )
     share = largest_coordinate_share(parts, index, settings.position)
@@ -205,12 +212,16 @@ def run(
     target = Path(output)
     check_not_source(target, settings.model, settings.loading.revision)
     with atomic_directory(target, force=force) as directory:
-        result = _run_into(directory, settings, direction_file, on_progress)
+        result = _run_into(directory, target.name, settings, direction_file, on_progress)
     return replace(result, baked=replace(result.baked, directory=target))
 
 
 def _run_into(
-    directory: Path, settings: RunSettings, direction_file: Path | None, on_progress: OnProgress | None
+    directory: Path,
+    output_name: str,
+    settings: RunSettings,
+    direction_file: Path | None,
+    on_progress: OnProgress | None,
 ) -> RunResult:
     # What can be wrong with files is said before a model is loaded.
     given = None if direction_file is None else load_direction(direction_file)
@@ -244,10 +255,11 @@ def _run_into(
     evaluation = evaluate(
         loaded, edited, prompts, measure_settings(settings), on_progress=stage_progress(on_progress, "evaluation")
     )
+    evaluation = replace(evaluation, base=published_name(loaded.source), edited=output_name)
     notes = (*warnings(evaluation), *_outlier_warning(found, settings))
     record = {
         **baked.record,
-        "settings": asdict(settings),
+        "settings": settings.record(),
         "prompts": _prompt_records(found.prompts, prompts),
         "scores": evaluation.to_json(),
         "warnings": list(notes),
@@ -264,7 +276,10 @@ def _run_into(
 def _prompt_records(used: tuple[PromptSet, ...], prompts: EvaluationPrompts) -> dict[str, dict[str, Any]]:
     sets = {f"{part.name}_train": part for part in used}
     sets |= {f"{part.name}_test": part for part in (prompts.harmful, prompts.harmless, prompts.alarming) if part}
-    return {name: {"source": part.source, "n": len(part), "sha256": part.sha256} for name, part in sets.items()}
+    return {
+        name: {"source": published_name(part.source), "n": len(part), "sha256": part.sha256}
+        for name, part in sets.items()
+    }
 
 
 def _outlier_warning(found: FoundDirection, settings: RunSettings) -> tuple[str, ...]:

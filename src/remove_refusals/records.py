@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 
 from remove_refusals.atomic import atomic_file, check_target
-from remove_refusals.errors import DirectionError, NumericalError, RemoveRefusalsError
+from remove_refusals.errors import DirectionError, NumericalError, OutputError, RemoveRefusalsError
 from remove_refusals.torch_files import read_torch_file
 from remove_refusals.types import Direction, DirectionOrigin
 
@@ -126,10 +126,18 @@ def check_direction_path(path: Path, *, force: bool = False) -> None:
 
     Raises:
         DirectionError: If the suffix is neither `.safetensors` nor `.pt`.
-        OutputError: If the file exists and `force` is not given, or if it is a directory.
+        OutputError: If the file exists and `force` is not given, if it is a directory, or if it holds anything but a
+            direction, such as a model's weights.
     """
     _format(path)
     check_target(path, force=force, directory=False)
+    if path.exists():
+        try:
+            load_direction(path)
+        except DirectionError as error:
+            raise OutputError(
+                f"The file {path} is no direction, expected one that may be replaced; choose another path."
+            ) from error
 
 
 def save_direction(direction: Direction, path: Path, *, force: bool = False) -> None:
@@ -268,16 +276,13 @@ def _origin(record: str, path: Path) -> DirectionOrigin:
             f"The direction file {path} has the origin {origin}, expected an object with the fields "
             f"{', '.join(sorted(names))}; make the file again."
         )
-    component = origin.get("harmless_component")
-    if component is not None:
-        numbers = component if isinstance(component, list) else []
-        if not numbers or not all(isinstance(number, float) and math.isfinite(number) for number in numbers):
-            raise DirectionError(
-                f"The direction file {path} has the harmless component {component}, expected a list of numbers; make "
-                "the file again."
-            )
-        origin = origin | {"harmless_component": tuple(numbers)}
-    return DirectionOrigin(**origin)
+    component = origin.get("harmless_component") or []
+    if not isinstance(component, list) or not all(isinstance(n, float) and math.isfinite(n) for n in component):
+        raise DirectionError(
+            f"The direction file {path} has the harmless component {component}, expected a list of numbers; make the "
+            "file again."
+        )
+    return DirectionOrigin(**{key: tuple(v) if isinstance(v, list) else v for key, v in origin.items()})
 
 
 def _check_finite(data: object, path: Path, place: str) -> None:

@@ -1,6 +1,9 @@
 """Everything that decides a run's result, as frozen dataclasses."""
 
-from dataclasses import dataclass, field, replace
+import os
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 from remove_refusals.linalg import Variant
 from remove_refusals.plan import Tied
@@ -108,3 +111,18 @@ class RunSettings:
     edit: EditSettings = EditSettings()
     measure: MeasureSettings = MeasureSettings()
     batch_size: int | None = None
+
+    def record(self) -> dict[str, Any]:
+        """Give the settings as JSON, for a record that may be published: of local paths only the last part stays."""
+        return {name: _published(value) for name, value in asdict(self).items()}
+
+
+def published_name(source: str) -> str:
+    """Give what a record that may be published calls a source: of a local path only the last part."""
+    return Path(source).resolve().name if Path(source).exists() else source
+
+
+def _published(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _published(part) for name, part in value.items()}
+    return published_name(value) if isinstance(value, str) and os.sep in value else value
