@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tiny
 from conftest import Command, Inputs, Outcome
 from remove_refusals import cli
+from remove_refusals.direction_files import load_direction
 from remove_refusals.prompts import draw, load_prompts
-from remove_refusals.records import load_direction
 
 COMMANDS = sorted(typer.main.get_command(cli.app).commands)
 

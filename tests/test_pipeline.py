@@ -9,11 +9,11 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from remove_refusals.answers import answer_rows
+from remove_refusals.direction_files import load_direction, save_direction
 from remove_refusals.errors import ModelError, OutputError, PromptError
 from remove_refusals.inspection import certify_directory, inspect
 from remove_refusals.models import load
 from remove_refusals.pipeline import compare, find_direction, run
-from remove_refusals.records import load_direction, save_direction
 from remove_refusals.settings import (
     DirectionSettings,
     EditSettings,

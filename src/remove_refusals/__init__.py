@@ -12,16 +12,16 @@ if TYPE_CHECKING:
     from remove_refusals.activations import collect_activations
     from remove_refusals.apply.hooks import ablated
     from remove_refusals.baking import bake
-    from remove_refusals.directions import direction_from_vectors, mean_difference
+    from remove_refusals.direction_files import load_direction, load_directions, save_direction, save_directions
+    from remove_refusals.directions import direction_from_vectors, mean_difference, mean_difference_per_layer
     from remove_refusals.errors import RemoveRefusalsError
     from remove_refusals.evaluation import evaluate
     from remove_refusals.generation import generate
     from remove_refusals.modelmap import map_model
     from remove_refusals.models import load
     from remove_refusals.pipeline import run
-    from remove_refusals.plan import intervene
+    from remove_refusals.plan import intervene, intervene_per_layer
     from remove_refusals.prompts import embedded_prompts, load_prompts
-    from remove_refusals.records import load_direction, save_direction
     from remove_refusals.settings import RunSettings
     from remove_refusals.types import Activations, Direction, Intervention, PromptSet
 
@@ -42,13 +42,17 @@ _HOME = {
     "evaluate": "evaluation",
     "generate": "generation",
     "intervene": "plan",
+    "intervene_per_layer": "plan",
     "load": "models",
-    "load_direction": "records",
+    "load_direction": "direction_files",
+    "load_directions": "direction_files",
     "load_prompts": "prompts",
     "map_model": "modelmap",
     "mean_difference": "directions",
+    "mean_difference_per_layer": "directions",
     "run": "pipeline",
-    "save_direction": "records",
+    "save_direction": "direction_files",
+    "save_directions": "direction_files",
 }
 
 __all__ = [
@@ -66,13 +70,17 @@ __all__ = [
     "evaluate",
     "generate",
     "intervene",
+    "intervene_per_layer",
     "load",
     "load_direction",
+    "load_directions",
     "load_prompts",
     "map_model",
     "mean_difference",
+    "mean_difference_per_layer",
     "run",
     "save_direction",
+    "save_directions",
 ]
 
 

@@ -13,12 +13,13 @@ from remove_refusals.apply.scales import embedding_scale
 from remove_refusals.atomic import atomic_directory
 from remove_refusals.certify import Certificate, certify
 from remove_refusals.checkpoint import INDEX_FILE, SINGLE_FILE, checkpoint_tensors, file_hashes
+from remove_refusals.direction_files import direction_sha256, save_directions
 from remove_refusals.errors import CertificateError, OutputError
 from remove_refusals.linalg import Variant
 from remove_refusals.modelmap import map_model
 from remove_refusals.models import FLOAT_DTYPES, LoadedModel, load
 from remove_refusals.plan import Tied, check_fit, offset_of, resolve
-from remove_refusals.records import direction_sha256, save_direction, versions, write_json
+from remove_refusals.records import versions, write_json
 from remove_refusals.skeleton import disk_names
 from remove_refusals.sources import local_directory
 from remove_refusals.types import EditPlan, Intervention, ModelMap
@@ -142,9 +143,7 @@ def write_baked(
                 f"({len(certificate.problems)} such in all), expected every writer edited and all other bytes "
                 "unchanged; nothing was kept, report this model type."
             )
-    for number, direction in enumerate(intervention.directions):
-        name = "direction.safetensors" if number == 0 else f"direction-{number}.safetensors"
-        save_direction(direction, directory / name)
+    save_directions(intervention.directions, directory)
     record = ablation_record(loaded, intervention, plan, model_map)
     if certificate is not None and plan.leaks and certificate.boundaries is not None:
         record["leak"] = {"why": list(plan.leaks), "largest_component": max(certificate.boundaries)}

@@ -71,7 +71,7 @@ def mean_difference(
     harmless: Activations,
     *,
     layer: float | int = 0.6,
-    position: int = -1,
+    position: int | Sequence[int] = -1,
     projected: bool = False,
     model: str | None = None,
     seed: int | None = None,
@@ -82,17 +82,19 @@ def mean_difference(
         harmful: Activations on prompts that the model refuses.
         harmless: Activations on prompts that it answers.
         layer: A fraction of depth (float) or an index (int) on the layer axis.
-        position: The token position, one of those that were collected.
+        position: The token position, one of those that were collected; for several of them the direction gets a column
+            for each.
         projected: Whether the component along the harmless mean is removed first. Where one coordinate holds most of
             the residual stream's norm, the plain difference leans on it and taking it out destroys the model.
         model: The model's name, for the record.
         seed: The seed that drew the prompts, for the record.
 
     Returns:
-        The unit direction, computed in float64 and kept in float32.
+        The direction: an orthonormal basis of the differences, computed in float64 and kept in float32.
 
     Raises:
-        DirectionError: If the two sets do not fit together, were not collected there, or have equal means.
+        DirectionError: If the two sets do not fit together, were not collected there, or have equal means, or if the
+            differences at several positions are linearly dependent.
         NumericalError: If an activation is NaN or infinite.
     """
     if harmful.hidden.shape[2:] != harmless.hidden.shape[2:]:
@@ -101,26 +103,61 @@ def mean_difference(
             f"ones {tuple(harmless.hidden.shape[2:])}, expected them to be equal; collect both on one model."
         )
     index = layer_index(layer, harmful.n_layers)
-    harmless_mean = _at(harmless, index, position).mean(dim=0)
-    difference = _at(harmful, index, position).mean(dim=0) - harmless_mean
+    positions = (position,) if isinstance(position, int) else tuple(position)
+    harmless_means = torch.stack([_at(harmless, index, place).mean(dim=0) for place in positions], dim=1)
+    differences = torch.stack([_at(harmful, index, place).mean(dim=0) for place in positions], dim=1) - harmless_means
     if projected:
-        unit = harmless_mean / harmless_mean.norm()
-        difference = difference - unit * (unit @ difference)
-    basis = orthonormal_basis(difference.unsqueeze(1))
+        units = harmless_means / harmless_means.norm(dim=0)
+        differences = differences - units * (units * differences).sum(dim=0)
+    basis = orthonormal_basis(differences)
     return Direction(
         basis,
         DirectionOrigin(
             method="projected-mean-difference" if projected else "mean-difference",
             model=model,
             layer=index,
-            position=position,
+            position=positions if len(positions) > 1 else positions[0],
             seed=seed,
             n_harmful=len(harmful.prompts),
             n_harmless=len(harmless.prompts),
             harmful_sha256=harmful.prompts.sha256,
             harmless_sha256=harmless.prompts.sha256,
-            harmless_component=tuple((basis.T.to(torch.float64) @ harmless_mean).tolist()),
+            harmless_component=tuple((basis.T.to(torch.float64) @ harmless_means.mean(dim=1)).tolist()),
         ),
+    )
+
+
+def mean_difference_per_layer(
+    harmful: Activations,
+    harmless: Activations,
+    *,
+    position: int | Sequence[int] = -1,
+    projected: bool = False,
+    model: str | None = None,
+    seed: int | None = None,
+) -> tuple[Direction, ...]:
+    """One direction for each layer: the difference of the mean activations in the stream behind it.
+
+    Args:
+        harmful: Activations on prompts that the model refuses, of every layer.
+        harmless: Activations on prompts that it answers, of every layer.
+        position: As for `mean_difference`.
+        projected: As for `mean_difference`.
+        model: The model's name, for the record.
+        seed: The seed that drew the prompts, for the record.
+
+    Returns:
+        As many directions as layers were looked at; that of layer `i` is found at index `i + 1` on the layer axis.
+
+    Raises:
+        DirectionError: As from `mean_difference`, or if no layer was looked at.
+        NumericalError: If an activation is NaN or infinite.
+    """
+    if harmful.n_layers == 0:
+        raise DirectionError("The activations are of 0 layers, expected at least 1; collect them behind every layer.")
+    return tuple(
+        mean_difference(harmful, harmless, layer=index, position=position, projected=projected, model=model, seed=seed)
+        for index in range(1, harmful.n_layers + 1)
     )
 
 

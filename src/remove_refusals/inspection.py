@@ -6,11 +6,12 @@ from typing import Any
 
 from remove_refusals.certify import Certificate, certify, disk_reader
 from remove_refusals.checkpoint import checkpoint_tensors
+from remove_refusals.direction_files import load_directions
 from remove_refusals.errors import CheckpointError
 from remove_refusals.linalg import VARIANTS, Variant
 from remove_refusals.modelmap import map_model
 from remove_refusals.plan import Tied, resolve
-from remove_refusals.records import load_direction, read_json
+from remove_refusals.records import read_json
 from remove_refusals.skeleton import disk_names, skeleton_of
 from remove_refusals.sources import local_directory
 from remove_refusals.types import ChannelStep, Intervention, ModelMap, SiteEdit
@@ -126,7 +127,6 @@ def certify_directory(directory: Path, base: str, *, trust_remote_code: bool = F
 
 
 def _intervention(directory: Path, record: dict[str, Any]) -> Intervention:
-    names = ["direction.safetensors", *(f"direction-{index}.safetensors" for index in range(1, 10_000))]
     try:
         edits = tuple(
             SiteEdit(
@@ -143,8 +143,7 @@ def _intervention(directory: Path, record: dict[str, Any]) -> Intervention:
             f"The record {directory / 'ablation.json'} has an edit of an unknown form ({error}), expected kind, layer "
             "and strength; make the directory again."
         ) from error
-    n_directions = 1 + max((edit.direction for edit in edits), default=0)
-    return Intervention(tuple(load_direction(directory / name) for name in names[:n_directions]), edits)
+    return Intervention(load_directions(directory), edits)
 
 
 def _tied(record: dict[str, Any], model_map: ModelMap) -> Tied:

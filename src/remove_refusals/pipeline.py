@@ -9,6 +9,7 @@ from remove_refusals.activations import collect_activations
 from remove_refusals.atomic import atomic_directory
 from remove_refusals.baking import Baked, check_not_source, write_baked
 from remove_refusals.chat_template import check_position, template_tail_length
+from remove_refusals.direction_files import load_direction
 from remove_refusals.directions import largest_coordinate_share, layer_index, mean_difference
 from remove_refusals.errors import ModelError
 from remove_refusals.evaluation import Evaluation, EvaluationPrompts, EvaluationSettings, evaluate, warnings
@@ -16,7 +17,7 @@ from remove_refusals.modelmap import map_model
 from remove_refusals.models import LoadedModel, load
 from remove_refusals.plan import check_fit, intervene
 from remove_refusals.prompts import check_disjoint, draw
-from remove_refusals.records import load_direction, write_json, write_jsonl
+from remove_refusals.records import write_json, write_jsonl
 from remove_refusals.report import model_card
 from remove_refusals.scores import table_key
 from remove_refusals.settings import (

@@ -84,6 +84,35 @@ def intervene(
     return Intervention((direction,), tuple(edits))
 
 
+def intervene_per_layer(
+    directions: Sequence[Direction],
+    *,
+    strength: float = 1.0,
+    layers: tuple[int, int] | None = None,
+    kinds: Iterable[SiteKind] = SITE_KINDS,
+) -> Intervention:
+    """Take from each layer's sites a direction of its own.
+
+    Args:
+        directions: One for each layer, as `mean_difference_per_layer` finds them; the embedding gets that of layer 0.
+        strength: As for `intervene`.
+        layers: As for `intervene`.
+        kinds: As for `intervene`.
+
+    Returns:
+        The intervention, with the directions of the range of layers alone.
+
+    Raises:
+        DirectionError: If there is no direction, or as from `intervene`.
+    """
+    if not directions:
+        raise DirectionError("There are 0 directions, expected one for each layer; find them first.")
+    uniform = intervene(directions[0], len(directions), strength=strength, layers=layers, kinds=kinds)
+    first, last = layers if layers is not None else (0, len(directions) - 1)
+    edits = (replace(edit, direction=0 if edit.layer is None else edit.layer - first) for edit in uniform.edits)
+    return Intervention(tuple(directions[first : last + 1]), tuple(edits))
+
+
 def _affine_offset(direction: Direction, strength: float) -> tuple[float, ...]:
     component = direction.origin.harmless_component
     if component is None or len(component) != direction.basis.shape[1]:

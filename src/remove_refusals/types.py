@@ -93,20 +93,20 @@ class DirectionOrigin:
         method: For example `mean-difference`, `projected-mean-difference` or `given`.
         model: The model id or directory name that was measured.
         layer: The index on the layer axis of `Activations.hidden`.
-        position: The token position, negative.
+        position: The token position, negative; several of them for a direction with a column for each.
         seed: The seed that drew the prompts.
         n_harmful: The number of harmful prompts.
         n_harmless: The number of harmless prompts.
         harmful_sha256: `PromptSet.sha256` of the harmful prompts.
         harmless_sha256: `PromptSet.sha256` of the harmless prompts.
-        harmless_component: `Qᵀm` for the mean `m` of the harmless activations at that layer and position: `k` numbers
-            along the basis, which the affine variant puts back.
+        harmless_component: `Qᵀm` for the mean `m` of the harmless activations at that layer, over the positions: `k`
+            numbers along the basis, which the affine variant puts back.
     """
 
     method: str
     model: str | None = None
     layer: int | None = None
-    position: int | None = None
+    position: int | tuple[int, ...] | None = None
     seed: int | None = None
     n_harmful: int | None = None
     n_harmless: int | None = None

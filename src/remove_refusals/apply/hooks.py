@@ -136,7 +136,7 @@ def ablated(
         )
     check_fit(intervention, model_map)
     edits = {(edit.kind, edit.layer): edit for edit in intervention.edits}
-    done: set[HookPoint] = set()
+    done: dict[HookPoint, SiteEdit] = {}
     with ExitStack() as hooks:
         for site in model_map.sites:
             edit = edits.get((site.kind, site.layer))
@@ -144,9 +144,14 @@ def ablated(
                 continue
             for point in site.hooks if placement == "writers" else _residual_points(site, model_map):
                 # A module that several sites share is hooked once.
-                if point in done:
+                known = done.setdefault(point, edit)
+                if (known.strength, known.direction) != (edit.strength, edit.direction):
+                    raise ArchitectureError(
+                        f"Module '{point.module}' writes to the residual stream at two sites that want two different "
+                        "edits, expected one edit per module; use the same strength and direction for both."
+                    )
+                if known is not edit:
                     continue
-                done.add(point)
                 offset = _offset_at(point, site, edit, model, model_map)
                 direction = intervention.directions[edit.direction]
                 hooks.enter_context(_hooked(model, point, direction, edit.strength, offset))

@@ -139,10 +139,10 @@ def find(
     projected: Projected = False,
 ) -> None:
     """Only the direction: the difference of mean activations on harmful and harmless prompts."""
-    from remove_refusals import console, pipeline, records
+    from remove_refusals import console, direction_files, pipeline
     from remove_refusals.settings import LoadSettings, PromptSource
 
-    records.check_direction_path(output, force=force)
+    direction_files.check_direction_path(output, force=force)
     source = PromptSource
     settings = direction_settings(
         source(harmful, column, split), source(harmless, column, split), n_prompts, seed, layer, position, projected
@@ -154,7 +154,7 @@ def find(
         found = pipeline.find_direction(
             loaded, settings, chat=chat, prompts=prompts, batch_size=batch_size, on_progress=on_progress
         )
-    records.save_direction(found.direction, output, force=force)
+    direction_files.save_direction(found.direction, output, force=force)
     console.say(
         f"Saved to {output}: d_model {found.direction.d_model}, layer {found.direction.origin.layer}, "
         f"position {found.direction.origin.position}."
@@ -178,12 +178,12 @@ def bake(
     revision: Revision = None,
 ) -> None:
     """Edit the weights for good and save the model with its tokenizer."""
-    from remove_refusals import atomic, baking, console, pipeline, records
+    from remove_refusals import atomic, baking, console, direction_files, pipeline
     from remove_refusals.settings import LoadSettings
 
     atomic.check_target(output, force=force, directory=True)
     edit = edit_settings(strength, layers, sites, tied, variant, allow_leak)
-    given = records.load_direction(direction)
+    given = direction_files.load_direction(direction)
     loaded = pipeline.load_model(model, LoadSettings(device, dtype, False, trust_remote_code, revision))
     intervention, model_map = made_intervention(loaded, given, edit)
     baked = baking.bake(

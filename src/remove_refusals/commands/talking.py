@@ -51,7 +51,7 @@ def chat(
 ) -> None:
     """Talk to a model with the direction taken out as it runs; end with Ctrl-D."""
     from remove_refusals import chat as chatting
-    from remove_refusals import console, pipeline, records
+    from remove_refusals import console, direction_files, pipeline
     from remove_refusals.settings import LoadSettings
 
     if no_ablation and compare:
@@ -61,7 +61,7 @@ def chat(
             "No direction is given, expected --direction FILE; make one with `remove-refusals direction`, or pass "
             "--no-ablation."
         )
-    given = None if direction is None or no_ablation else records.load_direction(direction)
+    given = None if direction is None or no_ablation else direction_files.load_direction(direction)
     edit = edit_settings(strength, layers, sites)
     loaded = pipeline.load_model(model, LoadSettings(device, dtype, load_in_4bit, trust_remote_code, revision))
     intervention, model_map = None, None
@@ -102,12 +102,12 @@ def generate(
     max_new_tokens: MaxNewTokens = 100,
 ) -> None:
     """Answer prompts in batches, greedily; without --direction the model answers as it is."""
-    from remove_refusals import answers, atomic, console, pipeline, records
+    from remove_refusals import answers, atomic, console, direction_files, pipeline, records
     from remove_refusals.settings import LoadSettings, PromptSource
 
     atomic.check_target(output, force=force, directory=False)
     prompt_set = PromptSource(prompts, column, split).load("prompts", "")
-    given = None if direction is None else records.load_direction(direction)
+    given = None if direction is None else direction_files.load_direction(direction)
     edit = edit_settings(strength, layers, sites)
     loaded = pipeline.load_model(model, LoadSettings(device, dtype, load_in_4bit, trust_remote_code, revision))
     intervention, model_map = None, None

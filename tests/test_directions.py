@@ -1,0 +1,189 @@
+"""Directions at several positions and one for each layer, and what an edit with them does."""
+
+import json
+import struct
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import tiny
+import zoo
+from remove_refusals.activations import measure_boundaries
+from remove_refusals.apply.hooks import ablated
+from remove_refusals.baking import bake
+from remove_refusals.direction_files import load_direction, load_directions, save_direction
+from remove_refusals.directions import mean_difference, mean_difference_per_layer
+from remove_refusals.errors import ArchitectureError, DirectionError
+from remove_refusals.inspection import certify_directory
+from remove_refusals.linalg import share_left
+from remove_refusals.modelmap import map_model
+from remove_refusals.models import LoadedModel
+from remove_refusals.plan import intervene, intervene_per_layer
+from remove_refusals.types import Activations, PromptSet
+
+POSITIONS = (-1, -2, -4)
+MODEL_TYPES = ["llama", "gemma3_text", "mixtral", "gpt2"]
+
+
+@pytest.fixture
+def sets():
+    """Activations on harmful and harmless prompts at three positions of every layer."""
+    generator = torch.Generator().manual_seed(3)
+    prompts = tuple(map(str, range(6)))
+    return tuple(
+        Activations(
+            torch.randn(6, len(POSITIONS), zoo.N_LAYERS + 1, zoo.D_MODEL, generator=generator) + shift,
+            POSITIONS,
+            PromptSet(name, prompts, "test"),
+        )
+        for name, shift in (("harmful", 0.5), ("harmless", 0.0))
+    )
+
+
+def means(sets, layer, position):
+    """The harmful and the harmless mean, each `[d_model]`."""
+    return [part.hidden[:, POSITIONS.index(position), layer].mean(dim=0) for part in sets]
+
+
+def logits(model):
+    with torch.inference_mode():
+        return model(zoo.token_ids(model), use_cache=False).logits
+
+
+def saved(model_type, folder):
+    model = zoo.build(model_type)
+    model.save_pretrained(folder / "base")
+    return LoadedModel(model, tiny.tokenizer(), str(folder / "base"), checkpoint_dtype=torch.float32)
+
+
+def check_carriers(loaded, intervention, folder):
+    """Hooks and the saved model are one, and the saved files pass; gives the saved model and its certificate."""
+    plain = logits(loaded.model)
+    with ablated(loaded.model, intervention):
+        hooked = logits(loaded.model)
+    baked = bake(loaded, intervention, folder / "edited")
+    edited = AutoModelForCausalLM.from_pretrained(baked.directory).eval()
+    assert float((plain - hooked).abs().max()) > 0.05
+    assert float((hooked - logits(edited)).abs().max()) < 1e-5
+    assert baked.certificate.passed
+    again = certify_directory(baked.directory, loaded.source)
+    assert again.problems == () and len(again.edited) == len(baked.certificate.edited)
+    return edited, baked
+
+
+def test_several_positions_give_a_column_each(sets):
+    found = mean_difference(*sets, layer=2, position=(-1, -4))
+    assert found.basis.shape == (zoo.D_MODEL, 2)
+    for position in (-1, -4):
+        harmful, harmless = means(sets, 2, position)
+        difference = (harmful - harmless) / (harmful - harmless).norm()
+        assert float((difference - found.basis @ (found.basis.T @ difference)).norm()) < 1e-5
+    absent = means(sets, 2, -2)[0] - means(sets, 2, -2)[1]
+    assert float((absent - found.basis @ (found.basis.T @ absent)).norm()) > 0.1
+    component = found.basis.T @ (means(sets, 2, -1)[1] + means(sets, 2, -4)[1]) / 2
+    torch.testing.assert_close(torch.tensor(found.origin.harmless_component), component)
+
+
+def test_each_position_is_projected_by_its_own_harmless_mean(sets):
+    found = mean_difference(*sets, layer=2, position=(-1, -4), projected=True)
+    for column, position in enumerate((-1, -4)):
+        harmless = means(sets, 2, position)[1]
+        single = mean_difference(*sets, layer=2, position=position, projected=True)
+        assert abs(float(single.basis[:, 0] @ harmless)) < 1e-5
+        assert float((single.basis - found.basis @ (found.basis.T @ single.basis)).norm()) < 1e-5, column
+
+
+def test_a_position_twice_is_refused(sets):
+    with pytest.raises(DirectionError, match="linearly dependent"):
+        mean_difference(*sets, layer=2, position=(-1, -1))
+
+
+def test_several_positions_are_saved_with_the_direction(sets, tmp_path):
+    found = mean_difference(*sets, layer=2, position=(-1, -2))
+    save_direction(found, tmp_path / "direction.safetensors")
+    loaded = load_direction(tmp_path / "direction.safetensors")
+    assert loaded.origin == found.origin and loaded.origin.position == (-1, -2)
+    assert torch.equal(loaded.basis, found.basis)
+
+
+@pytest.mark.parametrize("component", ["far", [float("nan")], ["1"]])
+def test_a_file_with_a_broken_component_is_refused(sets, component, tmp_path):
+    path = tmp_path / "direction.safetensors"
+    save_direction(mean_difference(*sets, layer=2), path)
+    content = path.read_bytes()
+    size = struct.unpack("<Q", content[:8])[0]
+    header = json.loads(content[8 : 8 + size])
+    record = json.loads(header["__metadata__"]["remove_refusals"])
+    record["origin"]["harmless_component"] = component
+    header["__metadata__"]["remove_refusals"] = json.dumps(record)
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + size :])
+    with pytest.raises(DirectionError, match="harmless component"):
+        load_direction(path)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_two_columns_are_taken_out_by_hooks_and_weights_alike(model_type, sets, tmp_path):
+    loaded, taken = saved(model_type, tmp_path), mean_difference(*sets, layer=2, position=(-1, -2))
+    _, baked = check_carriers(loaded, intervene(taken, zoo.N_LAYERS), tmp_path)
+    assert max(baked.certificate.boundaries) < 1e-5
+    model_map = map_model(loaded.model)
+    assert min(measure_boundaries(loaded, taken, model_map)) > 0.05
+
+
+def test_each_layer_gets_the_difference_behind_it(sets):
+    found = mean_difference_per_layer(*sets, position=-2, projected=True)
+    assert len(found) == zoo.N_LAYERS
+    for index, direction in enumerate(found):
+        expected = mean_difference(*sets, layer=index + 1, position=-2, projected=True)
+        assert torch.equal(direction.basis, expected.basis) and direction.origin == expected.origin
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("layers", [None, (1, 2)])
+def test_each_layers_direction_is_taken_out_by_hooks_and_weights_alike(model_type, layers, sets, tmp_path):
+    loaded, found = saved(model_type, tmp_path), mean_difference_per_layer(*sets)
+    edited, baked = check_carriers(loaded, intervene_per_layer(found, layers=layers), tmp_path)
+    first, last = layers or (0, zoo.N_LAYERS - 1)
+    assert {entry.layer for entry in baked.plan.entries} - {None} == set(range(first, last + 1))
+    for entry in baked.plan.entries:
+        original, after = (model.get_parameter(entry.parameter) for model in (loaded.model, edited))
+        assert share_left(after, original, entry.basis, entry.axis) < 1e-5
+        if model_type == "llama":
+            assert torch.equal(entry.basis, found[entry.layer or 0].basis)
+            other = found[(entry.layer or 0) - 1].basis
+            assert share_left(after, original, other, entry.axis) > 0.5
+    files = sorted(path.name for path in baked.directory.glob("direction*.safetensors"))
+    assert len(files) == last + 1 - first
+    read = load_directions(baked.directory)
+    assert all(torch.equal(a.basis, b.basis) for a, b in zip(read, found[first : last + 1], strict=True))
+
+
+def test_a_file_is_one_direction_and_a_directory_without_any_is_refused(sets, tmp_path):
+    path = tmp_path / "one.safetensors"
+    save_direction(mean_difference(*sets, layer=2), path)
+    assert len(load_directions(path)) == 1
+    with pytest.raises(DirectionError, match=r"has no direction\.safetensors"):
+        load_directions(tmp_path)
+
+
+def test_no_directions_are_refused():
+    with pytest.raises(DirectionError, match="0 directions"):
+        intervene_per_layer(())
+
+
+def test_one_module_at_two_sites_cannot_have_two_directions(sets):
+    model = zoo.build("llama")
+    model_map = map_model(model)
+    first, second = (site for site in model_map.sites if site.kind == "mlp" and site.layer in (1, 2))
+    shared = replace(model_map, sites=(first, replace(second, hooks=first.hooks)))
+    found = mean_difference_per_layer(*sets)
+    with (
+        pytest.raises(ArchitectureError, match=r"layers\.1\.mlp.*one edit per module"),
+        ablated(model, intervene_per_layer(found), model_map=shared),
+    ):
+        pass
+    with ablated(model, intervene(found[0], zoo.N_LAYERS), model_map=shared):
+        assert len(model.get_submodule(first.hooks[0].module)._forward_hooks) == 1
