@@ -2,17 +2,15 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 
-import torch
-
-from remove_refusals.batching import first_batch_size, longest_first, with_backoff
 from remove_refusals.chat_template import render
+from remove_refusals.distances import Context, PromptDistance, distances_along
 from remove_refusals.errors import ModelError
-from remove_refusals.generation import Answer, AnswerLogits, answer_logits, generate
+from remove_refusals.generation import Answer, generate
 from remove_refusals.judges import Label, judge_phrases
-from remove_refusals.metrics import kl_divergence, mcnemar, mean_with_interval, perplexity, wilson_rate
+from remove_refusals.metrics import mcnemar, mean_with_interval, perplexity, wilson_rate
 from remove_refusals.models import LoadedModel
 from remove_refusals.scores import (
     Distance,
@@ -26,12 +24,6 @@ from remove_refusals.scores import (
 from remove_refusals.types import PromptSet
 
 __all__ = ["Evaluation", "EvaluationPrompts", "EvaluationSettings", "evaluate", "warnings"]
-
-Context = Callable[[], AbstractContextManager[object]]
-
-# How many log-probabilities of one model may be held at once: 512 MB on a GPU, 128 MB elsewhere.
-_HELD = {"cuda": 2**27}
-_HELD_ELSEWHERE = 2**25
 
 
 @dataclass(frozen=True)
@@ -52,15 +44,6 @@ class EvaluationPrompts:
         """Give the sets that have prompts, under their names in the scores."""
         sets = {"harmful": self.harmful, "harmless": self.harmless, "alarming": self.alarming}
         return {name: prompts for name, prompts in sets.items() if prompts is not None and len(prompts)}
-
-
-@dataclass(frozen=True)
-class _PromptDistance:
-    """What was measured along the base model's answer to one prompt."""
-
-    kl: tuple[float, ...]
-    base_loss: float
-    edited_loss: float
 
 
 def evaluate(
@@ -115,13 +98,15 @@ def evaluate(
         of_edited = _responses(name, part, "edited", edited_answers[name])
         scores[name] = _score(part, of_base, of_edited)
         rows += of_base + of_edited
-    distances = _along_the_base(
-        (base, edited),
+    distances = distances_along(
+        base,
+        edited,
         token_ids.get("harmless", []),
-        base_answers.get("harmless", []),
-        settings,
-        edited_context,
-        progress,
+        [answer.token_ids for answer in base_answers.get("harmless", [])],
+        settings.kl_tokens,
+        edited_context=edited_context,
+        batch_size=settings.batch_size,
+        on_progress=progress.within,
     )
     refused = [row.label is Label.REFUSAL for row in rows if row.set_name == "harmless" and row.model == "base"]
     return _conclude(base, edited, settings, prompts.harmless, scores, distances, refused, rows)
@@ -133,7 +118,7 @@ def _conclude(
     settings: EvaluationSettings,
     harmless: PromptSet,
     scores: dict[str, SetScores],
-    distances: Sequence[_PromptDistance],
+    distances: Sequence[PromptDistance],
     refused: Sequence[bool],
     rows: Sequence[Response],
 ) -> Evaluation:
@@ -198,54 +183,7 @@ def _score(prompts: PromptSet, base: Sequence[Response], edited: Sequence[Respon
     return SetScores(paired(Label.REFUSAL), paired(Label.DEGENERATE))
 
 
-def _along_the_base(
-    models: tuple[LoadedModel, LoadedModel],
-    token_ids: Sequence[Sequence[int]],
-    answers: Sequence[Answer],
-    settings: EvaluationSettings,
-    edited_context: Context,
-    progress: "_Progress",
-) -> list[_PromptDistance]:
-    """Run both models along the base model's answers, a batch at a time, and keep only numbers."""
-    base, edited = models
-
-    def measure(indices: Sequence[int]) -> list[_PromptDistance]:
-        ids = [token_ids[index] for index in indices]
-        along = [answers[index].token_ids for index in indices]
-        of_base = answer_logits(base, ids, along, settings.kl_tokens)
-        with edited_context():
-            of_edited = answer_logits(edited, ids, along, settings.kl_tokens)
-        return _compare(of_base, of_edited, len(indices))
-
-    sequences = [[*ids, *answer.token_ids] for ids, answer in zip(token_ids, answers, strict=True)]
-    held = _HELD.get(base.device.type, _HELD_ELSEWHERE)
-    room = max(1, held // (settings.kl_tokens * base.vocabulary_size))
-    size = min(room, first_batch_size(base, settings.batch_size))
-    found: dict[int, _PromptDistance] = {}
-    for indices, distances in with_backoff(measure, longest_first(sequences), size):
-        found.update(zip(indices, distances, strict=True))
-        progress.within(len(found))
-    return [found[index] for index in range(len(token_ids))]
-
-
-def _compare(base: AnswerLogits, edited: AnswerLogits, n: int) -> list[_PromptDistance]:
-    with torch.inference_mode():
-        log_p, log_q = base.log_probabilities, edited.log_probabilities.to(base.log_probabilities.device)
-        targets = base.targets.to(log_p.device)[:, None]
-        columns = (kl_divergence(log_p, log_q), -log_p.gather(1, targets)[:, 0], -log_q.gather(1, targets)[:, 0])
-        kl, base_loss, edited_loss = (column.tolist() for column in columns)
-    rows = base.rows.tolist()
-    return [
-        _PromptDistance(
-            tuple(value for row, value in zip(rows, kl, strict=True) if row == index),
-            sum(value for row, value in zip(rows, base_loss, strict=True) if row == index),
-            sum(value for row, value in zip(rows, edited_loss, strict=True) if row == index),
-        )
-        for index in range(n)
-    ]
-
-
-def _distance(distances: Sequence[_PromptDistance], prompts: PromptSet, seed: int) -> Distance | None:
+def _distance(distances: Sequence[PromptDistance], prompts: PromptSet, seed: int) -> Distance | None:
     first = mean_with_interval([distance.kl[0] for distance in distances], prompts.sha256, seed=seed)
     means = [sum(distance.kl) / len(distance.kl) for distance in distances]
     mean = mean_with_interval(means, prompts.sha256, seed=seed)
