@@ -26,6 +26,8 @@ _KEEP = {
     **dict.fromkeys("index_select gather take_along_dim cumsum flip sum mean".split(), 1),
     "roll": 2,
 }
+# Of these, what leaves every dimension where it is.
+_COPIES = frozenset("alias clone contiguous detach _to_copy lift_fresh".split())
 # Operations that unite rows of several tensors, likewise.
 _UNITE = {
     **dict.fromkeys("cat stack".split()),
@@ -76,7 +78,7 @@ def _keep(known: Knowledge, args: Sequence[Any], out: Any, *, name: str, dims_at
         if name == "mean" and value.shape[-1] == known.d_model and args[dims_at] in ([-1], [value.dim() - 1]):
             known.learn_mean(out, value)
         return _ended(known, f"{name} over channels", value)
-    return known.terms(value)
+    return known.terms(value, known.channels_of(value) if name in _COPIES else -1)
 
 
 def _per_row(value: Any) -> bool:
@@ -238,6 +240,8 @@ def channel_dim(known: Knowledge, name: str, args: Sequence[Any]) -> int:
     """Give the dimension of an operation's output that holds the channels its terms speak of."""
     if name == "convolution":
         return 1
+    if name in _COPIES:
+        return known.channels_of(args[0])
     if name in _PRODUCTS:
         left, right = args[_PRODUCTS[name] : _PRODUCTS[name] + 2]
         return -2 if known.weight(right) is None and known.weight(left) is not None else -1

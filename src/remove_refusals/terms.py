@@ -117,6 +117,10 @@ class Knowledge:
         width = tensor.shape[dim]
         return width > 0 and width % self.d_model == 0 and tensor.stride(dim) == self._channel_strides.get(_key(tensor))
 
+    def channels_of(self, tensor: torch.Tensor) -> int:
+        """Give the dimension of a tensor that is the channels, counted from the end; the last if none is."""
+        return next((dim for dim in range(-1, -tensor.dim() - 1, -1) if self.is_channels(tensor, dim)), -1)
+
     def terms(self, tensor: Any, dim: int = -1) -> Terms | None:
         """Give the terms of a value whose channels lie along a dimension.
 
