@@ -1,5 +1,6 @@
 """Certificates of saved files: what passes, and what must not."""
 
+import json
 import shutil
 
 import pytest
@@ -11,6 +12,8 @@ import zoo
 from remove_refusals.baking import bake
 from remove_refusals.certify import certify
 from remove_refusals.directions import direction_from_vectors
+from remove_refusals.errors import ArchitectureError
+from remove_refusals.inspection import certify_directory
 from remove_refusals.modelmap import map_model
 from remove_refusals.models import LoadedModel
 from remove_refusals.plan import intervene
@@ -118,3 +121,57 @@ def test_another_shape_fails_by_the_tensors_name(baked):
 
     certificate = certify(changed(folder, cut), folder / "base", plan, model_map)
     assert len(certificate.problems) == 1 and EXPERT in certificate.problems[0]
+
+
+def tied(folder):
+    """A saved Gemma, whose embedding is also its unembedding."""
+    model = zoo.build("gemma3_text")
+    model.save_pretrained(folder / "base")
+    loaded = LoadedModel(model, tiny.tokenizer(), str(folder / "base"), checkpoint_dtype=torch.float32)
+    vector = torch.randn(zoo.D_MODEL, generator=torch.Generator().manual_seed(0))
+    return loaded, intervene(direction_from_vectors(vector, DirectionOrigin("given")), zoo.N_LAYERS)
+
+
+def test_an_untied_copy_is_certified_and_must_be_the_unedited_embedding(tmp_path):
+    loaded, intervention = tied(tmp_path)
+    result = bake(loaded, intervention, tmp_path / "edited", tied="untie")
+    assert result.certificate.passed and result.record["plan"]["embedding_untied"] is True
+    assert certify_directory(tmp_path / "edited", str(tmp_path / "base")).problems == ()
+    files = [load_file(tmp_path / folder / "model.safetensors") for folder in ("base", "edited")]
+    assert torch.equal(files[1]["lm_head.weight"], files[0]["model.embed_tokens.weight"])
+    assert result.certificate.identical == len(files[1]) - len(result.certificate.edited)
+
+    def spoil(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    problems = certify(changed(tmp_path, spoil), tmp_path / "base", result.plan, map_model(loaded.model)).problems
+    assert any("for the unembedding" in problem for problem in problems)
+
+
+def test_a_tensor_that_stays_tied_is_certified_as_the_one_that_was_edited(tmp_path):
+    loaded, intervention = tied(tmp_path)
+    result = bake(loaded, intervention, tmp_path / "edited", tied="both")
+    assert result.certificate.passed and result.record["plan"]["embedding_untied"] is False
+    assert certify_directory(tmp_path / "edited", str(tmp_path / "base")).problems == ()
+    assert "lm_head.weight" not in load_file(tmp_path / "edited" / "model.safetensors")
+
+    def add(tensors):
+        tensors["lm_head.weight"] = load_file(tmp_path / "base" / "model.safetensors")["model.embed_tokens.weight"]
+
+    problems = certify(changed(tmp_path, add), tmp_path / "base", result.plan, map_model(loaded.model)).problems
+    assert len(problems) == 1 and "lm_head.weight" in problems[0]
+
+
+def test_a_leak_that_is_allowed_is_measured_and_recorded(tmp_path):
+    model = zoo.build("bert")
+    model.save_pretrained(tmp_path / "base")
+    loaded = LoadedModel(model, tiny.tokenizer(), str(tmp_path / "base"), checkpoint_dtype=torch.float32)
+    vector = torch.randn(zoo.D_MODEL, generator=torch.Generator().manual_seed(0))
+    intervention = intervene(direction_from_vectors(vector, DirectionOrigin("given")), zoo.N_LAYERS)
+    with pytest.raises(ArchitectureError, match="'bert'"):
+        bake(loaded, intervention, tmp_path / "refused")
+    bake(loaded, intervention, tmp_path / "edited", allow_leak=True)
+    leak = json.loads((tmp_path / "edited" / "ablation.json").read_text())["leak"]
+    assert leak["largest_component"] > 1e-3 and "passes through" in leak["why"][0]
+    exact = bake(tied(tmp_path / "tied")[0], intervention, tmp_path / "exact")
+    assert "leak" not in exact.record and max(exact.certificate.boundaries) < 1e-6

@@ -89,3 +89,11 @@ def test_a_parameter_that_nothing_is_known_of_is_refused_by_name():
 def test_an_unknown_forward_pass_is_refused_with_its_model_type():
     with pytest.raises(ArchitectureError, match="blt"):
         map_model(zoo.build("blt"))
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "mixtral"])
+def test_inference_mode_changes_nothing(model_type):
+    model = zoo.build(model_type)
+    with torch.inference_mode():
+        found = map_model(model)
+    assert found == map_model(model)

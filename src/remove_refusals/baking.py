@@ -20,7 +20,7 @@ from remove_refusals.modelmap import map_model
 from remove_refusals.models import FLOAT_DTYPES, LoadedModel, load
 from remove_refusals.plan import Tied, check_fit, offset_of, resolve
 from remove_refusals.records import versions, write_json
-from remove_refusals.skeleton import disk_names
+from remove_refusals.skeleton import by_stored_name, disk_names
 from remove_refusals.sources import local_directory
 from remove_refusals.types import EditPlan, Intervention, ModelMap
 
@@ -128,7 +128,7 @@ def write_baked(
         embedding_scale=embedding_scale(loaded.model, model_map) if offset_of(intervention) else None,
     )
     base = base_directory(loaded)
-    saved = (lambda name: dtype) if dtype is not None else _saved_dtypes(loaded, base)
+    saved = (lambda name: dtype) if dtype is not None else _saved_dtypes(loaded, base, model_map)
     save_edited(loaded.model, plan, model_map, directory, dtype_of=saved)
     loaded.tokenizer.save_pretrained(directory)
     certificate = None
@@ -181,11 +181,12 @@ def base_directory(loaded: LoadedModel) -> Path | None:
     return source if (source / SINGLE_FILE).is_file() or (source / INDEX_FILE).is_file() else None
 
 
-def _saved_dtypes(loaded: LoadedModel, base: Path | None) -> Callable[[str], torch.dtype | None]:
+def _saved_dtypes(loaded: LoadedModel, base: Path | None, model_map: ModelMap) -> Callable[[str], torch.dtype | None]:
     """Give each tensor the dtype that it has in the base's files, which need not be the same for all."""
     if base is None:
         return lambda name: loaded.checkpoint_dtype
-    on_disk = {name: FLOAT_DTYPES.get(entry.dtype) for name, (_, entry) in checkpoint_tensors(base).items()}
+    entries = by_stored_name(checkpoint_tensors(base), model_map)
+    on_disk = {name: FLOAT_DTYPES.get(entry.dtype) for name, (_, entry) in entries.items()}
     if len({dtype for dtype in on_disk.values() if dtype is not None}) == 1:
         return lambda name: loaded.checkpoint_dtype
 

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from remove_refusals.checkpoint import checkpoint_tensors, tensor_hashes
 from remove_refusals.errors import CheckpointError
 from remove_refusals.linalg import Variant, project_out
+from remove_refusals.skeleton import by_stored_name
 from remove_refusals.types import DiskTensor, EditPlan, ModelMap, PlanEntry
 
 FORMAT = 1
@@ -65,6 +66,7 @@ class Certificate:
         left: Writers that the plan leaves alone, with the reason; their bytes are checked with the others.
         identical: How many other tensors are the base's byte for byte.
         problems: What does not hold, one sentence each; empty if the certificate passed.
+        dropped: Tensors of the base that the model has no place for and that were not saved again.
         leaks: Why the edit cannot be exact, for a model that was edited all the same.
         boundaries: The largest component along the direction, without the plan's constant, relative to the residual
             stream's norm, before each layer and behind the last; None where the model was not run.
@@ -76,6 +78,7 @@ class Certificate:
     problems: tuple[str, ...]
     leaks: tuple[str, ...] = ()
     boundaries: tuple[float, ...] | None = None
+    dropped: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -97,6 +100,8 @@ class Certificate:
             "left": dict(self.left),
             "identical_tensors": self.identical,
         }
+        if self.dropped:
+            record["dropped"] = list(self.dropped)
         if self.leaks:
             record["leaks"] = list(self.leaks)
         if self.boundaries is not None:
@@ -122,7 +127,7 @@ def certify(
     Raises:
         CheckpointError: If a checkpoint cannot be read.
     """
-    before, after = checkpoint_tensors(base), checkpoint_tensors(directory)
+    before, after = (by_stored_name(checkpoint_tensors(path), model_map) for path in (base, directory))
     edited: list[WriterCertificate] = []
     problems: list[str] = []
     planned: set[str] = set()
@@ -139,19 +144,22 @@ def certify(
             if saved.shape != original.shape:
                 problems.append(f"Writer '{tensor.name}' has shape {saved.shape} and the base's has {original.shape}.")
                 continue
-            edited.append(_writer(entry, tensor, source, target, plan.variant))
+            tensors = read_tensor(source, original.name), read_tensor(target, saved.name)
+            edited.append(_writer(entry, tensor, *tensors, plan.variant))
     problems.extend(
         f"Writer '{entry.name}' deviates from the plan by {entry.error:.2g}, more than the {entry.allowed:.2g} that "
         f" rounding to {entry.dtype} can cost; {entry.share_left:.1%} of the direction is left."
         for entry in edited
         if not entry.passed
     )
-    identical = _compare_others(directory, base, plan, model_map, planned, problems)
-    return Certificate(tuple(edited), plan.left, identical, tuple(problems), plan.leaks, boundaries)
+    dropped = sorted(before.keys() - after.keys() - model_map.stored) if model_map.stored else []
+    identical = _compare_others(directory, base, plan, model_map, planned | set(dropped), problems)
+    return Certificate(tuple(edited), plan.left, identical, tuple(problems), plan.leaks, boundaries, tuple(dropped))
 
 
-def _writer(entry: PlanEntry, tensor: DiskTensor, base: Path, edited: Path, variant: Variant) -> WriterCertificate:
-    original, saved = read_tensor(base, tensor.name), read_tensor(edited, tensor.name)
+def _writer(
+    entry: PlanEntry, tensor: DiskTensor, original: torch.Tensor, saved: torch.Tensor, variant: Variant
+) -> WriterCertificate:
     planned = project_out(original.to(torch.float32), entry.basis, entry.strength, tensor.axis, variant, entry.offset)
     before, after = (_component(value, entry.basis, tensor.axis) for value in (original, saved))
     constant = torch.tensor(entry.offset or [0.0])
@@ -177,10 +185,10 @@ def _component(tensor: torch.Tensor, basis: torch.Tensor, axis: int) -> torch.Te
 
 
 def _compare_others(
-    directory: Path, base: Path, plan: EditPlan, model_map: ModelMap, planned: set[str], problems: list[str]
+    directory: Path, base: Path, plan: EditPlan, model_map: ModelMap, apart: set[str], problems: list[str]
 ) -> int:
-    """Compare the bytes of every tensor that the plan does not edit; what differs goes to `problems`."""
-    before, after = tensor_hashes(base), tensor_hashes(directory)
+    """Compare the bytes of every tensor but those set apart; what differs goes to `problems`."""
+    before, after = (by_stored_name(tensor_hashes(path), model_map) for path in (base, directory))
     copies: set[str] = set()
     if plan.untie:
         embedding = next(entry for entry in plan.entries if entry.parameter == model_map.input_embedding)
@@ -191,7 +199,7 @@ def _compare_others(
         # Where nothing is tied any more, what was one tensor under several names is several with the same bytes.
         copies = kept | {after[name] for name in (before.keys() & after.keys()) - names}
     identical = 0
-    for name in sorted((before.keys() | after.keys()) - planned):
+    for name in sorted((before.keys() | after.keys()) - apart):
         if name not in after:
             problems.append(f"Tensor '{name}' of the base is missing.")
         elif name not in before and after[name] not in copies:
@@ -216,17 +224,18 @@ def read_tensor(path: Path, name: str) -> torch.Tensor:
     return tensor
 
 
-def disk_reader(directory: Path, names: Callable[[str], str]) -> Callable[[str], torch.Tensor]:
+def disk_reader(directory: Path, names: Callable[[str], str], model_map: ModelMap) -> Callable[[str], torch.Tensor]:
     """Give a function that reads a parameter of a checkpoint by its name in the model.
 
     Args:
         directory: The checkpoint.
         names: Turns a name in the model into the one on disk.
+        model_map: The model's map.
 
     Raises:
         CheckpointError: If the checkpoint cannot be read, or (from the function) does not hold the parameter.
     """
-    tensors = checkpoint_tensors(directory)
+    tensors = by_stored_name(checkpoint_tensors(directory), model_map)
 
     def read(parameter: str) -> torch.Tensor:
         name = names(parameter)
@@ -235,6 +244,7 @@ def disk_reader(directory: Path, names: Callable[[str], str]) -> Callable[[str],
                 f"The checkpoint {directory} has no tensor '{name}', expected parameter '{parameter}' under that name; "
                 "check that it is the base that the directory was made from."
             )
-        return read_tensor(tensors[name][0], name)
+        path, entry = tensors[name]
+        return read_tensor(path, entry.name)
 
     return read

@@ -12,7 +12,7 @@ from remove_refusals.linalg import VARIANTS, Variant
 from remove_refusals.modelmap import map_model
 from remove_refusals.plan import Tied, resolve
 from remove_refusals.records import read_json
-from remove_refusals.skeleton import disk_names, skeleton_of
+from remove_refusals.skeleton import by_stored_name, disk_names, skeleton_of
 from remove_refusals.sources import local_directory
 from remove_refusals.types import ChannelStep, Intervention, ModelMap, SiteEdit
 
@@ -37,7 +37,7 @@ def inspect(source: str, *, trust_remote_code: bool = False) -> dict[str, Any]:
     model = skeleton_of(source, trust_remote_code=trust_remote_code)
     model_map = map_model(model)
     directory = local_directory(source)
-    headers = _headers(directory)
+    headers = by_stored_name(_headers(directory), model_map)
     writers = []
     for site in model_map.sites:
         for writer in site.writers:
@@ -47,7 +47,7 @@ def inspect(source: str, *, trust_remote_code: bool = False) -> dict[str, Any]:
                     "site": site.kind,
                     "layer": site.layer,
                     "parameter": writer.parameter,
-                    "on_disk": tensor.name,
+                    "on_disk": entry.name if entry is not None else tensor.name,
                     "axis": tensor.axis,
                     "shape": list(entry.shape if entry is not None else writer.shape),
                     "norm": _norm(writer.steps),
@@ -117,7 +117,7 @@ def certify_directory(directory: Path, base: str, *, trust_remote_code: bool = F
     plan = resolve(
         intervention,
         model_map,
-        disk_reader(base_directory, lambda parameter: disk_names(model, parameter)[0]),
+        disk_reader(base_directory, lambda parameter: disk_names(model, parameter)[0], model_map),
         tied=_tied(record, model_map),
         allow_leak=True,
         variant=_variant(record),

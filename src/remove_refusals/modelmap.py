@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from remove_refusals.errors import ArchitectureError
 from remove_refusals.segments import Segment, find_layers, find_segments, outermost, unseen_writers
-from remove_refusals.skeleton import disk_tensors, skeleton
+from remove_refusals.skeleton import disk_tensors, skeleton, stored_names
 from remove_refusals.terms import Term, Terms
 from remove_refusals.trace import ModuleCall, Trace, trace_forward
 from remove_refusals.types import HookPoint, ModelMap, Site, SiteKind, Writer
@@ -42,6 +42,12 @@ def map_model(model: PreTrainedModel) -> ModelMap:
         ArchitectureError: If the layers cannot be found, the forward pass cannot be traced, or a parameter inside a
             layer has an axis of width d_model and was never used.
     """
+    # Under inference mode operations on the meta device are not seen one by one.
+    with torch.inference_mode(False):
+        return _map(model)
+
+
+def _map(model: PreTrainedModel) -> ModelMap:
     copy_of_model = skeleton(model, dtype=torch.float32)
     d_model, n_layers = _dimensions(copy_of_model)
     found = _mapped(model, copy_of_model, d_model, n_layers, {})
@@ -128,6 +134,8 @@ class _Derivation:
             leaks=tuple(dict.fromkeys(leaks + beside)),
             unhooked=tuple(dict.fromkeys(beside)),
             unused=self._unused(layers, shapes),
+            stored=stored_names(self.source),
+            prefix=self.source.base_model_prefix,
         )
 
     def _weight_of(self, module: torch.nn.Module | None) -> str | None:

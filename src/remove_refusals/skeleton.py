@@ -1,7 +1,9 @@
 """Models without weights: built from a configuration, and the names that their parameters have on disk."""
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -9,7 +11,9 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from remove_refusals.errors import ModelError
 from remove_refusals.sources import model_source
-from remove_refusals.types import DiskTensor
+from remove_refusals.types import DiskTensor, ModelMap
+
+T = TypeVar("T")
 
 
 def skeleton(model: PreTrainedModel, *, dtype: torch.dtype | None = None, tied: bool | None = None) -> PreTrainedModel:
@@ -92,6 +96,32 @@ def disk_tensors(model: PreTrainedModel, name: str, shape: tuple[int, ...], axis
         if len(axes) == 1:
             found.append(DiskTensor(disk_name, axes[0]))
     return tuple(found)
+
+
+def stored_names(model: PreTrainedModel) -> frozenset[str]:
+    """Name every tensor that a checkpoint of a model may hold, through Transformers' own conversion of names."""
+    tensors = {name: torch.empty(tensor.shape, device="meta") for name, tensor in model.state_dict().items()}
+    return frozenset(revert_weight_conversion(model, tensors))
+
+
+def by_stored_name(tensors: Mapping[str, T], model_map: ModelMap) -> dict[str, T]:
+    """Put what belongs to a checkpoint's tensors under the names that the model's map speaks of.
+
+    Args:
+        tensors: Anything by the names in the files, where the base model's prefix may be left out (as in the hub's
+            `gpt2`) or stand before what has none.
+        model_map: The model's map.
+
+    Returns:
+        The same by the map's names; what the model has no place for keeps its name.
+    """
+    prefix = model_map.prefix + "."
+
+    def named(name: str) -> str:
+        others = {prefix + name, name.removeprefix(prefix)} & model_map.stored - tensors.keys()
+        return next(iter(others), name) if name not in model_map.stored else name
+
+    return {named(name): value for name, value in tensors.items()}
 
 
 def disk_names(model: PreTrainedModel, name: str) -> tuple[str, ...]:

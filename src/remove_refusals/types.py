@@ -295,6 +295,8 @@ class ModelMap:
         leaks: Why a weight edit cannot be exact, one sentence each; empty where it can.
         unhooked: Why hooks cannot be exact, one sentence each; empty where they can.
         unused: Parameters of the layers with an axis of width d_model that take no part in the forward pass.
+        stored: The names under which checkpoints hold the model's tensors; empty if they are not known.
+        prefix: What such a name begins with; some checkpoints leave it out.
     """
 
     model_type: str
@@ -308,6 +310,8 @@ class ModelMap:
     leaks: tuple[str, ...] = ()
     unhooked: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
+    stored: frozenset[str] = frozenset()
+    prefix: str = ""
 
     @property
     def verdict(self) -> Verdict:
