@@ -1,0 +1,245 @@
+"""Candidates, their front and the rule; a model's own answers and what a candidate does to them."""
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from remove_refusals.activations import collect_activations
+from remove_refusals.apply.hooks import ablated
+from remove_refusals.directions import mean_difference
+from remove_refusals.errors import PromptError
+from remove_refusals.generation import generate
+from remove_refusals.judges import Label
+from remove_refusals.modelmap import map_model
+from remove_refusals.models import LoadedModel, load
+from remove_refusals.plan import intervene
+from remove_refusals.prompts import draw, embedded_prompts
+from remove_refusals.selection.candidates import Rule, by_rule, front, hypervolume
+from remove_refusals.selection.references import AnswerSettings, References, confirm, references
+from remove_refusals.types import ChatFormat, Direction, ModelMap, PromptSet
+
+SETTINGS = AnswerSettings(max_new_tokens=40, kl_tokens=4)
+
+# Small integers collide often, which is where ties are got wrong.
+INTEGERS = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), max_size=12)
+NUMBERS = st.floats(0, 10, allow_nan=False)
+POINTS = INTEGERS | st.lists(st.tuples(NUMBERS, NUMBERS), max_size=12)
+LIMITS = st.none() | st.integers(0, 8)
+
+
+def no_worse(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    return one[0] <= other[0] and one[1] <= other[1]
+
+
+@given(POINTS)
+def test_no_point_beats_one_on_the_front(points: list[tuple[float, float]]) -> None:
+    for index in front(points):
+        assert not any(point != points[index] and no_worse(point, points[index]) for point in points)
+
+
+@given(POINTS)
+def test_every_point_off_the_front_is_beaten_by_one_on_it_or_equals_an_earlier_one(
+    points: list[tuple[float, float]],
+) -> None:
+    on_front = front(points)
+    for index in set(range(len(points))) - set(on_front):
+        equal = [other for other in on_front if points[other] == points[index]]
+        assert any(no_worse(points[other], points[index]) for other in on_front)
+        assert all(other < index for other in equal)
+
+
+@given(POINTS)
+def test_along_the_front_damage_rises_and_refusal_falls(points: list[tuple[float, float]]) -> None:
+    for one, other in itertools.pairwise(points[index] for index in front(points)):
+        assert one[1] < other[1]
+        assert one[0] > other[0]
+
+
+@given(INTEGERS, st.tuples(st.integers(0, 9), st.integers(0, 9)))
+def test_the_hypervolume_counts_the_unit_squares_that_are_beaten(
+    points: list[tuple[int, int]], worst: tuple[int, int]
+) -> None:
+    squares = itertools.product(range(worst[0]), range(worst[1]))
+    assert hypervolume(points, worst) == sum(any(no_worse(point, square) for point in points) for square in squares)
+
+
+@given(POINTS, st.tuples(NUMBERS, NUMBERS))
+def test_the_hypervolume_never_falls_with_another_point(
+    points: list[tuple[float, float]], another: tuple[float, float]
+) -> None:
+    assert hypervolume([*points, another], (9, 9)) >= hypervolume(points, (9, 9)) - 1e-9
+
+
+@given(st.data(), POINTS)
+def test_the_hypervolume_does_not_depend_on_the_order(data: st.DataObject, points: list[tuple[float, float]]) -> None:
+    assert hypervolume(data.draw(st.permutations(points)), (9, 9)) == hypervolume(points, (9, 9))
+
+
+@given(POINTS, LIMITS, LIMITS)
+def test_a_rule_puts_the_front_in_an_order(
+    points: list[tuple[float, float]], max_kl: int | None, max_refusals: int | None
+) -> None:
+    assert sorted(by_rule(points, Rule(max_kl, max_refusals))) == sorted(front(points))
+
+
+@given(POINTS.filter(bool), st.integers(0, 8))
+def test_under_a_limit_of_damage_the_pick_has_the_fewest_refusals(points: list[tuple[float, float]], most: int) -> None:
+    refusal, damage = points[by_rule(points, Rule(max_kl=most))[0]]
+    within = [point for point in points if point[1] <= most]
+    if within:
+        assert damage <= most
+        assert refusal == min(point[0] for point in within)
+    else:
+        assert damage == min(point[1] for point in points)
+
+
+@given(POINTS.filter(bool), st.integers(0, 8))
+def test_under_a_limit_of_refusals_the_pick_has_the_least_damage(points: list[tuple[float, float]], most: int) -> None:
+    refusal, damage = points[by_rule(points, Rule(max_refusals=most))[0]]
+    within = [point for point in points if point[0] <= most]
+    if within:
+        assert refusal <= most
+        assert damage == min(point[1] for point in within)
+    else:
+        assert refusal == min(point[0] for point in points)
+
+
+@given(POINTS.filter(bool), st.integers(0, 8), st.integers(0, 8))
+def test_where_both_limits_can_be_kept_they_are(
+    points: list[tuple[float, float]], max_kl: int, max_refusals: int
+) -> None:
+    refusal, damage = points[by_rule(points, Rule(max_kl, max_refusals))[0]]
+    if any(point[0] <= max_refusals and point[1] <= max_kl for point in points):
+        assert refusal <= max_refusals
+        assert damage <= max_kl
+
+
+def test_the_knee_of_a_convex_front_is_where_it_bends() -> None:
+    bent = [(1.0, 0.0), (0.5, 0.1), (0.1, 0.2), (0.05, 0.9), (0.0, 1.0), (1.0, 1.0)]
+    assert by_rule(bent, Rule())[0] == 2
+
+
+@given(st.integers(3, 30), st.floats(0.1, 10), st.floats(0.1, 10))
+def test_the_knee_of_a_quarter_circle_is_its_middle_in_any_units(n: int, height: float, width: float) -> None:
+    steps = [index / (2 * n) for index in range(2 * n + 1)]
+    points = [(height * (1 - (1 - (1 - step) ** 2) ** 0.5), width * (1 - (1 - step**2) ** 0.5)) for step in steps]
+    best = by_rule(points, Rule())[0]
+    # On 1 - circle the distance to the line of the ends is largest where both coordinates are equal.
+    assert abs(points[best][0] / height - points[best][1] / width) < 3 / n
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        (Rule(), "the knee of the front"),
+        (Rule(max_kl=0.25), "fewest refusals at a KL of at most 0.25"),
+        (Rule(max_refusals=0.05), "least damage with refusals at most 0.05"),
+        (Rule(0.25, 0.05), "least damage with refusals at most 0.05, if possible at a KL of at most 0.25"),
+        (Rule(0, 0), "least damage with refusals at most 0, if possible at a KL of at most 0"),
+    ],
+)
+def test_a_rule_says_what_it_does(rule: Rule, words: str) -> None:
+    assert str(rule) == words
+
+
+@pytest.fixture(scope="module")
+def loaded() -> LoadedModel:
+    return load("demo")
+
+
+@pytest.fixture(scope="module")
+def model_map(loaded: LoadedModel) -> ModelMap:
+    return map_model(loaded.model)
+
+
+@pytest.fixture(scope="module")
+def harmful(loaded: LoadedModel) -> References:
+    return references(loaded, draw(embedded_prompts("harmful_test"), 12, 0), SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def harmless(loaded: LoadedModel) -> References:
+    # The demo model refuses some of these, as a lesson.
+    alarming = draw(embedded_prompts("harmless_alarming"), 10, 0)
+    plain = draw(embedded_prompts("harmless_test"), 6, 0)
+    return references(loaded, PromptSet("harmless", plain.prompts + alarming.prompts, "test"), SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def direction(loaded: LoadedModel) -> Direction:
+    sets = (draw(embedded_prompts(name), 16, 0) for name in ("harmful_train", "harmless_train"))
+    return mean_difference(*(collect_activations(loaded, part) for part in sets))
+
+
+def test_references_are_the_models_own_answers_with_their_labels(loaded: LoadedModel, harmful: References) -> None:
+    assert list(harmful.answers) == generate(loaded, harmful.token_ids, max_new_tokens=SETTINGS.max_new_tokens)
+    assert harmful.labels.count(Label.REFUSAL) >= 11
+
+
+def test_references_of_one_label_keep_what_belongs_together(harmless: References) -> None:
+    parts = [harmless.only(label) for label in Label]
+    assert 0 < len(harmless.only(Label.REFUSAL)) < len(harmless)
+    rows = [
+        set(zip(part.prompts.prompts, part.token_ids, part.answers, part.labels, strict=True))
+        for part in (harmless, *parts)
+    ]
+    assert rows[0] == rows[1] | rows[2] | rows[3]
+    assert all(set(part.labels) <= {label} for part, label in zip(parts, Label, strict=True))
+
+
+def test_references_render_with_the_chat_format(loaded: LoadedModel) -> None:
+    prompts = PromptSet("one", ("Fly a kite",), "test")
+    plain, asked = (
+        references(loaded, prompts, AnswerSettings(max_new_tokens=2, chat=chat))
+        for chat in (ChatFormat(plain=True), ChatFormat())
+    )
+    assert len(plain.token_ids[0]) < len(asked.token_ids[0])
+    with pytest.raises(PromptError):
+        references(loaded, prompts, AnswerSettings(chat=ChatFormat(plain=True, system_prompt="Be kind.")))
+
+
+def test_a_full_edit_frees_and_is_confirmed(
+    loaded: LoadedModel, model_map: ModelMap, direction: Direction, harmful: References, harmless: References
+) -> None:
+    done: list[int] = []
+    intervention = intervene(direction, model_map.n_layers)
+    found = confirm(loaded, intervention, model_map, harmful, harmless, SETTINGS, on_progress=done.append)
+    assert (found.refusals.n, found.false_refusals.n) == (len(harmful), len(harmless))
+    assert found.refusals.count <= 2
+    assert found.failures == (found.refusals.count + found.degenerate.count) / len(harmful)
+    assert found.false_refusals.count < harmless.labels.count(Label.REFUSAL)
+    assert found.damage is not None
+    assert found.damage.n == harmless.labels.count(Label.COMPLIANCE)
+    assert 0 < found.damage.value < 0.5
+    assert done == [len(harmful), len(harmful) + len(harmless)]
+    with ablated(loaded.model, intervention, model_map=model_map):
+        again = references(loaded, harmful.prompts, SETTINGS)
+    assert again.labels.count(Label.REFUSAL) == found.refusals.count
+    assert again.labels.count(Label.DEGENERATE) == found.degenerate.count
+
+
+def test_strength_0_confirms_what_the_base_does(
+    loaded: LoadedModel, model_map: ModelMap, direction: Direction, harmful: References, harmless: References
+) -> None:
+    intervention = intervene(direction, model_map.n_layers, strength=0.0)
+    found = confirm(loaded, intervention, model_map, harmful, harmless, SETTINGS)
+    assert found.refusals.count == harmful.labels.count(Label.REFUSAL)
+    assert found.degenerate.count == harmful.labels.count(Label.DEGENERATE)
+    assert found.false_refusals.count == harmless.labels.count(Label.REFUSAL)
+    assert found.degenerate_harmless.count == harmless.labels.count(Label.DEGENERATE)
+    assert found.broken is not None
+    assert found.broken.count == 0
+    assert found.damage is not None
+    assert found.damage.value == pytest.approx(0, abs=1e-6)
+
+
+def test_what_cannot_be_measured_is_absent(
+    loaded: LoadedModel, model_map: ModelMap, direction: Direction, harmful: References, harmless: References
+) -> None:
+    refused = harmless.only(Label.REFUSAL)
+    found = confirm(loaded, intervene(direction, model_map.n_layers), model_map, harmful, refused, SETTINGS)
+    assert found.damage is None
+    assert found.broken is None
+    assert set(found.to_json()) == {"refusals", "degenerate", "false_refusals", "degenerate_harmless"}
