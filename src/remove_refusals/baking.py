@@ -203,7 +203,7 @@ def _boundaries(
     everywhere = {(edit.kind, edit.layer) for edit in intervention.edits if edit.strength == 1}
     if len(intervention.directions) != 1 or {(site.kind, site.layer) for site in model_map.sites} - everywhere:
         return None
-    edited = load(str(directory), device=str(loaded.device), dtype=torch.float32, tokenizer=None)
+    edited = load(directory, device=loaded.device, dtype=torch.float32, trust_remote_code=loaded.trust_remote_code)
     return measure_boundaries(edited, intervention.directions[0], model_map, constant=offset_of(intervention))
 
 

@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from remove_refusals.checkpoint import INDEX_FILE, SINGLE_FILE, checkpoint_tensors
 from remove_refusals.errors import ModelError
-from remove_refusals.sources import model_source
+from remove_refusals.sources import check_trust, model_source
 
 FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 _HUB_TIMEOUT_SECONDS = 10.0
@@ -46,6 +46,7 @@ class LoadedModel:
         revision: The hub's commit, or the revision that was asked for; None for a directory.
         checkpoint_dtype: The data type of the saved weights, which `model.dtype` need not be; None if unknown.
         unused_tensors: Names of tensors in the checkpoint that the model has no place for, sorted.
+        trust_remote_code: Whether code that comes with the checkpoint may be run.
     """
 
     model: Model
@@ -54,6 +55,7 @@ class LoadedModel:
     revision: str | None = None
     checkpoint_dtype: torch.dtype | None = None
     unused_tensors: tuple[str, ...] = ()
+    trust_remote_code: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -141,7 +143,7 @@ def load(
     with quiet(bars=True), _explained(f"The tokenizer of {tokenizer or name}"):
         loaded_tokenizer = AutoTokenizer.from_pretrained(tokenizer or name, **(settings if tokenizer is None else {}))
     commit, unused = getattr(config, "_commit_hash", None), tuple(sorted(report["unexpected_keys"]))
-    return LoadedModel(model.eval(), loaded_tokenizer, name, commit or revision, saved, unused)
+    return LoadedModel(model.eval(), loaded_tokenizer, name, commit or revision, saved, unused, trust_remote_code)
 
 
 def _find(name: str, revision: str | None) -> bool:
@@ -177,20 +179,13 @@ def _hub_is_out_of_reach(name: str, revision: str | None) -> bool:
 
 
 def _check_model_type(name: str, described: Mapping[str, Any], trust_remote_code: bool) -> None:
-    model_type = described.get("model_type")
-    code = described.get("auto_map") or {}
+    check_trust(name, described, trust_remote_code)
+    model_type, code = described.get("model_type"), described.get("auto_map") or {}
     if not model_type and "AutoConfig" not in code:
         raise ModelError(
             f"The config.json of {name} names no model_type, expected one that Transformers knows; check the file."
         )
-    known = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    if "AutoModelForCausalLM" in code and not known:
-        if not trust_remote_code:
-            raise ModelError(
-                f"The model {name} of type {model_type} needs code that comes with it, expected permission to run it; "
-                "read that code and pass trust_remote_code if you trust it."
-            )
-    elif not known:
+    if "AutoModelForCausalLM" not in code and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         reason = "has no causal form" if model_type in CONFIG_MAPPING_NAMES else "this Transformers does not know"
         raise ModelError(
             f"The model {name} is of type {model_type}, which {reason}, expected a decoder that continues its prompt; "

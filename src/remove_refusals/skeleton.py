@@ -7,10 +7,11 @@ from typing import TypeVar
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.configuration_utils import PretrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from remove_refusals.errors import ModelError
-from remove_refusals.sources import model_source
+from remove_refusals.sources import check_trust, model_source
 from remove_refusals.types import DiskTensor, ModelMap
 
 T = TypeVar("T")
@@ -49,10 +50,13 @@ def skeleton_of(source: str | Path, *, trust_remote_code: bool = False) -> PreTr
         A causal language model on the meta device, in evaluation mode.
 
     Raises:
-        ModelError: If there is no configuration, or none of a causal language model.
+        ModelError: If there is no configuration, or none of a causal language model, or if it needs code that is not
+            trusted.
     """
     try:
-        config = AutoConfig.from_pretrained(model_source(str(source)), trust_remote_code=trust_remote_code)
+        name = model_source(str(source))
+        check_trust(name, PretrainedConfig.get_config_dict(name)[0], trust_remote_code)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             built: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:

@@ -1,10 +1,14 @@
-"""Where a model lies: a directory, a hub id in the local cache, or the demo model that comes with the package."""
+"""Where a model lies (a directory, a hub id, or the demo model of the package), and whether its own code may be run."""
 
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
+
+from remove_refusals.errors import ModelError
 
 DEMO = "demo"
 """The name that stands for the embedded demo model."""
@@ -39,3 +43,25 @@ def local_directory(model: str, revision: str | None = None) -> Path | None:
         # A path to something that is not there cannot be a hub id.
         return None
     return Path(found).parent if isinstance(found, str) else None
+
+
+def check_trust(name: str, described: Mapping[str, Any], trust_remote_code: bool) -> None:
+    """Check that code which a checkpoint comes with and cannot do without may be run.
+
+    Args:
+        name: The checkpoint, for the error.
+        described: The content of its `config.json`.
+        trust_remote_code: Whether such code may be run.
+
+    Raises:
+        ModelError: If it may not.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    model_type = described.get("model_type")
+    needed = "AutoModelForCausalLM" in (described.get("auto_map") or {})
+    if needed and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not trust_remote_code:
+        raise ModelError(
+            f"The model {name} of type {model_type} needs code that comes with it, expected permission to run it; "
+            "read that code and pass trust_remote_code if you trust it."
+        )
