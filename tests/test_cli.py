@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tiny
 from conftest import Command, Inputs, Outcome
 from remove_refusals import cli
-from remove_refusals.direction_files import load_direction
+from remove_refusals.direction_files import load_direction, load_directions
 from remove_refusals.prompts import draw, load_prompts
 
 COMMANDS = sorted(typer.main.get_command(cli.app).commands)
@@ -144,6 +144,100 @@ class TestDirection:
         fine(command("direction", llama_directory, "-o", path, *inputs.train, "--seed", 3, "--plain", "--force"))
         # Other tokens stand at the end of a prompt without the template.
         assert not torch.allclose(load_direction(path).basis, load_direction(direction).basis, atol=1e-3)
+
+
+class TestKindsOfDirection:
+    """Directions of several positions and of each layer, and the affine variant, from the command to the files."""
+
+    @pytest.fixture
+    def llama_directory(self, tmp_path: Path) -> Path:
+        """In float32: rounding the saved weights would change the answers of a random model."""
+        tiny.llama().save_pretrained(tmp_path / "llama")
+        tiny.tokenizer().save_pretrained(tmp_path / "llama")
+        return tmp_path / "llama"
+
+    @pytest.fixture
+    def found(self, command: Command, llama_directory: Path, inputs: Inputs, tmp_path: Path):
+        def find(name: str, *options: object) -> Path:
+            fine(command("direction", llama_directory, "-o", tmp_path / name, *inputs.train, *options))
+            return tmp_path / name
+
+        return find
+
+    def test_several_positions(self, command: Command, found, llama_directory: Path, tmp_path: Path) -> None:
+        direction = load_direction(found("two.safetensors", "--position", "-1,-3"))
+        assert direction.basis.shape == (32, 2) and direction.origin.position == (-1, -3)
+        for position in ("-1", "-3"):
+            alone = load_direction(found(f"{position}.safetensors", "--position", position)).basis
+            assert torch.allclose(direction.basis @ (direction.basis.T @ alone), alone, atol=1e-5)
+        given = ("--direction", tmp_path / "two.safetensors", "-o", tmp_path / "edited")
+        fine(command("bake", llama_directory, *given))
+        fine(command("certify", tmp_path / "edited", "--base", llama_directory))
+
+    @pytest.mark.parametrize("position", ["-1,0", "-1,", "last", "1"])
+    def test_positions_that_are_none_are_refused(self, command: Command, position: str) -> None:
+        found = command("direction", "m", "-o", "d.safetensors", "--position", position)
+        assert found.code == 2 and "--position" in found.err and "Traceback" not in found.err
+
+    def test_one_for_each_layer(
+        self, command: Command, found, llama_directory: Path, inputs: Inputs, tmp_path: Path
+    ) -> None:
+        folder = found("layers", "--per-layer")
+        assert sorted(path.name for path in folder.iterdir()) == ["direction-1.safetensors", "direction.safetensors"]
+        each = load_directions(folder)
+        assert [direction.origin.layer for direction in each] == [1, 2]
+        assert torch.equal(each[1].basis, load_direction(found("2.safetensors", "--layer", 2)).basis)
+        edited, answers = tmp_path / "edited", []
+        fine(command("bake", llama_directory, "--direction", folder, "-o", edited))
+        fine(command("certify", edited, "--base", llama_directory))
+        edits = json.loads((edited / "ablation.json").read_text())["intervention"]
+        assert {(edit.get("layer"), edit["direction"]) for edit in edits} == {(None, 0), (0, 0), (1, 1)}
+        given = ("--prompts", inputs.harmful, "--max-new-tokens", 12, "--force", "-o", tmp_path / "answers.jsonl")
+        for arguments in ((llama_directory, "--direction", folder), (edited,), (llama_directory,)):
+            fine(command("generate", *arguments, *given))
+            answers.append([row["answer"] for row in rows(tmp_path / "answers.jsonl")])
+        assert answers[0] == answers[1] != answers[2]
+
+    def test_too_few_directions_are_refused(
+        self, command: Command, found, llama_directory: Path, tmp_path: Path
+    ) -> None:
+        folder = found("layers", "--per-layer")
+        (folder / "direction-2.safetensors").write_bytes((folder / "direction.safetensors").read_bytes())
+        for options, named in (((), "3 directions"), (("--affine",), "--affine")):
+            given = ("--direction", folder, "-o", tmp_path / "edited", *options)
+            refused = command("bake", llama_directory, *given)
+            assert refused.code == 2 and named in refused.err and refused.err.count("\n") == 1
+        assert not (tmp_path / "edited").exists()
+
+    def test_affine(self, command: Command, found, llama_directory: Path, inputs: Inputs, tmp_path: Path):
+        edited, answers, direction = tmp_path / "edited", [], found("direction.safetensors")
+        fine(command("bake", llama_directory, "--direction", direction, "--affine", "-o", edited))
+        fine(command("certify", edited, "--base", llama_directory))
+        record = json.loads((edited / "ablation.json").read_text())
+        component = load_direction(direction).origin.harmless_component
+        assert tuple(record["intervention"][0]["offset"]) == component and record["plan"]["embedding_scale"] == 1.0
+        refused = command(
+            "bake", llama_directory, "--direction", direction, "--affine", "--layers", 1, "-o", tmp_path / "x"
+        )
+        assert refused.code == 2 and "embedding" in refused.err
+        given = ("--prompts", inputs.harmful, "--max-new-tokens", 12, "--force", "-o", tmp_path / "answers.jsonl")
+        with_file = (llama_directory, "--direction", direction)
+        for arguments in ((*with_file, "--affine"), (edited,), with_file):
+            fine(command("generate", *arguments, *given))
+            answers.append([row["answer"] for row in rows(tmp_path / "answers.jsonl")])
+        assert answers[0] == answers[1] != answers[2]
+
+    @pytest.mark.parametrize("options", [("--per-layer",), ("--position", "-1,-2", "--affine")])
+    def test_the_whole_job(
+        self, command: Command, llama_directory: Path, inputs: Inputs, options: tuple[str, ...], tmp_path: Path
+    ) -> None:
+        edited = tmp_path / "edited"
+        fine(command("run", llama_directory, "-o", edited, *inputs.train, *inputs.test, *options))
+        fine(command("certify", edited, "--base", llama_directory))
+        settings = json.loads((edited / "ablation.json").read_text())["settings"]
+        assert settings["direction"]["per_layer"] is ("--per-layer" in options)
+        assert settings["edit"]["affine"] is ("--affine" in options)
+        assert len(load_directions(edited)) == (2 if "--per-layer" in options else 1)
 
 
 class TestGenerate:

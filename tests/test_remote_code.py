@@ -66,3 +66,11 @@ def test_its_edit_is_certified_and_loads_with_the_code_that_lies_beside_it(base,
         assert float((plain - hooked).abs().max()) > 0.05
         assert float((hooked - edited(tokens).logits).abs().max()) < 1e-5
     assert certify_directory(baked.directory, str(base), trust_remote_code=True).problems == ()
+
+
+def test_the_whole_job_trusts_what_it_saved(base, command, inputs, tmp_path):
+    given = ("run", base, "-o", tmp_path / "edited", *inputs.train, *inputs.test)
+    refused = command(*given)
+    assert refused.code == 2 and "trust" in refused.err
+    done = command(*given, "--trust-remote-code")
+    assert done.code == 0 and (tmp_path / "edited" / "scores.json").is_file(), done.err

@@ -40,13 +40,34 @@ Split = Annotated[str | None, typer.Option(help="The split of data sets.", rich_
 NPrompts = Annotated[int, typer.Option(min=1, help="How many of each are drawn.", rich_help_panel=PROMPTS)]
 Seed = Annotated[int, typer.Option(help="What draws them.", rich_help_panel=PROMPTS)]
 Layer = Annotated[str, typer.Option(help="Where: a fraction of depth (0.6) or an index (15).", rich_help_panel=PROMPTS)]
-Position = Annotated[int, typer.Option(max=-1, help="Which token, from the end.", rich_help_panel=PROMPTS)]
+
+
+def _positions(text: str) -> int | tuple[int, ...]:
+    """Read one token position or several, joined by commas."""
+    parts = str(text).split(",")
+    if not all(part.removeprefix("-").isdecimal() and int(part) < 0 for part in parts):
+        raise typer.BadParameter(f"{text!r} is not a negative number or several, such as -1 or -1,-2.")
+    return int(text) if len(parts) == 1 else tuple(map(int, parts))
+
+
+Position = Annotated[
+    Any,
+    typer.Option(
+        parser=_positions,
+        metavar="N[,N]",
+        help="Which token, from the end; for several the direction has a column each.",
+        rich_help_panel=PROMPTS,
+    ),
+]
 Projected = Annotated[
     bool,
     typer.Option("--projected", help="Remove the component along the harmless mean.", rich_help_panel=PROMPTS),
 ]
+PerLayer = Annotated[
+    bool, typer.Option("--per-layer", help="For each layer a direction, found behind it.", rich_help_panel=PROMPTS)
+]
 DirectionFile = Annotated[
-    Path, typer.Option("--direction", help="A direction: .safetensors, or .pt of the seed scripts.")
+    Path, typer.Option("--direction", help="A direction: .safetensors or .pt; or a directory of one for each layer.")
 ]
 OptionalDirectionFile = Annotated[
     Path | None, typer.Option("--direction", help="Use this direction instead.", rich_help_panel=PROMPTS)
@@ -59,6 +80,9 @@ Sites = Annotated[str, typer.Option(help="Which of embedding, attn, mlp; joined 
 TiedOption = Annotated[str, typer.Option("--tied", help="A tied embedding: untie, or edit both.", rich_help_panel=EDIT)]
 AllowLeak = Annotated[
     bool, typer.Option("--allow-leak", help="Edit even where no edit is exact; measure it.", rich_help_panel=EDIT)
+]
+Affine = Annotated[
+    bool, typer.Option("--affine", help="Put the harmless mean's component back instead.", rich_help_panel=EDIT)
 ]
 VariantOption = Annotated[
     str, typer.Option("--variant", help="plain, norm-preserving or row-norm.", rich_help_panel=EDIT)
@@ -75,7 +99,14 @@ Force = Annotated[bool, typer.Option("--force", help="Replace an existing output
 
 
 def direction_settings(
-    harmful: Any, harmless: Any, n_prompts: int, seed: int, layer: str, position: int, projected: bool
+    harmful: Any,
+    harmless: Any,
+    n_prompts: int,
+    seed: int,
+    layer: str,
+    position: int | tuple[int, ...],
+    projected: bool,
+    per_layer: bool,
 ) -> "DirectionSettings":
     """Give the settings that the options mean.
 
@@ -84,7 +115,7 @@ def direction_settings(
     """
     from remove_refusals.settings import DirectionSettings
 
-    return DirectionSettings(harmful, harmless, n_prompts, seed, _layer(layer), position, projected)
+    return DirectionSettings(harmful, harmless, n_prompts, seed, _layer(layer), position, projected, per_layer)
 
 
 def _layer(text: str) -> float | int:
@@ -103,6 +134,7 @@ def edit_settings(
     tied: str = "untie",
     variant: str = "plain",
     allow_leak: bool = False,
+    affine: bool = False,
 ) -> "EditSettings":
     """Give the settings that the options mean.
 
@@ -123,6 +155,7 @@ def edit_settings(
         _one_of("--tied", tied, ("untie", "both")),
         _one_of("--variant", variant, VARIANTS),
         allow_leak,
+        affine,
     )
 
 
@@ -163,15 +196,15 @@ def chat_format(system_prompt: str | None, chat_template: Path | None, plain: bo
 
 
 def made_intervention(
-    loaded: "LoadedModel", direction: "Direction", settings: "EditSettings"
+    loaded: "LoadedModel", directions: "tuple[Direction, ...]", settings: "EditSettings"
 ) -> tuple["Intervention", "ModelMap"]:
     """Map the model and make the intervention that the settings mean for it.
 
     Raises:
         ArchitectureError: If the model cannot be mapped.
-        DirectionError: If the direction or the layers do not fit the model.
+        DirectionError: If the directions or the layers do not fit the model.
     """
     from remove_refusals import modelmap, pipeline
 
     model_map = modelmap.map_model(loaded.model)
-    return pipeline.make_intervention(direction, settings, model_map), model_map
+    return pipeline.make_intervention(directions, settings, model_map), model_map

@@ -9,13 +9,13 @@ from remove_refusals.activations import collect_activations
 from remove_refusals.atomic import atomic_directory
 from remove_refusals.baking import Baked, check_not_source, write_baked
 from remove_refusals.chat_template import check_position, template_tail_length
-from remove_refusals.direction_files import load_direction
-from remove_refusals.directions import largest_coordinate_share, layer_index, mean_difference
-from remove_refusals.errors import ModelError
+from remove_refusals.direction_files import load_directions
+from remove_refusals.directions import largest_coordinate_share, layer_index, mean_difference, mean_difference_per_layer
+from remove_refusals.errors import DirectionError, ModelError
 from remove_refusals.evaluation import Evaluation, EvaluationPrompts, EvaluationSettings, evaluate, warnings
 from remove_refusals.modelmap import map_model
 from remove_refusals.models import LoadedModel, load
-from remove_refusals.plan import check_fit, intervene
+from remove_refusals.plan import check_fit, intervene, intervene_per_layer
 from remove_refusals.prompts import check_disjoint, draw
 from remove_refusals.records import write_json, write_jsonl
 from remove_refusals.report import model_card
@@ -48,18 +48,23 @@ class RunResult:
 
 @dataclass(frozen=True, eq=False)
 class FoundDirection:
-    """A direction with what its record needs.
+    """A direction, or one for each layer, with what its record needs.
 
     Attributes:
-        direction: The direction.
-        prompts: The harmful and the harmless prompts that it was found on; empty for one from a file.
-        largest_coordinate: The share of the residual stream's mean squared norm that lies in one coordinate there;
-            None for a direction from a file.
+        directions: The directions.
+        prompts: The harmful and the harmless prompts that they were found on; empty for those from a file.
+        largest_coordinate: The largest share of the residual stream's mean squared norm that lies in one coordinate
+            there; None for directions from a file.
     """
 
-    direction: Direction
+    directions: tuple[Direction, ...]
     prompts: tuple[PromptSet, ...]
     largest_coordinate: float | None
+
+    @property
+    def direction(self) -> Direction:
+        """The only direction, or the first layer's."""
+        return self.directions[0]
 
 
 def load_model(model: str, settings: LoadSettings) -> LoadedModel:
@@ -107,9 +112,10 @@ def find_direction(
         tail = template_tail_length(
             loaded.tokenizer, system_prompt=chat.system_prompt, chat_template=chat.chat_template
         )
-        check_position(settings.position, tail)
+        for position in settings.positions:
+            check_position(position, tail)
     model_map = model_map or map_model(loaded.model)
-    index = layer_index(settings.layer, model_map.n_layers)
+    indices = _indices(settings, model_map.n_layers)
     total = len(harmful) + len(harmless)
     parts = []
     for before, part in ((0, harmful), (len(harmful), harmless)):
@@ -118,35 +124,50 @@ def find_direction(
                 loaded,
                 part,
                 chat=chat,
-                positions=(settings.position,),
-                n_layers=index,
+                positions=settings.positions,
+                n_layers=max(indices),
                 batch_size=batch_size,
                 model_map=model_map,
                 on_progress=stage_progress(on_progress, "activations", before, total),
             )
         )
-    direction = mean_difference(
-        parts[0],
-        parts[1],
-        layer=index,
-        position=settings.position,
-        projected=settings.projected,
-        model=published_name(loaded.source),
-        seed=settings.seed,
-    )
-    share = largest_coordinate_share(parts, index, settings.position)
-    return FoundDirection(direction, (harmful, harmless), share)
+    options: dict[str, Any] = {"position": settings.position, "projected": settings.projected}
+    options |= {"model": published_name(loaded.source), "seed": settings.seed}
+    if settings.per_layer:
+        directions = mean_difference_per_layer(parts[0], parts[1], **options)
+    else:
+        directions = (mean_difference(parts[0], parts[1], layer=indices[0], **options),)
+    shares = (largest_coordinate_share(parts, index, place) for index in indices for place in settings.positions)
+    return FoundDirection(directions, (harmful, harmless), max(shares))
 
 
-def make_intervention(direction: Direction, settings: EditSettings, model_map: ModelMap) -> Intervention:
-    """Apply one direction as the settings say.
+def _indices(settings: DirectionSettings, n_layers: int) -> tuple[int, ...]:
+    """Where directions are found, on the layer axis of the activations."""
+    return tuple(range(1, n_layers + 1)) if settings.per_layer else (layer_index(settings.layer, n_layers),)
+
+
+def make_intervention(
+    found: Direction | tuple[Direction, ...], settings: EditSettings, model_map: ModelMap
+) -> Intervention:
+    """Apply one direction, or one for each layer, as the settings say.
 
     Raises:
-        DirectionError: If the direction's width is not the model's, or the layers do not lie within the model.
+        DirectionError: If there are several directions and not one for each layer, or their width is not the model's,
+            the layers do not lie within the model, or the affine variant does not fit them.
+        ArchitectureError: If the affine variant is asked for and the model cannot carry its constant.
     """
-    intervention = intervene(
-        direction, model_map.n_layers, strength=settings.strength, layers=settings.layers, kinds=settings.sites
-    )
+    directions = (found,) if isinstance(found, Direction) else found
+    options: dict[str, Any] = {"strength": settings.strength, "layers": settings.layers, "kinds": settings.sites}
+    if len(directions) == 1:
+        intervention = intervene(directions[0], model_map.n_layers, affine=settings.affine, **options)
+    elif len(directions) != model_map.n_layers or settings.affine:
+        affine = " and the affine variant is asked for" if settings.affine else ""
+        raise DirectionError(
+            f"There are {len(directions)} directions{affine}, expected one, or one for each of the model's "
+            f"{model_map.n_layers} layers without --affine; use directions that were found on this model."
+        )
+    else:
+        intervention = intervene_per_layer(directions, **options)
     check_fit(intervention, model_map)
     return intervention
 
@@ -196,7 +217,8 @@ def run(
         settings: What to do.
         output: The directory to be made.
         force: Whether to replace an existing output.
-        direction_file: A direction that was found before; otherwise it is found now.
+        direction_file: A direction that was found before, or a directory of one for each layer; otherwise they are
+            found now.
         on_progress: Told of every stage.
 
     Returns:
@@ -225,7 +247,7 @@ def _run_into(
     on_progress: OnProgress | None,
 ) -> RunResult:
     # What can be wrong with files is said before a model is loaded.
-    given = None if direction_file is None else load_direction(direction_file)
+    given = None if direction_file is None else load_directions(direction_file)
     drawn = training_prompts(settings.direction) if given is None else None
     prompts = test_prompts(settings.measure, drawn or ())
     loaded = load_model(settings.model, settings.loading)
@@ -242,7 +264,7 @@ def _run_into(
         )
     else:
         found = FoundDirection(given, (), None)
-    intervention = make_intervention(found.direction, settings.edit, model_map)
+    intervention = make_intervention(found.directions, settings.edit, model_map)
     baked = write_baked(
         loaded,
         intervention,
@@ -252,7 +274,7 @@ def _run_into(
         variant=settings.edit.variant,
         model_map=model_map,
     )
-    edited = load(str(directory), device=settings.loading.device, dtype=settings.loading.dtype)
+    edited = load_model(str(directory), replace(settings.loading, revision=None))
     evaluation = evaluate(
         loaded, edited, prompts, measure_settings(settings), on_progress=stage_progress(on_progress, "evaluation")
     )

@@ -54,8 +54,9 @@ class DirectionSettings:
         n_prompts: How many of each are drawn.
         seed: What draws them.
         layer: A fraction of depth (float) or an index (int).
-        position: The token position, negative, within the chat template's tail.
+        position: The token position, negative, within the chat template's tail; several for a column for each.
         projected: Whether the component along the harmless mean is removed.
+        per_layer: Whether each layer gets a direction of its own, found behind it; `layer` plays no part then.
     """
 
     harmful: PromptSource = PromptSource()
@@ -63,8 +64,14 @@ class DirectionSettings:
     n_prompts: int = 32
     seed: int = 0
     layer: float | int = 0.6
-    position: int = -1
+    position: int | tuple[int, ...] = -1
     projected: bool = False
+    per_layer: bool = False
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """The token positions, one or several."""
+        return (self.position,) if isinstance(self.position, int) else self.position
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,7 @@ class EditSettings:
         tied: What to do with an embedding that is also the unembedding.
         variant: What else the edit does to each tensor.
         allow_leak: Whether to edit a model whose weights no edit makes exact.
+        affine: Whether the harmless mean's component is put in the place of what is taken out.
     """
 
     strength: float = 1.0
@@ -86,6 +94,7 @@ class EditSettings:
     tied: Tied = "untie"
     variant: Variant = "plain"
     allow_leak: bool = False
+    affine: bool = False
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from remove_refusals.options import (
+    Affine,
     AlarmingTest,
     AllowLeak,
     BatchSize,
@@ -27,6 +28,7 @@ from remove_refusals.options import (
     NPrompts,
     NTest,
     OptionalDirectionFile,
+    PerLayer,
     Plain,
     Position,
     Projected,
@@ -72,11 +74,13 @@ def run(
     layer: Layer = "0.6",
     position: Position = -1,
     projected: Projected = False,
+    per_layer: PerLayer = False,
     strength: Strength = 1.0,
     layers: LayerRange = None,
     sites: Sites = "embedding,attn,mlp",
     tied: TiedOption = "untie",
     variant: VariantOption = "plain",
+    affine: Affine = False,
     allow_leak: AllowLeak = False,
     harmful_test: HarmfulTest = None,
     harmless_test: HarmlessTest = None,
@@ -95,9 +99,16 @@ def run(
         loading=LoadSettings(device, dtype, load_in_4bit, trust_remote_code, revision),
         chat=chat_format(system_prompt, chat_template, plain),
         direction=direction_settings(
-            source(harmful, column, split), source(harmless, column, split), n_prompts, seed, layer, position, projected
+            source(harmful, column, split),
+            source(harmless, column, split),
+            n_prompts,
+            seed,
+            layer,
+            position,
+            projected,
+            per_layer,
         ),
-        edit=edit_settings(strength, layers, sites, tied, variant, allow_leak),
+        edit=edit_settings(strength, layers, sites, tied, variant, allow_leak, affine),
         measure=MeasureSettings(
             source(harmful_test, column, split),
             source(harmless_test, column, split),
@@ -117,7 +128,9 @@ def run(
 
 def find(
     model: ModelArgument,
-    output: Annotated[Path, typer.Option("--output", "-o", help="A .safetensors or .pt file.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="A .safetensors or .pt file; a directory for --per-layer.")
+    ],
     force: Force = False,
     device: Device = None,
     dtype: Dtype = "auto",
@@ -137,15 +150,26 @@ def find(
     layer: Layer = "0.6",
     position: Position = -1,
     projected: Projected = False,
+    per_layer: PerLayer = False,
 ) -> None:
     """Only the direction: the difference of mean activations on harmful and harmless prompts."""
-    from remove_refusals import console, direction_files, pipeline
+    from remove_refusals import atomic, console, direction_files, pipeline
     from remove_refusals.settings import LoadSettings, PromptSource
 
-    direction_files.check_direction_path(output, force=force)
+    if per_layer:
+        atomic.check_target(output, force=force, directory=True)
+    else:
+        direction_files.check_direction_path(output, force=force)
     source = PromptSource
     settings = direction_settings(
-        source(harmful, column, split), source(harmless, column, split), n_prompts, seed, layer, position, projected
+        source(harmful, column, split),
+        source(harmless, column, split),
+        n_prompts,
+        seed,
+        layer,
+        position,
+        projected,
+        per_layer,
     )
     chat = chat_format(system_prompt, chat_template, plain)
     prompts = pipeline.training_prompts(settings)
@@ -154,11 +178,15 @@ def find(
         found = pipeline.find_direction(
             loaded, settings, chat=chat, prompts=prompts, batch_size=batch_size, on_progress=on_progress
         )
-    direction_files.save_direction(found.direction, output, force=force)
-    console.say(
-        f"Saved to {output}: d_model {found.direction.d_model}, layer {found.direction.origin.layer}, "
-        f"position {found.direction.origin.position}."
-    )
+    first, where = found.directions[0], ", ".join(map(str, settings.positions))
+    if per_layer:
+        with atomic.atomic_directory(output, force=force) as directory:
+            direction_files.save_directions(found.directions, directory)
+        layers = f"{len(found.directions)} layers"
+    else:
+        direction_files.save_direction(first, output, force=force)
+        layers = f"layer {first.origin.layer}"
+    console.say(f"Saved to {output}: d_model {first.d_model}, {layers}, position {where}.")
 
 
 def bake(
@@ -171,6 +199,7 @@ def bake(
     sites: Sites = "embedding,attn,mlp",
     tied: TiedOption = "untie",
     variant: VariantOption = "plain",
+    affine: Affine = False,
     allow_leak: AllowLeak = False,
     device: Device = None,
     dtype: Dtype = "auto",
@@ -182,8 +211,8 @@ def bake(
     from remove_refusals.settings import LoadSettings
 
     atomic.check_target(output, force=force, directory=True)
-    edit = edit_settings(strength, layers, sites, tied, variant, allow_leak)
-    given = direction_files.load_direction(direction)
+    edit = edit_settings(strength, layers, sites, tied, variant, allow_leak, affine)
+    given = direction_files.load_directions(direction)
     loaded = pipeline.load_model(model, LoadSettings(device, dtype, False, trust_remote_code, revision))
     intervention, model_map = made_intervention(loaded, given, edit)
     baked = baking.bake(

@@ -7,6 +7,7 @@ import typer
 
 from remove_refusals.errors import DirectionError
 from remove_refusals.options import (
+    Affine,
     BatchSize,
     Column,
     Device,
@@ -39,6 +40,7 @@ def chat(
     strength: Strength = 1.0,
     layers: LayerRange = None,
     sites: Sites = "embedding,attn,mlp",
+    affine: Affine = False,
     device: Device = None,
     dtype: Dtype = "auto",
     load_in_4bit: FourBit = False,
@@ -61,8 +63,8 @@ def chat(
             "No direction is given, expected --direction FILE; make one with `remove-refusals direction`, or pass "
             "--no-ablation."
         )
-    given = None if direction is None or no_ablation else direction_files.load_direction(direction)
-    edit = edit_settings(strength, layers, sites)
+    given = None if direction is None or no_ablation else direction_files.load_directions(direction)
+    edit = edit_settings(strength, layers, sites, affine=affine)
     loaded = pipeline.load_model(model, LoadSettings(device, dtype, load_in_4bit, trust_remote_code, revision))
     intervention, model_map = None, None
     if given is not None:
@@ -90,6 +92,7 @@ def generate(
     strength: Strength = 1.0,
     layers: LayerRange = None,
     sites: Sites = "embedding,attn,mlp",
+    affine: Affine = False,
     device: Device = None,
     dtype: Dtype = "auto",
     load_in_4bit: FourBit = False,
@@ -107,8 +110,8 @@ def generate(
 
     atomic.check_target(output, force=force, directory=False)
     prompt_set = PromptSource(prompts, column, split).load("prompts", "")
-    given = None if direction is None else direction_files.load_direction(direction)
-    edit = edit_settings(strength, layers, sites)
+    given = None if direction is None else direction_files.load_directions(direction)
+    edit = edit_settings(strength, layers, sites, affine=affine)
     loaded = pipeline.load_model(model, LoadSettings(device, dtype, load_in_4bit, trust_remote_code, revision))
     intervention, model_map = None, None
     if given is not None:
