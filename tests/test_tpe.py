@@ -205,7 +205,7 @@ def test_weights_follow_the_kernel() -> None:
 @pytest.mark.parametrize("n_layers", [1, 2, 11])
 def test_what_is_drawn_keeps_its_ranges_and_fills_them(n_layers: int) -> None:
     last = n_layers - 1
-    trials = Trials(None, "search", n_layers=n_layers, n_harmful=1, seed=0, n_random=60)
+    trials = Trials(None, "search", n_layers=n_layers, n_harmful=1, seed=0, n_random=60, multivariate=True)
     drawn = []
     for _ in range(60):
         trial, parameters = trials.ask()
@@ -226,9 +226,9 @@ def test_what_is_drawn_keeps_its_ranges_and_fills_them(n_layers: int) -> None:
     assert trials.finished() == tuple(Outcome(parameters, Scores(0, 0, 0.0)) for parameters in drawn)
 
 
-def searched_area(seed: int, n_random: int) -> float:
+def searched_area(seed: int, n_random: int, multivariate: bool) -> float:
     """Search with two objectives that cost each other, without a model; the area that the trials beat."""
-    trials = Trials(None, "search", n_layers=21, n_harmful=100, seed=seed, n_random=n_random)
+    trials = Trials(None, "search", n_layers=21, n_harmful=100, seed=seed, n_random=n_random, multivariate=multivariate)
     points = []
     for _ in range(90):
         trial, drawn = trials.ask()
@@ -239,9 +239,10 @@ def searched_area(seed: int, n_random: int) -> float:
     return hypervolume(points, (1.0, 1.0))
 
 
-def test_learning_from_the_trials_beats_random_ones() -> None:
-    for seed in range(3):
-        assert searched_area(seed, 30) > searched_area(seed, 90)
+@pytest.mark.parametrize("multivariate", [True, False])
+def test_learning_from_the_trials_beats_random_ones(multivariate: bool) -> None:
+    learned, random = (sum(searched_area(seed, n, multivariate) for seed in range(3)) for n in (30, 90))
+    assert learned > random
 
 
 @pytest.mark.parametrize("scope", ["global", "per layer"])

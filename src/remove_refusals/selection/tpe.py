@@ -42,11 +42,13 @@ class TpeSettings:
         n_trials: How many trials there are, those of an earlier run on the same journal included.
         n_startup_trials: How many of them are random; at most a third of the trials.
         seed: What draws the parameters.
+        multivariate: Whether parameters are drawn together, as they were good together, or each for itself.
     """
 
     n_trials: int = 200
     n_startup_trials: int = 60
     seed: int = 0
+    multivariate: bool = True
 
 
 def select_tpe(
@@ -104,6 +106,7 @@ def select_tpe(
         n_harmful=len(harmful),
         seed=settings.seed,
         n_random=max(1, min(settings.n_startup_trials, settings.n_trials // 3)),
+        multivariate=settings.multivariate,
     )
     measure = _Measure(loaded, model_map, harmful, harmless, answers)
     while (done := len(trials.finished())) < settings.n_trials:
@@ -272,6 +275,7 @@ def _name(
         "prompts": [harmful.token_ids, harmless.token_ids],
         "max_new_tokens": answers.max_new_tokens,
         "seed": settings.seed,
+        "multivariate": settings.multivariate,
     }
     return f"search {hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]}"
 

@@ -36,7 +36,15 @@ class Trials:
     """A study of Optuna with two objectives, less being better, that goes on where its journal ends."""
 
     def __init__(
-        self, journal: Path | None, name: str, *, n_layers: int, n_harmful: int, seed: int, n_random: int
+        self,
+        journal: Path | None,
+        name: str,
+        *,
+        n_layers: int,
+        n_harmful: int,
+        seed: int,
+        n_random: int,
+        multivariate: bool,
     ) -> None:
         """Open the journal, or a study in memory.
 
@@ -52,7 +60,7 @@ class Trials:
                 "`pip install 'remove-refusals[search]'`."
             ) from error
         self._optuna, self._seed, self._n_random = optuna, seed, n_random
-        self._n_layers, self._n_harmful = n_layers, n_harmful
+        self._n_layers, self._n_harmful, self._multivariate = n_layers, n_harmful, multivariate
         with self._quietly():
             try:
                 storage = optuna.storages.InMemoryStorage() if journal is None else _open(optuna, journal)
@@ -84,7 +92,7 @@ class Trials:
             self._study.sampler = self._optuna.samplers.TPESampler(
                 n_startup_trials=self._n_random,
                 n_ei_candidates=_N_DRAWS,
-                multivariate=True,
+                multivariate=self._multivariate,
                 constant_liar=False,
                 seed=seed,
             )
