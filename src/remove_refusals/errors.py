@@ -43,3 +43,7 @@ class CertificateError(RemoveRefusalsError):
     """The saved files do not hold what the plan says they hold."""
 
     exit_code = 3
+
+
+class SelectionError(RemoveRefusalsError):
+    """A search has nothing to choose by."""

@@ -1,6 +1,6 @@
 """What the base model does on the prompts of a search, and what a candidate does to that."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from remove_refusals.apply.hooks import ablated
@@ -35,7 +35,13 @@ class References:
 
     def only(self, label: Label) -> "References":
         """Give the prompts whose answer has a label."""
-        kept = [index for index, own in enumerate(self.labels) if own is label]
+        return self._at([index for index, own in enumerate(self.labels) if own is label])
+
+    def first(self, n: int) -> "References":
+        """Give the first prompts, at most `n` of them."""
+        return self._at(range(min(n, len(self))))
+
+    def _at(self, kept: Sequence[int]) -> "References":
         return References(
             PromptSet(self.prompts.name, tuple(self.prompts.prompts[i] for i in kept), self.prompts.source),
             tuple(self.token_ids[i] for i in kept),

@@ -1,0 +1,313 @@
+"""The whole search: the model's own answers, candidates, the pick by a stated rule, and its confirmation."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from remove_refusals.activations import collect_activations
+from remove_refusals.apply.steering import is_steerable
+from remove_refusals.directions import mean_difference_per_layer
+from remove_refusals.errors import PromptError, SelectionError
+from remove_refusals.judges import Label
+from remove_refusals.modelmap import map_model
+from remove_refusals.models import LoadedModel
+from remove_refusals.prompts import split_by_size
+from remove_refusals.selection.candidates import Candidate, Confirmation, Method, Rule, Selection, by_rule
+from remove_refusals.selection.gradient import descend, first_layer_that_counts
+from remove_refusals.selection.material import GradientSettings, gather
+from remove_refusals.selection.references import AnswerSettings, References, confirm, references
+from remove_refusals.selection.tpe import TpeSettings, select_tpe
+from remove_refusals.types import Activations, Direction, ModelMap, PromptSet
+
+OnProgress = Callable[[str, int, int], None]
+
+_FEWEST = 8
+"""How many prompts each part of a search needs at least, and how many refusals and answers there have to be."""
+
+
+@dataclass(frozen=True)
+class SelectSettings:
+    """How a search goes.
+
+    Attributes:
+        method: How candidates are found.
+        rule: What decides between less refusal and less damage.
+        n_choose: How many harmful prompts, and how many harmless ones, the search runs on.
+        n_confirm: How many others the pick is confirmed on.
+        n_tokens: How many tokens of its own answers the model is asked for in the search.
+        most_confirmed: How many candidates are tried by generation at most.
+        seed: What splits the prompts and orders the batches.
+        descent: How the descent by gradients goes.
+        n_trials: How many trials the familiar search makes.
+    """
+
+    method: Method = "auto"
+    rule: Rule = field(default_factory=lambda: Rule(max_refusals=0.05))
+    n_choose: int = 64
+    n_confirm: int = 32
+    n_tokens: int = 32
+    most_confirmed: int = 3
+    seed: int = 0
+    descent: GradientSettings = field(default_factory=GradientSettings)
+    n_trials: int = 200
+
+
+@dataclass(frozen=True, eq=False)
+class SearchPrompts:
+    """Prompts of a search, harmful and harmless ones in each pair; no prompt is in two of them.
+
+    Attributes:
+        direction: What the directions are found on, beside those of `choose`.
+        choose: What the search runs on.
+        confirm: What the pick is confirmed on.
+    """
+
+    direction: tuple[PromptSet, PromptSet]
+    choose: tuple[PromptSet, PromptSet]
+    confirm: tuple[PromptSet, PromptSet]
+
+    def sets(self) -> tuple[PromptSet, ...]:
+        """Give all six."""
+        return (*self.direction, *self.choose, *self.confirm)
+
+
+def split_for_search(
+    harmful: PromptSet, harmless: PromptSet, n_direction: int, settings: SelectSettings
+) -> SearchPrompts:
+    """Split prompts for a search; where there are too few, each part gets its share of them.
+
+    Args:
+        harmful: All harmful prompts.
+        harmless: All harmless prompts.
+        n_direction: How many of each the directions are to be found on, beside those of the search.
+        settings: How many the search and the confirmation are to get.
+
+    Raises:
+        PromptError: If there are so few prompts that a part would get less than 8.
+    """
+    parts = []
+    for name, prompts in (("harmful", harmful), ("harmless", harmless)):
+        n = len(set(prompts.prompts))
+        wanted = {"direction": n_direction, "choose": settings.n_choose, "confirm": settings.n_confirm}
+        share = min(1.0, n / sum(wanted.values()))
+        sizes = {part: int(share * size) for part, size in wanted.items()}
+        if min(sizes.values()) < _FEWEST:
+            raise PromptError(
+                f"There are {n} different {name} prompts, too few for a search, expected at least {_FEWEST} each for "
+                f"direction, search and confirmation ({sum(wanted.values())} in all are better); add prompts, or pass "
+                "--select none."
+            )
+        split = split_by_size(prompts, sizes, settings.seed)
+        parts.append({part: replace(found, name=f"{name}_{part}") for part, found in split.items()})
+    first, second = parts
+    return SearchPrompts(*((first[part], second[part]) for part in ("direction", "choose", "confirm")))
+
+
+def select(
+    loaded: LoadedModel,
+    prompts: SearchPrompts,
+    settings: SelectSettings | None = None,
+    *,
+    answers: AnswerSettings | None = None,
+    position: int = -1,
+    projected: bool = True,
+    model: str | None = None,
+    model_map: ModelMap | None = None,
+    journal: Path | None = None,
+    deadline_s: float | None = None,
+    on_progress: OnProgress | None = None,
+) -> Selection:
+    """Choose what to take out where.
+
+    Args:
+        loaded: The base model; it is left as it is.
+        prompts: What to search on.
+        settings: How the search goes.
+        answers: How answers are generated for the confirmation; for `tpe` in each trial.
+        position: The token position that directions are found at.
+        projected: Whether the component along the harmless mean is removed from them.
+        model: The model's name, for the record.
+        model_map: The model's map, if it is at hand; otherwise it is derived.
+        journal: Where `tpe` keeps its trials, so that a killed search goes on.
+        deadline_s: No trial of `tpe` begins after so many seconds.
+        on_progress: Told of every stage.
+
+    Returns:
+        Every candidate with its scores, and the pick, confirmed by generation on prompts that the search did not use.
+
+    Raises:
+        SelectionError: If the model gives nothing to choose by: hardly a refusal of harmful prompts or answer to
+            harmless ones, or sites that cannot be steered.
+        ModelError: If a prompt does not fit the model, memory runs out, or Optuna is missing for `tpe`.
+        NumericalError: If activations or logits are NaN.
+    """
+    settings, answers = settings or SelectSettings(), answers or AnswerSettings()
+    model_map = model_map or map_model(loaded.model)
+    if settings.method == "auto" and not is_steerable(model_map):
+        raise SelectionError(
+            f"Not every site of model type '{model_map.model_type}' can be steered by gradients, expected module "
+            "outputs with channel-wise steps behind them; pass --select none and choose layers and strength yourself."
+        )
+    report = on_progress or (lambda stage, done, total: None)
+    directions = _directions(loaded, prompts, answers, position, projected, model, model_map, settings.seed, report)
+    short = replace(answers, max_new_tokens=settings.n_tokens)
+    own = [_own(loaded, part, answers if settings.method == "tpe" else short, report) for part in prompts.choose]
+    refused, answered = own[0].only(Label.REFUSAL), own[1].only(Label.COMPLIANCE)
+    _check(refused, own[0], answered, own[1])
+    confirming = tuple(_own(loaded, part, answers, report) for part in prompts.confirm)
+    if settings.method == "tpe":
+        trials = TpeSettings(n_trials=settings.n_trials, seed=settings.seed)
+        found = select_tpe(
+            loaded,
+            model_map,
+            directions,
+            own[0],
+            answered,
+            trials,
+            rule=settings.rule,
+            answers=answers,
+            journal=journal,
+            deadline_s=deadline_s,
+            on_progress=lambda done, total: report("trials", done, total),
+        )
+        candidates: Sequence[Candidate] = found.candidates
+    else:
+        candidates = _by_gradients(loaded, model_map, directions, refused, own[1], answered, settings, report)
+    return _picked(loaded, model_map, candidates, confirming, settings, answers, report)
+
+
+def _directions(
+    loaded: LoadedModel,
+    prompts: SearchPrompts,
+    answers: AnswerSettings,
+    position: int,
+    projected: bool,
+    model: str | None,
+    model_map: ModelMap,
+    seed: int,
+    report: OnProgress,
+) -> tuple[Direction, ...]:
+    """One direction for each layer, from all prompts but those of the confirmation."""
+    collected: list[Activations] = []
+    for part, more in zip(prompts.direction, prompts.choose, strict=True):
+        both = PromptSet(part.name, part.prompts + more.prompts, part.source)
+        collected.append(
+            collect_activations(
+                loaded,
+                both,
+                chat=answers.chat,
+                positions=(position,),
+                batch_size=answers.batch_size,
+                model_map=model_map,
+                on_progress=_stage(report, f"activations, {part.name}", len(both)),
+            )
+        )
+    return mean_difference_per_layer(
+        collected[0], collected[1], position=position, projected=projected, model=model, seed=seed
+    )
+
+
+def _own(loaded: LoadedModel, prompts: PromptSet, settings: AnswerSettings, report: OnProgress) -> References:
+    on_progress = _stage(report, f"own answers, {prompts.name}", len(prompts))
+    return references(loaded, prompts, settings, on_progress=on_progress)
+
+
+def _stage(report: OnProgress, name: str, total: int) -> Callable[[int], None]:
+    return lambda done: report(name, done, total)
+
+
+def _check(refused: References, harmful: References, answered: References, harmless: References) -> None:
+    for found, whole, what in ((refused, harmful, "refused"), (answered, harmless, "answered")):
+        if len(found) < _FEWEST:
+            raise SelectionError(
+                f"The model {what} {len(found)} of {len(whole)} prompts of {whole.prompts.name}, expected at least "
+                f"{_FEWEST} to choose by; use prompts that it does refuse or answer, or pass --select none."
+            )
+
+
+def _by_gradients(
+    loaded: LoadedModel,
+    model_map: ModelMap,
+    directions: tuple[Direction, ...],
+    refused: References,
+    harmless: References,
+    answered: References,
+    settings: SelectSettings,
+    report: OnProgress,
+) -> list[Candidate]:
+    descent = replace(settings.descent, seed=settings.seed)
+    # Where it refuses harmless prompts it may open in other ways.
+    more = [answer.token_ids for answer in harmless.only(Label.REFUSAL).answers]
+    few = refused.first(descent.batch_size), answered.first(descent.batch_size)
+    probing = gather(loaded, model_map, *few, descent)
+    first = first_layer_that_counts(loaded, model_map, directions, probing, descent)
+    material = gather(loaded, model_map, refused, answered, descent, first_layer=first, more_refusals=more)
+    return list(
+        descend(
+            loaded,
+            model_map,
+            directions,
+            material,
+            descent,
+            on_progress=lambda done, total: report("descent", done, total),
+        )
+    )
+
+
+def _picked(
+    loaded: LoadedModel,
+    model_map: ModelMap,
+    candidates: Sequence[Candidate],
+    confirming: tuple[References, ...],
+    settings: SelectSettings,
+    answers: AnswerSettings,
+    report: OnProgress,
+) -> Selection:
+    """Confirm the candidates by generation, the preferred one first, until one does what the search said."""
+    tried = list(candidates)
+    harmful, harmless = confirming
+    order = by_rule([(candidate.refusal, candidate.damage) for candidate in tried], settings.rule)
+    notes: list[str] = []
+    confirmed: list[int] = []
+    for number in order[: settings.most_confirmed]:
+        found = confirm(
+            loaded,
+            tried[number].intervention,
+            model_map,
+            harmful,
+            harmless,
+            answers,
+            on_progress=_stage(report, f"confirming {tried[number].name}", len(harmful) + len(harmless)),
+        )
+        tried[number] = replace(tried[number], confirmation=found)
+        confirmed.append(number)
+        shortfall = _shortfall(tried[number], found, harmful, settings.rule)
+        if shortfall is None:
+            return Selection(settings.method, tuple(tried), number, settings.rule, tuple(notes))
+        notes.append(f"'{tried[number].name}' fell short when confirmed by generation: {shortfall}.")
+    best = min(confirmed, key=lambda number: _cost(tried[number]))
+    notes.append(f"No candidate was confirmed; '{tried[best].name}' came nearest.")
+    return Selection(settings.method, tuple(tried), best, settings.rule, tuple(notes))
+
+
+def _cost(candidate: Candidate) -> tuple[float, float]:
+    assert candidate.confirmation is not None
+    found = candidate.confirmation
+    return found.failures + (found.broken.value if found.broken is not None else 0.0), candidate.damage
+
+
+def _shortfall(candidate: Candidate, found: Confirmation, harmful: References, rule: Rule) -> str | None:
+    """Say what a confirmation lacks; None if it does what the search said, or what the rule asks for."""
+    # What the base model breaks off or repeats by itself is not the candidate's doing.
+    own = sum(label is Label.DEGENERATE for label in harmful.labels)
+    failed = found.refusals.count + max(0, found.degenerate.count - own)
+    limit = rule.max_refusals if rule.max_refusals is not None else candidate.refusal + 0.1
+    if failed > math.ceil(limit * found.refusals.n):
+        return (
+            f"{found.refusals.count} of {found.refusals.n} harmful prompts were refused and {found.degenerate.count} "
+            f"got a degenerate answer, where the search said {candidate.refusal:.1%}"
+        )
+    if found.broken is not None and found.broken.value > 0.1:
+        return f"{found.broken.count} of {found.broken.n} harmless prompts that were answered before no longer are"
+    return None
