@@ -46,7 +46,7 @@ class SelectSettings:
     rule: Rule = field(default_factory=lambda: Rule(max_refusals=0.05))
     n_choose: int = 64
     n_confirm: int = 32
-    n_tokens: int = 32
+    n_tokens: int = 24
     most_confirmed: int = 3
     seed: int = 0
     descent: GradientSettings = field(default_factory=GradientSettings)
@@ -243,15 +243,13 @@ def _by_gradients(
     probing = gather(loaded, model_map, *few, descent)
     first = first_layer_that_counts(loaded, model_map, directions, probing, descent)
     material = gather(loaded, model_map, refused, answered, descent, first_layer=first, more_refusals=more)
-    return list(
-        descend(
-            loaded,
-            model_map,
-            directions,
-            material,
-            descent,
-            on_progress=lambda done, total: report("descent", done, total),
-        )
+    return descend(
+        loaded,
+        model_map,
+        directions,
+        material,
+        descent,
+        on_progress=lambda done, total: report("descent", done, total),
     )
 
 
@@ -282,7 +280,7 @@ def _picked(
         )
         tried[number] = replace(tried[number], confirmation=found)
         confirmed.append(number)
-        shortfall = _shortfall(tried[number], found, harmful, settings.rule)
+        shortfall = _shortfall(tried[number], found, confirming, settings.rule)
         if shortfall is None:
             return Selection(settings.method, tuple(tried), number, settings.rule, tuple(notes))
         notes.append(f"'{tried[number].name}' fell short when confirmed by generation: {shortfall}.")
@@ -297,8 +295,9 @@ def _cost(candidate: Candidate) -> tuple[float, float]:
     return found.failures + (found.broken.value if found.broken is not None else 0.0), candidate.damage
 
 
-def _shortfall(candidate: Candidate, found: Confirmation, harmful: References, rule: Rule) -> str | None:
+def _shortfall(candidate: Candidate, found: Confirmation, confirming: tuple[References, ...], rule: Rule) -> str | None:
     """Say what a confirmation lacks; None if it does what the search said, or what the rule asks for."""
+    harmful, harmless = confirming
     # What the base model breaks off or repeats by itself is not the candidate's doing.
     own = sum(label is Label.DEGENERATE for label in harmful.labels)
     failed = found.refusals.count + max(0, found.degenerate.count - own)
@@ -308,6 +307,8 @@ def _shortfall(candidate: Candidate, found: Confirmation, harmful: References, r
             f"{found.refusals.count} of {found.refusals.n} harmful prompts were refused and {found.degenerate.count} "
             f"got a degenerate answer, where the search said {candidate.refusal:.1%}"
         )
-    if found.broken is not None and found.broken.value > 0.1:
-        return f"{found.broken.count} of {found.broken.n} harmless prompts that were answered before no longer are"
+    before = len(harmless) - len(harmless.only(Label.COMPLIANCE))
+    after = found.false_refusals.count + found.degenerate_harmless.count
+    if after - before > 0.1 * len(harmless):
+        return f"{after} of {len(harmless)} harmless prompts get no answer, {before} of them without it"
     return None

@@ -5,7 +5,7 @@ in the strengths and in the directions. One descent after another, each with the
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -93,8 +93,11 @@ def descend(
     settings: GradientSettings,
     *,
     on_progress: Report | None = None,
-) -> Iterator[Candidate]:
+) -> list[Candidate]:
     """Search by gradients.
+
+    After each descent the model generates a little. Refusals that open in a new way are learned, for the next descent
+    and for the scores of all candidates.
 
     Args:
         loaded: The model; it is left as it is.
@@ -104,12 +107,14 @@ def descend(
         settings: How the descent goes.
         on_progress: Called with the steps that are done and all steps.
 
-    Yields:
-        One candidate for each damage weight, scored on all of the material.
+    Returns:
+        One candidate for each damage weight. Its refusal is the probability of the model's own refusals, or the share
+        of generated answers that refused, whichever is greater.
     """
     steering = start_steering(loaded, model_map, directions, settings, material.first_layer)
     total = settings.n_steps + settings.n_more_steps * (len(settings.damage_weights) - 1)
     done = 0
+    reached: list[tuple[Steering, float]] = []
     for number, weight in enumerate(settings.damage_weights):
         n_steps = settings.n_more_steps if number else settings.n_steps
         orders = _orders(material, settings.seed + number)
@@ -117,9 +122,15 @@ def descend(
             if on_progress is not None:
                 on_progress(done + step, total)
         done += n_steps
-        refusal, damage = score(loaded, model_map, steering.steers(), material)
-        yield Candidate(f"damage weight {weight:g}", steering.intervention(settings.least), refusal, damage)
-        material = with_new_refusals(loaded, model_map, steering.steers(), material, settings)
+        material, share = with_new_refusals(loaded, model_map, steering.steers(), material, settings)
+        kept = replace(steering, strengths=steering.strengths.clone(), directions=steering.directions.clone())
+        reached.append((kept, share))
+    candidates = []
+    for number, (kept, share) in enumerate(reached):
+        name = f"descent {number + 1}, damage weight {settings.damage_weights[number]:g}"
+        refusal, damage = score(loaded, model_map, kept.steers(), material)
+        candidates.append(Candidate(name, kept.intervention(settings.least), max(refusal, share), damage))
+    return candidates
 
 
 def _orders(material: Material, seed: int) -> Iterator[tuple[int, int]]:

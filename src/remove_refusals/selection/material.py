@@ -44,7 +44,7 @@ class GradientSettings:
         seed: Decides the order of the batches.
     """
 
-    damage_weights: tuple[float, ...] = (8.0, 2.0, 0.5)
+    damage_weights: tuple[float, ...] = (4.0, 4.0, 1.0)
     n_steps: int = 32
     n_more_steps: int = 12
     rate: float = 0.08
@@ -146,18 +146,20 @@ def with_new_refusals(
     steers: Mapping[SiteKey, Callable[[], Steer]],
     material: Material,
     settings: GradientSettings,
-) -> Material:
+) -> tuple[Material, float]:
     """Generate as the candidate does, and look for refusals that open in a way that is not known yet.
 
     Returns:
         Material with their openings; a prompt that is refused in another way is looked at along that way from now on.
+        And the share of the answers that refuse.
     """
     refused = material.refused
     with steered(loaded.model, model_map, steers):
         answers = generate(loaded, refused.token_ids[: settings.n_check], max_new_tokens=settings.n_check_tokens)
     found = {index: answer for index, answer in enumerate(answers) if judge_phrases(answer.text) is Label.REFUSAL}
+    share = len(found) / len(answers)
     if not found:
-        return material
+        return material, share
     now = replace(refused, answers=tuple(found.get(index, answer) for index, answer in enumerate(refused.answers)))
     openings = material.openings.more(answer.token_ids for answer in found.values())
     paths = [answer.token_ids for answer in now.answers]
@@ -171,6 +173,7 @@ def with_new_refusals(
             log_probabilities(loaded, model_map, probe, vocabulary, material.first_layer)
             for probe in material.damage_probes
         )
-    return replace(
+    learned = replace(
         material, refused=now, openings=openings, refusal_probes=tuple(probes), base=base, vocabulary=vocabulary
     )
+    return learned, share
