@@ -9,8 +9,8 @@ from remove_refusals.apply.hooks import ablated
 from remove_refusals.evaluation import Evaluation, EvaluationSettings, evaluate
 from remove_refusals.modelmap import map_model
 from remove_refusals.models import LoadedModel, load
-from remove_refusals.pipeline import find_direction, make_intervention, test_prompts
 from remove_refusals.settings import DirectionSettings, EditSettings, MeasureSettings
+from remove_refusals.stages import find_direction, make_intervention, test_prompts
 from remove_refusals.types import ChatFormat
 
 DRAWS = ((32, 0), (32, 1), (32, 2), (32, 3), (32, 4), (8, 0), (128, 0))

@@ -13,10 +13,10 @@ from remove_refusals.evaluation import Evaluation, EvaluationPrompts, Evaluation
 from remove_refusals.judges import Label, judge_phrases
 from remove_refusals.modelmap import map_model
 from remove_refusals.models import LoadedModel, load
-from remove_refusals.pipeline import find_direction, make_intervention
-from remove_refusals.pipeline import test_prompts as measuring_prompts
 from remove_refusals.settings import DirectionSettings, EditSettings, MeasureSettings
 from remove_refusals.sources import model_source
+from remove_refusals.stages import find_direction, make_intervention
+from remove_refusals.stages import test_prompts as measuring_prompts
 from remove_refusals.types import ChatFormat
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "demo"))

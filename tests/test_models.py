@@ -18,10 +18,10 @@ from remove_refusals.errors import CheckpointError, ModelError
 from remove_refusals.generation import generate
 from remove_refusals.judges import Label, judge_phrases
 from remove_refusals.models import load
-from remove_refusals.pipeline import find_direction
 from remove_refusals.plan import intervene
 from remove_refusals.prompts import embedded_prompts
 from remove_refusals.settings import DirectionSettings
+from remove_refusals.stages import find_direction
 from remove_refusals.types import ChatFormat
 
 

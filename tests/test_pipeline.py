@@ -13,7 +13,7 @@ from remove_refusals.direction_files import load_direction, save_direction
 from remove_refusals.errors import ModelError, OutputError, PromptError
 from remove_refusals.inspection import certify_directory, inspect
 from remove_refusals.models import load
-from remove_refusals.pipeline import compare, find_direction, run
+from remove_refusals.pipeline import compare, run
 from remove_refusals.settings import (
     DirectionSettings,
     EditSettings,
@@ -22,6 +22,7 @@ from remove_refusals.settings import (
     PromptSource,
     RunSettings,
 )
+from remove_refusals.stages import find_direction
 from remove_refusals.types import ChatFormat, PromptSet
 
 

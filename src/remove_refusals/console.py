@@ -13,7 +13,11 @@ from rich.table import Table
 from remove_refusals.certify import Certificate
 from remove_refusals.evaluation import Evaluation
 from remove_refusals.scores import table_key
+from remove_refusals.selection.candidates import Selection
 from remove_refusals.types import EditPlan, ModelMap
+
+_MOST_ROWS = 12
+"""With more candidates than this, only the front and what was confirmed are shown."""
 
 
 def say(text: str) -> None:
@@ -65,6 +69,31 @@ def show_plan(plan: EditPlan, model_map: ModelMap) -> None:
     if model_map.tied and any(entry.parameter == model_map.input_embedding for entry in plan.entries):
         how = "it was untied first, so the unembedding is unchanged" if plan.untie else "both are one tensor still"
         say(f"The embedding is tied to the unembedding: {how}.")
+
+
+def show_selection(selection: Selection) -> None:
+    """Print every candidate of a search with its scores, and the pick."""
+    console = Console(highlight=False)
+    table = Table(title=f"Candidates; the pick: {selection.rule}")
+    for column in ("", "candidate", "refusal", "damage", "refused", "degenerate", "broken"):
+        table.add_column(column, justify="left" if column in ("", "candidate") else "right")
+    for number, candidate in enumerate(selection.candidates):
+        found = candidate.confirmation
+        if len(selection.candidates) > _MOST_ROWS and found is None and number not in selection.front:
+            continue
+        row = ["*" if number == selection.picked else "", candidate.name]
+        row += [f"{candidate.refusal:.1%}", f"{candidate.damage:.3f}"]
+        if found is not None:
+            row += [f"{rate.count}/{rate.n}" for rate in (found.refusals, found.degenerate, found.broken) if rate]
+        table.add_row(*row)
+    console.print(table)
+    console.print(
+        "Refusal and damage (KL in nats, along the model's own answers): on the prompts of the search. The counts: "
+        "generated, on others.",
+        markup=False,
+    )
+    for note in selection.notes:
+        console.print(f"Note: {note}", markup=False)
 
 
 def show_evaluation(evaluation: Evaluation, notes: tuple[str, ...]) -> None:

@@ -5,14 +5,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from remove_refusals.errors import DirectionError, PromptError
+from remove_refusals.errors import DirectionError, PromptError, SelectionError
 
 if TYPE_CHECKING:
     from remove_refusals.models import LoadedModel
+    from remove_refusals.selection.choose import SelectSettings
     from remove_refusals.settings import DirectionSettings, EditSettings
     from remove_refusals.types import ChatFormat, Direction, Intervention, ModelMap
 
 MODEL, PROMPTS, EDIT, MEASURE = "Model", "Direction", "Edit", "Measurement"
+CHOICE = "Choice"
 
 ModelArgument = Annotated[str, typer.Argument(help="A model directory, a hub id, or 'demo' for the embedded model.")]
 Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu; the first that is there.", rich_help_panel=MODEL)]
@@ -87,6 +89,19 @@ Affine = Annotated[
 VariantOption = Annotated[
     str, typer.Option("--variant", help="plain, norm-preserving or row-norm.", rich_help_panel=EDIT)
 ]
+SelectOption = Annotated[
+    str | None,
+    typer.Option(
+        "--select",
+        help="auto, tpe or none; auto, unless options below say what to take out.",
+        rich_help_panel=CHOICE,
+    ),
+]
+MaxKl = Annotated[float | None, typer.Option(min=0, help="Pick: the most damage, in nats.", rich_help_panel=CHOICE)]
+MaxRefusals = Annotated[
+    float | None, typer.Option(min=0, max=1, help="Pick: the largest share refused; 0.05.", rich_help_panel=CHOICE)
+]
+Trials = Annotated[int, typer.Option(min=1, help="How many trials tpe makes.", rich_help_panel=CHOICE)]
 HarmfulTest = Annotated[str | None, typer.Option(help="Refused prompts to measure on.", rich_help_panel=MEASURE)]
 HarmlessTest = Annotated[str | None, typer.Option(help="Answered prompts to measure on.", rich_help_panel=MEASURE)]
 AlarmingTest = Annotated[str | None, typer.Option(help="Alarming but harmless prompts.", rich_help_panel=MEASURE)]
@@ -204,7 +219,37 @@ def made_intervention(
         ArchitectureError: If the model cannot be mapped.
         DirectionError: If the directions or the layers do not fit the model.
     """
-    from remove_refusals import modelmap, pipeline
+    from remove_refusals import modelmap, stages
 
     model_map = modelmap.map_model(loaded.model)
-    return pipeline.make_intervention(directions, settings, model_map), model_map
+    return stages.make_intervention(directions, settings, model_map), model_map
+
+
+def select_settings(
+    method: str | None, max_kl: float | None, max_refusals: float | None, n_trials: int, *, as_given: bool
+) -> "SelectSettings | None":
+    """Give the settings of the search that the options mean.
+
+    Args:
+        method: The option `--select`; None if it was not given.
+        max_kl: The most damage.
+        max_refusals: The largest share of refusals.
+        n_trials: How many trials `tpe` makes.
+        as_given: Whether other options say what to take out, so that nothing is searched unless it is asked for.
+
+    Returns:
+        The settings, or None where nothing is searched.
+
+    Raises:
+        SelectionError: If the method is not among the accepted ones.
+    """
+    from remove_refusals.selection.candidates import Rule
+    from remove_refusals.selection.choose import SelectSettings
+
+    accepted = ("auto", "tpe", "none")
+    if method not in (None, *accepted):
+        raise SelectionError(f"--select is {method!r}, expected one of {', '.join(accepted)}.")
+    if method == "none" or (method is None and as_given):
+        return None
+    rule = Rule(max_kl, max_refusals if max_refusals is not None or max_kl is not None else 0.05)
+    return SelectSettings(method="tpe" if method == "tpe" else "auto", rule=rule, n_trials=n_trials)

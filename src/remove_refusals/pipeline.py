@@ -1,40 +1,42 @@
 """The whole job: model → activations → direction → edit → saved model → measured from the saved files."""
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from remove_refusals.activations import collect_activations
 from remove_refusals.atomic import atomic_directory
 from remove_refusals.baking import Baked, check_not_source, write_baked
-from remove_refusals.chat_template import check_position, template_tail_length
 from remove_refusals.direction_files import load_directions
-from remove_refusals.directions import largest_coordinate_share, layer_index, mean_difference, mean_difference_per_layer
-from remove_refusals.errors import DirectionError, ModelError
-from remove_refusals.evaluation import Evaluation, EvaluationPrompts, EvaluationSettings, evaluate, warnings
+from remove_refusals.errors import ModelError, SelectionError
+from remove_refusals.evaluation import Evaluation, EvaluationPrompts, evaluate, warnings
 from remove_refusals.modelmap import map_model
-from remove_refusals.models import LoadedModel, load
-from remove_refusals.plan import check_fit, intervene, intervene_per_layer
-from remove_refusals.prompts import check_disjoint, draw
+from remove_refusals.models import LoadedModel
+from remove_refusals.plan import check_exact
 from remove_refusals.records import write_json, write_jsonl
 from remove_refusals.report import model_card
 from remove_refusals.scores import table_key
+from remove_refusals.selection.candidates import Selection
+from remove_refusals.selection.choose import SearchPrompts, SelectSettings, select, split_for_search
+from remove_refusals.selection.references import AnswerSettings
 from remove_refusals.settings import (
-    DirectionSettings,
-    EditSettings,
-    LoadSettings,
-    MeasureSettings,
     RunSettings,
     published_name,
 )
-from remove_refusals.types import ChatFormat, Direction, Intervention, ModelMap, PromptSet
+from remove_refusals.stages import (
+    FoundDirection,
+    OnProgress,
+    find_direction,
+    load_model,
+    make_intervention,
+    measure_settings,
+    stage_progress,
+    test_prompts,
+    training_prompts,
+)
+from remove_refusals.types import Direction, ModelMap, PromptSet
 
 OUTLIER_SHARE = 0.5
 """From here on a single coordinate is called an outlier: it holds more than all others together."""
-
-OnProgress = Callable[[str, int, int], None]
-"""Called with the stage's name, how much of it is done and how much there is."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,161 +46,7 @@ class RunResult:
     baked: Baked
     evaluation: Evaluation
     warnings: tuple[str, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class FoundDirection:
-    """A direction, or one for each layer, with what its record needs.
-
-    Attributes:
-        directions: The directions.
-        prompts: The harmful and the harmless prompts that they were found on; empty for those from a file.
-        largest_coordinate: The largest share of the residual stream's mean squared norm that lies in one coordinate
-            there; None for directions from a file.
-    """
-
-    directions: tuple[Direction, ...]
-    prompts: tuple[PromptSet, ...]
-    largest_coordinate: float | None
-
-    @property
-    def direction(self) -> Direction:
-        """The only direction, or the first layer's."""
-        return self.directions[0]
-
-
-def load_model(model: str, settings: LoadSettings) -> LoadedModel:
-    """Load a model by directory, hub id or the name `demo`.
-
-    Raises:
-        ModelError: If it cannot be found or loaded.
-        CheckpointError: If a weight file is corrupt.
-    """
-    return load(model, **asdict(settings))
-
-
-def training_prompts(settings: DirectionSettings) -> tuple[PromptSet, PromptSet]:
-    """Load the harmful and the harmless prompts and draw from both.
-
-    Raises:
-        PromptError: If a set cannot be loaded or has fewer prompts than are to be drawn.
-    """
-    harmful = settings.harmful.load("harmful", "harmful_train")
-    harmless = settings.harmless.load("harmless", "harmless_train")
-    return draw(harmful, settings.n_prompts, settings.seed), draw(harmless, settings.n_prompts, settings.seed)
-
-
-def find_direction(
-    loaded: LoadedModel,
-    settings: DirectionSettings,
-    *,
-    chat: ChatFormat,
-    prompts: tuple[PromptSet, PromptSet] | None = None,
-    batch_size: int | None = None,
-    model_map: ModelMap | None = None,
-    on_progress: OnProgress | None = None,
-) -> FoundDirection:
-    """Collect the activations of harmful and harmless prompts and take the difference of the means.
-
-    The prompts are those of `training_prompts`, if they are not given.
-
-    Raises:
-        PromptError: If prompts cannot be loaded, or the position does not lie within the chat template's tail.
-        DirectionError: If the layer does not lie within the model.
-        NumericalError: If activations are NaN or infinite.
-    """
-    harmful, harmless = prompts or training_prompts(settings)
-    if not chat.plain:
-        tail = template_tail_length(
-            loaded.tokenizer, system_prompt=chat.system_prompt, chat_template=chat.chat_template
-        )
-        for position in settings.positions:
-            check_position(position, tail)
-    model_map = model_map or map_model(loaded.model)
-    indices = _indices(settings, model_map.n_layers)
-    total = len(harmful) + len(harmless)
-    parts = []
-    for before, part in ((0, harmful), (len(harmful), harmless)):
-        parts.append(
-            collect_activations(
-                loaded,
-                part,
-                chat=chat,
-                positions=settings.positions,
-                n_layers=max(indices),
-                batch_size=batch_size,
-                model_map=model_map,
-                on_progress=stage_progress(on_progress, "activations", before, total),
-            )
-        )
-    options: dict[str, Any] = {"position": settings.position, "projected": settings.projected}
-    options |= {"model": published_name(loaded.source), "seed": settings.seed}
-    if settings.per_layer:
-        directions = mean_difference_per_layer(parts[0], parts[1], **options)
-    else:
-        directions = (mean_difference(parts[0], parts[1], layer=indices[0], **options),)
-    shares = (largest_coordinate_share(parts, index, place) for index in indices for place in settings.positions)
-    return FoundDirection(directions, (harmful, harmless), max(shares))
-
-
-def _indices(settings: DirectionSettings, n_layers: int) -> tuple[int, ...]:
-    """Where directions are found, on the layer axis of the activations."""
-    return tuple(range(1, n_layers + 1)) if settings.per_layer else (layer_index(settings.layer, n_layers),)
-
-
-def make_intervention(
-    found: Direction | tuple[Direction, ...], settings: EditSettings, model_map: ModelMap
-) -> Intervention:
-    """Apply one direction, or one for each layer, as the settings say.
-
-    Raises:
-        DirectionError: If there are several directions and not one for each layer, or their width is not the model's,
-            the layers do not lie within the model, or the affine variant does not fit them.
-        ArchitectureError: If the affine variant is asked for and the model cannot carry its constant.
-    """
-    directions = (found,) if isinstance(found, Direction) else found
-    options: dict[str, Any] = {"strength": settings.strength, "layers": settings.layers, "kinds": settings.sites}
-    if len(directions) == 1:
-        intervention = intervene(directions[0], model_map.n_layers, affine=settings.affine, **options)
-    elif len(directions) != model_map.n_layers or settings.affine:
-        affine = " and the affine variant is asked for" if settings.affine else ""
-        raise DirectionError(
-            f"There are {len(directions)} directions{affine}, expected one, or one for each of the model's "
-            f"{model_map.n_layers} layers without --affine; use directions that were found on this model."
-        )
-    else:
-        intervention = intervene_per_layer(directions, **options)
-    check_fit(intervention, model_map)
-    return intervention
-
-
-def test_prompts(settings: MeasureSettings, used: tuple[PromptSet, ...] = ()) -> EvaluationPrompts:
-    """Load the prompts to measure on and check that none of them was used to find the direction.
-
-    Raises:
-        PromptError: If a set cannot be loaded, or shares a prompt with another.
-    """
-
-    def limited(prompts: PromptSet) -> PromptSet:
-        if settings.n_test is None or settings.n_test >= len(prompts):
-            return prompts
-        return draw(prompts, settings.n_test, 0)
-
-    harmful = settings.harmful.load("harmful", "harmful_test")
-    harmless = settings.harmless.load("harmless", "harmless_test")
-    alarming = settings.alarming.load("alarming", "harmless_alarming")
-    check_disjoint(*used, harmful, harmless, alarming)
-    return EvaluationPrompts(limited(harmful), limited(harmless), limited(alarming))
-
-
-def measure_settings(settings: RunSettings) -> EvaluationSettings:
-    """The settings of the evaluation as a run's settings give them."""
-    return EvaluationSettings(
-        max_new_tokens=settings.measure.max_new_tokens,
-        kl_tokens=settings.measure.kl_tokens,
-        batch_size=settings.batch_size,
-        chat=settings.chat,
-    )
+    selection: Selection | None = None
 
 
 def run(
@@ -248,23 +96,23 @@ def _run_into(
 ) -> RunResult:
     # What can be wrong with files is said before a model is loaded.
     given = None if direction_file is None else load_directions(direction_file)
+    searching = settings.select is not None and given is None
+    search = search_prompts(settings) if searching else None
     drawn = training_prompts(settings.direction) if given is None else None
-    prompts = test_prompts(settings.measure, drawn or ())
+    prompts = test_prompts(settings.measure, search.sets() if search is not None else drawn or ())
     loaded = load_model(settings.model, settings.loading)
     model_map = map_model(loaded.model)
-    if given is None:
-        found = find_direction(
-            loaded,
-            settings.direction,
-            chat=settings.chat,
-            prompts=drawn,
-            batch_size=settings.batch_size,
-            model_map=model_map,
-            on_progress=on_progress,
-        )
+    check_exact(model_map, allow_leak=settings.edit.allow_leak)
+    selection: Selection | None = None
+    said: tuple[str, ...] = ()
+    if search is not None:
+        selection, said = _selection(loaded, settings, search, model_map, on_progress)
+    if selection is not None and search is not None:
+        intervention, used, notes = selection.intervention, search.sets(), selection.notes
     else:
-        found = FoundDirection(given, (), None)
-    intervention = make_intervention(found.directions, settings.edit, model_map)
+        found = _found(loaded, settings, given, drawn, model_map, on_progress)
+        intervention = make_intervention(found.directions, settings.edit, model_map)
+        used, notes = found.prompts, (*said, *_outlier_warning(found, settings))
     baked = write_baked(
         loaded,
         intervention,
@@ -279,25 +127,94 @@ def _run_into(
         loaded, edited, prompts, measure_settings(settings), on_progress=stage_progress(on_progress, "evaluation")
     )
     evaluation = replace(evaluation, base=published_name(loaded.source), edited=output_name)
-    notes = (*warnings(evaluation), *_outlier_warning(found, settings))
+    notes = (*warnings(evaluation), *notes)
     record = {
         **baked.record,
         "settings": settings.record(),
-        "prompts": _prompt_records(found.prompts, prompts),
+        "prompts": _prompt_records(used, prompts),
+        **({} if selection is None else {"selection": selection.summary()}),
         "scores": evaluation.to_json(),
         "warnings": list(notes),
     }
+    _write_records(directory, record, selection, evaluation, baked)
+    return RunResult(replace(baked, record=record), evaluation, notes, selection)
+
+
+def _write_records(
+    directory: Path, record: dict[str, Any], selection: Selection | None, evaluation: Evaluation, baked: Baked
+) -> None:
     write_json(directory / "ablation.json", record)
+    if selection is not None:
+        write_json(directory / "selection.json", selection.to_json())
     write_json(directory / "scores.json", evaluation.to_json())
     write_jsonl(directory / "rows.jsonl", (row.to_json() for row in evaluation.rows))
-    (directory / "README.md").write_text(
-        model_card(record, evaluation.table(), table_key(evaluation), baked.certificate), encoding="utf-8"
+    card = model_card(record, evaluation.table(), table_key(evaluation), baked.certificate)
+    (directory / "README.md").write_text(card, encoding="utf-8")
+
+
+def search_prompts(settings: RunSettings) -> SearchPrompts:
+    """Load the prompts of a search and split them.
+
+    Raises:
+        PromptError: If a set cannot be loaded or has too few prompts.
+    """
+    direction = settings.direction
+    harmful = direction.harmful.load("harmful", "harmful_train")
+    harmless = direction.harmless.load("harmless", "harmless_train")
+    select = replace(settings.select or SelectSettings(), seed=direction.seed)
+    return split_for_search(harmful, harmless, direction.n_prompts, select)
+
+
+def _selection(
+    loaded: LoadedModel,
+    settings: RunSettings,
+    prompts: SearchPrompts,
+    model_map: ModelMap,
+    on_progress: OnProgress | None,
+) -> tuple[Selection | None, tuple[str, ...]]:
+    """Search; where there is nothing to choose by, give None and say why."""
+    try:
+        found = select(
+            loaded,
+            prompts,
+            replace(settings.select or SelectSettings(), seed=settings.direction.seed),
+            answers=AnswerSettings(
+                settings.measure.max_new_tokens, settings.measure.kl_tokens, settings.batch_size, settings.chat
+            ),
+            position=settings.direction.positions[0],
+            model=published_name(loaded.source),
+            model_map=model_map,
+            on_progress=on_progress,
+        )
+    except SelectionError as error:
+        return None, (f"Nothing was chosen, and the settings were used as given: {error}",)
+    return found, ()
+
+
+def _found(
+    loaded: LoadedModel,
+    settings: RunSettings,
+    given: tuple[Direction, ...] | None,
+    drawn: tuple[PromptSet, PromptSet] | None,
+    model_map: ModelMap,
+    on_progress: OnProgress | None,
+) -> FoundDirection:
+    """The direction from a file, or found now."""
+    if given is not None:
+        return FoundDirection(given, (), None)
+    return find_direction(
+        loaded,
+        settings.direction,
+        chat=settings.chat,
+        prompts=drawn,
+        batch_size=settings.batch_size,
+        model_map=model_map,
+        on_progress=on_progress,
     )
-    return RunResult(replace(baked, record=record), evaluation, notes)
 
 
 def _prompt_records(used: tuple[PromptSet, ...], prompts: EvaluationPrompts) -> dict[str, dict[str, Any]]:
-    sets = {f"{part.name}_train": part for part in used}
+    sets = {part.name if "_" in part.name else f"{part.name}_train": part for part in used}
     sets |= {f"{part.name}_test": part for part in (prompts.harmful, prompts.harmless, prompts.alarming) if part}
     return {
         name: {"source": published_name(part.source), "n": len(part), "sha256": part.sha256}
@@ -313,19 +230,6 @@ def _outlier_warning(found: FoundDirection, settings: RunSettings) -> tuple[str,
         f"One coordinate holds {share:.0%} of the residual stream's mean squared norm where the direction was found; "
         "the plain mean difference leans on it. Try --projected and a range of layers in the upper half.",
     )
-
-
-def stage_progress(
-    on_progress: OnProgress | None, stage: str, before: int = 0, total: int | None = None
-) -> Callable[..., None] | None:
-    """Turn the report of one stage's part, `(done)` or `(done, total)`, into that of the stage."""
-    if on_progress is None:
-        return None
-
-    def report(done: int, whole: int | None = None) -> None:
-        on_progress(stage, before + done, whole if total is None and whole is not None else total or 0)
-
-    return report
 
 
 def compare(

@@ -212,6 +212,19 @@ def _embedding_adds_rows(model_map: ModelMap) -> bool:
     return [(writer.steps, writer.axis, len(writer.shape)) for writer in found] == [((), 1, 2)]
 
 
+def check_exact(model_map: ModelMap, *, allow_leak: bool = False) -> None:
+    """Check that an edit of a model's weights is exact.
+
+    Raises:
+        ArchitectureError: If it is not and `allow_leak` is not given.
+    """
+    if model_map.leaks and not allow_leak:
+        raise ArchitectureError(
+            f"No weight edit of model type '{model_map.model_type}' is exact ({model_map.leaks[0].rstrip('.')}), "
+            "expected one that is; use hooks (chat, generate), or pass --allow-leak and read the measured leak."
+        )
+
+
 def resolve(
     intervention: Intervention,
     model_map: ModelMap,
@@ -244,11 +257,7 @@ def resolve(
             edited in two ways.
     """
     check_fit(intervention, model_map)
-    if model_map.leaks and not allow_leak:
-        raise ArchitectureError(
-            f"No weight edit of model type '{model_map.model_type}' is exact ({model_map.leaks[0].rstrip('.')}), "
-            "expected one that is; use hooks (chat, generate), or pass --allow-leak and read the measured leak."
-        )
+    check_exact(model_map, allow_leak=allow_leak)
     edits = {(edit.kind, edit.layer): edit for edit in intervention.edits}
     entries: dict[str, PlanEntry] = {}
     left: list[tuple[str, str]] = []

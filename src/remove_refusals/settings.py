@@ -8,6 +8,7 @@ from typing import Any
 from remove_refusals.linalg import Variant
 from remove_refusals.plan import Tied
 from remove_refusals.prompts import embedded_prompts, load_prompts
+from remove_refusals.selection.choose import SelectSettings
 from remove_refusals.sources import DEMO
 from remove_refusals.types import SITE_KINDS, ChatFormat, PromptSet, SiteKind
 
@@ -111,7 +112,18 @@ class MeasureSettings:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Everything that decides a run's result."""
+    """Everything that decides a run's result.
+
+    Attributes:
+        model: A directory, a hub id, or `demo`.
+        loading: How the model is loaded.
+        chat: How prompts are put before it.
+        direction: How the direction is found; of a search only the prompts, their number, the seed and the position.
+        edit: What is taken out where; a search decides the strengths and sites itself.
+        measure: What is measured.
+        select: How to choose what to take out; None does as `direction` and `edit` say.
+        batch_size: How many prompts to run at once; None is automatic.
+    """
 
     model: str = DEMO
     loading: LoadSettings = LoadSettings()
@@ -119,6 +131,7 @@ class RunSettings:
     direction: DirectionSettings = DirectionSettings()
     edit: EditSettings = EditSettings()
     measure: MeasureSettings = MeasureSettings()
+    select: SelectSettings | None = field(default_factory=SelectSettings)
     batch_size: int | None = None
 
     def record(self) -> dict[str, Any]:

@@ -23,7 +23,9 @@ from remove_refusals.options import (
     KlTokens,
     Layer,
     LayerRange,
+    MaxKl,
     MaxNewTokens,
+    MaxRefusals,
     ModelArgument,
     NPrompts,
     NTest,
@@ -35,18 +37,23 @@ from remove_refusals.options import (
     RemoteCode,
     Revision,
     Seed,
+    SelectOption,
     Sites,
     Split,
     Strength,
     SystemPrompt,
     TemplateFile,
     TiedOption,
+    Trials,
     VariantOption,
     chat_format,
     direction_settings,
     edit_settings,
     made_intervention,
+    select_settings,
 )
+
+_AS_ONE_LIKES = ("0.6", 1.0, None, "embedding,attn,mlp", "plain")
 
 
 def run(
@@ -71,6 +78,10 @@ def run(
     split: Split = None,
     n_prompts: NPrompts = 32,
     seed: Seed = 0,
+    select: SelectOption = None,
+    max_kl: MaxKl = None,
+    max_refusals: MaxRefusals = None,
+    trials: Trials = 200,
     layer: Layer = "0.6",
     position: Position = -1,
     projected: Projected = False,
@@ -94,6 +105,8 @@ def run(
     from remove_refusals.settings import LoadSettings, MeasureSettings, PromptSource, RunSettings
 
     source = PromptSource
+    # Whoever says what to take out wants just that.
+    as_given = direction is not None or (layer, strength, layers, sites, variant) != _AS_ONE_LIKES
     settings = RunSettings(
         model=model,
         loading=LoadSettings(device, dtype, load_in_4bit, trust_remote_code, revision),
@@ -117,11 +130,16 @@ def run(
             max_new_tokens,
             kl_tokens,
         ),
+        select=select_settings(
+            select, max_kl, max_refusals, trials, as_given=as_given or projected or per_layer or affine
+        ),
         batch_size=batch_size,
     )
     target = output or Path(f"{Path(model).name}-ablated")
     with console.progress() as on_progress:
         result = pipeline.run(settings, target, force=force, direction_file=direction, on_progress=on_progress)
+    if result.selection is not None:
+        console.show_selection(result.selection)
     console.show_evaluation(result.evaluation, result.warnings)
     console.say(f"Saved to {target}: the edited model, ablation.json, scores.json, rows.jsonl and its model card.")
 
@@ -153,7 +171,7 @@ def find(
     per_layer: PerLayer = False,
 ) -> None:
     """Only the direction: the difference of mean activations on harmful and harmless prompts."""
-    from remove_refusals import atomic, console, direction_files, pipeline
+    from remove_refusals import atomic, console, direction_files, stages
     from remove_refusals.settings import LoadSettings, PromptSource
 
     if per_layer:
@@ -172,10 +190,10 @@ def find(
         per_layer,
     )
     chat = chat_format(system_prompt, chat_template, plain)
-    prompts = pipeline.training_prompts(settings)
-    loaded = pipeline.load_model(model, LoadSettings(device, dtype, load_in_4bit, trust_remote_code, revision))
+    prompts = stages.training_prompts(settings)
+    loaded = stages.load_model(model, LoadSettings(device, dtype, load_in_4bit, trust_remote_code, revision))
     with console.progress() as on_progress:
-        found = pipeline.find_direction(
+        found = stages.find_direction(
             loaded, settings, chat=chat, prompts=prompts, batch_size=batch_size, on_progress=on_progress
         )
     first, where = found.directions[0], ", ".join(map(str, settings.positions))
@@ -207,13 +225,13 @@ def bake(
     revision: Revision = None,
 ) -> None:
     """Edit the weights for good and save the model with its tokenizer."""
-    from remove_refusals import atomic, baking, console, direction_files, pipeline
+    from remove_refusals import atomic, baking, console, direction_files, stages
     from remove_refusals.settings import LoadSettings
 
     atomic.check_target(output, force=force, directory=True)
     edit = edit_settings(strength, layers, sites, tied, variant, allow_leak, affine)
     given = direction_files.load_directions(direction)
-    loaded = pipeline.load_model(model, LoadSettings(device, dtype, False, trust_remote_code, revision))
+    loaded = stages.load_model(model, LoadSettings(device, dtype, False, trust_remote_code, revision))
     intervention, model_map = made_intervention(loaded, given, edit)
     baked = baking.bake(
         loaded,

@@ -53,7 +53,7 @@ def chat(
 ) -> None:
     """Talk to a model with the direction taken out as it runs; end with Ctrl-D."""
     from remove_refusals import chat as chatting
-    from remove_refusals import console, direction_files, pipeline
+    from remove_refusals import console, direction_files, stages
     from remove_refusals.settings import LoadSettings
 
     if no_ablation and compare:
@@ -65,7 +65,7 @@ def chat(
         )
     given = None if direction is None or no_ablation else direction_files.load_directions(direction)
     edit = edit_settings(strength, layers, sites, affine=affine)
-    loaded = pipeline.load_model(model, LoadSettings(device, dtype, load_in_4bit, trust_remote_code, revision))
+    loaded = stages.load_model(model, LoadSettings(device, dtype, load_in_4bit, trust_remote_code, revision))
     intervention, model_map = None, None
     if given is not None:
         intervention, model_map = made_intervention(loaded, given, edit)
@@ -105,14 +105,14 @@ def generate(
     max_new_tokens: MaxNewTokens = 100,
 ) -> None:
     """Answer prompts in batches, greedily; without --direction the model answers as it is."""
-    from remove_refusals import answers, atomic, console, direction_files, pipeline, records
+    from remove_refusals import answers, atomic, console, direction_files, records, stages
     from remove_refusals.settings import LoadSettings, PromptSource
 
     atomic.check_target(output, force=force, directory=False)
     prompt_set = PromptSource(prompts, column, split).load("prompts", "")
     given = None if direction is None else direction_files.load_directions(direction)
     edit = edit_settings(strength, layers, sites, affine=affine)
-    loaded = pipeline.load_model(model, LoadSettings(device, dtype, load_in_4bit, trust_remote_code, revision))
+    loaded = stages.load_model(model, LoadSettings(device, dtype, load_in_4bit, trust_remote_code, revision))
     intervention, model_map = None, None
     if given is not None:
         intervention, model_map = made_intervention(loaded, given, edit)
@@ -125,7 +125,7 @@ def generate(
             chat=chat_format(system_prompt, chat_template, plain),
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
-            on_progress=pipeline.stage_progress(on_progress, "answers", 0, len(prompt_set)),
+            on_progress=stages.stage_progress(on_progress, "answers", 0, len(prompt_set)),
         )
     records.write_jsonl(output, rows, force=force)
     console.say(f"Saved {len(rows)} answers to {output}.")

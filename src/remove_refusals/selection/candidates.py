@@ -128,6 +128,15 @@ class Selection:
         """The indices of the candidates that no other beats, by rising damage."""
         return front([(candidate.refusal, candidate.damage) for candidate in self.candidates])
 
+    def summary(self) -> dict[str, Any]:
+        """Say what was picked by which rule, and what should be said of it."""
+        record: dict[str, Any] = {"method": self.method, "rule": str(self.rule), "n_candidates": len(self.candidates)}
+        picked = {"picked": self.candidate.name, "refusal": self.candidate.refusal, "damage": self.candidate.damage}
+        found = self.candidate.confirmation
+        return (
+            record | picked | ({} if found is None else {"confirmation": found.to_json()}) | {"notes": list(self.notes)}
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Give the content of `selection.json`."""
         return {

@@ -1,0 +1,195 @@
+"""The stages of a run that commands also use one by one: load, find the direction, make the intervention."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from remove_refusals.activations import collect_activations
+from remove_refusals.chat_template import check_position, template_tail_length
+from remove_refusals.directions import largest_coordinate_share, layer_index, mean_difference, mean_difference_per_layer
+from remove_refusals.errors import DirectionError
+from remove_refusals.evaluation import EvaluationPrompts, EvaluationSettings
+from remove_refusals.modelmap import map_model
+from remove_refusals.models import LoadedModel, load
+from remove_refusals.plan import check_fit, intervene, intervene_per_layer
+from remove_refusals.prompts import check_disjoint, draw
+from remove_refusals.settings import (
+    DirectionSettings,
+    EditSettings,
+    LoadSettings,
+    MeasureSettings,
+    RunSettings,
+    published_name,
+)
+from remove_refusals.types import ChatFormat, Direction, Intervention, ModelMap, PromptSet
+
+OnProgress = Callable[[str, int, int], None]
+"""Called with the stage's name, how much of it is done and how much there is."""
+
+
+@dataclass(frozen=True, eq=False)
+class FoundDirection:
+    """A direction, or one for each layer, with what its record needs.
+
+    Attributes:
+        directions: The directions.
+        prompts: The harmful and the harmless prompts that they were found on; empty for those from a file.
+        largest_coordinate: The largest share of the residual stream's mean squared norm that lies in one coordinate
+            there; None for directions from a file.
+    """
+
+    directions: tuple[Direction, ...]
+    prompts: tuple[PromptSet, ...]
+    largest_coordinate: float | None
+
+    @property
+    def direction(self) -> Direction:
+        """The only direction, or the first layer's."""
+        return self.directions[0]
+
+
+def load_model(model: str, settings: LoadSettings) -> LoadedModel:
+    """Load a model by directory, hub id or the name `demo`.
+
+    Raises:
+        ModelError: If it cannot be found or loaded.
+        CheckpointError: If a weight file is corrupt.
+    """
+    return load(model, **asdict(settings))
+
+
+def training_prompts(settings: DirectionSettings) -> tuple[PromptSet, PromptSet]:
+    """Load the harmful and the harmless prompts and draw from both.
+
+    Raises:
+        PromptError: If a set cannot be loaded or has fewer prompts than are to be drawn.
+    """
+    harmful = settings.harmful.load("harmful", "harmful_train")
+    harmless = settings.harmless.load("harmless", "harmless_train")
+    return draw(harmful, settings.n_prompts, settings.seed), draw(harmless, settings.n_prompts, settings.seed)
+
+
+def find_direction(
+    loaded: LoadedModel,
+    settings: DirectionSettings,
+    *,
+    chat: ChatFormat,
+    prompts: tuple[PromptSet, PromptSet] | None = None,
+    batch_size: int | None = None,
+    model_map: ModelMap | None = None,
+    on_progress: OnProgress | None = None,
+) -> FoundDirection:
+    """Collect the activations of harmful and harmless prompts and take the difference of the means.
+
+    The prompts are those of `training_prompts`, if they are not given.
+
+    Raises:
+        PromptError: If prompts cannot be loaded, or the position does not lie within the chat template's tail.
+        DirectionError: If the layer does not lie within the model.
+        NumericalError: If activations are NaN or infinite.
+    """
+    harmful, harmless = prompts or training_prompts(settings)
+    if not chat.plain:
+        tail = template_tail_length(
+            loaded.tokenizer, system_prompt=chat.system_prompt, chat_template=chat.chat_template
+        )
+        for position in settings.positions:
+            check_position(position, tail)
+    model_map = model_map or map_model(loaded.model)
+    indices = _indices(settings, model_map.n_layers)
+    total = len(harmful) + len(harmless)
+    parts = []
+    for before, part in ((0, harmful), (len(harmful), harmless)):
+        parts.append(
+            collect_activations(
+                loaded,
+                part,
+                chat=chat,
+                positions=settings.positions,
+                n_layers=max(indices),
+                batch_size=batch_size,
+                model_map=model_map,
+                on_progress=stage_progress(on_progress, "activations", before, total),
+            )
+        )
+    options: dict[str, Any] = {"position": settings.position, "projected": settings.projected}
+    options |= {"model": published_name(loaded.source), "seed": settings.seed}
+    if settings.per_layer:
+        directions = mean_difference_per_layer(parts[0], parts[1], **options)
+    else:
+        directions = (mean_difference(parts[0], parts[1], layer=indices[0], **options),)
+    shares = (largest_coordinate_share(parts, index, place) for index in indices for place in settings.positions)
+    return FoundDirection(directions, (harmful, harmless), max(shares))
+
+
+def _indices(settings: DirectionSettings, n_layers: int) -> tuple[int, ...]:
+    """Where directions are found, on the layer axis of the activations."""
+    return tuple(range(1, n_layers + 1)) if settings.per_layer else (layer_index(settings.layer, n_layers),)
+
+
+def make_intervention(
+    found: Direction | tuple[Direction, ...], settings: EditSettings, model_map: ModelMap
+) -> Intervention:
+    """Apply one direction, or one for each layer, as the settings say.
+
+    Raises:
+        DirectionError: If there are several directions and not one for each layer, or their width is not the model's,
+            the layers do not lie within the model, or the affine variant does not fit them.
+        ArchitectureError: If the affine variant is asked for and the model cannot carry its constant.
+    """
+    directions = (found,) if isinstance(found, Direction) else found
+    options: dict[str, Any] = {"strength": settings.strength, "layers": settings.layers, "kinds": settings.sites}
+    if len(directions) == 1:
+        intervention = intervene(directions[0], model_map.n_layers, affine=settings.affine, **options)
+    elif len(directions) != model_map.n_layers or settings.affine:
+        affine = " and the affine variant is asked for" if settings.affine else ""
+        raise DirectionError(
+            f"There are {len(directions)} directions{affine}, expected one, or one for each of the model's "
+            f"{model_map.n_layers} layers without --affine; use directions that were found on this model."
+        )
+    else:
+        intervention = intervene_per_layer(directions, **options)
+    check_fit(intervention, model_map)
+    return intervention
+
+
+def test_prompts(settings: MeasureSettings, used: tuple[PromptSet, ...] = ()) -> EvaluationPrompts:
+    """Load the prompts to measure on and check that none of them was used to find the direction.
+
+    Raises:
+        PromptError: If a set cannot be loaded, or shares a prompt with another.
+    """
+
+    def limited(prompts: PromptSet) -> PromptSet:
+        if settings.n_test is None or settings.n_test >= len(prompts):
+            return prompts
+        return draw(prompts, settings.n_test, 0)
+
+    harmful = settings.harmful.load("harmful", "harmful_test")
+    harmless = settings.harmless.load("harmless", "harmless_test")
+    alarming = settings.alarming.load("alarming", "harmless_alarming")
+    check_disjoint(*used, harmful, harmless, alarming)
+    return EvaluationPrompts(limited(harmful), limited(harmless), limited(alarming))
+
+
+def measure_settings(settings: RunSettings) -> EvaluationSettings:
+    """The settings of the evaluation as a run's settings give them."""
+    return EvaluationSettings(
+        max_new_tokens=settings.measure.max_new_tokens,
+        kl_tokens=settings.measure.kl_tokens,
+        batch_size=settings.batch_size,
+        chat=settings.chat,
+    )
+
+
+def stage_progress(
+    on_progress: OnProgress | None, stage: str, before: int = 0, total: int | None = None
+) -> Callable[..., None] | None:
+    """Turn the report of one stage's part, `(done)` or `(done, total)`, into that of the stage."""
+    if on_progress is None:
+        return None
+
+    def report(done: int, whole: int | None = None) -> None:
+        on_progress(stage, before + done, whole if total is None and whole is not None else total or 0)
+
+    return report
