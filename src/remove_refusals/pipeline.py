@@ -38,6 +38,8 @@ from remove_refusals.types import Direction, ModelMap, PromptSet
 OUTLIER_SHARE = 0.5
 """From here on a single coordinate is called an outlier: it holds more than all others together."""
 
+_NOTHING_CHOSEN = "Nothing was chosen, and the settings were used as given: {}"
+
 
 @dataclass(frozen=True, eq=False)
 class RunResult:
@@ -97,14 +99,13 @@ def _run_into(
     # What can be wrong with files is said before a model is loaded.
     given = None if direction_file is None else load_directions(direction_file)
     searching = settings.select is not None and given is None
-    search = search_prompts(settings) if searching else None
+    search, said = _search_prompts(settings) if searching else (None, ())
     drawn = training_prompts(settings.direction) if given is None else None
     prompts = test_prompts(settings.measure, search.sets() if search is not None else drawn or ())
     loaded = load_model(settings.model, settings.loading)
     model_map = map_model(loaded.model)
     check_exact(model_map, allow_leak=settings.edit.allow_leak)
     selection: Selection | None = None
-    said: tuple[str, ...] = ()
     if search is not None:
         selection, said = _selection(loaded, settings, search, model_map, on_progress)
     if selection is not None and search is not None:
@@ -152,17 +153,16 @@ def _write_records(
     (directory / "README.md").write_text(card, encoding="utf-8")
 
 
-def search_prompts(settings: RunSettings) -> SearchPrompts:
-    """Load the prompts of a search and split them.
-
-    Raises:
-        PromptError: If a set cannot be loaded or has too few prompts.
-    """
+def _search_prompts(settings: RunSettings) -> tuple[SearchPrompts | None, tuple[str, ...]]:
+    """Load the prompts of a search and split them; where there are too few, give None and say so."""
     direction = settings.direction
     harmful = direction.harmful.load("harmful", "harmful_train")
     harmless = direction.harmless.load("harmless", "harmless_train")
     select = replace(settings.select or SelectSettings(), seed=direction.seed)
-    return split_for_search(harmful, harmless, direction.n_prompts, select)
+    try:
+        return split_for_search(harmful, harmless, direction.n_prompts, select), ()
+    except SelectionError as error:
+        return None, (_NOTHING_CHOSEN.format(error),)
 
 
 def _selection(
@@ -187,7 +187,7 @@ def _selection(
             on_progress=on_progress,
         )
     except SelectionError as error:
-        return None, (f"Nothing was chosen, and the settings were used as given: {error}",)
+        return None, (_NOTHING_CHOSEN.format(error),)
     return found, ()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from remove_refusals.activations import collect_activations
 from remove_refusals.apply.steering import is_steerable
 from remove_refusals.directions import mean_difference_per_layer
-from remove_refusals.errors import PromptError, SelectionError
+from remove_refusals.errors import SelectionError
 from remove_refusals.judges import Label
 from remove_refusals.modelmap import map_model
 from remove_refusals.models import LoadedModel
@@ -84,7 +84,7 @@ def split_for_search(
         settings: How many the search and the confirmation are to get.
 
     Raises:
-        PromptError: If there are so few prompts that a part would get less than 8.
+        SelectionError: If there are so few prompts that a part would get less than 8.
     """
     parts = []
     for name, prompts in (("harmful", harmful), ("harmless", harmless)):
@@ -93,7 +93,7 @@ def split_for_search(
         share = min(1.0, n / sum(wanted.values()))
         sizes = {part: int(share * size) for part, size in wanted.items()}
         if min(sizes.values()) < _FEWEST:
-            raise PromptError(
+            raise SelectionError(
                 f"There are {n} different {name} prompts, too few for a search, expected at least {_FEWEST} each for "
                 f"direction, search and confirmation ({sum(wanted.values())} in all are better); add prompts, or pass "
                 "--select none."

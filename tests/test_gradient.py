@@ -1,0 +1,255 @@
+"""The search by gradients: each of its short cuts gives what the long way gives, and the demo model is freed by it."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from remove_refusals.apply.hooks import ablated
+from remove_refusals.apply.steering import Steer, is_steerable, steered
+from remove_refusals.directions import direction_from_vectors
+from remove_refusals.generation import answer_logits
+from remove_refusals.judges import Label
+from remove_refusals.modelmap import map_model
+from remove_refusals.models import LoadedModel, load
+from remove_refusals.plan import intervene
+from remove_refusals.prompts import embedded_prompts
+from remove_refusals.selection.candidates import Rule
+from remove_refusals.selection.choose import SelectSettings, select, split_for_search
+from remove_refusals.selection.material import GradientSettings, gather
+from remove_refusals.selection.objectives import damages, refusal_probabilities, unlikelihood
+from remove_refusals.selection.openings import Openings, learn_openings
+from remove_refusals.selection.probes import keep_below, log_probabilities, make_probes, make_vocabulary
+from remove_refusals.selection.references import AnswerSettings, References, references
+from remove_refusals.types import DirectionOrigin, ModelMap, PromptSet
+from zoo import build, inputs
+
+TOKENS = st.lists(st.integers(0, 3), min_size=1, max_size=6)
+
+
+@pytest.fixture(scope="module")
+def loaded() -> LoadedModel:
+    return load("demo")
+
+
+@pytest.fixture(scope="module")
+def model_map(loaded: LoadedModel) -> ModelMap:
+    return map_model(loaded.model)
+
+
+@pytest.fixture(scope="module")
+def own(loaded: LoadedModel) -> dict[str, References]:
+    short = AnswerSettings(max_new_tokens=16)
+    sets = {name: embedded_prompts(f"{name}_train") for name in ("harmful", "harmless")}
+    return {
+        name: references(loaded, PromptSet(name, part.prompts[:12], "embedded"), short) for name, part in sets.items()
+    }
+
+
+class TestOpenings:
+    @given(answers=st.lists(TOKENS, min_size=1, max_size=8))
+    @settings(deadline=None)
+    def test_every_answer_begins_with_one_opening_and_none_begins_another(self, answers: list[list[int]]) -> None:
+        prefixes = learn_openings(answers, n_tokens=4).prefixes
+        for answer in answers:
+            assert sum(tuple(answer[: len(prefix)]) == prefix for prefix in prefixes) == 1
+        for one in prefixes:
+            assert not any(other != one and other[: len(one)] == one for other in prefixes)
+
+    def test_branches(self) -> None:
+        openings = Openings(((1, 2, 3), (1, 5), (4,)))
+        assert openings.branches((1, 2, 3)) == ((4,), (5,), ())
+        assert openings.branches((9, 9)) == ((1, 4), ())
+
+    def test_more(self) -> None:
+        assert set(learn_openings([(1, 2)]).more([(3, 4)]).prefixes) == {(1, 2), (3, 4)}
+
+
+def random_direction(d_model: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(d_model, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gpt2", "mixtral", "olmo2", "cohere"])
+def test_steering_is_what_the_hooks_do(model_type: str) -> None:
+    model = build(model_type)
+    model_map = map_model(model)
+    assert is_steerable(model_map)
+    vector = random_direction(model_map.d_model)
+    intervention = intervene(direction_from_vectors(vector, DirectionOrigin("test")), model_map.n_layers, strength=0.7)
+    steer = Steer(torch.tensor(0.7), vector)
+    steers = {(edit.kind, edit.layer): lambda: steer for edit in intervention.edits}
+    given = inputs(model)
+    with torch.no_grad():
+        plain = model(**given).logits
+        with ablated(model, intervention, model_map=model_map):
+            hooked = model(**given).logits
+        with steered(model, model_map, steers):
+            found = model(**given).logits
+    assert (hooked - plain).abs().max() > 1e-3
+    torch.testing.assert_close(found, hooked, atol=1e-5, rtol=1e-5)
+
+
+def test_each_row_may_have_its_own_strength_and_direction(loaded: LoadedModel, model_map: ModelMap) -> None:
+    vectors = torch.stack([random_direction(model_map.d_model, seed) for seed in (1, 2)])
+    strengths = torch.tensor([0.5, 1.5])
+    ids = torch.arange(6).repeat(2, 1)
+
+    def run(steer: Steer, rows: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad(), steered(loaded.model, model_map, {("mlp", 2): lambda: steer}):
+            return loaded.model(input_ids=rows).logits
+
+    together = run(Steer(strengths, vectors), ids)
+    for row in range(2):
+        alone = run(Steer(strengths[row], vectors[row]), ids[:1])
+        torch.testing.assert_close(together[row], alone[0], atol=1e-4, rtol=1e-4)
+
+
+def test_gradients_agree_with_finite_differences(
+    loaded: LoadedModel, model_map: ModelMap, own: dict[str, References]
+) -> None:
+    material = gather(
+        loaded,
+        model_map,
+        own["harmful"].only(Label.REFUSAL),
+        own["harmless"].only(Label.COMPLIANCE),
+        GradientSettings(),
+    )
+    probe = material.refusal_probes[0]
+    vector = random_direction(model_map.d_model)
+
+    def loss(strength: torch.Tensor) -> torch.Tensor:
+        with steered(loaded.model, model_map, {("mlp", 2): lambda: Steer(strength, vector)}):
+            found = log_probabilities(loaded, model_map, probe, material.vocabulary, 0)
+        return unlikelihood(refusal_probabilities(found, probe, material.openings, material.vocabulary))
+
+    strength = torch.tensor(0.8, requires_grad=True)
+    (slope,) = torch.autograd.grad(loss(strength), strength)
+    with torch.no_grad():
+        difference = (loss(torch.tensor(0.81)) - loss(torch.tensor(0.79))) / 0.02
+    assert abs(float(slope) - float(difference)) < 0.05 * abs(float(difference)) + 1e-4
+    assert float(difference) != 0.0
+
+
+class TestProbes:
+    def test_the_reduced_head_gives_the_logits_of_the_whole_one(
+        self, loaded: LoadedModel, model_map: ModelMap, own: dict[str, References]
+    ) -> None:
+        part = own["harmless"]
+        answers = [answer.token_ids for answer in part.answers]
+        (probe,) = make_probes(loaded, part.token_ids, answers, 5, 16)
+        order = list(probe.prompts)
+        direct = answer_logits(loaded, [part.token_ids[i] for i in order], [answers[i] for i in order], 5)
+        with torch.no_grad():
+            whole = log_probabilities(loaded, model_map, probe, None, 0)
+            tokens = torch.cat([torch.tensor([3, 77, 500]), probe.targets])
+            vocabulary = make_vocabulary(loaded, tokens)
+            reduced = log_probabilities(loaded, model_map, probe, vocabulary, 0)
+        torch.testing.assert_close(whole, direct.log_probabilities, atol=1e-4, rtol=1e-4)
+        expected = whole[:, vocabulary.tokens].log_softmax(-1)
+        torch.testing.assert_close(reduced, expected, atol=1e-4, rtol=1e-4)
+        assert torch.equal(vocabulary.tokens[vocabulary.indices(probe.targets)], probe.targets)
+
+    def test_going_on_from_what_was_kept_gives_what_the_whole_model_gives(
+        self, loaded: LoadedModel, model_map: ModelMap, own: dict[str, References]
+    ) -> None:
+        part = own["harmless"]
+        probes = make_probes(loaded, part.token_ids, [answer.token_ids for answer in part.answers], 5, 8)
+        (kept, _) = keep_below(loaded, model_map, probes, None, 3)
+        assert kept.below is not None
+        steers = {("mlp", 4): lambda: Steer(torch.tensor(1.0), random_direction(model_map.d_model))}
+        with torch.no_grad(), steered(loaded.model, model_map, steers):
+            whole = log_probabilities(loaded, model_map, probes[0], None, 3)
+            again = log_probabilities(loaded, model_map, kept, None, 3)
+        torch.testing.assert_close(again, whole, atol=1e-5, rtol=1e-5)
+        # What lies below is not run: nonsense in its place is what comes through.
+        nonsense = dataclasses.replace(kept, below=torch.zeros_like(kept.below))
+        with torch.no_grad():
+            assert not torch.allclose(log_probabilities(loaded, model_map, nonsense, None, 3), whole, atol=1e-2)
+
+    def test_the_model_is_left_as_it_was(self, loaded: LoadedModel, own: dict[str, References]) -> None:
+        head = loaded.model.get_output_embeddings()
+        assert "forward" not in vars(head)
+        assert all("forward" not in vars(layer) for layer in loaded.model.model.layers)
+
+
+def test_refusal_probability_is_the_sum_over_openings(
+    loaded: LoadedModel, model_map: ModelMap, own: dict[str, References]
+) -> None:
+    """Where other openings branch off with their last token, the sum is exact."""
+    ids = own["harmful"].token_ids[0]
+    path, branch = (5, 6, 7), (5, 9)
+    openings = Openings((path, branch, (8,)))
+    (probe,) = make_probes(loaded, [ids], [path], 3, 1)
+    vocabulary = make_vocabulary(loaded, torch.arange(loaded.vocabulary_size))
+    with torch.no_grad():
+        found = log_probabilities(loaded, model_map, probe, vocabulary, 0)
+        total = refusal_probabilities(found, probe, openings, vocabulary)
+        by_hand = 0.0
+        for opening in openings.prefixes:
+            along = answer_logits(loaded, [ids], [opening], len(opening))
+            by_hand += float(along.log_probabilities.gather(1, along.targets[:, None]).sum().exp())
+    assert abs(float(total) - by_hand) < 1e-5 * max(1.0, by_hand)
+    assert by_hand > 0
+
+
+def test_damage_is_zero_for_the_model_itself_and_positive_beside_it(
+    loaded: LoadedModel, model_map: ModelMap, own: dict[str, References]
+) -> None:
+    material = gather(
+        loaded,
+        model_map,
+        own["harmful"].only(Label.REFUSAL),
+        own["harmless"].only(Label.COMPLIANCE),
+        GradientSettings(),
+    )
+    probe, base = material.damage_probes[0], material.base[0]
+    steers = {("mlp", 3): lambda: Steer(torch.tensor(1.0), random_direction(model_map.d_model))}
+    with torch.no_grad():
+        same = damages(log_probabilities(loaded, model_map, probe, material.vocabulary, 0), base, probe)
+        with steered(loaded.model, model_map, steers):
+            other = damages(log_probabilities(loaded, model_map, probe, material.vocabulary, 0), base, probe)
+    assert float(same.abs().max()) < 1e-5
+    assert float(other.min()) > 0
+
+
+class TestSelect:
+    @pytest.fixture(scope="class")
+    def quick(self) -> SelectSettings:
+        descent = GradientSettings(damage_weights=(4.0, 1.0), n_steps=16, n_more_steps=6)
+        return SelectSettings(n_choose=32, n_confirm=16, descent=descent)
+
+    def test_frees_the_demo_model_and_repeats_itself(self, loaded: LoadedModel, quick: SelectSettings) -> None:
+        sets = embedded_prompts("harmful_train"), embedded_prompts("harmless_train")
+        prompts = split_for_search(*sets, 16, quick)
+        answers = AnswerSettings(max_new_tokens=40)
+        before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
+        found = select(loaded, prompts, quick, answers=answers)
+        confirmation = found.candidate.confirmation
+        assert confirmation is not None and confirmation.failures <= 0.1
+        assert confirmation.damage is not None and confirmation.damage.value < 0.05
+        assert found.notes == ()
+        assert all(torch.equal(before[name], value) for name, value in loaded.model.state_dict().items())
+        assert all(parameter.requires_grad for parameter in loaded.model.parameters())
+        again = select(loaded, prompts, quick, answers=answers)
+        assert again.to_json() == found.to_json()
+        for one, other in zip(found.intervention.directions, again.intervention.directions, strict=True):
+            assert torch.equal(one.basis, other.basis)
+
+    def test_no_prompt_is_in_two_parts(self, quick: SelectSettings) -> None:
+        sets = embedded_prompts("harmful_train"), embedded_prompts("harmless_train")
+        parts = split_for_search(*sets, 16, quick).sets()
+        used = [prompt for part in parts for prompt in part.prompts]
+        assert len(used) == len(set(used)) == 2 * (16 + 32 + 16)
+
+    def test_a_candidate_that_cannot_be_confirmed_is_named(self, loaded: LoadedModel, quick: SelectSettings) -> None:
+        """Descents that hardly move leave the refusals; the search says so and gives what came nearest."""
+        sets = embedded_prompts("harmful_train"), embedded_prompts("harmless_train")
+        still = GradientSettings(damage_weights=(4.0,), n_steps=1, rate=1e-6, direction_rate=0.0, start=0.01, least=0.0)
+        settings = dataclasses.replace(quick, descent=still, rule=Rule(max_refusals=0.05))
+        found = select(
+            loaded, split_for_search(*sets, 16, settings), settings, answers=AnswerSettings(max_new_tokens=24)
+        )
+        assert len(found.notes) == 2
+        assert "fell short" in found.notes[0] and "No candidate was confirmed" in found.notes[1]
