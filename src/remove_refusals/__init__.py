@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from remove_refusals.pipeline import run
     from remove_refusals.plan import intervene, intervene_per_layer
     from remove_refusals.prompts import embedded_prompts, load_prompts
+    from remove_refusals.selection.choose import SelectSettings, select, split_for_search
     from remove_refusals.settings import RunSettings
     from remove_refusals.types import Activations, Direction, Intervention, PromptSet
 
@@ -34,6 +35,7 @@ _HOME = {
     "PromptSet": "types",
     "RemoveRefusalsError": "errors",
     "RunSettings": "settings",
+    "SelectSettings": "selection.choose",
     "ablated": "apply.hooks",
     "bake": "baking",
     "collect_activations": "activations",
@@ -53,6 +55,8 @@ _HOME = {
     "run": "pipeline",
     "save_direction": "direction_files",
     "save_directions": "direction_files",
+    "select": "selection.choose",
+    "split_for_search": "selection.choose",
 }
 
 __all__ = [
@@ -62,6 +66,7 @@ __all__ = [
     "PromptSet",
     "RemoveRefusalsError",
     "RunSettings",
+    "SelectSettings",
     "ablated",
     "bake",
     "collect_activations",
@@ -81,6 +86,8 @@ __all__ = [
     "run",
     "save_direction",
     "save_directions",
+    "select",
+    "split_for_search",
 ]
 
 

@@ -34,5 +34,17 @@ def model_card(
         certificate=certificate,
         worst=100 * abs(worst.share_left - abs(1 - worst.strength)) if worst is not None else 0.0,
         strengths=sorted({edit["strength"] for edit in record["intervention"]}),
+        groups=_alike(record["directions"]),
     )
     return text
+
+
+def _alike(directions: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """Put directions together that differ in nothing but the layer, so that a card needs one line for them."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for direction in directions:
+        recipe = {
+            key: value for key, value in direction.items() if key not in ("layer", "sha256", "harmless_component")
+        }
+        groups.setdefault(str(sorted(recipe.items(), key=lambda item: item[0])), []).append(direction)
+    return list(groups.values())

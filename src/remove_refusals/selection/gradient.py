@@ -31,6 +31,7 @@ class Steering:
         directions: `[n_directions, d_model]`, float32.
         direction_of: For each site the index of its direction.
         origins: Where each direction came from.
+        learned: Whether the descent changes the directions.
     """
 
     sites: tuple[SiteKey, ...]
@@ -38,6 +39,7 @@ class Steering:
     directions: torch.Tensor
     direction_of: tuple[int, ...]
     origins: tuple[DirectionOrigin, ...]
+    learned: bool = False
 
     def steers(self) -> dict[SiteKey, Callable[[], Steer]]:
         """Give what is taken out at each site, as `steered` wants it."""
@@ -47,13 +49,20 @@ class Steering:
 
         return {site: at(index) for index, site in enumerate(self.sites)}
 
+    def _origin(self, number: int) -> DirectionOrigin:
+        """Say that a direction was changed; the harmless mean's component is not known of it any more."""
+        origin = self.origins[number]
+        if not self.learned:
+            return origin
+        return replace(origin, method=f"gradient descent from {origin.method}", harmless_component=None)
+
     def intervention(self, least: float) -> Intervention:
         """Give the intervention; strengths below `least` are left out, as are directions that nothing uses then."""
         strengths = [round(float(value), 4) for value in self.strengths.detach()]
         kept = [index for index, strength in enumerate(strengths) if strength >= least]
         used = sorted({self.direction_of[index] for index in kept})
         directions = tuple(
-            direction_from_vectors(self.directions[number].detach().to("cpu"), self.origins[number]) for number in used
+            direction_from_vectors(self.directions[number].detach().to("cpu"), self._origin(number)) for number in used
         )
         edits = [SiteEdit(*self.sites[index], strengths[index], used.index(self.direction_of[index])) for index in kept]
         return Intervention(directions, tuple(edits))
@@ -82,6 +91,7 @@ def start_steering(
         torch.stack([direction.basis[:, 0] for direction in directions[first:]]).to(device),
         tuple(layer - first for _, layer in sites if layer is not None),
         tuple(direction.origin for direction in directions[first:]),
+        learned=settings.direction_rate > 0,
     )
 
 
