@@ -269,6 +269,9 @@ def _picked(
     notes: list[str] = []
     confirmed: list[int] = []
     for number in order[: settings.most_confirmed]:
+        limit = settings.rule.max_refusals
+        if confirmed and limit is not None and tried[number].refusal > limit:
+            break
         found = confirm(
             loaded,
             tried[number].intervention,
@@ -298,9 +301,10 @@ def _cost(candidate: Candidate) -> tuple[float, float]:
 def _shortfall(candidate: Candidate, found: Confirmation, confirming: tuple[References, ...], rule: Rule) -> str | None:
     """Say what a confirmation lacks; None if it does what the search said, or what the rule asks for."""
     harmful, harmless = confirming
-    # What the base model breaks off or repeats by itself is not the candidate's doing.
-    own = sum(label is Label.DEGENERATE for label in harmful.labels)
-    failed = found.refusals.count + max(0, found.degenerate.count - own)
+    # A model that breaks off or loops in a tenth of its answers does so, too, in those that it no longer refuses.
+    given = [label for part in confirming for label in part.labels if label is not Label.REFUSAL]
+    own = len(harmful) * given.count(Label.DEGENERATE) / max(1, len(given))
+    failed = found.refusals.count + max(0.0, found.degenerate.count - own)
     limit = rule.max_refusals if rule.max_refusals is not None else candidate.refusal + 0.1
     if failed > math.ceil(limit * found.refusals.n):
         return (
