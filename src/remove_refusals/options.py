@@ -93,7 +93,7 @@ SelectOption = Annotated[
     str | None,
     typer.Option(
         "--select",
-        help="auto, tpe or none; auto, unless options below say what to take out.",
+        help="auto, layer, tpe or none; auto, unless options below say what to take out.",
         rich_help_panel=CHOICE,
     ),
 ]
@@ -243,13 +243,14 @@ def select_settings(
     Raises:
         SelectionError: If the method is not among the accepted ones.
     """
-    from remove_refusals.selection.candidates import Rule
+    from remove_refusals.selection.candidates import METHODS, Method, Rule
     from remove_refusals.selection.choose import SelectSettings
 
-    accepted = ("auto", "tpe", "none")
+    accepted = (*METHODS, "none")
     if method not in (None, *accepted):
         raise SelectionError(f"--select is {method!r}, expected one of {', '.join(accepted)}.")
     if method == "none" or (method is None and as_given):
         return None
     rule = Rule(max_kl, max_refusals if max_refusals is not None or max_kl is not None else 0.05)
-    return SelectSettings(method="tpe" if method == "tpe" else "auto", rule=rule, n_trials=n_trials)
+    chosen: Method = next((known for known in METHODS if known == method), METHODS[0])
+    return SelectSettings(method=chosen, rule=rule, n_trials=n_trials)

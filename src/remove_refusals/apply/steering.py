@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from remove_refusals.errors import ArchitectureError
@@ -81,6 +82,62 @@ def is_steerable(model_map: ModelMap) -> bool:
 
 
 @contextmanager
+def added(model: PreTrainedModel, model_map: ModelMap, vectors: Mapping[int, torch.Tensor]) -> Iterator[None]:
+    """Run a model with vectors added to the residual stream at every token while the context lasts; nothing stays.
+
+    Args:
+        model: The model; when the context ends it is as it was.
+        model_map: The model's map.
+        vectors: By index on the layer axis of `Activations.hidden` (the stream before that layer, and `n_layers` for
+            the stream behind the last): `[d_model]`, or `[n_rows, d_model]` for a vector of its own for each row of the
+            batch; float32.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ArchitectureError: If a layer is run without the residual stream.
+    """
+    with ExitStack() as hooks:
+        for index, vector in vectors.items():
+            hooks.callback(_adding(model, model_map, index, vector).remove)
+        yield
+
+
+def _adding(model: PreTrainedModel, model_map: ModelMap, index: int, vector: torch.Tensor) -> RemovableHandle:
+    behind = index == model_map.n_layers
+    name = model_map.layers[index - 1 if behind else index]
+
+    def changed(stream: torch.Tensor) -> torch.Tensor:
+        rows = vector.reshape(-1, 1, model_map.d_model).to(stream.device)
+        values = stream.to(torch.float32).reshape(len(rows), -1, model_map.d_model)
+        return (values + rows).reshape(stream.shape).to(stream.dtype)
+
+    def replaced(value: Any) -> Any:
+        return _with_stream(value, name, model_map, changed)
+
+    layer = model.get_submodule(name)
+    handle: RemovableHandle
+    if behind:
+        handle = layer.register_forward_hook(lambda _, args, output: replaced(output))
+    else:
+        handle = layer.register_forward_pre_hook(lambda _, args, kwargs: replaced((args, kwargs)), with_kwargs=True)
+    return handle
+
+
+def _with_stream(value: Any, module: str, model_map: ModelMap, changed: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Change the residual stream among what a module takes or returns."""
+    leaves, structure = tree_flatten(value)
+    stream = first_of_width(leaves, model_map.d_model)
+    if stream is None:
+        raise ArchitectureError(
+            f"A hooked module '{module}' was run without a tensor of width {model_map.d_model}, expected "
+            "what it took and returned when the model was mapped; report this model type."
+        )
+    return tree_unflatten([changed(leaf) if leaf is stream else leaf for leaf in leaves], structure)
+
+
+@contextmanager
 def _hooked(
     model: PreTrainedModel, model_map: ModelMap, point: HookPoint, steer: Callable[[], Steer]
 ) -> Iterator[None]:
@@ -107,14 +164,7 @@ def _hooked(
         return taken.reshape(output.shape).to(output.dtype)
 
     def replaced(value: Any) -> Any:
-        leaves, structure = tree_flatten(value)
-        stream = first_of_width(leaves, model_map.d_model)
-        if stream is None:
-            raise ArchitectureError(
-                f"A hooked module '{point.module}' was run without a tensor of width {model_map.d_model}, expected "
-                "what it took and returned when the model was mapped; report this model type."
-            )
-        return tree_unflatten([changed(leaf) if leaf is stream else leaf for leaf in leaves], structure)
+        return _with_stream(value, point.module, model_map, changed)
 
     module = model.get_submodule(point.module)
     handle = (

@@ -15,7 +15,9 @@ from remove_refusals.models import LoadedModel
 from remove_refusals.prompts import split_by_size
 from remove_refusals.selection.candidates import Candidate, Confirmation, Method, Rule, Selection, by_rule
 from remove_refusals.selection.gradient import descend, first_layer_that_counts
+from remove_refusals.selection.layers import MAX_KL, LayerRule, LayerSettings, search_layers
 from remove_refusals.selection.material import GradientSettings, gather
+from remove_refusals.selection.recipes import tail_positions
 from remove_refusals.selection.references import AnswerSettings, References, confirm, references
 from remove_refusals.selection.tpe import TpeSettings, select_tpe
 from remove_refusals.types import Activations, Direction, ModelMap, PromptSet
@@ -125,7 +127,7 @@ def select(
         prompts: What to search on.
         settings: How the search goes.
         answers: How answers are generated for the confirmation; for `tpe` in each trial.
-        position: The token position that directions are found at.
+        position: The token position that directions are found at; `layer` looks at all of the template's tail.
         projected: Whether the component along the harmless mean is removed from them.
         model: The model's name, for the record.
         model_map: The model's map, if it is at hand; otherwise it is derived.
@@ -150,12 +152,42 @@ def select(
             "outputs with channel-wise steps behind them; pass --select none and choose layers and strength yourself."
         )
     report = on_progress or (lambda stage, done, total: None)
-    directions = _directions(loaded, prompts, answers, position, projected, model, model_map, settings.seed, report)
+    by_layer = settings.method == "layer"
+    positions = tail_positions(loaded, answers.chat, position) if by_layer else (position,)
+    collected = _activations(loaded, prompts, answers, positions, model_map, report)
     short = replace(answers, max_new_tokens=settings.n_tokens)
     own = [_own(loaded, part, answers if settings.method == "tpe" else short, report) for part in prompts.choose]
     refused, answered = own[0].only(Label.REFUSAL), own[1].only(Label.COMPLIANCE)
     _check(refused, own[0], answered, own[1])
     confirming = tuple(_own(loaded, part, answers, report) for part in prompts.confirm)
+    if by_layer:
+        rule = LayerRule(MAX_KL if settings.rule.max_kl is None else settings.rule.max_kl, settings.rule.max_refusals)
+        settings = replace(settings, rule=rule)
+        by_layers = search_layers(
+            loaded,
+            model_map,
+            collected,
+            refused,
+            answered,
+            LayerSettings(max_kl=rule.max_kl, seed=settings.seed),
+            more_refusals=[answer.token_ids for answer in own[1].only(Label.REFUSAL).answers],
+            model=model,
+            on_progress=lambda done, total: report("directions", done, total),
+        )
+        return _picked(
+            loaded,
+            model_map,
+            by_layers.candidates,
+            confirming,
+            settings,
+            answers,
+            report,
+            order=by_layers.order,
+            notes=by_layers.notes,
+        )
+    directions = mean_difference_per_layer(
+        *collected, position=position, projected=projected, model=model, seed=settings.seed
+    )
     if settings.method == "tpe":
         trials = TpeSettings(n_trials=settings.n_trials, seed=settings.seed)
         found = select_tpe(
@@ -177,18 +209,15 @@ def select(
     return _picked(loaded, model_map, candidates, confirming, settings, answers, report)
 
 
-def _directions(
+def _activations(
     loaded: LoadedModel,
     prompts: SearchPrompts,
     answers: AnswerSettings,
-    position: int,
-    projected: bool,
-    model: str | None,
+    positions: tuple[int, ...],
     model_map: ModelMap,
-    seed: int,
     report: OnProgress,
-) -> tuple[Direction, ...]:
-    """One direction for each layer, from all prompts but those of the confirmation."""
+) -> tuple[Activations, Activations]:
+    """Of harmful and of harmless prompts, all but those of the confirmation."""
     collected: list[Activations] = []
     for part, more in zip(prompts.direction, prompts.choose, strict=True):
         both = PromptSet(part.name, part.prompts + more.prompts, part.source)
@@ -197,15 +226,13 @@ def _directions(
                 loaded,
                 both,
                 chat=answers.chat,
-                positions=(position,),
+                positions=positions,
                 batch_size=answers.batch_size,
                 model_map=model_map,
                 on_progress=_stage(report, f"activations, {part.name}", len(both)),
             )
         )
-    return mean_difference_per_layer(
-        collected[0], collected[1], position=position, projected=projected, model=model, seed=seed
-    )
+    return collected[0], collected[1]
 
 
 def _own(loaded: LoadedModel, prompts: PromptSet, settings: AnswerSettings, report: OnProgress) -> References:
@@ -261,12 +288,19 @@ def _picked(
     settings: SelectSettings,
     answers: AnswerSettings,
     report: OnProgress,
+    *,
+    order: Sequence[int] | None = None,
+    notes: Sequence[str] = (),
 ) -> Selection:
-    """Confirm the candidates by generation, the preferred one first, until one does what the search said."""
+    """Confirm the candidates by generation, the preferred one first, until one does what the search said.
+
+    Without an order it is that of the rule.
+    """
     tried = list(candidates)
     harmful, harmless = confirming
-    order = by_rule([(candidate.refusal, candidate.damage) for candidate in tried], settings.rule)
-    notes: list[str] = []
+    if order is None:
+        order = by_rule([(candidate.refusal, candidate.damage) for candidate in tried], settings.rule)
+    notes = list(notes)
     confirmed: list[int] = []
     for number in order[: settings.most_confirmed]:
         limit = settings.rule.max_refusals
