@@ -34,7 +34,7 @@ def main() -> None:
     """Parse the command line and search, or compare what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="demo")
-    parser.add_argument("--method", default="auto", choices=("auto", "tpe"))
+    parser.add_argument("--method", default="auto", choices=("auto", "layer", "tpe"))
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--deadline", type=float, help="seconds after which no trial of tpe begins")
