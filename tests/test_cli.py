@@ -397,3 +397,22 @@ class TestRun:
         fine(command("run", llama_directory, *output, *inputs.test, "--force", "--layers", "0-0"))
         assert not (tmp_path / "edited" / "stale.safetensors").exists()
         assert json.loads((tmp_path / "edited" / "ablation.json").read_text())["intervention"][-1]["layer"] == 0
+
+
+class TestSelect:
+    @pytest.mark.parametrize(
+        "option", [("--strength", "0.5"), ("--layers", "1-2"), ("--projected",), ("--position", "-1,-2")]
+    )
+    def test_a_search_beside_what_it_would_ignore_is_refused(
+        self, command: Command, tmp_path: Path, option: tuple[str, ...]
+    ) -> None:
+        found = command("run", "demo", "-o", tmp_path / "edited", "--select", "auto", *option)
+        assert found.code == 2 and "--select auto" in found.err
+        assert not (tmp_path / "edited").exists()
+
+    def test_whoever_says_what_to_take_out_gets_no_search(self, command: Command, tmp_path: Path) -> None:
+        output = tmp_path / "edited"
+        found = command("run", "demo", "-o", output, "--position", "-1,-2", "--n-test", 4, "--max-new-tokens", 8)
+        assert found.code == 0
+        assert not (output / "selection.json").exists()
+        assert json.loads((output / "ablation.json").read_text())["directions"][0]["rank"] == 2

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from remove_refusals.apply.hooks import ablated
 from remove_refusals.apply.steering import Steer, is_steerable, steered
 from remove_refusals.directions import direction_from_vectors
+from remove_refusals.errors import PromptError
 from remove_refusals.generation import answer_logits
 from remove_refusals.judges import Label
 from remove_refusals.modelmap import map_model
@@ -236,6 +237,11 @@ class TestSelect:
         assert again.to_json() == found.to_json()
         for one, other in zip(found.intervention.directions, again.intervention.directions, strict=True):
             assert torch.equal(one.basis, other.basis)
+
+    def test_a_position_outside_the_template_is_refused(self, loaded: LoadedModel, quick: SelectSettings) -> None:
+        sets = embedded_prompts("harmful_train"), embedded_prompts("harmless_train")
+        with pytest.raises(PromptError, match="-30"):
+            select(loaded, split_for_search(*sets, 16, quick), quick, position=-30)
 
     def test_no_prompt_is_in_two_parts(self, quick: SelectSettings) -> None:
         sets = embedded_prompts("harmful_train"), embedded_prompts("harmless_train")

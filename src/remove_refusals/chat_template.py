@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import jinja2
 
 from remove_refusals.errors import PromptError
+from remove_refusals.types import ChatFormat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -208,3 +209,16 @@ def _render_one(
 def _with_thinking_closed(text: str) -> str:
     opened = text.rstrip()
     return opened.removesuffix("<think>") + CLOSED_THINKING if opened.endswith("<think>") else text
+
+
+def check_positions(tokenizer: "PreTrainedTokenizerBase", positions: Sequence[int], chat: ChatFormat) -> None:
+    """Check that token positions lie within the chat template's tail; plain prompts have none and are not checked.
+
+    Raises:
+        PromptError: If one does not, or the template cannot be rendered.
+    """
+    if chat.plain:
+        return
+    tail = template_tail_length(tokenizer, system_prompt=chat.system_prompt, chat_template=chat.chat_template)
+    for position in positions:
+        check_position(position, tail)

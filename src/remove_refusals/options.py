@@ -254,3 +254,21 @@ def select_settings(
     rule = Rule(max_kl, max_refusals if max_refusals is not None or max_kl is not None else 0.05)
     chosen: Method = next((known for known in METHODS if known == method), METHODS[0])
     return SelectSettings(method=chosen, rule=rule, n_trials=n_trials)
+
+
+def check_choice(method: str | None, *, as_given: bool) -> None:
+    """Check that a search is not asked for beside options that it would have to ignore.
+
+    Args:
+        method: The option `--select`; None if it was not given.
+        as_given: Whether other options say what to take out.
+
+    Raises:
+        SelectionError: If it is.
+    """
+    if method not in (None, "none") and as_given:
+        raise SelectionError(
+            f"--select {method} and options that say what to take out are both given, expected one of them; leave "
+            "--select out, or --direction, --layer, --strength, --layers, --sites, --variant, --projected, "
+            "--per-layer, --affine and all positions but one."
+        )

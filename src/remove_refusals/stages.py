@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from remove_refusals.activations import collect_activations
-from remove_refusals.chat_template import check_position, template_tail_length
+from remove_refusals.chat_template import check_positions
 from remove_refusals.directions import largest_coordinate_share, layer_index, mean_difference, mean_difference_per_layer
 from remove_refusals.errors import DirectionError
 from remove_refusals.evaluation import EvaluationPrompts, EvaluationSettings
@@ -89,12 +89,7 @@ def find_direction(
         NumericalError: If activations are NaN or infinite.
     """
     harmful, harmless = prompts or training_prompts(settings)
-    if not chat.plain:
-        tail = template_tail_length(
-            loaded.tokenizer, system_prompt=chat.system_prompt, chat_template=chat.chat_template
-        )
-        for position in settings.positions:
-            check_position(position, tail)
+    check_positions(loaded.tokenizer, settings.positions, chat)
     model_map = model_map or map_model(loaded.model)
     indices = _indices(settings, model_map.n_layers)
     total = len(harmful) + len(harmless)

@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import PreTrainedModel
 
 from remove_refusals.apply.scales import embedding_scale, stream_scale
+from remove_refusals.apply.streams import with_stream
 from remove_refusals.errors import ArchitectureError
 from remove_refusals.linalg import project_out
 from remove_refusals.modelmap import map_model
 from remove_refusals.plan import check_fit, pull_back
-from remove_refusals.terms import first_of_width
 from remove_refusals.types import Direction, HookPoint, Intervention, ModelMap, Site, SiteEdit, Writer
 
 Placement = Literal["writers", "residual"]
@@ -43,14 +42,7 @@ class _TakeOut:
         return self._replaced((args, kwargs), module)
 
     def _replaced(self, value: Any, module: torch.nn.Module) -> Any:
-        leaves, structure = tree_flatten(value)
-        stream = first_of_width(leaves, self.d_model)
-        if stream is None:
-            raise ArchitectureError(
-                f"A hooked {type(module).__name__} was run without a tensor of width {self.d_model}, expected what it "
-                "took and returned when the model was mapped; report this model type."
-            )
-        return tree_unflatten([self._changed(leaf) if leaf is stream else leaf for leaf in leaves], structure)
+        return with_stream(value, type(module).__name__, self.d_model, self._changed)
 
     def _changed(self, output: torch.Tensor) -> torch.Tensor:
         values = output.to(torch.float32).reshape(*output.shape[:-1], -1, self.d_model)

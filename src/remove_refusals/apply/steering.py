@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from remove_refusals.apply.streams import with_stream
 from remove_refusals.errors import ArchitectureError
-from remove_refusals.terms import first_of_width
 from remove_refusals.types import ChannelStep, HookPoint, ModelMap, SiteKind
 
 SiteKey = tuple[SiteKind, int | None]
@@ -114,7 +113,7 @@ def _adding(model: PreTrainedModel, model_map: ModelMap, index: int, vector: tor
         return (values + rows).reshape(stream.shape).to(stream.dtype)
 
     def replaced(value: Any) -> Any:
-        return _with_stream(value, name, model_map, changed)
+        return with_stream(value, name, model_map.d_model, changed)
 
     layer = model.get_submodule(name)
     handle: RemovableHandle
@@ -123,18 +122,6 @@ def _adding(model: PreTrainedModel, model_map: ModelMap, index: int, vector: tor
     else:
         handle = layer.register_forward_pre_hook(lambda _, args, kwargs: replaced((args, kwargs)), with_kwargs=True)
     return handle
-
-
-def _with_stream(value: Any, module: str, model_map: ModelMap, changed: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """Change the residual stream among what a module takes or returns."""
-    leaves, structure = tree_flatten(value)
-    stream = first_of_width(leaves, model_map.d_model)
-    if stream is None:
-        raise ArchitectureError(
-            f"A hooked module '{module}' was run without a tensor of width {model_map.d_model}, expected "
-            "what it took and returned when the model was mapped; report this model type."
-        )
-    return tree_unflatten([changed(leaf) if leaf is stream else leaf for leaf in leaves], structure)
 
 
 @contextmanager
@@ -164,7 +151,7 @@ def _hooked(
         return taken.reshape(output.shape).to(output.dtype)
 
     def replaced(value: Any) -> Any:
-        return _with_stream(value, point.module, model_map, changed)
+        return with_stream(value, point.module, model_map.d_model, changed)
 
     module = model.get_submodule(point.module)
     handle = (

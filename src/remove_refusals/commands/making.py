@@ -47,13 +47,15 @@ from remove_refusals.options import (
     Trials,
     VariantOption,
     chat_format,
+    check_choice,
     direction_settings,
     edit_settings,
     made_intervention,
     select_settings,
 )
 
-_AS_ONE_LIKES = ("0.6", 1.0, None, "embedding,attn,mlp", "plain")
+_LEFT_OPEN = ("0.6", 1.0, None, "embedding,attn,mlp", "plain")
+"""The defaults of the options that say what to take out, which leave that to the search."""
 
 
 def run(
@@ -105,22 +107,25 @@ def run(
     from remove_refusals.settings import LoadSettings, MeasureSettings, PromptSource, RunSettings
 
     source = PromptSource
+    finding = direction_settings(
+        source(harmful, column, split),
+        source(harmless, column, split),
+        n_prompts,
+        seed,
+        layer,
+        position,
+        projected,
+        per_layer,
+    )
     # Whoever says what to take out wants just that.
-    as_given = direction is not None or (layer, strength, layers, sites, variant) != _AS_ONE_LIKES
+    as_given = direction is not None or (layer, strength, layers, sites, variant) != _LEFT_OPEN
+    as_given = as_given or projected or per_layer or affine or len(finding.positions) > 1
+    check_choice(select, as_given=as_given)
     settings = RunSettings(
         model=model,
         loading=LoadSettings(device, dtype, load_in_4bit, trust_remote_code, revision),
         chat=chat_format(system_prompt, chat_template, plain),
-        direction=direction_settings(
-            source(harmful, column, split),
-            source(harmless, column, split),
-            n_prompts,
-            seed,
-            layer,
-            position,
-            projected,
-            per_layer,
-        ),
+        direction=finding,
         edit=edit_settings(strength, layers, sites, tied, variant, allow_leak, affine),
         measure=MeasureSettings(
             source(harmful_test, column, split),
@@ -130,9 +135,7 @@ def run(
             max_new_tokens,
             kl_tokens,
         ),
-        select=select_settings(
-            select, max_kl, max_refusals, trials, as_given=as_given or projected or per_layer or affine
-        ),
+        select=select_settings(select, max_kl, max_refusals, trials, as_given=as_given),
         batch_size=batch_size,
     )
     target = output or Path(f"{Path(model).name}-ablated")

@@ -1,28 +1,27 @@
 """The whole search: the model's own answers, candidates, the pick by a stated rule, and its confirmation."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from remove_refusals.activations import collect_activations
 from remove_refusals.apply.steering import is_steerable
+from remove_refusals.chat_template import check_positions
 from remove_refusals.directions import mean_difference_per_layer
 from remove_refusals.errors import SelectionError
 from remove_refusals.judges import Label
 from remove_refusals.modelmap import map_model
 from remove_refusals.models import LoadedModel
 from remove_refusals.prompts import split_by_size
-from remove_refusals.selection.candidates import Candidate, Confirmation, Method, Rule, Selection, by_rule
+from remove_refusals.selection.candidates import Candidate, Method, Rule, Selection
 from remove_refusals.selection.gradient import descend, first_layer_that_counts
 from remove_refusals.selection.layers import MAX_KL, LayerRule, LayerSettings, search_layers
 from remove_refusals.selection.material import GradientSettings, gather
+from remove_refusals.selection.pick import OnProgress, pick, stage
 from remove_refusals.selection.recipes import tail_positions
-from remove_refusals.selection.references import AnswerSettings, References, confirm, references
+from remove_refusals.selection.references import AnswerSettings, References, references
 from remove_refusals.selection.tpe import TpeSettings, select_tpe
 from remove_refusals.types import Activations, Direction, ModelMap, PromptSet
-
-OnProgress = Callable[[str, int, int], None]
 
 _FEWEST = 8
 """How many prompts each part of a search needs at least, and how many refusals and answers there have to be."""
@@ -141,6 +140,7 @@ def select(
     Raises:
         SelectionError: If the model gives nothing to choose by: hardly a refusal of harmful prompts or answer to
             harmless ones, or sites that cannot be steered.
+        PromptError: If the position does not lie within the chat template's tail.
         ModelError: If a prompt does not fit the model, memory runs out, or Optuna is missing for `tpe`.
         NumericalError: If activations or logits are NaN.
     """
@@ -154,6 +154,7 @@ def select(
     report = on_progress or (lambda stage, done, total: None)
     by_layer = settings.method == "layer"
     positions = tail_positions(loaded, answers.chat, position) if by_layer else (position,)
+    check_positions(loaded.tokenizer, positions, answers.chat)
     collected = _activations(loaded, prompts, answers, positions, model_map, report)
     short = replace(answers, max_new_tokens=settings.n_tokens)
     own = [_own(loaded, part, answers if settings.method == "tpe" else short, report) for part in prompts.choose]
@@ -162,7 +163,6 @@ def select(
     confirming = tuple(_own(loaded, part, answers, report) for part in prompts.confirm)
     if by_layer:
         rule = LayerRule(MAX_KL if settings.rule.max_kl is None else settings.rule.max_kl, settings.rule.max_refusals)
-        settings = replace(settings, rule=rule)
         by_layers = search_layers(
             loaded,
             model_map,
@@ -174,14 +174,16 @@ def select(
             model=model,
             on_progress=lambda done, total: report("directions", done, total),
         )
-        return _picked(
+        return pick(
             loaded,
             model_map,
             by_layers.candidates,
             confirming,
-            settings,
             answers,
-            report,
+            method=settings.method,
+            rule=rule,
+            most_confirmed=settings.most_confirmed,
+            report=report,
             order=by_layers.order,
             notes=by_layers.notes,
         )
@@ -206,7 +208,17 @@ def select(
         candidates: Sequence[Candidate] = found.candidates
     else:
         candidates = _by_gradients(loaded, model_map, directions, refused, own[1], answered, settings, report)
-    return _picked(loaded, model_map, candidates, confirming, settings, answers, report)
+    return pick(
+        loaded,
+        model_map,
+        candidates,
+        confirming,
+        answers,
+        method=settings.method,
+        rule=settings.rule,
+        most_confirmed=settings.most_confirmed,
+        report=report,
+    )
 
 
 def _activations(
@@ -229,19 +241,15 @@ def _activations(
                 positions=positions,
                 batch_size=answers.batch_size,
                 model_map=model_map,
-                on_progress=_stage(report, f"activations, {part.name}", len(both)),
+                on_progress=stage(report, f"activations, {part.name}", len(both)),
             )
         )
     return collected[0], collected[1]
 
 
 def _own(loaded: LoadedModel, prompts: PromptSet, settings: AnswerSettings, report: OnProgress) -> References:
-    on_progress = _stage(report, f"own answers, {prompts.name}", len(prompts))
+    on_progress = stage(report, f"own answers, {prompts.name}", len(prompts))
     return references(loaded, prompts, settings, on_progress=on_progress)
-
-
-def _stage(report: OnProgress, name: str, total: int) -> Callable[[int], None]:
-    return lambda done: report(name, done, total)
 
 
 def _check(refused: References, harmful: References, answered: References, harmless: References) -> None:
@@ -278,75 +286,3 @@ def _by_gradients(
         descent,
         on_progress=lambda done, total: report("descent", done, total),
     )
-
-
-def _picked(
-    loaded: LoadedModel,
-    model_map: ModelMap,
-    candidates: Sequence[Candidate],
-    confirming: tuple[References, ...],
-    settings: SelectSettings,
-    answers: AnswerSettings,
-    report: OnProgress,
-    *,
-    order: Sequence[int] | None = None,
-    notes: Sequence[str] = (),
-) -> Selection:
-    """Confirm the candidates by generation, the preferred one first, until one does what the search said.
-
-    Without an order it is that of the rule.
-    """
-    tried = list(candidates)
-    harmful, harmless = confirming
-    if order is None:
-        order = by_rule([(candidate.refusal, candidate.damage) for candidate in tried], settings.rule)
-    notes = list(notes)
-    confirmed: list[int] = []
-    for number in order[: settings.most_confirmed]:
-        limit = settings.rule.max_refusals
-        if confirmed and limit is not None and tried[number].refusal > limit:
-            break
-        found = confirm(
-            loaded,
-            tried[number].intervention,
-            model_map,
-            harmful,
-            harmless,
-            answers,
-            on_progress=_stage(report, f"confirming {tried[number].name}", len(harmful) + len(harmless)),
-        )
-        tried[number] = replace(tried[number], confirmation=found)
-        confirmed.append(number)
-        shortfall = _shortfall(tried[number], found, confirming, settings.rule)
-        if shortfall is None:
-            return Selection(settings.method, tuple(tried), number, settings.rule, tuple(notes))
-        notes.append(f"'{tried[number].name}' fell short when confirmed by generation: {shortfall}.")
-    best = min(confirmed, key=lambda number: _cost(tried[number]))
-    notes.append(f"No candidate was confirmed; '{tried[best].name}' came nearest.")
-    return Selection(settings.method, tuple(tried), best, settings.rule, tuple(notes))
-
-
-def _cost(candidate: Candidate) -> tuple[float, float]:
-    assert candidate.confirmation is not None
-    found = candidate.confirmation
-    return found.failures + (found.broken.value if found.broken is not None else 0.0), candidate.damage
-
-
-def _shortfall(candidate: Candidate, found: Confirmation, confirming: tuple[References, ...], rule: Rule) -> str | None:
-    """Say what a confirmation lacks; None if it does what the search said, or what the rule asks for."""
-    harmful, harmless = confirming
-    # A model that breaks off or loops in a tenth of its answers does so, too, in those that it no longer refuses.
-    given = [label for part in confirming for label in part.labels if label is not Label.REFUSAL]
-    own = len(harmful) * given.count(Label.DEGENERATE) / max(1, len(given))
-    failed = found.refusals.count + max(0.0, found.degenerate.count - own)
-    limit = rule.max_refusals if rule.max_refusals is not None else candidate.refusal + 0.1
-    if failed > math.ceil(limit * found.refusals.n):
-        return (
-            f"{found.refusals.count} of {found.refusals.n} harmful prompts were refused and {found.degenerate.count} "
-            f"got a degenerate answer, where the search said {candidate.refusal:.1%}"
-        )
-    before = len(harmless) - len(harmless.only(Label.COMPLIANCE))
-    after = found.false_refusals.count + found.degenerate_harmless.count
-    if after - before > 0.1 * len(harmless):
-        return f"{after} of {len(harmless)} harmless prompts get no answer, {before} of them without it"
-    return None
