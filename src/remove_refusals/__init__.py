@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from remove_refusals.activations import collect_activations
+    from remove_refusals.analysis import Separation, measure_separation, separation
     from remove_refusals.apply.hooks import ablated
     from remove_refusals.baking import bake
     from remove_refusals.direction_files import load_direction, load_directions, save_direction, save_directions
@@ -36,6 +37,7 @@ _HOME = {
     "RemoveRefusalsError": "errors",
     "RunSettings": "settings",
     "SelectSettings": "selection.choose",
+    "Separation": "analysis",
     "ablated": "apply.hooks",
     "bake": "baking",
     "collect_activations": "activations",
@@ -52,10 +54,12 @@ _HOME = {
     "map_model": "modelmap",
     "mean_difference": "directions",
     "mean_difference_per_layer": "directions",
+    "measure_separation": "analysis",
     "run": "pipeline",
     "save_direction": "direction_files",
     "save_directions": "direction_files",
     "select": "selection.choose",
+    "separation": "analysis",
     "split_for_search": "selection.choose",
 }
 
@@ -67,6 +71,7 @@ __all__ = [
     "RemoveRefusalsError",
     "RunSettings",
     "SelectSettings",
+    "Separation",
     "ablated",
     "bake",
     "collect_activations",
@@ -83,10 +88,12 @@ __all__ = [
     "map_model",
     "mean_difference",
     "mean_difference_per_layer",
+    "measure_separation",
     "run",
     "save_direction",
     "save_directions",
     "select",
+    "separation",
     "split_for_search",
 ]
 

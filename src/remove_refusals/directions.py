@@ -48,8 +48,21 @@ def direction_from_vectors(vectors: torch.Tensor, origin: DirectionOrigin) -> Di
     return Direction(orthonormal_basis(columns.unsqueeze(1) if columns.dim() == 1 else columns), origin)
 
 
-def _at(activations: Activations, index: int, position: int) -> torch.Tensor:
-    """The hidden states at one layer and position: `[n_prompts, d_model]`, float64, checked to be finite."""
+def hidden_at(activations: Activations, index: int, position: int) -> torch.Tensor:
+    """Give the hidden states at one layer and position.
+
+    Args:
+        activations: What was collected.
+        index: The index on the layer axis.
+        position: The token position.
+
+    Returns:
+        `[n_prompts, d_model]`, float64.
+
+    Raises:
+        DirectionError: If the position was not collected.
+        NumericalError: If an activation is NaN or infinite.
+    """
     if position not in activations.positions:
         raise DirectionError(
             f"Position {position} was not collected, expected one of {list(activations.positions)}; "
@@ -104,8 +117,11 @@ def mean_difference(
         )
     index = layer_index(layer, harmful.n_layers)
     positions = (position,) if isinstance(position, int) else tuple(position)
-    harmless_means = torch.stack([_at(harmless, index, place).mean(dim=0) for place in positions], dim=1)
-    differences = torch.stack([_at(harmful, index, place).mean(dim=0) for place in positions], dim=1) - harmless_means
+    harmless_means, harmful_means = (
+        torch.stack([hidden_at(part, index, place).mean(dim=0) for place in positions], dim=1)
+        for part in (harmless, harmful)
+    )
+    differences = harmful_means - harmless_means
     if projected:
         units = harmless_means / harmless_means.norm(dim=0)
         differences = differences - units * (units * differences).sum(dim=0)
@@ -177,5 +193,5 @@ def largest_coordinate_share(activations: Sequence[Activations], index: int, pos
         DirectionError: If the position was not collected.
         NumericalError: If an activation is NaN or infinite.
     """
-    squares = torch.cat([_at(part, index, position) for part in activations]).square().sum(dim=0)
+    squares = torch.cat([hidden_at(part, index, position) for part in activations]).square().sum(dim=0)
     return float(squares.max() / squares.sum())

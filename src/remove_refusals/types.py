@@ -42,6 +42,11 @@ class PromptSet:
         encoded = json.dumps(list(self.prompts), ensure_ascii=False, separators=(",", ":")).encode()
         return hashlib.sha256(encoded).hexdigest()
 
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """What each prompt is called in records: the first 16 hex digits of its SHA-256 in UTF-8."""
+        return tuple(hashlib.sha256(prompt.encode()).hexdigest()[:16] for prompt in self.prompts)
+
 
 @dataclass(frozen=True)
 class ChatFormat:
