@@ -39,6 +39,16 @@ class Answer:
     token_ids: tuple[int, ...]
     finished: bool
 
+    def to_json(self) -> list[Any]:
+        """Give the attributes in their order."""
+        return [self.text, list(self.token_ids), self.finished]
+
+    @staticmethod
+    def from_json(record: Sequence[Any]) -> "Answer":
+        """Read what `to_json` gave."""
+        text, token_ids, finished = record
+        return Answer(text, tuple(token_ids), finished)
+
 
 @dataclass(frozen=True, eq=False)
 class AnswerLogits:

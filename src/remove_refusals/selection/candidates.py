@@ -1,6 +1,6 @@
 """Candidates of a search, the front of those that no other beats, and the rule that picks one."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -42,6 +42,22 @@ class Confirmation:
     def to_json(self) -> dict[str, Any]:
         """Give the attributes; what was not measured is absent."""
         return {name: value.to_json() for name, value in vars(self).items() if value is not None}
+
+    @staticmethod
+    def from_json(record: Mapping[str, Any]) -> "Confirmation":
+        """Read what `to_json` gave."""
+
+        def rate(name: str) -> Rate:
+            return Rate(**{key: value for key, value in record[name].items() if key != "value"})
+
+        return Confirmation(
+            refusals=rate("refusals"),
+            degenerate=rate("degenerate"),
+            false_refusals=rate("false_refusals"),
+            degenerate_harmless=rate("degenerate_harmless"),
+            broken=rate("broken") if "broken" in record else None,
+            damage=Mean(**record["damage"]) if "damage" in record else None,
+        )
 
 
 @dataclass(frozen=True, eq=False)

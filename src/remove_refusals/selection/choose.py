@@ -1,7 +1,8 @@
 """The whole search: the model's own answers, candidates, the pick by a stated rule, and its confirmation."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from remove_refusals.activations import collect_activations
@@ -9,6 +10,7 @@ from remove_refusals.apply.steering import is_steerable
 from remove_refusals.chat_template import check_positions
 from remove_refusals.directions import mean_difference_per_layer
 from remove_refusals.errors import SelectionError
+from remove_refusals.journal import Journal, fingerprint
 from remove_refusals.judges import Label
 from remove_refusals.modelmap import map_model
 from remove_refusals.models import LoadedModel
@@ -115,7 +117,7 @@ def select(
     projected: bool = True,
     model: str | None = None,
     model_map: ModelMap | None = None,
-    journal: Path | None = None,
+    journal: Journal | Path | None = None,
     deadline_s: float | None = None,
     on_progress: OnProgress | None = None,
 ) -> Selection:
@@ -130,7 +132,7 @@ def select(
         projected: Whether the component along the harmless mean is removed from them.
         model: The model's name, for the record.
         model_map: The model's map, if it is at hand; otherwise it is derived.
-        journal: Where `tpe` keeps its trials, so that a killed search goes on.
+        journal: A directory that keeps what is done, so that a killed search goes on; None keeps nothing.
         deadline_s: No trial of `tpe` begins after so many seconds.
         on_progress: Told of every stage.
 
@@ -143,6 +145,7 @@ def select(
         PromptError: If the position does not lie within the chat template's tail.
         ModelError: If a prompt does not fit the model, memory runs out, or Optuna is missing for `tpe`.
         NumericalError: If activations or logits are NaN.
+        OutputError: If the journal cannot be read or written.
     """
     settings, answers = settings or SelectSettings(), answers or AnswerSettings()
     model_map = model_map or map_model(loaded.model)
@@ -151,16 +154,18 @@ def select(
             f"Not every site of model type '{model_map.model_type}' can be steered by gradients, expected module "
             "outputs with channel-wise steps behind them; pass --select none and choose layers and strength yourself."
         )
+    kept = journal if isinstance(journal, Journal) else Journal(journal)
+    kept = kept.within(fingerprint(loaded)) if kept.directory is not None else kept
     report = on_progress or (lambda stage, done, total: None)
     by_layer = settings.method == "layer"
     positions = tail_positions(loaded, answers.chat, position) if by_layer else (position,)
     check_positions(loaded.tokenizer, positions, answers.chat)
     collected = _activations(loaded, prompts, answers, positions, model_map, report)
     short = replace(answers, max_new_tokens=settings.n_tokens)
-    own = [_own(loaded, part, answers if settings.method == "tpe" else short, report) for part in prompts.choose]
+    own = [_own(loaded, part, answers if settings.method == "tpe" else short, report, kept) for part in prompts.choose]
     refused, answered = own[0].only(Label.REFUSAL), own[1].only(Label.COMPLIANCE)
     _check(refused, own[0], answered, own[1])
-    confirming = tuple(_own(loaded, part, answers, report) for part in prompts.confirm)
+    confirming = tuple(_own(loaded, part, answers, report, kept) for part in prompts.confirm)
     if by_layer:
         rule = LayerRule(MAX_KL if settings.rule.max_kl is None else settings.rule.max_kl, settings.rule.max_refusals)
         by_layers = search_layers(
@@ -186,6 +191,7 @@ def select(
             report=report,
             order=by_layers.order,
             notes=by_layers.notes,
+            journal=kept,
         )
     directions = mean_difference_per_layer(
         *collected, position=position, projected=projected, model=model, seed=settings.seed
@@ -201,13 +207,13 @@ def select(
             trials,
             rule=settings.rule,
             answers=answers,
-            journal=journal,
+            journal=kept.trials,
             deadline_s=deadline_s,
             on_progress=lambda done, total: report("trials", done, total),
         )
         candidates: Sequence[Candidate] = found.candidates
     else:
-        candidates = _by_gradients(loaded, model_map, directions, refused, own[1], answered, settings, report)
+        candidates = _by_gradients(loaded, model_map, directions, refused, own[1], answered, settings, report, kept)
     return pick(
         loaded,
         model_map,
@@ -218,6 +224,7 @@ def select(
         rule=settings.rule,
         most_confirmed=settings.most_confirmed,
         report=report,
+        journal=kept,
     )
 
 
@@ -247,9 +254,18 @@ def _activations(
     return collected[0], collected[1]
 
 
-def _own(loaded: LoadedModel, prompts: PromptSet, settings: AnswerSettings, report: OnProgress) -> References:
-    on_progress = stage(report, f"own answers, {prompts.name}", len(prompts))
-    return references(loaded, prompts, settings, on_progress=on_progress)
+def _own(
+    loaded: LoadedModel, prompts: PromptSet, settings: AnswerSettings, report: OnProgress, journal: Journal
+) -> References:
+    name = f"own answers, {prompts.name}"
+    on_progress = stage(report, name, len(prompts))
+    return journal.remember(
+        name,
+        [prompts.prompts, asdict(settings)],
+        partial(references, loaded, prompts, settings, on_progress=on_progress),
+        References.to_json,
+        partial(References.from_json, prompts),
+    )
 
 
 def _check(refused: References, harmful: References, answered: References, harmless: References) -> None:
@@ -270,6 +286,7 @@ def _by_gradients(
     answered: References,
     settings: SelectSettings,
     report: OnProgress,
+    journal: Journal,
 ) -> list[Candidate]:
     descent = replace(settings.descent, seed=settings.seed)
     # Where it refuses harmless prompts it may open in other ways.
@@ -284,5 +301,6 @@ def _by_gradients(
         directions,
         material,
         descent,
+        journal=journal,
         on_progress=lambda done, total: report("descent", done, total),
     )

@@ -4,16 +4,20 @@ Refusal is the probability of the model's own refusals; damage is the KL along i
 in the strengths and in the directions. One descent after another, each with the damage weighed less, gives a front.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 
 from remove_refusals.apply.steering import SiteKey, Steer, steered
 from remove_refusals.directions import direction_from_vectors
+from remove_refusals.generation import Answer
+from remove_refusals.journal import Journal
 from remove_refusals.models import LoadedModel
 from remove_refusals.selection.candidates import Candidate
-from remove_refusals.selection.material import GradientSettings, Material, score, with_new_refusals
+from remove_refusals.selection.material import GradientSettings, Material, first_words, score, with_new_refusals
 from remove_refusals.selection.objectives import damages, refusal_probabilities, unlikelihood
 from remove_refusals.selection.probes import frozen, log_probabilities
 from remove_refusals.types import SITE_KINDS, Direction, DirectionOrigin, Intervention, ModelMap, SiteEdit
@@ -102,6 +106,7 @@ def descend(
     material: Material,
     settings: GradientSettings,
     *,
+    journal: Journal | None = None,
     on_progress: Report | None = None,
 ) -> list[Candidate]:
     """Search by gradients.
@@ -115,6 +120,7 @@ def descend(
         directions: One for each layer: of the stream behind it.
         material: What to run on.
         settings: How the descent goes.
+        journal: Keeps each descent, so that a killed search goes on with the next.
         on_progress: Called with the steps that are done and all steps.
 
     Returns:
@@ -122,17 +128,18 @@ def descend(
         of generated answers that refused, whichever is greater.
     """
     steering = start_steering(loaded, model_map, directions, settings, material.first_layer)
-    total = settings.n_steps + settings.n_more_steps * (len(settings.damage_weights) - 1)
-    done = 0
     reached: list[tuple[Steering, float]] = []
-    for number, weight in enumerate(settings.damage_weights):
-        n_steps = settings.n_more_steps if number else settings.n_steps
-        orders = _orders(material, settings.seed + number)
-        for step in _descent(loaded, model_map, steering, material, settings, weight, n_steps, orders):
-            if on_progress is not None:
-                on_progress(done + step, total)
-        done += n_steps
-        material, share = with_new_refusals(loaded, model_map, steering.steers(), material, settings)
+    journal = journal or Journal()
+    inputs = _inputs(directions, material, settings)
+    for number in range(len(settings.damage_weights)):
+        answers = journal.remember(
+            f"descent {number + 1}",
+            inputs,
+            partial(_one, loaded, model_map, steering, material, settings, number, on_progress),
+            partial(_pack, steering),
+            partial(_unpack_into, steering),
+        )
+        material, share = with_new_refusals(loaded, model_map, answers, material, settings)
         kept = replace(steering, strengths=steering.strengths.clone(), directions=steering.directions.clone())
         reached.append((kept, share))
     candidates = []
@@ -141,6 +148,45 @@ def descend(
         refusal, damage = score(loaded, model_map, kept.steers(), material)
         candidates.append(Candidate(name, kept.intervention(settings.least), max(refusal, share), damage))
     return candidates
+
+
+def _one(
+    loaded: LoadedModel,
+    model_map: ModelMap,
+    steering: Steering,
+    material: Material,
+    settings: GradientSettings,
+    number: int,
+    on_progress: Report | None,
+) -> list[Answer]:
+    """Go down once, which changes `steering`, and let the model say its first words there."""
+    lengths = [settings.n_steps] + [settings.n_more_steps] * (len(settings.damage_weights) - 1)
+    before, n_steps, weight = sum(lengths[:number]), lengths[number], settings.damage_weights[number]
+    orders = _orders(material, settings.seed + number)
+    for step in _descent(loaded, model_map, steering, material, settings, weight, n_steps, orders):
+        if on_progress is not None:
+            on_progress(before + step, sum(lengths))
+    return first_words(loaded, model_map, steering.steers(), material, settings)
+
+
+def _inputs(directions: Sequence[Direction], material: Material, settings: GradientSettings) -> list[Any]:
+    """What the descents depend on; directions are told apart by where they come from."""
+    origins = [asdict(replace(direction.origin, harmless_component=None)) for direction in directions]
+    probes = [[probe.token_ids, probe.paths] for probe in (*material.refusal_probes, *material.damage_probes)]
+    return [asdict(settings), origins, material.first_layer, probes]
+
+
+def _pack(steering: Steering, answers: Sequence[Answer]) -> dict[str, Any]:
+    """What a descent reached, and the answers after it; a float32 is the same again when read from JSON."""
+    reached = {"strengths": steering.strengths.tolist(), "directions": steering.directions.tolist()}
+    return reached | {"answers": [answer.to_json() for answer in answers]}
+
+
+def _unpack_into(steering: Steering, record: Mapping[str, Any]) -> list[Answer]:
+    """Put into `steering` what a descent had reached, and give the answers after it."""
+    steering.strengths.copy_(torch.tensor(record["strengths"]))
+    steering.directions.copy_(torch.tensor(record["directions"]))
+    return [Answer.from_json(answer) for answer in record["answers"]]
 
 
 def _orders(material: Material, seed: int) -> Iterator[tuple[int, int]]:

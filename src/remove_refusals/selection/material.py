@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from remove_refusals.apply.steering import SiteKey, Steer, steered
-from remove_refusals.generation import generate
+from remove_refusals.generation import Answer, generate
 from remove_refusals.judges import Label, judge_phrases
 from remove_refusals.models import LoadedModel
 from remove_refusals.selection.objectives import damages, likely_tokens, refusal_probabilities
@@ -140,22 +140,40 @@ def score(
     return float(torch.cat(refusals).mean()), float(torch.cat(kls).mean())
 
 
-def with_new_refusals(
+def first_words(
     loaded: LoadedModel,
     model_map: ModelMap,
     steers: Mapping[SiteKey, Callable[[], Steer]],
     material: Material,
     settings: GradientSettings,
+) -> list[Answer]:
+    """Generate a little, as a candidate does, for some of the prompts that the model refused."""
+    with steered(loaded.model, model_map, steers):
+        prompts = material.refused.token_ids[: settings.n_check]
+        return generate(loaded, prompts, max_new_tokens=settings.n_check_tokens)
+
+
+def with_new_refusals(
+    loaded: LoadedModel,
+    model_map: ModelMap,
+    answers: Sequence[Answer],
+    material: Material,
+    settings: GradientSettings,
 ) -> tuple[Material, float]:
-    """Generate as the candidate does, and look for refusals that open in a way that is not known yet.
+    """Look in a candidate's answers for refusals that open in a way that is not known yet.
+
+    Args:
+        loaded: The model.
+        model_map: Its map.
+        answers: What `first_words` gave.
+        material: What the candidate was found on.
+        settings: How the descent goes.
 
     Returns:
         Material with their openings; a prompt that is refused in another way is looked at along that way from now on.
         And the share of the answers that refuse.
     """
     refused = material.refused
-    with steered(loaded.model, model_map, steers):
-        answers = generate(loaded, refused.token_ids[: settings.n_check], max_new_tokens=settings.n_check_tokens)
     found = {index: answer for index, answer in enumerate(answers) if judge_phrases(answer.text) is Label.REFUSAL}
     share = len(found) / len(answers)
     if not found:

@@ -2,13 +2,16 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
 
+from remove_refusals.journal import Journal
 from remove_refusals.judges import Label
 from remove_refusals.models import LoadedModel
 from remove_refusals.selection.candidates import Candidate, Confirmation, Method, Rule, Selection, by_rule
 from remove_refusals.selection.references import AnswerSettings, References, confirm
-from remove_refusals.types import ModelMap
+from remove_refusals.types import Intervention, ModelMap
 
 OnProgress = Callable[[str, int, int], None]
 """Called with the stage's name, how much of it is done and how much there is."""
@@ -32,6 +35,7 @@ def pick(
     report: OnProgress,
     order: Sequence[int] | None = None,
     notes: Sequence[str] = (),
+    journal: Journal | None = None,
 ) -> Selection:
     """Confirm the candidates by generation, the preferred one first, until one does what the search said.
 
@@ -47,6 +51,7 @@ def pick(
         report: Told of every stage.
         order: The indices of those to be tried, the preferred one first; by default the rule's order.
         notes: What is to be said of the search already.
+        journal: Keeps each confirmation, so that a killed search goes on with the next.
 
     Returns:
         The candidates with what was measured, and the pick; where none is confirmed, the one that came nearest.
@@ -56,20 +61,25 @@ def pick(
     if order is None:
         order = by_rule([(candidate.refusal, candidate.damage) for candidate in tried], rule)
     notes = list(notes)
+    journal = journal or Journal()
     confirmed: list[int] = []
     for number in order[:most_confirmed]:
         limit = rule.max_refusals
         if confirmed and limit is not None and tried[number].refusal > limit:
             break
-        found = confirm(
+        name = f"confirming {tried[number].name}"
+        compute = partial(
+            confirm,
             loaded,
             tried[number].intervention,
             model_map,
             harmful,
             harmless,
             answers,
-            on_progress=stage(report, f"confirming {tried[number].name}", len(harmful) + len(harmless)),
+            on_progress=stage(report, name, len(harmful) + len(harmless)),
         )
+        inputs = [_content(tried[number].intervention), harmful.token_ids, harmless.token_ids, asdict(answers)]
+        found = journal.remember(name, inputs, compute, Confirmation.to_json, Confirmation.from_json)
         tried[number] = replace(tried[number], confirmation=found)
         confirmed.append(number)
         shortfall = _shortfall(tried[number], found, confirming, rule)
@@ -79,6 +89,11 @@ def pick(
     best = min(confirmed, key=lambda number: _cost(tried[number]))
     notes.append(f"No candidate was confirmed; '{tried[best].name}' came nearest.")
     return Selection(method, tuple(tried), best, rule, tuple(notes))
+
+
+def _content(intervention: Intervention) -> list[Any]:
+    bases = [direction.basis.tolist() for direction in intervention.directions]
+    return [bases, [asdict(edit) for edit in intervention.edits]]
 
 
 def _cost(candidate: Candidate) -> tuple[float, float]:

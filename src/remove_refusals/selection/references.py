@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from remove_refusals.apply.hooks import ablated
 from remove_refusals.chat_template import render
@@ -32,6 +33,22 @@ class References:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def to_json(self) -> list[Any]:
+        """Give all but the prompts."""
+        labels = [str(label) for label in self.labels]
+        return [self.token_ids, [answer.to_json() for answer in self.answers], labels]
+
+    @staticmethod
+    def from_json(prompts: PromptSet, record: Sequence[Any]) -> "References":
+        """Read what `to_json` gave."""
+        token_ids, answers, labels = record
+        return References(
+            prompts,
+            tuple(tuple(ids) for ids in token_ids),
+            tuple(Answer.from_json(answer) for answer in answers),
+            tuple(Label(label) for label in labels),
+        )
 
     def only(self, label: Label) -> "References":
         """Give the prompts whose answer has a label."""
