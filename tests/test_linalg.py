@@ -71,8 +71,32 @@ def test_twice_is_once(case):
 def test_large_tensors_in_parts_equal_the_whole(monkeypatch):
     tensor, basis = torch.randn(50, 4, 8), linalg.orthonormal_basis(torch.randn(8, 1))
     whole = tensor - (tensor @ basis) @ basis.T
-    monkeypatch.setattr(linalg, "ROWS_AT_ONCE", 40)
+    monkeypatch.setattr(linalg, "BLOCK", 40)
     torch.testing.assert_close(linalg.project_out(tensor, basis, 1.0, -1), whole)
+
+
+@given(cases(), st.sampled_from(["plain", "norm-preserving"]), st.data())
+@settings(max_examples=60, deadline=None)
+def test_slices_and_layouts_give_the_same_bits(case, variant, data):
+    tensor, basis, axis = case
+    whole = linalg.project_out(tensor, basis, 0.9, axis, variant)
+    place = data.draw(st.integers(0, tensor.dim() - 1))
+    moved = linalg.project_out(tensor.movedim(axis, place), basis, 0.9, place, variant)
+    assert torch.equal(moved.movedim(place, axis), whole)
+    for other in set(range(tensor.dim())) - {axis}:
+        parts = [linalg.project_out(part, basis, 0.9, axis, variant) for part in tensor.split(2, dim=other)]
+        assert torch.equal(torch.cat(parts, dim=other), whole)
+
+
+def test_threads_give_the_same_bits():
+    tensor, basis = torch.randn(64, 40_000), linalg.orthonormal_basis(torch.randn(64, 2))
+    threads = torch.get_num_threads()
+    whole = linalg.project_out(tensor, basis, 1.0, 0)
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(linalg.project_out(tensor, basis, 1.0, 0), whole)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_a_low_rank_pair_is_the_same_edit():
