@@ -16,6 +16,7 @@ from remove_refusals.evaluation import EvaluationPrompts, EvaluationSettings, ev
 from remove_refusals.generation import generate
 from remove_refusals.metrics import McNemar, Mean, Perplexity, mcnemar, wilson_rate
 from remove_refusals.models import LoadedModel
+from remove_refusals.score_table import table
 from remove_refusals.scores import Distance, Evaluation, PairedRate, SetScores
 from remove_refusals.types import ChatFormat, PromptSet
 
@@ -202,6 +203,7 @@ def test_every_answer_is_kept(careful: LoadedModel) -> None:
         "model": "base",
         "text": REFUSAL,
         "label": "refusal",
+        "judge": "phrases",
         "n_tokens": 2,
         "finished": True,
     }
@@ -214,7 +216,7 @@ def test_every_answer_is_kept(careful: LoadedModel) -> None:
 def test_json_layout(base: LoadedModel, edited: LoadedModel) -> None:
     found = evaluate(base, edited, PROMPTS, SETTINGS).to_json()
     assert json.loads(json.dumps(found, allow_nan=False)) == found
-    assert set(found) == {"base", "edited", "settings", "sets", "kl", "perplexity"}
+    assert set(found) == {"base", "edited", "settings", "sets", "kl", "perplexity", "agreement"}
     assert set(found["sets"]["alarming"]["refusals"]) == {"base", "edited", "mcnemar"}
     assert set(found["sets"]["alarming"]["refusals"]["base"]) == {
         "value",
@@ -233,13 +235,13 @@ def test_what_was_not_measured_is_absent(base: LoadedModel, edited: LoadedModel)
     found = evaluate(base, edited, EvaluationPrompts(HARMFUL, empty), SETTINGS)
     assert set(found.to_json()["sets"]) == {"harmful"}
     assert not {"kl", "perplexity"} & set(found.to_json())
-    assert len(found.table()) == 2
+    assert len(table(found)) == 2
     assert warnings(found) == ()
 
 
 def test_table_has_four_columns(base: LoadedModel, edited: LoadedModel) -> None:
-    rows = evaluate(base, edited, PROMPTS, SETTINGS).table()
-    assert [len(row) for row in rows] == [4] * (3 + 3 + 4 + 1)
+    rows = table(evaluate(base, edited, PROMPTS, SETTINGS))
+    assert [len(row) for row in rows] == [4] * (3 + 3 + 6 + 1 + 1)
     assert rows[0][0] == "Refusals, harmful" and rows[1][0] == "False refusals, harmless"
     assert rows[6][0] == "First-token KL, harmless" and rows[6][2].startswith("0.")
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from remove_refusals.certify import Certificate
 from remove_refusals.evaluation import Evaluation
-from remove_refusals.scores import table_key
+from remove_refusals.score_table import table, table_key
 from remove_refusals.selection.candidates import Selection
 from remove_refusals.types import EditPlan, ModelMap
 
@@ -99,12 +99,12 @@ def show_selection(selection: Selection) -> None:
 def show_evaluation(evaluation: Evaluation, notes: tuple[str, ...]) -> None:
     """Print the scores of base and edited model side by side, and what should be said of them."""
     console = Console(highlight=False)
-    table = Table(title="Base and edited model on the same prompts")
+    shown = Table(title="Base and edited model on the same prompts")
     for column in ("", "base", "edited", "paired"):
-        table.add_column(column, justify="left" if not column else "right", no_wrap=not column, overflow="fold")
-    for row in evaluation.table():
-        table.add_row(*row)
-    console.print(table)
+        shown.add_column(column, justify="left" if not column else "right", no_wrap=not column, overflow="fold")
+    for row in table(evaluation):
+        shown.add_row(*row)
+    console.print(shown)
     console.print(table_key(evaluation), markup=False)
     for note in notes:
         console.print(f"Warning: {note}", style="yellow", markup=False)

@@ -1,29 +1,29 @@
 """Measure an edited model against its base on the same prompts."""
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 from remove_refusals.chat_template import render
 from remove_refusals.distances import Context, PromptDistance, distances_along
 from remove_refusals.errors import ModelError
 from remove_refusals.generation import Answer, generate
-from remove_refusals.judges import Label, judge_phrases
-from remove_refusals.metrics import mcnemar, mean_with_interval, perplexity, wilson_rate
+from remove_refusals.journal import Journal, fingerprint
+from remove_refusals.judges import Label
+from remove_refusals.lengths import go_on, has_settled
+from remove_refusals.metrics import mean_with_interval, perplexity, wilson_rate
 from remove_refusals.models import LoadedModel
-from remove_refusals.scores import (
-    Distance,
-    Evaluation,
-    EvaluationSettings,
-    PairedRate,
-    Response,
-    SetScores,
-    warnings,
-)
+from remove_refusals.score_table import warnings
+from remove_refusals.scores import Agreement, Distance, Evaluation, EvaluationSettings, Response, SetScores
+from remove_refusals.set_scores import labels_of_phrases, responses, score_set
+from remove_refusals.token_statistics import common_prefix, means_by_token, token_quantile
 from remove_refusals.types import PromptSet
 
 __all__ = ["Evaluation", "EvaluationPrompts", "EvaluationSettings", "evaluate", "warnings"]
+
+Answers = Mapping[str, Sequence[Answer]]
+"""Answers by the name of the prompt set."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ def evaluate(
     settings: EvaluationSettings | None = None,
     *,
     edited_context: Context = nullcontext,
+    journal: Journal | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Let both models answer the same prompts greedily, label the answers, and compare the models along the base's.
@@ -65,6 +66,7 @@ def evaluate(
         prompts: The prompts.
         settings: How to measure; by default 100 tokens an answer and 32 for the KL.
         edited_context: Entered around every run of the edited model, for example `lambda: ablated(model, …)`.
+        journal: Keeps the answers, so that a killed evaluation goes on; not those of a model edited in a context.
         on_progress: Called with how many runs of a prompt are done, and of how many.
 
     Returns:
@@ -74,6 +76,7 @@ def evaluate(
         ModelError: If vocabularies or tokenizers differ, a prompt does not fit a model, or memory runs out.
         NumericalError: If logits are NaN; the message names the prompt.
         PromptError: If a prompt cannot be rendered.
+        OutputError: If the journal cannot be written.
     """
     settings = settings or EvaluationSettings()
     _check(base, edited, settings)
@@ -81,35 +84,92 @@ def evaluate(
     token_ids = {name: render(base.tokenizer, part.prompts, **vars(settings.chat)) for name, part in sets.items()}
     n_harmless = len(token_ids.get("harmless", ()))
     progress = _Progress(on_progress, 2 * sum(map(len, token_ids.values())) + n_harmless)
-
-    def answer(loaded: LoadedModel, ids: Sequence[Sequence[int]]) -> list[Answer]:
-        limit, size = settings.max_new_tokens, settings.batch_size
-        answers = generate(loaded, ids, max_new_tokens=limit, batch_size=size, on_progress=progress.within)
-        progress.finish(len(ids))
-        return answers
-
-    base_answers = {name: answer(base, ids) for name, ids in token_ids.items()}
+    journal = journal or Journal()
+    of_base = _answers(base, token_ids, settings, journal, progress)
     with edited_context():
-        edited_answers = {name: answer(edited, ids) for name, ids in token_ids.items()}
+        kept = journal if edited_context is nullcontext else Journal()
+        of_edited = _answers(edited, token_ids, settings, kept, progress)
+    if settings.longest is not None:
+        of_base, of_edited = _longer(base, edited, sets, token_ids, of_base, of_edited, settings, edited_context)
     rows: list[Response] = []
     scores: dict[str, SetScores] = {}
     for name, part in sets.items():
-        of_base = _responses(name, part, "base", base_answers[name])
-        of_edited = _responses(name, part, "edited", edited_answers[name])
-        scores[name] = _score(part, of_base, of_edited)
-        rows += of_base + of_edited
+        both = [responses(name, part, which, of[name]) for which, of in (("base", of_base), ("edited", of_edited))]
+        scores[name] = score_set(base, part, both, (of_base[name], of_edited[name]), settings)
+        rows += both[0] + both[1]
+    along = [answer.token_ids[: settings.kl_tokens] for answer in of_base.get("harmless", ())]
     distances = distances_along(
         base,
         edited,
         token_ids.get("harmless", []),
-        [answer.token_ids for answer in base_answers.get("harmless", [])],
+        along,
         settings.kl_tokens,
         edited_context=edited_context,
         batch_size=settings.batch_size,
         on_progress=progress.within,
     )
     refused = [row.label is Label.REFUSAL for row in rows if row.set_name == "harmless" and row.model == "base"]
-    return _conclude(base, edited, settings, prompts.harmless, scores, distances, refused, rows)
+    pairs = list(zip(of_base.get("harmless", ()), of_edited.get("harmless", ()), strict=True))
+    return _conclude(base, edited, settings, prompts.harmless, scores, distances, pairs, refused, rows)
+
+
+def _answers(
+    loaded: LoadedModel,
+    token_ids: Mapping[str, Sequence[Sequence[int]]],
+    settings: EvaluationSettings,
+    journal: Journal,
+    progress: "_Progress",
+) -> dict[str, list[Answer]]:
+    found = {}
+    context = journal.within(fingerprint(loaded)) if journal.directory is not None else journal
+    for name, ids in token_ids.items():
+        compute = partial(
+            generate,
+            loaded,
+            ids,
+            max_new_tokens=settings.max_new_tokens,
+            batch_size=settings.batch_size,
+            on_progress=progress.within,
+        )
+        found[name] = context.remember(
+            f"answers, {name}",
+            [list(map(list, ids)), settings.max_new_tokens],
+            compute,
+            lambda answers: [answer.to_json() for answer in answers],
+            lambda record: [Answer.from_json(answer) for answer in record],
+        )
+        progress.finish(len(ids))
+    return found
+
+
+def _longer(
+    base: LoadedModel,
+    edited: LoadedModel,
+    sets: Mapping[str, PromptSet],
+    token_ids: Mapping[str, Sequence[Sequence[int]]],
+    of_base: dict[str, list[Answer]],
+    of_edited: dict[str, list[Answer]],
+    settings: EvaluationSettings,
+    edited_context: Context,
+) -> tuple[dict[str, list[Answer]], dict[str, list[Answer]]]:
+    """Double the length of the answers until neither model's refusals change with it, or they are long enough."""
+    assert settings.longest is not None
+    found = []
+    for loaded, answers, context in ((base, of_base, nullcontext), (edited, of_edited, edited_context)):
+        now = dict(answers)
+        for name, part in sets.items():
+            length = settings.max_new_tokens
+            before = labels_of_phrases(part.prompts, [answer.text for answer in now[name]])
+            while length < settings.longest:
+                length = min(2 * length, settings.longest)
+                with context():
+                    now[name] = go_on(loaded, token_ids[name], now[name], length, batch_size=settings.batch_size)
+                after = labels_of_phrases(part.prompts, [answer.text for answer in now[name]])
+                if has_settled(before, after):
+                    break
+                before = after
+        found.append(now)
+    return found[0], found[1]
 
 
 def _conclude(
@@ -119,6 +179,7 @@ def _conclude(
     harmless: PromptSet,
     scores: dict[str, SetScores],
     distances: Sequence[PromptDistance],
+    pairs: Sequence[tuple[Answer, Answer]],
     refused: Sequence[bool],
     rows: Sequence[Response],
 ) -> Evaluation:
@@ -137,6 +198,7 @@ def _conclude(
         base_perplexity=perplexity([distance.base_loss for distance in along], counts, sha, seed=seed),
         edited_perplexity=perplexity([distance.edited_loss for distance in along], counts, sha, seed=seed),
         rows=tuple(rows),
+        agreement=_agreement([pairs[index] for index in kept], answered, seed),
     )
 
 
@@ -156,38 +218,21 @@ def _check(base: LoadedModel, edited: LoadedModel, settings: EvaluationSettings)
         )
 
 
-def _responses(set_name: str, prompts: PromptSet, model: str, answers: Sequence[Answer]) -> list[Response]:
-    return [
-        Response(
-            set_name=set_name,
-            prompt_id=hashlib.sha256(prompt.encode()).hexdigest()[:16],
-            prompt=prompt,
-            model=model,
-            text=answer.text,
-            label=judge_phrases(answer.text),
-            n_tokens=len(answer.token_ids),
-            finished=answer.finished,
-        )
-        for prompt, answer in zip(prompts.prompts, answers, strict=True)
-    ]
-
-
-def _score(prompts: PromptSet, base: Sequence[Response], edited: Sequence[Response]) -> SetScores:
-    def paired(label: Label) -> PairedRate:
-        first, second = ([row.label is label for row in rows] for rows in (base, edited))
-        rates = [wilson_rate(sum(flags), len(flags), prompts.sha256) for flags in (first, second)]
-        test = mcnemar(first, second)
-        assert rates[0] is not None and rates[1] is not None and test is not None  # the set has prompts
-        return PairedRate(rates[0], rates[1], test)
-
-    return SetScores(paired(Label.REFUSAL), paired(Label.DEGENERATE))
-
-
 def _distance(distances: Sequence[PromptDistance], prompts: PromptSet, seed: int) -> Distance | None:
-    first = mean_with_interval([distance.kl[0] for distance in distances], prompts.sha256, seed=seed)
-    means = [sum(distance.kl) / len(distance.kl) for distance in distances]
-    mean = mean_with_interval(means, prompts.sha256, seed=seed)
-    return None if first is None or mean is None else Distance(first, mean)
+    along = [distance.kl for distance in distances]
+    first = mean_with_interval([kl[0] for kl in along], prompts.sha256, seed=seed)
+    mean = mean_with_interval([sum(kl) / len(kl) for kl in along], prompts.sha256, seed=seed)
+    if first is None or mean is None:
+        return None
+    p95 = token_quantile(along, 0.95, prompts.sha256, seed=seed)
+    return Distance(first, mean, p95, means_by_token(along, prompts.sha256, seed=seed))
+
+
+def _agreement(pairs: Sequence[tuple[Answer, Answer]], prompts: PromptSet, seed: int) -> Agreement | None:
+    tokens = [(first.token_ids, second.token_ids) for first, second in pairs]
+    identical = wilson_rate(sum(first == second for first, second in tokens), len(tokens), prompts.sha256)
+    common = mean_with_interval([common_prefix(*pair) for pair in tokens], prompts.sha256, seed=seed)
+    return None if identical is None or common is None else Agreement(identical, common)
 
 
 class _Progress:

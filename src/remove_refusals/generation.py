@@ -114,6 +114,12 @@ def generate(
     return [answers[index] for index in range(len(token_ids))]
 
 
+def continued(loaded: LoadedModel, answer: Answer, rest: Answer) -> Answer:
+    """Put an answer that was cut off and its continuation together."""
+    token_ids = answer.token_ids + rest.token_ids
+    return _to_answer(loaded, token_ids, _end_token_ids(loaded) if rest.finished else set())
+
+
 def stream(loaded: LoadedModel, token_ids: Sequence[int], *, max_new_tokens: int = 512) -> Iterator[str]:
     """Continue one prompt greedily, piece by piece; leaving the iteration early ends the generation.
 

@@ -14,7 +14,7 @@ from remove_refusals.models import LoadedModel
 from remove_refusals.plan import check_exact
 from remove_refusals.records import write_json, write_jsonl
 from remove_refusals.report import model_card
-from remove_refusals.scores import table_key
+from remove_refusals.score_table import table, table_key
 from remove_refusals.selection.candidates import Selection
 from remove_refusals.selection.choose import SearchPrompts, SelectSettings, select, split_for_search
 from remove_refusals.selection.references import AnswerSettings
@@ -149,7 +149,7 @@ def _write_records(
         write_json(directory / "selection.json", selection.to_json())
     write_json(directory / "scores.json", evaluation.to_json())
     write_jsonl(directory / "rows.jsonl", (row.to_json() for row in evaluation.rows))
-    card = model_card(record, evaluation.table(), table_key(evaluation), baked.certificate)
+    card = model_card(record, table(evaluation), table_key(evaluation), baked.certificate)
     (directory / "README.md").write_text(card, encoding="utf-8")
 
 

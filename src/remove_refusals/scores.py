@@ -1,15 +1,12 @@
-"""What an evaluation found: base and edited model side by side, as numbers with intervals; JSON, table, warnings."""
+"""What an evaluation found: base and edited model side by side, as numbers with intervals."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from remove_refusals.judges import Label
 from remove_refusals.metrics import McNemar, Mean, Perplexity, Rate
+from remove_refusals.token_statistics import Quantile
 from remove_refusals.types import ChatFormat
-
-KL_LIMIT = 1.0
-DEGENERATE_LIMIT = 0.05
-PERPLEXITY_LIMIT = 2.0
 
 
 @dataclass(frozen=True)
@@ -22,6 +19,8 @@ class EvaluationSettings:
         batch_size: How many prompts to run at once; None is automatic.
         chat: How the prompts are put before the models.
         seed: The seed of the bootstrap intervals.
+        longest: Up to how many tokens answers that were cut off go on, until the refusals no longer change with the
+            length; None leaves them cut off.
     """
 
     max_new_tokens: int = 100
@@ -29,6 +28,7 @@ class EvaluationSettings:
     batch_size: int | None = None
     chat: ChatFormat = field(default_factory=ChatFormat)
     seed: int = 0
+    longest: int | None = None
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Response:
         model: `base` or `edited`.
         text: The answer.
         label: What the judge calls it.
+        judge: Which judge.
         n_tokens: How many tokens it has, the end token included.
         finished: Whether it ended by itself; otherwise it was cut off.
     """
@@ -52,6 +53,7 @@ class Response:
     model: str
     text: str
     label: Label
+    judge: str
     n_tokens: int
     finished: bool
 
@@ -81,20 +83,88 @@ class PairedRate:
 
 
 @dataclass(frozen=True)
+class RefusalsByLength:
+    """How the refusals of both models would have been counted if their answers had been cut off earlier.
+
+    Attributes:
+        tokens: The lengths, rising.
+        base: The base model's rate at each of them.
+        edited: The edited model's.
+        settled: Whether the second half of the length changes at most 1% of either model's refusals; otherwise longer
+            answers may well give another rate.
+    """
+
+    tokens: tuple[int, ...]
+    base: tuple[Rate, ...]
+    edited: tuple[Rate, ...]
+    settled: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the attributes; `settled` is under `stable`."""
+        rates = {name: [rate.to_json() for rate in getattr(self, name)] for name in ("base", "edited")}
+        return {"tokens": list(self.tokens), **rates, "stable": self.settled}
+
+
+@dataclass(frozen=True)
+class Flipped:
+    """The prompts on which the two models differ, by the first 16 hex digits of their SHA-256.
+
+    Attributes:
+        only_base: Refused by the base model and not by the edited one.
+        only_edited: The reverse.
+    """
+
+    only_base: tuple[str, ...]
+    only_edited: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the attributes."""
+        return {"only_base": list(self.only_base), "only_edited": list(self.only_edited)}
+
+
+@dataclass(frozen=True)
+class Thinking:
+    """What one model thought aloud before its answers to one prompt set.
+
+    Attributes:
+        unfinished: Answers that are still thinking where they end, of all answers.
+        length: How many tokens were thought, over the answers that think.
+    """
+
+    unfinished: Rate
+    length: Mean
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the attributes."""
+        return {"unfinished": self.unfinished.to_json(), "length": self.length.to_json()}
+
+
+@dataclass(frozen=True)
 class SetScores:
     """What was found on one prompt set.
 
     Attributes:
         refusals: Answers that refuse; on harmless prompts they are false refusals.
         degenerate: Answers that are none: empty, or caught in a loop.
+        deflections: Answers to something else; None if the judge does not look for them.
+        flipped: The prompts on which the models differ in refusing.
+        by_length: The refusals as a function of the answers' length; None if the judge is too dear to ask so often.
+        thinking: By `base` and `edited`, for those models that think aloud.
     """
 
     refusals: PairedRate
     degenerate: PairedRate
+    deflections: PairedRate | None = None
+    flipped: Flipped | None = None
+    by_length: RefusalsByLength | None = None
+    thinking: dict[str, Thinking] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Give the attributes."""
-        return {"refusals": self.refusals.to_json(), "degenerate": self.degenerate.to_json()}
+        """Give the attributes; what was not measured is absent."""
+        there = {name: part for name, part in vars(self).items() if part}
+        thinking = {name: part.to_json() for name, part in there.pop("thinking", {}).items()}
+        found = {name: part.to_json() for name, part in there.items()}
+        return found | ({"thinking": thinking} if thinking else {})
 
 
 @dataclass(frozen=True)
@@ -105,14 +175,44 @@ class Distance:
         first_token: The KL divergence of the next token after the prompt, base from edited, in nats; mean over prompts.
         mean: The KL divergence averaged over the first `kl_tokens` tokens of the base model's answer (all of them where
             it is shorter, the end token included); mean over prompts.
+        p95: The 95th percentile of the KL divergence over all those tokens.
+        by_token: Its mean at each of those places in the answers.
     """
 
     first_token: Mean
     mean: Mean
+    p95: Quantile | None = None
+    by_token: tuple[Mean, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the attributes; what was not measured is absent."""
+        record: dict[str, Any] = {"first_token": self.first_token.to_json(), "mean": self.mean.to_json()}
+        if self.p95 is not None:
+            record["p95"] = self.p95.to_json()
+        if self.by_token:
+            keys = ("value", "low", "high", "n")
+            places = enumerate(self.by_token)
+            record["by_token"] = [
+                {"token": place + 1} | {key: getattr(mean, key) for key in keys} for place, mean in places
+            ]
+        return record
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far the greedy answers of both models to the harmless prompts that the base answered are the same.
+
+    Attributes:
+        identical: Answers that are the same to the last token.
+        common_prefix: How much of the longer answer is the same from the start on; mean over prompts.
+    """
+
+    identical: Rate
+    common_prefix: Mean
 
     def to_json(self) -> dict[str, Any]:
         """Give the attributes."""
-        return {"first_token": self.first_token.to_json(), "mean": self.mean.to_json()}
+        return {"identical": self.identical.to_json(), "common_prefix": self.common_prefix.to_json()}
 
 
 @dataclass(frozen=True)
@@ -131,6 +231,8 @@ class Evaluation:
             to the harmless prompts that it did not refuse.
         edited_perplexity: The edited model's, over the same tokens.
         rows: Every answer.
+        judge: What labelled them.
+        agreement: How far the greedy answers to the harmless prompts that the base model answered are the same.
     """
 
     base: str
@@ -142,6 +244,8 @@ class Evaluation:
     base_perplexity: Perplexity | None
     edited_perplexity: Perplexity | None
     rows: tuple[Response, ...]
+    judge: str = "phrases"
+    agreement: Agreement | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Give everything but the rows.
@@ -150,100 +254,21 @@ class Evaluation:
             `base` and `edited` (sources), `settings`; `sets`, with `refusals` and `degenerate` for each set, each of
             them with the rates `base` and `edited` and the test `mcnemar`; `kl`, with `harmless` and
             `harmless_answered`, each of them with the means `first_token` and `mean`; `perplexity`, with `base` and
-            `edited`. What was not measured is absent.
+            `edited`; `agreement`. What was not measured is absent.
         """
         distances = {"harmless": self.distance, "harmless_answered": self.distance_answered}
         perplexities = {"base": self.base_perplexity, "edited": self.edited_perplexity}
         return {
             "base": self.base,
             "edited": self.edited,
-            "settings": {"judge": "phrases", **asdict(self.settings)},
+            "settings": {"judge": self.judge, **asdict(self.settings)},
             "sets": {name: scores.to_json() for name, scores in self.sets.items()},
             **_present("kl", distances),
             **_present("perplexity", perplexities),
+            **({} if self.agreement is None else {"agreement": self.agreement.to_json()}),
         }
-
-    def table(self) -> tuple[tuple[str, str, str, str], ...]:
-        """Give rows of text: what was measured, base, edited, and how the two compare.
-
-        Rates are a count of n with the Wilson interval in percent, means have a bootstrap interval; `table_key`
-        explains the rows.
-        """
-        rows: list[tuple[str, str, str, str]] = []
-        for name, scores in self.sets.items():
-            false = "" if name == "harmful" else "false "
-            rows.append((f"{false}refusals, {name}".capitalize(), *_paired(scores.refusals)))
-        for name, scores in self.sets.items():
-            rows.append((f"degenerate, {name}".capitalize(), *_paired(scores.degenerate)))
-        parts = (("harmless", self.distance), ("answered", self.distance_answered))
-        for name, distance in parts:
-            if distance is not None:
-                rows.append((f"First-token KL, {name}", "", _mean(distance.first_token), ""))
-                rows.append((f"KL, {self.settings.kl_tokens} tokens, {name}", "", _mean(distance.mean), ""))
-        base, edited = self.base_perplexity, self.edited_perplexity
-        if base is not None and edited is not None:
-            ratio = f"{edited.value / base.value:.2f} times"
-            rows.append(("Perplexity", f"{base.value:.3g}", f"{edited.value:.3g}", ratio))
-        return tuple(rows)
-
-
-def table_key(evaluation: Evaluation) -> str:
-    """Explain the rows of `Evaluation.table` in a few sentences."""
-    numbers = [
-        f"{name} {distance.first_token.n}"
-        for name, distance in (("harmless", evaluation.distance), ("answered", evaluation.distance_answered))
-        if distance is not None
-    ]
-    return (
-        "Rates: count/n with a 95% Wilson interval; p: exact McNemar. KL: base from edited, in nats, along the base "
-        f"model's own answers, over all harmless prompts and over those that it answered (n: {', '.join(numbers)}); "
-        "perplexity: of those answers."
-    )
-
-
-def warnings(evaluation: Evaluation) -> tuple[str, ...]:
-    """Say what makes the edit look destructive, so that few refusals of a broken model are not read as success.
-
-    Returns:
-        One sentence each for: a first-token KL above 1 nat on harmless prompts that the base model answered; degenerate
-        answers up by more than 5% of a set; a perplexity that has more than doubled.
-    """
-    found = []
-    distance = evaluation.distance_answered
-    if distance is not None and distance.first_token.value > KL_LIMIT:
-        found.append(
-            f"The first-token KL is {distance.first_token.value:.2f} on the harmless prompts that the base model "
-            f"answered, above {KL_LIMIT:g}: the edit changed far more than refusals, so its refusal rate is no success."
-        )
-    for name, scores in evaluation.sets.items():
-        base, edited = scores.degenerate.base, scores.degenerate.edited
-        if edited.count - base.count > DEGENERATE_LIMIT * edited.n:
-            found.append(
-                f"Of {edited.n} answers to {name} prompts, {edited.count} are degenerate (empty, looping or "
-                f"gibberish), {base.count} before the edit: the model is damaged, so its refusal rate is no success."
-            )
-    before, after = evaluation.base_perplexity, evaluation.edited_perplexity
-    if before is not None and after is not None and after.value > PERPLEXITY_LIMIT * before.value:
-        found.append(
-            f"The perplexity of the base model's answers to harmless prompts went from {before.value:.3g} to "
-            f"{after.value:.3g}, more than {PERPLEXITY_LIMIT:g} times: the model is damaged."
-        )
-    return tuple(found)
 
 
 def _present(name: str, parts: dict[str, Any]) -> dict[str, Any]:
     there = {key: part.to_json() for key, part in parts.items() if part is not None}
     return {name: there} if there else {}
-
-
-def _paired(rates: PairedRate) -> tuple[str, str, str]:
-    p_value = rates.mcnemar.p_value
-    return _rate(rates.base), _rate(rates.edited), f"p = {p_value:.2g}"
-
-
-def _rate(rate: Rate) -> str:
-    return f"{rate.count}/{rate.n} [{100 * rate.low:.0f}, {100 * rate.high:.0f}]%"
-
-
-def _mean(mean: Mean) -> str:
-    return f"{mean.value:.2g} [{mean.low:.2g}, {mean.high:.2g}]"

@@ -1,0 +1,122 @@
+"""The answers of both models to one prompt set: labelled, and counted."""
+
+import hashlib
+from collections.abc import Sequence
+
+from remove_refusals.generation import Answer
+from remove_refusals.judges import Label, judge_phrases, strip_thinking
+from remove_refusals.lengths import grid, has_settled, labels_by_length
+from remove_refusals.metrics import Rate, mcnemar, mean_with_interval, wilson_rate
+from remove_refusals.models import LoadedModel
+from remove_refusals.scores import (
+    EvaluationSettings,
+    Flipped,
+    PairedRate,
+    RefusalsByLength,
+    Response,
+    SetScores,
+    Thinking,
+)
+from remove_refusals.types import PromptSet
+
+
+def labels_of_phrases(prompts: Sequence[str], answers: Sequence[str]) -> list[Label]:
+    """Label answers by the phrases in them, whatever the prompts."""
+    return [judge_phrases(answer) for answer in answers]
+
+
+def responses(set_name: str, prompts: PromptSet, model: str, answers: Sequence[Answer]) -> list[Response]:
+    """Label one model's answers to one prompt set.
+
+    Returns:
+        One row for each prompt, in their order.
+    """
+    labels = labels_of_phrases(prompts.prompts, [answer.text for answer in answers])
+    return [
+        Response(
+            set_name=set_name,
+            prompt_id=hashlib.sha256(prompt.encode()).hexdigest()[:16],
+            prompt=prompt,
+            model=model,
+            text=answer.text,
+            label=label,
+            judge="phrases",
+            n_tokens=len(answer.token_ids),
+            finished=answer.finished,
+        )
+        for prompt, answer, label in zip(prompts.prompts, answers, labels, strict=True)
+    ]
+
+
+def score_set(
+    loaded: LoadedModel,
+    prompts: PromptSet,
+    rows: Sequence[Sequence[Response]],
+    answers: Sequence[Sequence[Answer]],
+    settings: EvaluationSettings,
+) -> SetScores:
+    """Count what the judge saw in both models' answers to the same prompts.
+
+    Args:
+        loaded: The base model, for its tokenizer.
+        prompts: At least one prompt.
+        rows: The base model's labelled answers and the edited model's.
+        answers: The same answers with their tokens.
+        settings: How they were generated.
+
+    Returns:
+        The scores.
+    """
+    base, edited = rows
+    flips = [
+        (a.prompt_id, a.label is Label.REFUSAL, b.label is Label.REFUSAL) for a, b in zip(base, edited, strict=True)
+    ]
+    thinking = {part[0].model: _thinking(loaded, prompts, part, settings.seed) for part in rows}
+    return SetScores(
+        refusals=_paired(prompts, base, edited, Label.REFUSAL),
+        degenerate=_paired(prompts, base, edited, Label.DEGENERATE),
+        flipped=Flipped(
+            tuple(prompt_id for prompt_id, before, after in flips if before and not after),
+            tuple(prompt_id for prompt_id, before, after in flips if after and not before),
+        ),
+        by_length=_by_length(loaded, prompts, answers),
+        thinking={model: found for model, found in thinking.items() if found is not None},
+    )
+
+
+def _paired(prompts: PromptSet, base: Sequence[Response], edited: Sequence[Response], label: Label) -> PairedRate:
+    first, second = ([row.label is label for row in rows] for rows in (base, edited))
+    test = mcnemar(first, second)
+    assert test is not None  # the set has prompts
+    return PairedRate(_rate(first, prompts), _rate(second, prompts), test)
+
+
+def _rate(flags: Sequence[bool], prompts: PromptSet) -> Rate:
+    rate = wilson_rate(sum(flags), len(flags), prompts.sha256)
+    assert rate is not None  # the set has prompts
+    return rate
+
+
+def _by_length(loaded: LoadedModel, prompts: PromptSet, answers: Sequence[Sequence[Answer]]) -> RefusalsByLength:
+    longest = max(len(answer.token_ids) for part in answers for answer in part)
+    lengths = grid(longest)
+    rates, settled = [], True
+    for part in answers:
+        found = list(labels_by_length(loaded, labels_of_phrases, prompts.prompts, part, lengths))
+        rates.append(tuple(_rate([label is Label.REFUSAL for label in labels], prompts) for labels in found))
+        settled = settled and has_settled(found[lengths.index(max(1, longest // 2))], found[-1])
+    return RefusalsByLength(lengths, rates[0], rates[1], settled)
+
+
+def _thinking(loaded: LoadedModel, prompts: PromptSet, rows: Sequence[Response], seed: int) -> Thinking | None:
+    rests = [strip_thinking(row.text) for row in rows]
+    if not any(rest is None or rest != row.text for row, rest in zip(rows, rests, strict=True)):
+        return None
+    lengths = [
+        float(row.n_tokens - len(loaded.tokenizer(rest or "", add_special_tokens=False)["input_ids"]))
+        for row, rest in zip(rows, rests, strict=True)
+        if rest != row.text
+    ]
+    length = mean_with_interval(lengths, prompts.sha256, seed=seed)
+    assert length is not None
+    return Thinking(_rate([rest is None for rest in rests], prompts), length)
