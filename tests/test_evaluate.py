@@ -2,7 +2,7 @@ import copy
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -46,10 +46,10 @@ def edited(base: LoadedModel) -> LoadedModel:
     return LoadedModel(model, tiny.tokenizer(), "edited")
 
 
-def speaker(after: dict[str, str], source: str = "speaker") -> LoadedModel:
+def speaker(after: dict[str, str], source: str = "speaker", extra: Sequence[str] = ()) -> LoadedModel:
     """A model whose next token depends on the last one alone; what it says after it are whole phrases."""
     tokenizer = tiny.tokenizer()
-    tokenizer.add_tokens(list(SPOKEN))
+    tokenizer.add_tokens([*SPOKEN, *extra])
     model = tiny.llama(vocab_size=len(tokenizer))
     with torch.no_grad():
         for parameter in model.model.layers.parameters():
