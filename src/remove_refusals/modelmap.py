@@ -134,6 +134,7 @@ class _Derivation:
             leaks=tuple(dict.fromkeys(leaks + beside)),
             unhooked=tuple(dict.fromkeys(beside)),
             unused=self._unused(layers, shapes),
+            used_elsewhere=self.trace.used_elsewhere,
             stored=stored_names(self.source),
             prefix=self.source.base_model_prefix,
         )

@@ -85,6 +85,7 @@ class Knowledge:
     Attributes:
         d_model: The width of the residual stream.
         used: Every parameter or buffer that any operation touched.
+        used_elsewhere: Those among them that were touched while their own module was not being called.
         open_modules: The modules that are being called now, outermost first.
         made_in: For each term, the modules that were being called whenever it was made, by what wrote it or by its last
             step.
@@ -92,6 +93,7 @@ class Knowledge:
 
     d_model: int
     used: set[str] = field(default_factory=set)
+    used_elsewhere: set[str] = field(default_factory=set)
     open_modules: list[str] = field(default_factory=list)
     made_in: dict[Term, frozenset[str]] = field(default_factory=dict)
     _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))

@@ -52,11 +52,13 @@ class Trace:
     Attributes:
         calls: Every module call, in the order in which they ended.
         used: Every parameter that any operation touched.
+        used_elsewhere: Those among them that were touched while their own module was not being called.
         made_in: For each term, the modules that were being called whenever it was made.
     """
 
     calls: tuple[ModuleCall, ...]
     used: frozenset[str]
+    used_elsewhere: frozenset[str]
     made_in: Mapping[Term, frozenset[str]]
 
 
@@ -145,7 +147,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         values = [*args, *(kwargs.get(part.name, part.default_value) for part in rest)]
         out = self._values.run(func, packet, args, kwargs)
         inputs = tensors_in(values)
-        self.known.used.update(weight.name for weight in map(self.known.weight, inputs) if weight is not None)
+        self._note_use({weight.name for weight in map(self.known.weight, inputs) if weight is not None})
         new = [tensor for tensor in tensors_in(out) if not any(same_storage(tensor, value) for value in inputs)]
         if not in_place and (not new or self._is_weight(name, values, new)):
             return out
@@ -157,6 +159,11 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for tensor in new:
                 self.known.learn(tensor, terms, dim=dim)
         return out
+
+    def _note_use(self, names: set[str]) -> None:
+        self.known.used |= names
+        open_modules = self.known.open_modules
+        self.known.used_elsewhere |= {name for name in names if name.rpartition(".")[0] not in open_modules}
 
     def _is_weight(self, name: str, values: Sequence[Any], new: Sequence[torch.Tensor]) -> bool:
         """Note whether new tensors are still one parameter."""
@@ -232,4 +239,5 @@ def _traced(model: torch.nn.Module, d_model: int, forward: Callable[[], Any], va
         known.learn_weight(tensor, Weight(name, axes, name in parameters))
     with torch.no_grad(), _recorded_calls(model, known) as calls, _Tracer(known, values):
         forward()
-    return Trace(calls=tuple(calls), used=frozenset(known.used & parameters), made_in=known.made_in)
+    used, used_elsewhere = (frozenset(names & parameters) for names in (known.used, known.used_elsewhere))
+    return Trace(calls=tuple(calls), used=used, used_elsewhere=used_elsewhere, made_in=known.made_in)

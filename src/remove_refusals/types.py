@@ -300,6 +300,8 @@ class ModelMap:
         leaks: Why a weight edit cannot be exact, one sentence each; empty where it can.
         unhooked: Why hooks cannot be exact, one sentence each; empty where they can.
         unused: Parameters of the layers with an axis of width d_model that take no part in the forward pass.
+        used_elsewhere: Parameters that are also used while the module that holds them is not being called; a change of
+            what the module does misses those uses.
         stored: The names under which checkpoints hold the model's tensors; empty if they are not known.
         prefix: What such a name begins with; some checkpoints leave it out.
     """
@@ -315,6 +317,7 @@ class ModelMap:
     leaks: tuple[str, ...] = ()
     unhooked: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
+    used_elsewhere: frozenset[str] = frozenset()
     stored: frozenset[str] = frozenset()
     prefix: str = ""
 

@@ -1,0 +1,184 @@
+"""A LoRA that is exactly the edit: loaded with plain PEFT, unmerged and merged, over many kinds of model."""
+
+import copy
+import dataclasses
+import warnings
+
+import pytest
+import torch
+from peft import PeftModel
+
+import zoo
+from remove_refusals.apply.adapter import peft_adapter, save_peft_adapter
+from remove_refusals.apply.adapter_check import check_loads
+from remove_refusals.apply.memory import edited_tensors
+from remove_refusals.directions import direction_from_vectors
+from remove_refusals.errors import ArchitectureError
+from remove_refusals.modelmap import map_model
+from remove_refusals.plan import intervene, resolve
+from remove_refusals.types import DirectionOrigin
+
+# Plain, with gains behind the writers and a scaled tied embedding, Conv1D with biases, biases on the input side only,
+# fused experts beside shared ones, experts stored the other way round with biases, state space mixers, and hybrids.
+MODEL_TYPES = (
+    "llama",
+    "qwen2",
+    "gemma2",
+    "gemma3_text",
+    "olmo2",
+    "gpt2",
+    "opt",
+    "gpt_neox",
+    "phi",
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "deepseek_v3",
+    "gpt_oss",
+    "jetmoe",
+    "granitemoe",
+    "lfm2",
+    "inkling_text",
+    "qwen3_next",
+    "granite",
+)
+
+
+def direction(d_model, rank=1):
+    vectors = torch.randn(d_model, rank, generator=torch.Generator().manual_seed(5))
+    return direction_from_vectors(vectors, DirectionOrigin("given"))
+
+
+def logits(model):
+    with torch.inference_mode():
+        return model(zoo.token_ids(model), use_cache=False).logits
+
+
+def adapted(model, plan, model_map, directory):
+    save_peft_adapter(peft_adapter(model, plan, model_map, model.get_parameter, base="somewhere"), directory)
+    with warnings.catch_warnings():
+        # PEFT warns of every tied embedding that an adapter touches.
+        warnings.simplefilter("ignore")
+        return PeftModel.from_pretrained(model, directory).eval()
+
+
+def edited(model, plan, model_map):
+    """A copy of the model with the edit in its weights."""
+    other = copy.deepcopy(model)
+    if plan.untie:
+        untied(other)
+    other.load_state_dict({name: tensor.clone() for name, tensor in edited_tensors(model, plan, model_map).items()})
+    return other
+
+
+def untied(model):
+    """Give the unembedding a tensor of its own."""
+    head = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.detach().clone())
+    model.config.tie_word_embeddings = False
+    return model
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("rank", [1, 3])
+def test_the_adapter_is_the_edit_unmerged_and_merged(model_type, rank, tmp_path):
+    model = zoo.build(model_type)
+    model_map = map_model(model)
+    intervention = intervene(direction(zoo.D_MODEL, rank), zoo.N_LAYERS, strength=0.8)
+    plan = resolve(intervention, model_map, model.get_parameter)
+    plain, wanted = logits(model), logits(edited(model, plan, model_map))
+    # Merged, an adapter of a tied embedding changes both of its uses.
+    merged_plan = resolve(intervention, model_map, model.get_parameter, tied="both")
+    wanted_merged = logits(edited(model, merged_plan, model_map))
+    loaded = adapted(model, plan, model_map, tmp_path)
+    assert float((plain - wanted).abs().max()) > 0.05
+    torch.testing.assert_close(logits(loaded), wanted, rtol=0, atol=2e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        merged = loaded.merge_and_unload()
+    torch.testing.assert_close(logits(merged), wanted_merged, rtol=0, atol=2e-5)
+
+
+def test_the_affine_constant_is_carried(tmp_path):
+    model = zoo.build("llama")
+    model_map = map_model(model)
+    found = direction(zoo.D_MODEL, 2)
+    taken = dataclasses.replace(found, origin=DirectionOrigin("given", harmless_component=(0.7, -1.2)))
+    intervention = intervene(taken, zoo.N_LAYERS, affine=True)
+    plan = resolve(intervention, model_map, model.get_parameter, embedding_scale=1.0)
+    wanted = logits(edited(model, plan, model_map))
+    without = resolve(intervene(taken, zoo.N_LAYERS), model_map, model.get_parameter)
+    assert float((wanted - logits(edited(model, without, model_map))).abs().max()) > 0.05
+    torch.testing.assert_close(logits(adapted(model, plan, model_map, tmp_path)), wanted, rtol=0, atol=2e-5)
+
+
+def test_merged_into_an_untied_base_the_unembedding_stays(tmp_path):
+    model = zoo.build("gemma3_text")
+    model_map = map_model(model)
+    plan = resolve(intervene(direction(zoo.D_MODEL), zoo.N_LAYERS), model_map, model.get_parameter)
+    wanted = logits(edited(model, plan, model_map))
+    merged = adapted(untied(model), plan, model_map, tmp_path).merge_and_unload()
+    torch.testing.assert_close(logits(merged), wanted, rtol=0, atol=2e-5)
+
+
+def test_only_planned_layers_are_adapted():
+    model = zoo.build("qwen2")
+    model_map = map_model(model)
+    intervention = intervene(direction(zoo.D_MODEL), zoo.N_LAYERS, layers=(2, 3))
+    plan = resolve(intervention, model_map, model.get_parameter)
+    built = peft_adapter(model, plan, model_map, model.get_parameter, base="somewhere")
+    modules = {entry.parameter.removesuffix(".weight") for entry in plan.entries}
+    assert set(built.config["target_modules"]) == modules and len(modules) == 4
+    assert {name.split(".lora_")[0].removeprefix("base_model.model.") for name in built.tensors} == modules
+
+
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [
+        ("mamba", "backbone.layers.0.mixer.out_proj.weight.*PEFT refuses"),
+        ("dbrx", "experts.mlp.w2.*outside of its own module"),
+        ("hrm_text", "z_L_init.*no matrix"),
+    ],
+)
+def test_what_peft_cannot_carry_is_refused_by_name(model_type, message):
+    model = zoo.build(model_type)
+    model_map = map_model(model)
+    plan = resolve(intervene(direction(zoo.D_MODEL), zoo.N_LAYERS), model_map, model.get_parameter)
+    with pytest.raises(ArchitectureError, match=message):
+        peft_adapter(model, plan, model_map, model.get_parameter, base="somewhere")
+
+
+def test_a_tied_pair_edited_as_one_is_refused():
+    model = zoo.build("gemma3_text")
+    model_map = map_model(model)
+    plan = resolve(intervene(direction(zoo.D_MODEL), zoo.N_LAYERS), model_map, model.get_parameter, tied="both")
+    with pytest.raises(ArchitectureError, match=r"embed_tokens.*--tied untie"):
+        peft_adapter(model, plan, model_map, model.get_parameter, base="somewhere")
+
+
+@pytest.mark.parametrize("variant", ["norm-preserving", "row-norm"])
+def test_a_variant_of_full_rank_is_refused(variant):
+    model = zoo.build("llama")
+    model_map = map_model(model)
+    intervention = intervene(direction(zoo.D_MODEL), zoo.N_LAYERS)
+    plan = resolve(intervention, model_map, model.get_parameter, variant=variant)
+    with pytest.raises(ArchitectureError, match=variant):
+        peft_adapter(model, plan, model_map, model.get_parameter, base="somewhere")
+
+
+def test_what_peft_would_pass_by_is_refused(tmp_path):
+    model = zoo.build("laguna")
+    model_map = map_model(model)
+    plan = resolve(intervene(direction(zoo.D_MODEL), zoo.N_LAYERS), model_map, model.get_parameter)
+    save_peft_adapter(peft_adapter(model, plan, model_map, model.get_parameter, base="somewhere"), tmp_path)
+    with pytest.raises(ArchitectureError, match=r"no place.*shared_experts"):
+        check_loads(model, tmp_path)
+
+
+@pytest.mark.parametrize("model_type", ["gemma3_text", "qwen2_moe"])
+def test_a_whole_adapter_passes_the_check(model_type, tmp_path):
+    model = zoo.build(model_type)
+    model_map = map_model(model)
+    plan = resolve(intervene(direction(zoo.D_MODEL), zoo.N_LAYERS), model_map, model.get_parameter)
+    save_peft_adapter(peft_adapter(model, plan, model_map, model.get_parameter, base="somewhere"), tmp_path)
+    check_loads(model, tmp_path)
