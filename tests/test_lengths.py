@@ -170,9 +170,10 @@ def test_a_killed_evaluation_goes_on(late: LoadedModel, tmp_path: Path) -> None:
         if done == 6:
             raise Killed
 
+    other = speaker({"?": ANSWER, ".": ANSWER, ANSWER: "</s>"}, "other", extra=WORDS)
     with pytest.raises(Killed):
-        evaluate(late, late, PROMPTS, SETTINGS, journal=Journal(tmp_path), on_progress=kill)
+        evaluate(late, other, PROMPTS, SETTINGS, journal=Journal(tmp_path), on_progress=kill)
     kept = len((tmp_path / STAGES).read_text().splitlines())
     assert kept == 2
-    found = evaluate(late, late, PROMPTS, SETTINGS, journal=Journal(tmp_path))
-    assert found == evaluate(late, late, PROMPTS, SETTINGS)
+    found = evaluate(late, other, PROMPTS, SETTINGS, journal=Journal(tmp_path))
+    assert found == evaluate(late, other, PROMPTS, SETTINGS)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from remove_refusals.errors import OutputError
 from remove_refusals.models import LoadedModel
 
@@ -116,18 +118,24 @@ class Journal:
 
 
 def fingerprint(loaded: LoadedModel) -> str:
-    """Tell models apart: a hash of configuration, dtype, kind of device, and the first values of every parameter.
+    """Tell models apart by their configurations and parameters.
+
+    What counts is the configuration, the kind of device, and of each parameter its shape, dtype, sum, norm, and values
+    spread over it.
 
     Returns:
-        16 hexadecimal digits. Models that differ only further on in their parameters get the same.
+        16 hexadecimal digits of a hash.
     """
     config = loaded.model.config.to_dict()
     for name in ("_name_or_path", "transformers_version"):
         config.pop(name, None)
     digest = hashlib.sha256(json.dumps([config, loaded.device.type], sort_keys=True, default=str).encode())
     for name, parameter in loaded.model.named_parameters():
-        values = parameter.detach().flatten()[:_N_VALUES]
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        if not parameter.is_meta:
-            digest.update(str(values.float().tolist()).encode())
+        if not parameter.is_meta and parameter.is_floating_point():
+            values = parameter.detach().flatten()
+            digest.update(str(values[:: max(1, len(values) // _N_VALUES)].float().tolist()).encode())
+            # Rounded, since the order of a sum depends on how many threads there are.
+            sums = float(values.sum(dtype=torch.float64)), float(values.float().norm())
+            digest.update(" ".join(f"{value:.5g}" for value in sums).encode())
     return digest.hexdigest()[:16]
