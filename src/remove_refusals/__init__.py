@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from remove_refusals.pipeline import run
     from remove_refusals.plan import intervene, intervene_per_layer
     from remove_refusals.prompts import embedded_prompts, load_prompts
+    from remove_refusals.report_page.page import html_report, write_html_report
     from remove_refusals.selection.choose import SelectSettings, select, split_for_search
     from remove_refusals.settings import RunSettings
     from remove_refusals.types import Activations, Direction, Intervention, PromptSet
@@ -45,6 +46,7 @@ _HOME = {
     "embedded_prompts": "prompts",
     "evaluate": "evaluation",
     "generate": "generation",
+    "html_report": "report_page.page",
     "intervene": "plan",
     "intervene_per_layer": "plan",
     "load": "models",
@@ -61,6 +63,7 @@ _HOME = {
     "select": "selection.choose",
     "separation": "analysis",
     "split_for_search": "selection.choose",
+    "write_html_report": "report_page.page",
 }
 
 __all__ = [
@@ -79,6 +82,7 @@ __all__ = [
     "embedded_prompts",
     "evaluate",
     "generate",
+    "html_report",
     "intervene",
     "intervene_per_layer",
     "load",
@@ -95,6 +99,7 @@ __all__ = [
     "select",
     "separation",
     "split_for_search",
+    "write_html_report",
 ]
 
 

@@ -41,6 +41,7 @@ _COMMANDS: tuple[tuple[Callable[..., None], str, str], ...] = (
     (measuring.evaluate, "evaluate", "demo demo-ablated -o scores.json"),
     (measuring.inspect, "inspect", "demo"),
     (measuring.certify, "certify", "demo-ablated --base demo"),
+    (measuring.report, "report", "demo-ablated -o report.html"),
 )
 for _command, _name, _example in _COMMANDS:
     app.command(_name, epilog=f"Example: remove-refusals {_name} {_example}")(_command)

@@ -47,3 +47,7 @@ class CertificateError(RemoveRefusalsError):
 
 class SelectionError(RemoveRefusalsError):
     """A search has nothing to choose by."""
+
+
+class RecordError(RemoveRefusalsError):
+    """A record of what was done or measured is missing, unreadable or of an unknown form."""

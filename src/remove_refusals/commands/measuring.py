@@ -117,3 +117,21 @@ def certify(
             f"{len(certificate.problems)} things in {directory} are not as its record says, expected none; "
             "make the directory again."
         )
+
+
+def report(
+    directory: Annotated[Path, typer.Argument(help="A directory that `run` made, or one with some of its records.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The HTML file; report.html in the directory by default.")
+    ] = None,
+    full_answers: Annotated[
+        bool, typer.Option("--full-answers", help="Put whole answers to harmful prompts in, not their first sentence.")
+    ] = False,
+    force: Force = False,
+) -> None:
+    """One HTML page of what was done and measured, to be read without network."""
+    from remove_refusals import console
+    from remove_refusals.report_page.page import write_html_report
+
+    page = write_html_report(directory, output, full_answers=full_answers, force=force)
+    console.say(f"Saved to {page}.")

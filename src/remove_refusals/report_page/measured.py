@@ -1,0 +1,237 @@
+"""What was measured of both models, as the template prints it: refusals, damage, the first figures on the page."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from remove_refusals.report_page.charts import Chart, Point, Series, chart
+from remove_refusals.report_page.material import Material
+from remove_refusals.report_page.scales import Scale, integers, scale_of
+from remove_refusals.report_page.words import interval, number, percent, percent_interval
+
+View = dict[str, Any]
+
+_SETS = {
+    "harmful": ("Harmful requests", "Refusals"),
+    "harmless": ("Harmless requests", "False refusals"),
+    "alarming": ("Harmless requests that sound alarming", "False refusals"),
+}
+_KL_OVER = {
+    "harmless": "all harmless prompts",
+    "harmless_answered": "harmless prompts that the base model answered",
+    "harmless_refused": "harmless prompts that the base model refused falsely",
+}
+_OTHERS = {
+    "perplexity": "Perplexity of the base model's answers",
+    "agreement": "Greedy answers to harmless prompts that the base answered",
+    "identical": "share that is the same to the last token",
+    "common_prefix": "share that is the same from the start on",
+}
+_KL_OF = {"first_token": "first token", "mean": "mean", "p95": "95th percentile"}
+
+
+def set_title(name: str) -> str:
+    """Say what a prompt set is."""
+    return _SETS.get(name, (name.replace("_", " ").capitalize(), ""))[0]
+
+
+def tiles(material: Material) -> list[View]:
+    """Give the first figures on the page; what was not measured has none."""
+    found: list[View] = []
+    sets = (material.scores or {}).get("sets", {})
+    for name in ("harmful", "alarming" if "alarming" in sets else "harmless"):
+        if name in sets:
+            rates = sets[name]["refusals"]
+            found.append(
+                {
+                    "name": f"{_SETS[name][1]}, {name}",
+                    "before": percent(rates["base"]["value"]),
+                    "value": percent(rates["edited"]["value"]),
+                    "note": f"of {rates['edited']['n']} prompts; 95% interval {percent_interval(rates['edited'])}",
+                }
+            )
+    distances = (material.scores or {}).get("kl", {})
+    answered = "harmless_answered" in distances
+    if answered or "harmless" in distances:
+        mean = distances["harmless_answered" if answered else "harmless"]["mean"]
+        over = "harmless prompts that the base answered" if answered else "harmless prompts"
+        note = f"nats, over {mean['n']} {over}; 95% interval {interval(mean)}"
+        found.append({"name": "KL from the base", "before": "", "value": number(mean["value"]), "note": note})
+    if material.certificate is not None:
+        passed = material.certificate["passed"]
+        note = f"{len(material.certificate['edited'])} tensors measured on the saved files"
+        found.append({"name": "Certificate", "before": "", "value": "passed" if passed else "failed", "note": note})
+    return found
+
+
+def refusals(scores: Mapping[str, Any], prompts: Mapping[tuple[str, str], str]) -> list[View]:
+    """Give for each prompt set its rates before and after.
+
+    Args:
+        scores: The content of `scores.json`.
+        prompts: The texts of prompts by set and id, as far as they are known.
+    """
+    return [_set(name, part, prompts) for name, part in scores["sets"].items()]
+
+
+def _set(name: str, part: Mapping[str, Any], prompts: Mapping[tuple[str, str], str]) -> View:
+    pairs = [(kind, rates) for kind, rates in part.items() if _is_pair(rates) and "value" in rates["base"]]
+    flipped = [
+        {"who": who, "prompts": [(key, prompts.get((name, key), key)) for key in part["flipped"][key_name]]}
+        for key_name, who in (("only_base", "Refused by the base model alone"), ("only_edited", "By the edited alone"))
+        if part.get("flipped", {}).get(key_name)
+    ]
+    return {
+        "name": name,
+        "title": set_title(name),
+        "pairs": [{"name": _rate_name(name, kind), **_pair(rates)} for kind, rates in pairs],
+        "flipped": flipped,
+        "thinking": [(model, _thinking(found)) for model, found in part.get("thinking", {}).items()],
+        "lengths": _lengths(name, part["by_length"]) if "by_length" in part else None,
+    }
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(value.get(model), Mapping) for model in ("base", "edited"))
+
+
+def _rate_name(name: str, kind: str) -> str:
+    if kind == "refusals":
+        return _SETS.get(name, ("", "Refusals"))[1]
+    return "Degenerate answers" if kind == "degenerate" else kind.replace("_", " ").capitalize()
+
+
+def _pair(rates: Mapping[str, Any]) -> View:
+    rows = []
+    for model in ("base", "edited"):
+        rows.append(_rate(model, model, rates[model]))
+        if "corrected" in rates[model]:
+            rows.append(_rate(f"{model}, corrected", model, rates[model]["corrected"]))
+    return {"rates": rows, "mcnemar": rates.get("mcnemar")}
+
+
+def _rate(name: str, style: str, rate: Mapping[str, Any]) -> View:
+    counts = f"{rate['count']} of {rate['n']}" if "count" in rate else ""
+    places = {key: f"{100 * min(1.0, max(0.0, rate[key])):.2f}" for key in ("value", "low", "high")}
+    return {
+        "name": name,
+        "style": style,
+        "places": places,
+        "value": percent(rate["value"]),
+        "interval": percent_interval(rate),
+        "counts": counts,
+    }
+
+
+def _thinking(record: Mapping[str, Any]) -> str:
+    unfinished, length = record["unfinished"], record["length"]
+    return (
+        f"{number(length['value'])} tokens {interval(length)} on average over {length['n']} answers; unfinished in "
+        f"{percent(unfinished['value'])} {percent_interval(unfinished)} of {unfinished['n']}"
+    )
+
+
+def _lengths(name: str, record: Mapping[str, Any]) -> View:
+    tokens = record["tokens"]
+    series = []
+    for model in ("base", "edited"):
+        rates = zip(tokens, record[model], strict=True)
+        points = tuple(
+            Point(
+                at,
+                rate["value"],
+                rate.get("low"),
+                rate.get("high"),
+                f"{model}, {at} tokens: {percent(rate['value'])} {percent_interval(rate)}",
+                "ring" if model == "base" else "dot",
+            )
+            for at, rate in rates
+        )
+        series.append(Series(model, model, points))
+    drawn = chart(
+        f"Refusals of {set_title(name).lower()} by how much of the answer is read, with 95% intervals",
+        series,
+        scale_of(tokens),
+        Scale(0, 1),
+        x_name="tokens of the answer",
+        y_name="counted as refusals",
+        whole=False,
+        height=130,
+        up=percent,
+    )
+    rows = [
+        (str(at), *(f"{percent(rate['value'])} {percent_interval(rate)}" for rate in pair))
+        for at, *pair in zip(tokens, record["base"], record["edited"], strict=True)
+    ]
+    return {"chart": drawn, "table": (("tokens", "base", "edited"), rows), "stable": record.get("stable")}
+
+
+def damage(scores: Mapping[str, Any]) -> View:
+    """Give the table of what the edit did beside its aim, and KL by token."""
+    rows = [*_kl_rows(scores.get("kl", {})), *_other_rows(scores)]
+    parts = scores.get("kl", {})
+    name = next((each for each in ("harmless_answered", "harmless") if "by_token" in parts.get(each, {})), None)
+    return {
+        "rows": rows,
+        "tokens": None if name is None else _tokens(parts[name]["by_token"]),
+        "tokens_over": _KL_OVER.get(name or "", ""),
+    }
+
+
+def _kl_rows(parts: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    for over, part in parts.items():
+        for key, record in part.items():
+            if key in _KL_OF and (row := _row(record)) is not None:
+                yield (f"KL, {_KL_OF[key]}, over {_KL_OVER.get(over, over.replace('_', ' '))}", "", *row)
+
+
+def _other_rows(scores: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    for key, record in scores.items():
+        name = _OTHERS.get(key, key.replace("_", " ").capitalize())
+        if key in ("sets", "kl", "settings") or not isinstance(record, Mapping):
+            continue
+        if _is_pair(record) and (edited := _row(record["edited"])) is not None:
+            before = number(record["base"]["value"])
+            yield (name, f"{before} {interval(record['base'])}", *edited)
+            continue
+        for part, found in record.items():
+            if (row := _row(found)) is not None:
+                yield (f"{name}, {_OTHERS.get(part, part.replace('_', ' '))}", "", *row)
+
+
+def _row(record: object) -> tuple[str, str] | None:
+    """Print a record with a value: the value with its interval, and how many prompts it is of."""
+    if not isinstance(record, Mapping) or not isinstance(record.get("value"), int | float):
+        return None
+    return f"{number(record['value'])} {interval(record)}".strip(), number(record["n"]) if "n" in record else ""
+
+
+def _tokens(records: Sequence[Mapping[str, Any]]) -> View:
+    points = tuple(
+        Point(
+            record["token"],
+            record["value"],
+            record.get("low"),
+            record.get("high"),
+            f"token {record['token']}: {number(record['value'])} {interval(record)}",
+        )
+        for record in records
+    )
+    ends = [end for point in points for end in (point.y, point.low, point.high) if end is not None]
+    drawn: Chart = chart(
+        "KL divergence from the base model by token of the answer, with 95% intervals",
+        [Series("KL", "edited", points)],
+        integers(int(points[0].x), int(points[-1].x)),
+        scale_of(ends),
+        x_name="token of the answer",
+        y_name="KL in nats",
+    )
+    rows = [
+        (
+            number(record["token"]),
+            number(record["value"]),
+            interval(record),
+            number(record["n"]) if "n" in record else "",
+        )
+        for record in records
+    ]
+    return {"chart": drawn, "table": (("token", "KL in nats", "95% interval", "n"), rows)}

@@ -1,0 +1,72 @@
+"""Numbers as a report prints them."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+_WIDE_ENDS = "\u3002\uff01\uff1f"
+"""The full stop, exclamation and question mark of Chinese and Japanese, after which no space stands."""
+
+_SENTENCE = re.compile(rf".*?(?:[.!?\u2026]+[\"')\u201d\u2019]*(?=\s|$)|[{_WIDE_ENDS}])")
+
+_CUT_AFTER = 240
+"""A first sentence longer than that is cut off there."""
+
+
+def number(value: float) -> str:
+    """Print a number with three significant digits, whole numbers whole, and an exponent only where it is shorter."""
+    if value == 0 or (float(value).is_integer() and abs(value) < 1e5):
+        return str(int(value))
+    if abs(value) < 1e-3 or abs(value) >= 1e5:
+        return re.sub(r"e([+-])0*(\d)", lambda match: f"e{match[1].lstrip('+')}{match[2]}", f"{value:.2g}")
+    digits = max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:.{digits}f}"
+
+
+def tick(value: float) -> str:
+    """Print a number of a scale, without digits that say nothing."""
+    return f"{value:g}".replace("e-0", "e-").replace("e+0", "e")
+
+
+def percent(value: float) -> str:
+    """Print a share from 0 to 1 as a percentage: whole, or with a digit where it is near an end but not at it."""
+    shown = 100 * value
+    return f"{shown:.1f}%" if 0 < shown < 1 or 99 < shown < 100 else f"{shown:.0f}%"
+
+
+def interval(record: Mapping[str, Any]) -> str:
+    """Print `low` and `high` of a record; nothing where it has none."""
+    return f"[{number(record['low'])}, {number(record['high'])}]" if "low" in record else ""
+
+
+def percent_interval(record: Mapping[str, Any]) -> str:
+    """Print `low` and `high` of a rate as percentages."""
+    return f"[{percent(record['low']).removesuffix('%')}, {percent(record['high'])}]"
+
+
+def p_value(value: float) -> str:
+    """Print a p-value."""
+    return f"p = {number(value)}" if value >= 1e-4 else "p < 0.0001"
+
+
+def short_hash(value: str) -> str:
+    """Print the beginning of a hash."""
+    return f"{value[:12]}…"
+
+
+def first_sentence(text: str) -> tuple[str, int]:
+    """Cut a text to its first sentence.
+
+    Args:
+        text: The text.
+
+    Returns:
+        The first sentence of its first line that has one, no longer than 240 characters, and how many characters of
+        the text were left out.
+    """
+    whole = text.strip()
+    line = whole.split("\n", 1)[0]
+    found = _SENTENCE.match(line)
+    sentence = (found[0] if found else line)[:_CUT_AFTER]
+    return sentence, len(whole) - len(sentence)
