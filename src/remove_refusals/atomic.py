@@ -40,10 +40,7 @@ def atomic_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
     with _staged(target, force=force, directory=True) as staging:
         staging.mkdir()
         yield staging
-        for folder, _, files in os.walk(staging):
-            for name in files:
-                _flush(Path(folder) / name)
-            _flush_entries(Path(folder))
+        _flush_tree(staging)
 
 
 @contextmanager
@@ -63,6 +60,67 @@ def atomic_file(target: Path, *, force: bool = False) -> Iterator[Path]:
     with _staged(target, force=force, directory=False) as staging:
         yield staging
         _flush(staging)
+
+
+@contextmanager
+def resumable_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
+    """Give a directory beside `target` that becomes `target` when the block ends well, and stays if it does not.
+
+    The same call finds it again, with what was written, whatever ended the process. Where nothing was written yet it
+    is removed. The files are flushed to the disk before the rename.
+
+    Args:
+        target: The directory to make; missing parents are made too.
+        force: Whether an existing directory is replaced; one that is neither empty nor a model's never is.
+
+    Yields:
+        The directory; its name is a dot, the target's name, and `.partial`.
+
+    Raises:
+        OutputError: As for `atomic_directory`, or if another process is writing there.
+    """
+    target = Path(os.path.realpath(target.expanduser()))
+    staging = target.parent / f".{target.name}.partial"
+    made: list[Path] = []
+    try:
+        check_target(target, force=force, directory=True)
+        _make_parents(target.parent, made)
+        staging.mkdir(exist_ok=True)
+        with _locked(staging):
+            yield staging
+            _flush_tree(staging)
+            check_target(target, force=force, directory=True)
+            _move_into_place(staging, target)
+    except BaseException as error:
+        if staging.is_dir() and not any(staging.iterdir()):
+            _remove(staging, made)
+        sentence = _explain(error, staging, target)
+        if sentence is None:
+            raise
+        if staging.is_dir():
+            sentence = f"{sentence.rstrip('.')}; what was written is kept in {staging}, where the same call goes on."
+        raise OutputError(sentence) from error
+    _flush_entries(target.parent)
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Keep other processes that would write the same directory out; the system frees it if this one is killed."""
+    # Not on every system, and nothing else needs it.
+    import fcntl
+
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(
+                f"The unfinished output {directory} is being written by another process, expected none; wait for it "
+                "or choose another path."
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -155,6 +213,14 @@ def _remove(staging: Path, made: list[Path]) -> None:
     except OSError:
         # The failure that led here is the one to tell; a parent in which others have put something stays.
         return
+
+
+def _flush_tree(directory: Path) -> None:
+    """Make the system write all of a directory to the disk now."""
+    for folder, _, files in os.walk(directory):
+        for name in files:
+            _flush(Path(folder) / name)
+        _flush_entries(Path(folder))
 
 
 def _flush(path: Path) -> None:

@@ -1,6 +1,6 @@
 """A permanent edit of a model that fits in memory: a directory that is written whole or not at all."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from remove_refusals.direction_files import direction_sha256, save_directions
 from remove_refusals.errors import CertificateError, OutputError
 from remove_refusals.linalg import Variant
 from remove_refusals.modelmap import map_model
-from remove_refusals.models import FLOAT_DTYPES, LoadedModel, load
+from remove_refusals.models import LoadedModel, load
 from remove_refusals.plan import Tied, check_fit, offset_of, resolve
 from remove_refusals.records import versions, write_json
 from remove_refusals.skeleton import by_stored_name, disk_names
+from remove_refusals.slices import FLOAT_DTYPES
 from remove_refusals.sources import local_directory
 from remove_refusals.types import EditPlan, Intervention, ModelMap
 
@@ -137,17 +138,27 @@ def write_baked(
             directory, base, plan, model_map, boundaries=_boundaries(loaded, directory, intervention, model_map)
         )
         write_json(directory / "certificate.json", certificate.to_json())
-        if not certificate.passed:
-            raise CertificateError(
-                f"The saved files do not hold the edit: {certificate.problems[0].rstrip('.')} "
-                f"({len(certificate.problems)} such in all), expected every writer edited and all other bytes "
-                "unchanged; nothing was kept, report this model type."
-            )
+        check_passed(certificate)
     save_directions(intervention.directions, directory)
-    record = ablation_record(loaded, intervention, plan, model_map)
+    described = base_record(loaded.source, loaded.revision, model_map.model_type, loaded.checkpoint_dtype)
+    record = ablation_record(described, intervention, plan, model_map)
     if certificate is not None and plan.leaks and certificate.boundaries is not None:
         record["leak"] = {"why": list(plan.leaks), "largest_component": max(certificate.boundaries)}
     return Baked(directory, plan, record, certificate)
+
+
+def check_passed(certificate: Certificate) -> None:
+    """Check that saved files hold what their plan says.
+
+    Raises:
+        CertificateError: If they do not.
+    """
+    if not certificate.passed:
+        raise CertificateError(
+            f"The saved files do not hold the edit: {certificate.problems[0].rstrip('.')} "
+            f"({len(certificate.problems)} such in all), expected every writer edited and all other bytes "
+            "unchanged; nothing was kept, report this model type."
+        )
 
 
 def check_not_source(output: Path, model: str, revision: str | None = None) -> None:
@@ -208,26 +219,23 @@ def _boundaries(
 
 
 def ablation_record(
-    loaded: LoadedModel, intervention: Intervention, plan: EditPlan, model_map: ModelMap
+    base: Mapping[str, Any], intervention: Intervention, plan: EditPlan, model_map: ModelMap
 ) -> dict[str, Any]:
     """Say from what a model was made and how, as written to `ablation.json`.
 
+    Args:
+        base: What `base_record` gives.
+        intervention: What was taken out where.
+        plan: What happened to which tensor.
+        model_map: The model's map.
+
     Returns:
-        A JSON object: `format`, `base` (source, revision, model type, SHA-256 of its files), `directions`,
-        `intervention`, `plan` and `versions`.
+        A JSON object: `format`, `base`, `directions`, `intervention`, `plan` and `versions`.
     """
-    source = Path(loaded.source)
-    base: dict[str, Any] = {"source": loaded.source if not source.is_dir() else source.resolve().name}
-    if loaded.revision is not None:
-        base["revision"] = loaded.revision
-    base["model_type"] = model_map.model_type
-    base |= {"dtype": str(loaded.checkpoint_dtype).removeprefix("torch.")} if loaded.checkpoint_dtype else {}
-    if source.is_dir():
-        base["sha256"] = file_hashes(source)
     return {
         "format": FORMAT,
         "modified": "The refusal direction was taken out of this model's weights; it is not the base model.",
-        "base": base,
+        "base": dict(base),
         "directions": [
             {"sha256": direction_sha256(direction), "d_model": direction.d_model, "rank": direction.basis.shape[1]}
             | {key: value for key, value in vars(direction.origin).items() if value is not None}
@@ -246,3 +254,34 @@ def ablation_record(
         },
         "versions": versions(),
     }
+
+
+def base_record(
+    source: str,
+    revision: str | None,
+    model_type: str,
+    dtype: torch.dtype | None,
+    known: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Say from what a model was made.
+
+    Args:
+        source: A directory or a hub id.
+        revision: The hub's commit.
+        model_type: The `model_type` of the config.
+        dtype: The data type of the saved weights.
+        known: SHA-256 of files of a directory that were computed before.
+
+    Returns:
+        A JSON object: `source`, `model_type`, and where they are known `revision` and `dtype`; of a directory `sha256`
+        of its files.
+    """
+    path = Path(source)
+    base: dict[str, Any] = {"source": source if not path.is_dir() else path.resolve().name}
+    if revision is not None:
+        base["revision"] = revision
+    base["model_type"] = model_type
+    base |= {"dtype": str(dtype).removeprefix("torch.")} if dtype else {}
+    if path.is_dir():
+        base["sha256"] = file_hashes(path, known)
+    return base

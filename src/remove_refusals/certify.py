@@ -4,18 +4,19 @@ A writer passes if it is the tensor that the plan says, up to the rounding of th
 a unit in the last place of each number.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
-from remove_refusals.checkpoint import checkpoint_tensors, tensor_hashes
+from remove_refusals.checkpoint import checkpoint_tensors
+from remove_refusals.comparing import Place, deviation, same_bytes
 from remove_refusals.errors import CheckpointError
-from remove_refusals.linalg import Variant, project_out
+from remove_refusals.linalg import Variant
 from remove_refusals.skeleton import by_stored_name
+from remove_refusals.slices import float_dtype, read_tensor
 from remove_refusals.types import DiskTensor, EditPlan, ModelMap, PlanEntry
 
 FORMAT = 1
@@ -140,12 +141,12 @@ def certify(
                 where = base if tensor.name not in before else directory
                 problems.append(f"Writer '{tensor.name}' is to be edited and is missing in {where.name}.")
                 continue
-            (source, original), (target, saved) = before[tensor.name], after[tensor.name]
-            if saved.shape != original.shape:
-                problems.append(f"Writer '{tensor.name}' has shape {saved.shape} and the base's has {original.shape}.")
+            original, saved = before[tensor.name], after[tensor.name]
+            if saved[1].shape != original[1].shape:
+                shapes = f"{saved[1].shape} and the base's has {original[1].shape}"
+                problems.append(f"Writer '{tensor.name}' has shape {shapes}.")
                 continue
-            tensors = read_tensor(source, original.name), read_tensor(target, saved.name)
-            edited.append(_writer(entry, tensor, *tensors, plan.variant))
+            edited.append(_writer(entry, tensor, original, saved, plan.variant))
     problems.extend(
         f"Writer '{entry.name}' deviates from the plan by {entry.error:.2g}, more than the {entry.allowed:.2g} that "
         f" rounding to {entry.dtype} can cost; {entry.share_left:.1%} of the direction is left."
@@ -153,75 +154,60 @@ def certify(
         if not entry.passed
     )
     dropped = sorted(before.keys() - after.keys() - model_map.stored) if model_map.stored else []
-    identical = _compare_others(directory, base, plan, model_map, planned | set(dropped), problems)
+    identical = _compare_others(before, after, plan, model_map, planned | set(dropped), problems)
     return Certificate(tuple(edited), plan.left, identical, tuple(problems), plan.leaks, boundaries, tuple(dropped))
 
 
-def _writer(
-    entry: PlanEntry, tensor: DiskTensor, original: torch.Tensor, saved: torch.Tensor, variant: Variant
-) -> WriterCertificate:
-    planned = project_out(original.to(torch.float32), entry.basis, entry.strength, tensor.axis, variant, entry.offset)
-    before, after = (_component(value, entry.basis, tensor.axis) for value in (original, saved))
-    constant = torch.tensor(entry.offset or [0.0])
-    norm = float(before.norm())
-    rounding = ROUNDING.get(saved.dtype, 0.0)
+def _writer(entry: PlanEntry, tensor: DiskTensor, original: Place, saved: Place, variant: Variant) -> WriterCertificate:
+    found = deviation(original, saved, entry, tensor.axis, variant)
+    dtype = float_dtype(*saved)
     # The edit itself is computed in float32, whose errors add up along the axis.
-    arithmetic = 4 * ROUNDING[torch.float32] * max(float(original.to(torch.float32).norm()), float(planned.norm()))
+    arithmetic = 4 * ROUNDING[torch.float32] * max(found.original, found.planned) ** 0.5
     return WriterCertificate(
         name=tensor.name,
         parameter=entry.parameter,
         kind=entry.kind,
         layer=entry.layer,
-        dtype=str(saved.dtype).removeprefix("torch."),
+        dtype=str(dtype).removeprefix("torch."),
         strength=entry.strength,
-        share_left=float((after - constant).norm()) / norm if norm else 0.0,
-        error=float((saved.to(torch.float32) - planned).norm()),
-        allowed=rounding * float(saved.to(torch.float32).norm()) + arithmetic,
+        share_left=(found.after / found.before) ** 0.5 if found.before else 0.0,
+        error=found.error**0.5,
+        allowed=ROUNDING[dtype] * found.saved**0.5 + arithmetic,
     )
 
 
-def _component(tensor: torch.Tensor, basis: torch.Tensor, axis: int) -> torch.Tensor:
-    return tensor.movedim(axis, -1).to(torch.float32) @ basis
-
-
 def _compare_others(
-    directory: Path, base: Path, plan: EditPlan, model_map: ModelMap, apart: set[str], problems: list[str]
+    before: Mapping[str, Place],
+    after: Mapping[str, Place],
+    plan: EditPlan,
+    model_map: ModelMap,
+    apart: set[str],
+    problems: list[str],
 ) -> int:
     """Compare the bytes of every tensor but those set apart; what differs goes to `problems`."""
-    before, after = (by_stored_name(tensor_hashes(path), model_map) for path in (base, directory))
-    copies: set[str] = set()
+    kept: list[Place] = []
     if plan.untie:
         embedding = next(entry for entry in plan.entries if entry.parameter == model_map.input_embedding)
         names = {tensor.name for tensor in embedding.on_disk}
-        kept = {before[name] for name in names & before.keys()}
-        if not any(after[name] in kept for name in after.keys() - names):
+        kept = [before[name] for name in names & before.keys()]
+        if not any(same_bytes(after[name], place) for name in after.keys() - names for place in kept):
             problems.append(f"No tensor holds '{model_map.input_embedding}' as it was, for the unembedding.")
         # Where nothing is tied any more, what was one tensor under several names is several with the same bytes.
-        copies = kept | {after[name] for name in (before.keys() & after.keys()) - names}
+        kept += [after[name] for name in (before.keys() & after.keys()) - names]
     identical = 0
-    for name in sorted((before.keys() | after.keys()) - apart):
+    # In the order of the files, so that the disk is read from front to back.
+    for name in dict.fromkeys((*before, *after)):
+        if name in apart:
+            continue
         if name not in after:
             problems.append(f"Tensor '{name}' of the base is missing.")
-        elif name not in before and after[name] not in copies:
+        elif name not in before and not any(same_bytes(after[name], place) for place in kept):
             problems.append(f"Tensor '{name}' is not in the base.")
-        elif name in before and after[name] != before[name]:
+        elif name in before and not same_bytes(after[name], before[name]):
             problems.append(f"Tensor '{name}' is not to be edited and its bytes differ from the base's.")
         else:
             identical += 1
     return identical
-
-
-def read_tensor(path: Path, name: str) -> torch.Tensor:
-    """Read one tensor of a safetensors file.
-
-    Raises:
-        CheckpointError: If the file does not hold it.
-    """
-    with safe_open(path, framework="pt") as file:
-        if name not in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
-            raise CheckpointError(f"The file {path} has no tensor '{name}', expected it; download the file again.")
-        tensor: torch.Tensor = file.get_tensor(name)
-    return tensor
 
 
 def disk_reader(directory: Path, names: Callable[[str], str], model_map: ModelMap) -> Callable[[str], torch.Tensor]:
@@ -244,7 +230,6 @@ def disk_reader(directory: Path, names: Callable[[str], str], model_map: ModelMa
                 f"The checkpoint {directory} has no tensor '{name}', expected parameter '{parameter}' under that name; "
                 "check that it is the base that the directory was made from."
             )
-        path, entry = tensors[name]
-        return read_tensor(path, entry.name)
+        return read_tensor(*tensors[name])
 
     return read

@@ -170,11 +170,12 @@ def read_header(path: Path) -> ShardHeader:
     return ShardHeader(path, tuple(tensors), metadata)
 
 
-def file_hashes(directory: Path) -> dict[str, str]:
+def file_hashes(directory: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:
     """Hash the files that decide what a model does: weights, configs, tokenizer, chat template, code of its own.
 
     Args:
         directory: The checkpoint's directory.
+        known: Hashes that were computed before; these files are not read again.
 
     Returns:
         SHA-256 as 64 hex digits for each file name, sorted by name; hidden files and subdirectories are left out.
@@ -184,7 +185,8 @@ def file_hashes(directory: Path) -> dict[str, str]:
     """
     checkpoint_files(directory)
     paths = [path for path in sorted(directory.iterdir()) if path.suffix in HASHED_SUFFIXES and path.name[0] != "."]
-    return {path.name: _hash(path, 0, None) for path in paths if path.is_file()}
+    known = known or {}
+    return {path.name: known.get(path.name) or _hash(path, 0, None) for path in paths if path.is_file()}
 
 
 def tensor_hashes(directory: Path) -> dict[str, str]:

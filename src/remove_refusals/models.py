@@ -22,9 +22,9 @@ from transformers.utils import logging
 
 from remove_refusals.checkpoint import INDEX_FILE, SINGLE_FILE, checkpoint_tensors
 from remove_refusals.errors import ModelError
+from remove_refusals.slices import FLOAT_DTYPES
 from remove_refusals.sources import check_trust, model_source
 
-FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 _HUB_TIMEOUT_SECONDS = 10.0
 
 # The hub's client has changed the HTTP package under it before; its own error always derives from that package's.
@@ -125,7 +125,7 @@ def load(
                 f"The model {name} of type {config.model_type} is an encoder-decoder, expected a decoder that "
                 "continues its prompt; choose a causal language model."
             )
-        saved = _saved_dtype(name, described)
+        saved = saved_dtype(name, described)
         quantised = load_in_4bit or "quantization_config" in described
         if wanted is None and where.type == "cpu" and device_map is None and not quantised:
             wanted = torch.float32
@@ -208,8 +208,8 @@ def _check_complete(name: str, report: Mapping[str, Any]) -> None:
         )
 
 
-def _saved_dtype(name: str, described: Mapping[str, Any]) -> torch.dtype | None:
-    """Read the saved data type from the config, else from the weight files: the one that most bytes have."""
+def saved_dtype(name: str, described: Mapping[str, Any]) -> torch.dtype | None:
+    """Read the saved data type from the content of config.json, else the weight files: what most bytes have."""
     for part in (described, described.get("text_config") or {}):
         value = part.get("dtype") or part.get("torch_dtype")
         parsed = getattr(torch, str(value).removeprefix("torch."), None)

@@ -1,5 +1,6 @@
 """The options that several commands share, and what their values mean."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from remove_refusals.types import ChatFormat, Direction, Intervention, ModelMap
 
 MODEL, PROMPTS, EDIT, MEASURE = "Model", "Direction", "Edit", "Measurement"
-CHOICE = "Choice"
+CHOICE, DISK = "Choice", "Edit on disk"
 
 ModelArgument = Annotated[str, typer.Argument(help="A model directory, a hub id, or 'demo' for the embedded model.")]
 Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu; the first that is there.", rich_help_panel=MODEL)]
@@ -88,6 +89,31 @@ Affine = Annotated[
 ]
 VariantOption = Annotated[
     str, typer.Option("--variant", help="plain, norm-preserving or row-norm.", rich_help_panel=EDIT)
+]
+
+
+def _size(text: str) -> int:
+    """Read a number of bytes with a unit."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgt]?)i?b?", text.strip().lower())
+    size = int(float(match[1]) * 1024 ** " kmgt".index(match[2] or " ")) if match else 0
+    if size < 1 << 20:
+        raise typer.BadParameter(f"{text!r} is not a size of at least 1MiB, such as 500MiB or 2GiB.")
+    return size
+
+
+Memory = Annotated[
+    Any,
+    typer.Option(
+        "--memory",
+        parser=_size,
+        metavar="SIZE",
+        help="What is held at once beside Python itself, such as 2GiB.",
+        rich_help_panel=DISK,
+    ),
+]
+Jobs = Annotated[int | None, typer.Option(min=1, help="Files written at once; up to 4.", rich_help_panel=DISK)]
+Certify = Annotated[
+    bool, typer.Option("--certify/--no-certify", help="Read the files back and measure.", rich_help_panel=DISK)
 ]
 SelectOption = Annotated[
     str | None,

@@ -5,13 +5,16 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from remove_refusals.errors import ModelError
 
 DEMO = "demo"
 """The name that stands for the embedded demo model."""
+
+
+_WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
 
 
 def model_source(model: str) -> str:
@@ -43,6 +46,26 @@ def local_directory(model: str, revision: str | None = None) -> Path | None:
         # A path to something that is not there cannot be a hub id.
         return None
     return Path(found).parent if isinstance(found, str) else None
+
+
+def weights_directory(model: str, revision: str | None = None) -> Path | None:
+    """Find a model's safetensors files on this machine, or bring them here from the hub.
+
+    Args:
+        model: A directory, a hub id, or `demo`.
+        revision: The hub's branch, tag or commit.
+
+    Returns:
+        The directory; None if the hub does not have the model or cannot be reached.
+    """
+    found = local_directory(model, revision)
+    if found is not None and (Path(model_source(model)).is_dir() or any(found.glob("*.safetensors"))):
+        return found
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=list(_WANTED)))
+    except (OSError, ValueError):
+        # The hub's own errors are among these; loading the model says better what is wrong.
+        return None
 
 
 def check_trust(name: str, described: Mapping[str, Any], trust_remote_code: bool) -> None:

@@ -1,7 +1,7 @@
 """Commands that make something: a direction, an edited model."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -10,6 +10,7 @@ from remove_refusals.options import (
     AlarmingTest,
     AllowLeak,
     BatchSize,
+    Certify,
     Column,
     Device,
     DirectionFile,
@@ -20,12 +21,14 @@ from remove_refusals.options import (
     HarmfulTest,
     Harmless,
     HarmlessTest,
+    Jobs,
     KlTokens,
     Layer,
     LayerRange,
     MaxKl,
     MaxNewTokens,
     MaxRefusals,
+    Memory,
     ModelArgument,
     NPrompts,
     NTest,
@@ -222,29 +225,54 @@ def bake(
     variant: VariantOption = "plain",
     affine: Affine = False,
     allow_leak: AllowLeak = False,
+    memory: Memory = "1GiB",
+    jobs: Jobs = None,
+    certify: Certify = True,
     device: Device = None,
     dtype: Dtype = "auto",
     trust_remote_code: RemoteCode = False,
     revision: Revision = None,
 ) -> None:
-    """Edit the weights for good and save the model with its tokenizer."""
-    from remove_refusals import atomic, baking, console, direction_files, stages
+    """Edit the weights for good, file by file on disk; the same command goes on where a killed one stopped.
+
+    No model is loaded, unless --device or --dtype is given, --affine or --allow-leak needs it, or there are no
+    safetensors files.
+    """
+    from remove_refusals import atomic, baking, console, direction_files, disk_baking, errors, stages
     from remove_refusals.settings import LoadSettings
 
     atomic.check_target(output, force=force, directory=True)
     edit = edit_settings(strength, layers, sites, tied, variant, allow_leak, affine)
     given = direction_files.load_directions(direction)
-    loaded = stages.load_model(model, LoadSettings(device, dtype, False, trust_remote_code, revision))
-    intervention, model_map = made_intervention(loaded, given, edit)
-    baked = baking.bake(
-        loaded,
-        intervention,
-        output,
-        tied=edit.tied,
-        allow_leak=edit.allow_leak,
-        variant=edit.variant,
-        force=force,
-        model_map=model_map,
-    )
+    options: dict[str, Any] = {
+        "tied": edit.tied,
+        "allow_leak": edit.allow_leak,
+        "variant": edit.variant,
+        "force": force,
+    }
+    loading = LoadSettings(device, dtype, False, trust_remote_code, revision)
+    reason = "--device or --dtype is given." if device is not None or dtype != "auto" else ""
+    if not reason:
+        try:
+            checkpoint = disk_baking.open_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code)
+            model_map = checkpoint.model_map
+            intervention = stages.make_intervention(given, edit, model_map)
+            with console.progress() as on_progress:
+                baked = disk_baking.bake_on_disk(
+                    checkpoint,
+                    intervention,
+                    output,
+                    memory=memory,
+                    jobs=jobs,
+                    certified=certify,
+                    on_progress=on_progress,
+                    **options,
+                )
+        except errors.NotStreamedError as error:
+            reason = str(error)
+    if reason:
+        loaded = stages.load_model(model, loading)
+        intervention, model_map = made_intervention(loaded, given, edit)
+        baked = baking.bake(loaded, intervention, output, model_map=model_map, **options)
     console.show_plan(baked.plan, model_map)
-    console.say(f"Saved to {output}.")
+    console.say(f"Saved to {output}." + (f" Edited in memory: {reason}" if reason else ""))

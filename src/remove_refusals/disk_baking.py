@@ -1,0 +1,236 @@
+"""A permanent edit of a checkpoint on disk: no model is loaded, so the checkpoint may be larger than the memory."""
+
+import fnmatch
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from remove_refusals.apply.stream import DEFAULT_MEMORY, stream_edited
+from remove_refusals.apply.streamplan import plan_files
+from remove_refusals.atomic import resumable_directory
+from remove_refusals.baking import Baked, ablation_record, base_record, check_not_source, check_passed
+from remove_refusals.certify import Certificate, certify, disk_reader
+from remove_refusals.checkpoint import INDEX_FILE, SINGLE_FILE, checkpoint_tensors
+from remove_refusals.comparing import same_bytes
+from remove_refusals.direction_files import save_directions
+from remove_refusals.errors import CertificateError, CheckpointError, NotStreamedError
+from remove_refusals.linalg import Variant
+from remove_refusals.modelmap import map_model
+from remove_refusals.models import saved_dtype
+from remove_refusals.plan import Tied, check_exact, check_fit, offset_of, resolve
+from remove_refusals.records import read_json, write_json
+from remove_refusals.skeleton import by_stored_name, disk_names, skeleton, skeleton_of
+from remove_refusals.sources import model_source, weights_directory
+from remove_refusals.types import EditPlan, Intervention, ModelMap
+
+OnProgress = Callable[[str, int, int], None]
+
+CARRIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*", "USE_POLICY*")
+"""What goes along beside the weights: configuration, tokenizer, chat template, code of its own, licence."""
+
+_FOLDERS = ("additional_chat_templates",)
+_LEFT = (
+    "*.index.json",
+    "ablation.json",
+    "certificate.json",
+    "scores.json",
+    "selection.json",
+    "adapter_config.json",
+    "requirements*.txt",
+)
+"""What does not: indices of weights in any format, which are written anew, and records of an earlier edit."""
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A causal language model on disk, without its weights.
+
+    Attributes:
+        source: The directory or hub id as it was given, `demo` resolved.
+        revision: The hub's commit; None for a directory.
+        directory: Where its files are.
+        model: The model on the meta device.
+        model_map: Its map.
+    """
+
+    source: str
+    revision: str | None
+    directory: Path
+    model: PreTrainedModel
+    model_map: ModelMap
+
+
+def open_checkpoint(source: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Checkpoint:
+    """Map a checkpoint from its configuration and headers.
+
+    Args:
+        source: A directory, a hub id, or `demo`; what the hub has and this machine has not is downloaded.
+        revision: The hub's branch, tag or commit.
+        trust_remote_code: Run Python code that comes with the checkpoint.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        NotStreamedError: If there are no safetensors files.
+        CheckpointError: If a file is missing or corrupt.
+        ModelError: If there is no configuration of a causal language model.
+        ArchitectureError: If the model cannot be mapped.
+    """
+    directory = weights_directory(source, revision)
+    if directory is None or not any((directory / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
+        raise NotStreamedError(f"The model {source} has no {SINGLE_FILE} and no {INDEX_FILE}, expected one of them.")
+    if not hasattr(os, "preadv"):
+        raise NotStreamedError("This system has no positioned reads, expected Linux, macOS or another Unix.")
+    checkpoint_tensors(directory)
+    model = skeleton_of(directory, trust_remote_code=trust_remote_code)
+    name = model_source(source)
+    commit = None if Path(name).is_dir() else directory.name
+    return Checkpoint(name, commit, directory, model, map_model(model))
+
+
+def bake_on_disk(
+    checkpoint: Checkpoint,
+    intervention: Intervention,
+    output: Path | str,
+    *,
+    tied: Tied = "untie",
+    allow_leak: bool = False,
+    variant: Variant = "plain",
+    force: bool = False,
+    memory: int = DEFAULT_MEMORY,
+    jobs: int | None = None,
+    certified: bool = True,
+    on_progress: OnProgress | None = None,
+) -> Baked:
+    """Edit a checkpoint without loading it, and leave what `bake` leaves.
+
+    The output grows in a directory beside its place, which is renamed at the end. If the process is killed, the same
+    call goes on from the files that are whole, and ends with the same bytes as one that was left alone.
+
+    Args:
+        checkpoint: The base; it is only read.
+        intervention: What to take out where.
+        output: The directory to be made.
+        tied: What to do with an embedding that is also the unembedding.
+        allow_leak: Whether a model whose weights no edit makes exact is edited in memory instead of refused.
+        variant: What else the edit does to each tensor.
+        force: Whether to replace an existing output, or one that was begun from something else.
+        memory: How many bytes may be held beside what Python and its packages take.
+        jobs: How many files to write at once; by default as many as there are cores, at most 4.
+        certified: Whether the saved files are measured against the base, which reads both once more.
+        on_progress: Told of both stages.
+
+    Returns:
+        What was written; without a certificate if none was wanted.
+
+    Raises:
+        NotStreamedError: If what is asked for needs the model in memory.
+        DirectionError: If the intervention does not fit the model.
+        ArchitectureError: If no exact weight edit of the model exists.
+        CheckpointError: If the base is corrupt, changes meanwhile, or has a format that cannot be edited.
+        CertificateError: If the saved files do not hold what the plan says.
+        OutputError: If the output is the base's own directory, exists and `force` is not given, or cannot be written.
+    """
+    target = Path(output)
+    check_not_source(target, checkpoint.source, checkpoint.revision)
+    model_map = checkpoint.model_map
+    plan = _plan(checkpoint, intervention, tied=tied, allow_leak=allow_leak, variant=variant)
+    names = _names_to_untie(checkpoint, plan)
+    stream = plan_files(checkpoint.directory, plan, model_map, names)
+    with resumable_directory(target, force=force) as directory:
+        hashes, ledger = stream_edited(
+            stream,
+            directory,
+            memory=memory,
+            jobs=jobs,
+            force=force,
+            on_progress=None if on_progress is None else lambda done, total: on_progress("files", done, total),
+        )
+        _carry_along(checkpoint, directory, untie=plan.untie)
+        certificate = _certificate(checkpoint, directory, plan) if certified else None
+        save_directions(intervention.directions, directory)
+        dtype = saved_dtype(str(checkpoint.directory), _config(checkpoint.directory))
+        base = base_record(checkpoint.source, checkpoint.revision, model_map.model_type, dtype, hashes)
+        record = ablation_record(base, intervention, plan, model_map)
+        write_json(directory / "ablation.json", record)
+        ledger.close()
+    return Baked(target, plan, record, certificate)
+
+
+def _plan(
+    checkpoint: Checkpoint, intervention: Intervention, *, tied: Tied, allow_leak: bool, variant: Variant
+) -> EditPlan:
+    model_map = checkpoint.model_map
+    check_fit(intervention, model_map)
+    check_exact(model_map, allow_leak=allow_leak)
+    if offset_of(intervention):
+        raise NotStreamedError("The affine variant needs the embedding's scale, which is measured on a loaded model.")
+    if model_map.leaks:
+        raise NotStreamedError("What an inexact edit leaks is measured on a loaded model.")
+    reader = disk_reader(checkpoint.directory, lambda name: disk_names(checkpoint.model, name)[0], model_map)
+    return resolve(intervention, model_map, reader, tied=tied, allow_leak=allow_leak, variant=variant)
+
+
+def _names_to_untie(checkpoint: Checkpoint, plan: EditPlan) -> tuple[str, ...]:
+    """Name on disk what else is the embedding in the model, which need not be among the checkpoint's tensors.
+
+    Raises:
+        NotStreamedError: If it is among them, and not as the same bytes or to be edited as one.
+    """
+    model_map, model = checkpoint.model_map, checkpoint.model
+    entry = next((entry for entry in plan.entries if entry.parameter == model_map.input_embedding), None)
+    if not model_map.tied or entry is None:
+        return ()
+    embedding = model.get_parameter(model_map.input_embedding)
+    shared = [name for name, value in model.named_parameters(remove_duplicate=False) if value is embedding]
+    untied = skeleton(model, tied=False)
+    names = tuple(disk for name in shared if name != model_map.input_embedding for disk in disk_names(untied, name))
+    stored = by_stored_name(checkpoint_tensors(checkpoint.directory), model_map)
+    own = {tensor.name for tensor in entry.on_disk}
+    for name in (name for name in names if name in stored and name not in own):
+        equal = any(same_bytes(stored[name], stored[known]) for known in own & stored.keys())
+        if not plan.untie or not equal:
+            raise NotStreamedError(f"The checkpoint holds the embedding that the model ties a second time as '{name}'.")
+    return tuple(name for name in names if name not in own)
+
+
+def _carry_along(checkpoint: Checkpoint, directory: Path, *, untie: bool) -> None:
+    """Copy what is beside the weights; the configuration says that nothing is tied any more where that is so."""
+    for path in sorted(checkpoint.directory.iterdir()):
+        wanted = any(fnmatch.fnmatch(path.name, pattern) for pattern in CARRIED)
+        if wanted and path.is_file() and not any(fnmatch.fnmatch(path.name, pattern) for pattern in _LEFT):
+            shutil.copyfile(path, directory / path.name)
+        elif path.name in _FOLDERS and path.is_dir():
+            shutil.copytree(path, directory / path.name, dirs_exist_ok=True)
+    if untie:
+        config = _config(directory)
+        text = checkpoint.model.config.get_text_config(decoder=True)
+        config["tie_word_embeddings"] = False
+        for name, part in config.items():
+            if isinstance(part, dict) and getattr(checkpoint.model.config, name, None) is text:
+                part["tie_word_embeddings"] = False
+        write_json(directory / "config.json", config, force=True)
+
+
+def _config(directory: Path) -> dict[str, Any]:
+    config = read_json(directory / "config.json", error=CheckpointError)
+    return config if isinstance(config, dict) else {}
+
+
+def _certificate(checkpoint: Checkpoint, directory: Path, plan: EditPlan) -> Certificate:
+    """Measure the saved files; of files that do not hold what they should nothing is kept."""
+    certificate = certify(directory, checkpoint.directory, plan, checkpoint.model_map)
+    try:
+        check_passed(certificate)
+    except CertificateError:
+        for path in directory.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        raise
+    write_json(directory / "certificate.json", certificate.to_json())
+    return certificate
