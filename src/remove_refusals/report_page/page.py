@@ -55,7 +55,8 @@ def html_report(directory: Path, *, full_answers: bool = False) -> str:
         script_hash=digest,
         **_views(material, directory, full_answers=full_answers),
     )
-    return page
+    # JSON can hold half a character, which no file can.
+    return page.encode(errors="replace").decode()
 
 
 def write_html_report(

@@ -40,7 +40,7 @@ class Scale:
             return [10.0**power for power in range(first, last + 1, every)]
         step = _round_step((self.high - self.low) / max(1, most - 1))
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
-        return [round(number * step, 12) for number in range(first, last + 1)]
+        return [float(f"{number * step:.12g}") for number in range(first, last + 1)]
 
 
 def _round_step(least: float) -> float:

@@ -47,7 +47,7 @@ def percent_interval(record: Mapping[str, Any]) -> str:
 
 def p_value(value: float) -> str:
     """Print a p-value."""
-    return f"p = {number(value)}" if value >= 1e-4 else "p < 0.0001"
+    return f"p = {value:.2g}" if value >= 1e-4 else "p < 0.0001"
 
 
 def short_hash(value: str) -> str:
