@@ -12,6 +12,7 @@ from remove_refusals.answers import answer_rows
 from remove_refusals.direction_files import load_direction, save_direction
 from remove_refusals.errors import ModelError, OutputError, PromptError
 from remove_refusals.inspection import certify_directory, inspect
+from remove_refusals.journal import STAGES
 from remove_refusals.models import load
 from remove_refusals.pipeline import compare, run
 from remove_refusals.settings import (
@@ -89,6 +90,36 @@ def test_the_same_seed_gives_the_same_files(settings, tmp_path):
     first, second = (run(settings, tmp_path / name).baked.directory for name in ("one", "two"))
     for name in ("model.safetensors", "direction.safetensors", "certificate.json"):
         assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+def test_a_killed_run_goes_on_and_one_that_ends_leaves_no_journal(settings, tmp_path):
+    def kill(stage, done, total):
+        if stage == "evaluation" and done == 7:
+            raise KeyboardInterrupt
+
+    out, journal = tmp_path / "out", tmp_path / ".out.journal"
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, out, on_progress=kill)
+    assert not out.exists()
+    assert len((journal / STAGES).read_text().splitlines()) == 2
+    seen = []
+    run(settings, out, on_progress=lambda stage, done, total: seen.append((stage, done)))
+    assert min(done for stage, done in seen if stage == "evaluation") == 7
+    assert not list(tmp_path.glob(".*"))
+    run(settings, tmp_path / "undisturbed")
+    for name in ("model.safetensors", "rows.jsonl", "selection.json"):
+        if (out / name).exists():
+            assert (out / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+
+
+def test_a_run_that_fails_leaves_no_journal(settings, tmp_path):
+    def fail(stage, done, total):
+        if stage == "evaluation" and done == 7:
+            raise OutputError("The disk is full.")
+
+    with pytest.raises(OutputError):
+        run(settings, tmp_path / "new" / "out", on_progress=fail)
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_direction_from_a_file_is_used_as_it_is(settings, tmp_path):

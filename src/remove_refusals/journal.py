@@ -31,7 +31,7 @@ class Journal:
         """Open a journal; the half of a line that a killed job may have left at its end is cut off.
 
         Args:
-            directory: Where it is kept; it is made if there is none. None keeps nothing.
+            directory: Where it is kept; it is made with the first result. None keeps nothing.
             context: What all results depend on, for example the model's fingerprint.
 
         Raises:
@@ -42,7 +42,6 @@ class Journal:
         self._kept: dict[str, Any] = {}
         if directory is not None:
             try:
-                directory.mkdir(parents=True, exist_ok=True)
                 self._read(directory / STAGES)
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise OutputError(
@@ -105,6 +104,7 @@ class Journal:
 
     def _write(self, path: Path, entry: dict[str, Any]) -> None:
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a", encoding="utf-8", newline="\n") as file:
                 file.write(json.dumps(entry, ensure_ascii=False) + "\n")
                 file.flush()

@@ -1,14 +1,16 @@
 """The whole job: model → activations → direction → edit → saved model → measured from the saved files."""
 
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from remove_refusals.atomic import atomic_directory
+from remove_refusals.atomic import atomic_directory, check_target
 from remove_refusals.baking import Baked, check_not_source, write_baked
 from remove_refusals.direction_files import load_directions
-from remove_refusals.errors import ModelError, SelectionError
+from remove_refusals.errors import ModelError, RemoveRefusalsError, SelectionError
 from remove_refusals.evaluation import Evaluation, EvaluationPrompts, evaluate, warnings
+from remove_refusals.journal import Journal
 from remove_refusals.modelmap import map_model
 from remove_refusals.models import LoadedModel
 from remove_refusals.plan import check_exact
@@ -61,7 +63,9 @@ def run(
 ) -> RunResult:
     """Do the whole job and leave a directory with the edited model, its tokenizer, its records and its model card.
 
-    The final numbers are measured on the saved files, loaded afresh.
+    The final numbers are measured on the saved files, loaded afresh. What is done is kept beside the output, in a
+    directory whose name is a dot, the output's name and `.journal`; a run that was killed goes on from there when it is
+    called again, and one that ends, well or with an error, removes it.
 
     Args:
         settings: What to do.
@@ -84,8 +88,16 @@ def run(
         )
     target = Path(output)
     check_not_source(target, settings.model, settings.loading.revision)
+    check_target(target, force=force, directory=True)
+    journal = target.parent / f".{target.name}.journal"
     with atomic_directory(target, force=force) as directory:
-        result = _run_into(directory, target.name, settings, direction_file, on_progress)
+        try:
+            result = _run_into(directory, target.name, settings, direction_file, Journal(journal), on_progress)
+        except RemoveRefusalsError:
+            # It would end in the same way again.
+            shutil.rmtree(journal, ignore_errors=True)
+            raise
+    shutil.rmtree(journal, ignore_errors=True)
     return replace(result, baked=replace(result.baked, directory=target))
 
 
@@ -94,6 +106,7 @@ def _run_into(
     output_name: str,
     settings: RunSettings,
     direction_file: Path | None,
+    journal: Journal,
     on_progress: OnProgress | None,
 ) -> RunResult:
     # What can be wrong with files is said before a model is loaded.
@@ -107,7 +120,7 @@ def _run_into(
     check_exact(model_map, allow_leak=settings.edit.allow_leak)
     selection: Selection | None = None
     if search is not None:
-        selection, said = _selection(loaded, settings, search, model_map, on_progress)
+        selection, said = _selection(loaded, settings, search, model_map, journal, on_progress)
     if selection is not None and search is not None:
         intervention, used, notes = selection.intervention, search.sets(), selection.notes
     else:
@@ -125,7 +138,12 @@ def _run_into(
     )
     edited = load_model(str(directory), replace(settings.loading, revision=None))
     evaluation = evaluate(
-        loaded, edited, prompts, measure_settings(settings), on_progress=stage_progress(on_progress, "evaluation")
+        loaded,
+        edited,
+        prompts,
+        measure_settings(settings),
+        journal=journal,
+        on_progress=stage_progress(on_progress, "evaluation"),
     )
     evaluation = replace(evaluation, base=published_name(loaded.source), edited=output_name)
     notes = (*warnings(evaluation), *notes)
@@ -170,6 +188,7 @@ def _selection(
     settings: RunSettings,
     prompts: SearchPrompts,
     model_map: ModelMap,
+    journal: Journal,
     on_progress: OnProgress | None,
 ) -> tuple[Selection | None, tuple[str, ...]]:
     """Search; where there is nothing to choose by, give None and say why."""
@@ -184,6 +203,7 @@ def _selection(
             position=settings.direction.positions[0],
             model=published_name(loaded.source),
             model_map=model_map,
+            journal=journal,
             on_progress=on_progress,
         )
     except SelectionError as error:
