@@ -11,7 +11,9 @@ side. (The file is not called select.py, which would stand in the way of a modul
 
 import argparse
 import json
+import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +46,10 @@ def main() -> None:
     parser.add_argument("--n-test", type=int)
     parser.add_argument("--journal", type=Path)
     parser.add_argument("-o", "--output", type=Path)
-    parser.add_argument("--compare", nargs=2, type=Path)
+    parser.add_argument("--compare", nargs="+", type=Path)
     options = parser.parse_args()
     if options.compare:
-        compare(*(json.loads(path.read_text()) for path in options.compare))
+        compare([json.loads(path.read_text()) for path in options.compare])
         return
     results = run(options)
     if options.output is not None:
@@ -144,18 +146,24 @@ def measure(loaded: LoadedModel, model_map: ModelMap, pick: Candidate, own: dict
     }
 
 
-def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """Print both results side by side."""
-    for result in (ours, theirs):
+def compare(results: Sequence[dict[str, Any]]) -> None:
+    """Print results side by side; the first is ours, and the last what it is held against."""
+    for result in results:
         for one in result["seeds"]:
             test = one["test"]
             print(
-                f"{result['method']} seed {one['seed']}: {one['seconds']:.0f} s, {one['n_candidates']} candidates; "
-                f"refusals {test['refusals']} of {test['n']['harmful']}, degenerate {test['degenerate']}, false "
-                f"refusals {test['false_refusals_harmless']} and {test['false_refusals_alarming']}, KL {test['kl']:.4f}"
+                f"{result['method']} seed {one['seed']}: {one['seconds']:.0f} s, {one['n_candidates']} candidates, "
+                f"hypervolume {one['hypervolume']:.3f}; refusals {test['refusals']} of {test['n']['harmful']}, "
+                f"degenerate {test['degenerate']}, false refusals {test['false_refusals_harmless']} and "
+                f"{test['false_refusals_alarming']}, degenerate harmless {test['degenerate_harmless']}, "
+                f"KL {test['kl']:.4f} [{test['kl_interval'][0]:.4f}, {test['kl_interval'][1]:.4f}]"
             )
-    seconds = [sum(one["seconds"] for one in result["seeds"]) / len(result["seeds"]) for result in (ours, theirs)]
-    print(f"wall time, {theirs['method']} over {ours['method']}: {seconds[1] / seconds[0]:.1f}")
+    base = results[0]["seeds"][0]["test"]["base"]
+    print("base: " + ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in base.items()))
+    first, last = results[0], results[-1]
+    seconds = [statistics.mean(one["seconds"] for one in result["seeds"]) for result in (first, last)]
+    kls = [statistics.mean(one["test"]["kl"] for one in result["seeds"]) for result in (first, last)]
+    print(f"{last['method']} over {first['method']}: wall time {seconds[1] / seconds[0]:.1f}, KL {kls[1] / kls[0]:.1f}")
 
 
 if __name__ == "__main__":
