@@ -2,16 +2,19 @@
 
 import copy
 import dataclasses
+import json
 import warnings
 
 import pytest
 import torch
 from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 import zoo
 from remove_refusals.apply.adapter import peft_adapter, save_peft_adapter
 from remove_refusals.apply.adapter_check import check_loads
 from remove_refusals.apply.memory import edited_tensors
+from remove_refusals.direction_files import save_direction
 from remove_refusals.directions import direction_from_vectors
 from remove_refusals.errors import ArchitectureError
 from remove_refusals.modelmap import map_model
@@ -182,3 +185,41 @@ def test_a_whole_adapter_passes_the_check(model_type, tmp_path):
     plan = resolve(intervene(direction(zoo.D_MODEL), zoo.N_LAYERS), model_map, model.get_parameter)
     save_peft_adapter(peft_adapter(model, plan, model_map, model.get_parameter, base="somewhere"), tmp_path)
     check_loads(model, tmp_path)
+
+
+def test_bake_as_lora_reads_the_checkpoint_and_loads_with_plain_peft(command, tmp_path):
+    model = zoo.build("mixtral", num_local_experts=12)
+    model.save_pretrained(tmp_path / "base")
+    taken = direction(zoo.D_MODEL)
+    save_direction(taken, tmp_path / "taken.safetensors")
+    arguments = ("bake", tmp_path / "base", "--direction", tmp_path / "taken.safetensors", "--as", "lora")
+    outcome = command(*arguments, "-o", tmp_path / "adapter")
+    assert outcome.code == 0, outcome
+    assert "9 tensors of model type mixtral" in outcome.out
+    record = json.loads((tmp_path / "adapter" / "ablation.json").read_text())
+    assert record["adapter"]["kind"] == "peft-lora" and record["adapter"]["rank"] == 1
+    assert len(record["plan"]["edited"]) == 9 and record["base"]["source"] == "base"
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert "ablation, not a fine-tune" in card and "`base`" in card and str(tmp_path) not in card
+    model_map = map_model(model)
+    plan = resolve(intervene(taken, zoo.N_LAYERS), model_map, model.get_parameter)
+    wanted = logits(edited(model, plan, model_map))
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    torch.testing.assert_close(logits(loaded.eval()), wanted, rtol=0, atol=2e-5)
+
+
+def test_an_unknown_kind_of_carrier_is_refused(command, llama_directory, tmp_path):
+    save_direction(direction(32), tmp_path / "taken.safetensors")
+    arguments = ("bake", llama_directory, "--direction", tmp_path / "taken.safetensors", "--as", "cheese")
+    outcome = command(*arguments, "-o", tmp_path / "out")
+    assert outcome.code == 2 and "'cheese'" in outcome.err and not (tmp_path / "out").exists()
+
+
+def test_the_affine_variant_as_lora_loads_the_model(command, llama_directory, tmp_path):
+    found = dataclasses.replace(direction(32), origin=DirectionOrigin("given", harmless_component=(0.5,)))
+    save_direction(found, tmp_path / "taken.safetensors")
+    arguments = ("bake", llama_directory, "--direction", tmp_path / "taken.safetensors", "--as", "lora", "--affine")
+    outcome = command(*arguments, "-o", tmp_path / "out")
+    assert outcome.code == 0, outcome
+    record = json.loads((tmp_path / "out" / "ablation.json").read_text())
+    assert record["intervention"][0]["offset"] == [0.5] and record["plan"]["embedding_scale"] == 1.0

@@ -99,7 +99,7 @@ def _laid_out(entry: PlanEntry, name: str, factors: LowRank) -> tuple[torch.Tens
     return (right, left) if entry.axis % len(entry.shape) == len(entry.shape) - 2 else (left.mT, right.mT)
 
 
-def write_gguf_lora(adapter: GgufLora, path: Path, *, name: str, base: str) -> None:
+def write_gguf_lora(adapter: GgufLora, path: Path, *, name: str, base: str, record: str = "") -> None:
     """Write an adapter to a file.
 
     Args:
@@ -107,6 +107,7 @@ def write_gguf_lora(adapter: GgufLora, path: Path, *, name: str, base: str) -> N
         path: The file; whoever calls moves it into place.
         name: What the adapter is called in its metadata.
         base: What the base model is called in its metadata.
+        record: JSON that says how it was made, kept under `remove_refusals.ablation`.
     """
     gguf = gguf_package()
     writer = gguf.GGUFWriter(path, adapter.architecture)
@@ -118,6 +119,8 @@ def write_gguf_lora(adapter: GgufLora, path: Path, *, name: str, base: str) -> N
     writer.add_base_model_count(1)
     writer.add_base_model_name(0, base)
     writer.add_tags(["ablation"])
+    if record:
+        writer.add_string("remove_refusals.ablation", record)
     for tensor_name, tensor in adapter.tensors.items():
         writer.add_tensor(tensor_name, tensor.numpy())
     writer.write_header_to_file()

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from remove_refusals.commands.carrying import As, carry, check_kind
 from remove_refusals.options import (
     Affine,
     AlarmingTest,
@@ -216,8 +217,9 @@ def find(
 def bake(
     model: ModelArgument,
     direction: DirectionFile,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The directory to make.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The directory to make; a file for GGUF.")],
     force: Force = False,
+    kind: As = "checkpoint",
     strength: Strength = 1.0,
     layers: LayerRange = None,
     sites: Sites = "embedding,attn,mlp",
@@ -241,16 +243,20 @@ def bake(
     from remove_refusals import atomic, baking, console, direction_files, disk_baking, errors, stages
     from remove_refusals.settings import LoadSettings
 
-    atomic.check_target(output, force=force, directory=True)
+    check_kind(kind)
+    atomic.check_target(output, force=force, directory=kind in ("checkpoint", "lora"))
     edit = edit_settings(strength, layers, sites, tied, variant, allow_leak, affine)
     given = direction_files.load_directions(direction)
+    loading = LoadSettings(device, dtype, False, trust_remote_code, revision)
+    if kind != "checkpoint":
+        carry(kind, model, given, output, edit, loading, force=force)
+        return
     options: dict[str, Any] = {
         "tied": edit.tied,
         "allow_leak": edit.allow_leak,
         "variant": edit.variant,
         "force": force,
     }
-    loading = LoadSettings(device, dtype, False, trust_remote_code, revision)
     reason = "--device or --dtype is given." if device is not None or dtype != "auto" else ""
     if not reason:
         try:
