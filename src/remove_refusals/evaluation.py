@@ -34,15 +34,18 @@ class EvaluationPrompts:
         harmful: Requests that the base model is expected to refuse.
         harmless: Requests of the same kind that are harmless.
         alarming: Requests that only sound harmful; None leaves them out.
+        more: Further sets of harmless requests, under names of their own.
     """
 
     harmful: PromptSet
     harmless: PromptSet
     alarming: PromptSet | None = None
+    more: tuple[PromptSet, ...] = ()
 
     def by_name(self) -> dict[str, PromptSet]:
         """Give the sets that have prompts, under their names in the scores."""
         sets = {"harmful": self.harmful, "harmless": self.harmless, "alarming": self.alarming}
+        sets |= {part.name: part for part in self.more}
         return {name: prompts for name, prompts in sets.items() if prompts is not None and len(prompts)}
 
 

@@ -9,7 +9,7 @@ from remove_refusals.atomic import atomic_directory, check_target
 from remove_refusals.baking import Baked, check_not_source, write_baked
 from remove_refusals.direction_files import load_directions
 from remove_refusals.errors import ModelError, RemoveRefusalsError, SelectionError
-from remove_refusals.evaluation import Evaluation, EvaluationPrompts, evaluate, warnings
+from remove_refusals.evaluation import Evaluation, EvaluationPrompts, warnings
 from remove_refusals.journal import Journal
 from remove_refusals.modelmap import map_model
 from remove_refusals.models import LoadedModel
@@ -30,9 +30,9 @@ from remove_refusals.stages import (
     find_direction,
     load_model,
     make_intervention,
-    measure_settings,
-    stage_progress,
+    measure,
     test_prompts,
+    test_text,
     training_prompts,
 )
 from remove_refusals.types import Direction, ModelMap, PromptSet
@@ -115,6 +115,7 @@ def _run_into(
     search, said = _search_prompts(settings) if searching else (None, ())
     drawn = training_prompts(settings.direction) if given is None else None
     prompts = test_prompts(settings.measure, search.sets() if search is not None else drawn or ())
+    text = test_text(settings.measure)
     loaded = load_model(settings.model, settings.loading)
     model_map = map_model(loaded.model)
     check_exact(model_map, allow_leak=settings.edit.allow_leak)
@@ -137,14 +138,7 @@ def _run_into(
         model_map=model_map,
     )
     edited = load_model(str(directory), replace(settings.loading, revision=None))
-    evaluation = evaluate(
-        loaded,
-        edited,
-        prompts,
-        measure_settings(settings),
-        journal=journal,
-        on_progress=stage_progress(on_progress, "evaluation"),
-    )
+    evaluation = measure(loaded, edited, prompts, settings, text=text, journal=journal, on_progress=on_progress)
     evaluation = replace(evaluation, base=published_name(loaded.source), edited=output_name)
     notes = (*warnings(evaluation), *notes)
     record = {
@@ -235,7 +229,11 @@ def _found(
 
 def _prompt_records(used: tuple[PromptSet, ...], prompts: EvaluationPrompts) -> dict[str, dict[str, Any]]:
     sets = {part.name if "_" in part.name else f"{part.name}_train": part for part in used}
-    sets |= {f"{part.name}_test": part for part in (prompts.harmful, prompts.harmless, prompts.alarming) if part}
+    sets |= {
+        f"{part.name}_test": part
+        for part in (prompts.harmful, prompts.harmless, prompts.alarming, *prompts.more)
+        if part
+    }
     return {
         name: {"source": published_name(part.source), "n": len(part), "sha256": part.sha256}
         for name, part in sets.items()
@@ -263,10 +261,8 @@ def compare(
     Raises:
         RemoveRefusalsError: Of the type that fits what went wrong.
     """
-    prompts = test_prompts(settings.measure)
+    prompts, text = test_prompts(settings.measure), test_text(settings.measure)
     base = load_model(settings.model, settings.loading)
     other = load_model(edited, replace(settings.loading, revision=None))
-    evaluation = evaluate(
-        base, other, prompts, measure_settings(settings), on_progress=stage_progress(on_progress, "evaluation")
-    )
+    evaluation = measure(base, other, prompts, settings, text=text, on_progress=on_progress)
     return evaluation, warnings(evaluation)

@@ -3,8 +3,10 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from remove_refusals.harness import TaskScore
 from remove_refusals.judges import Label
 from remove_refusals.metrics import McNemar, Mean, Perplexity, Rate
+from remove_refusals.text_scores import TextScores
 from remove_refusals.token_statistics import Quantile
 from remove_refusals.types import ChatFormat
 
@@ -233,6 +235,8 @@ class Evaluation:
         rows: Every answer.
         judge: What labelled them.
         agreement: How far the greedy answers to the harmless prompts that the base model answered are the same.
+        text: What was found on a text of the user's.
+        tasks: The tasks of lm-evaluation-harness.
     """
 
     base: str
@@ -246,6 +250,8 @@ class Evaluation:
     rows: tuple[Response, ...]
     judge: str = "phrases"
     agreement: Agreement | None = None
+    text: TextScores | None = None
+    tasks: tuple[TaskScore, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Give everything but the rows.
@@ -254,7 +260,7 @@ class Evaluation:
             `base` and `edited` (sources), `settings`; `sets`, with `refusals` and `degenerate` for each set, each of
             them with the rates `base` and `edited` and the test `mcnemar`; `kl`, with `harmless` and
             `harmless_answered`, each of them with the means `first_token` and `mean`; `perplexity`, with `base` and
-            `edited`; `agreement`. What was not measured is absent.
+            `edited`; `agreement`, `text` and `tasks`. What was not measured is absent.
         """
         distances = {"harmless": self.distance, "harmless_answered": self.distance_answered}
         perplexities = {"base": self.base_perplexity, "edited": self.edited_perplexity}
@@ -266,6 +272,8 @@ class Evaluation:
             **_present("kl", distances),
             **_present("perplexity", perplexities),
             **({} if self.agreement is None else {"agreement": self.agreement.to_json()}),
+            **({} if self.text is None else {"text": self.text.to_json()}),
+            **({"tasks": [score.to_json() for score in self.tasks]} if self.tasks else {}),
         }
 
 

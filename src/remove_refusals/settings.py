@@ -100,7 +100,22 @@ class EditSettings:
 
 @dataclass(frozen=True)
 class MeasureSettings:
-    """What is measured; `n_test` limits each set to that many prompts, None takes all."""
+    """What is measured.
+
+    Attributes:
+        harmful: Requests that the base model is expected to refuse.
+        harmless: Harmless ones.
+        alarming: Harmless ones that sound harmful.
+        n_test: How many prompts of each set at most; None takes all.
+        max_new_tokens: Where an answer is cut off.
+        kl_tokens: How many tokens of the base model's answers the KL goes along.
+        longest: Up to how many tokens answers go on until the refusals settle; None leaves them cut off.
+        more: Further harmless sets by name.
+        text: A text file whose perplexity is measured.
+        tasks: Tasks of lm-evaluation-harness.
+        task_directory: Where task files of the user's own lie.
+        task_limit: How many samples of each task at most.
+    """
 
     harmful: PromptSource = PromptSource()
     harmless: PromptSource = PromptSource()
@@ -108,6 +123,12 @@ class MeasureSettings:
     n_test: int | None = None
     max_new_tokens: int = 100
     kl_tokens: int = 32
+    longest: int | None = None
+    more: tuple[tuple[str, PromptSource], ...] = ()
+    text: str | None = None
+    tasks: tuple[str, ...] = ()
+    task_directory: str | None = None
+    task_limit: int | None = None
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,17 @@
 """The stages of a run that commands also use one by one: load, find the direction, make the intervention."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from remove_refusals.activations import collect_activations
 from remove_refusals.chat_template import check_positions
 from remove_refusals.directions import largest_coordinate_share, layer_index, mean_difference, mean_difference_per_layer
 from remove_refusals.errors import DirectionError
-from remove_refusals.evaluation import EvaluationPrompts, EvaluationSettings
+from remove_refusals.evaluation import Evaluation, EvaluationPrompts, EvaluationSettings, evaluate
+from remove_refusals.harness import run_tasks
+from remove_refusals.journal import Journal
 from remove_refusals.modelmap import map_model
 from remove_refusals.models import LoadedModel, load
 from remove_refusals.plan import check_fit, intervene, intervene_per_layer
@@ -21,6 +24,7 @@ from remove_refusals.settings import (
     RunSettings,
     published_name,
 )
+from remove_refusals.text_scores import read_text, score_text
 from remove_refusals.types import ChatFormat, Direction, Intervention, ModelMap, PromptSet
 
 OnProgress = Callable[[str, int, int], None]
@@ -163,8 +167,18 @@ def test_prompts(settings: MeasureSettings, used: tuple[PromptSet, ...] = ()) ->
     harmful = settings.harmful.load("harmful", "harmful_test")
     harmless = settings.harmless.load("harmless", "harmless_test")
     alarming = settings.alarming.load("alarming", "harmless_alarming")
-    check_disjoint(*used, harmful, harmless, alarming)
-    return EvaluationPrompts(limited(harmful), limited(harmless), limited(alarming))
+    more = tuple(source.load(name, name) for name, source in settings.more)
+    check_disjoint(*used, harmful, harmless, alarming, *more)
+    return EvaluationPrompts(limited(harmful), limited(harmless), limited(alarming), tuple(map(limited, more)))
+
+
+def test_text(settings: MeasureSettings) -> str | None:
+    """Read the text whose perplexity is measured, if there is one.
+
+    Raises:
+        PromptError: If it cannot be read or is empty.
+    """
+    return None if settings.text is None else read_text(Path(settings.text))
 
 
 def measure_settings(settings: RunSettings) -> EvaluationSettings:
@@ -174,7 +188,47 @@ def measure_settings(settings: RunSettings) -> EvaluationSettings:
         kl_tokens=settings.measure.kl_tokens,
         batch_size=settings.batch_size,
         chat=settings.chat,
+        longest=settings.measure.longest,
     )
+
+
+def measure(
+    base: LoadedModel,
+    edited: LoadedModel,
+    prompts: EvaluationPrompts,
+    settings: RunSettings,
+    *,
+    text: str | None = None,
+    journal: Journal | None = None,
+    on_progress: OnProgress | None = None,
+) -> Evaluation:
+    """Measure an edited model against its base in every way that the settings ask for.
+
+    Args:
+        base: The base model.
+        edited: The edited model.
+        prompts: What `test_prompts` gave.
+        settings: A run's settings.
+        text: The content of the text file, if there is one.
+        journal: Keeps the answers, so that a killed measurement goes on.
+        on_progress: Told of every stage.
+
+    Returns:
+        The scores.
+
+    Raises:
+        RemoveRefusalsError: Of the type that fits what went wrong.
+    """
+    asked, size = settings.measure, settings.batch_size
+    progress = stage_progress(on_progress, "evaluation")
+    found = evaluate(base, edited, prompts, measure_settings(settings), journal=journal, on_progress=progress)
+    if text is not None:
+        found = replace(found, text=score_text(base, edited, text, batch_size=size))
+    if asked.tasks:
+        directory = None if asked.task_directory is None else Path(asked.task_directory)
+        tasks = run_tasks(base, edited, asked.tasks, directory=directory, limit=asked.task_limit, batch_size=size)
+        found = replace(found, tasks=tasks)
+    return found
 
 
 def stage_progress(

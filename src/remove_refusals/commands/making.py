@@ -6,6 +6,16 @@ from typing import Annotated, Any
 import typer
 
 from remove_refusals.commands.carrying import As, carry, check_kind
+from remove_refusals.measure_options import (
+    Also,
+    Longest,
+    TaskFiles,
+    TaskLimit,
+    Tasks,
+    Text,
+    more_sets,
+    task_names,
+)
 from remove_refusals.options import (
     Affine,
     AlarmingTest,
@@ -105,6 +115,12 @@ def run(
     n_test: NTest = None,
     max_new_tokens: MaxNewTokens = 100,
     kl_tokens: KlTokens = 32,
+    longest: Longest = None,
+    also: Also = None,
+    text: Text = None,
+    tasks: Tasks = None,
+    task_files: TaskFiles = None,
+    task_limit: TaskLimit = None,
 ) -> None:
     """The whole job: activations, direction, ablation, evaluation, and the saved model."""
     from remove_refusals import console, pipeline
@@ -138,6 +154,12 @@ def run(
             n_test,
             max_new_tokens,
             kl_tokens,
+            longest,
+            more_sets(also, column, split),
+            text,
+            task_names(tasks),
+            task_files,
+            task_limit,
         ),
         select=select_settings(select, max_kl, max_refusals, trials, as_given=as_given),
         batch_size=batch_size,

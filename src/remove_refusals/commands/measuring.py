@@ -6,6 +6,16 @@ from typing import Annotated
 import typer
 
 from remove_refusals.errors import CertificateError
+from remove_refusals.measure_options import (
+    Also,
+    Longest,
+    TaskFiles,
+    TaskLimit,
+    Tasks,
+    Text,
+    more_sets,
+    task_names,
+)
 from remove_refusals.options import (
     AlarmingTest,
     BatchSize,
@@ -51,6 +61,12 @@ def evaluate(
     n_test: NTest = None,
     max_new_tokens: MaxNewTokens = 100,
     kl_tokens: KlTokens = 32,
+    longest: Longest = None,
+    also: Also = None,
+    text: Text = None,
+    tasks: Tasks = None,
+    task_files: TaskFiles = None,
+    task_limit: TaskLimit = None,
 ) -> None:
     """Refusals, false refusals and damage of two models, side by side on the same prompts."""
     from remove_refusals import atomic, console, pipeline, records
@@ -71,6 +87,12 @@ def evaluate(
             n_test,
             max_new_tokens,
             kl_tokens,
+            longest,
+            more_sets(also, column, split),
+            text,
+            task_names(tasks),
+            task_files,
+            task_limit,
         ),
         batch_size=batch_size,
     )
