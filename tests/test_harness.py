@@ -1,0 +1,121 @@
+"""Tasks of lm-evaluation-harness and the perplexity of a text, against direct computations."""
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import tiny
+from remove_refusals.errors import ModelError, PromptError
+from remove_refusals.harness import run_tasks
+from remove_refusals.models import LoadedModel, load
+from remove_refusals.text_scores import WINDOW, read_text, score_text
+
+ROWS = [{"question": f"Name {word}", "choices": [" a fish", " a very long stone"], "answer": i % 2} for i, word in
+        enumerate("one two three four five six seven eight".split())]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base() -> LoadedModel:
+    return load("demo")
+
+
+@pytest.fixture(scope="module")
+def edited(base: LoadedModel) -> LoadedModel:
+    model = copy.deepcopy(base.model)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight.add_(0.3 * torch.randn_like(layer.mlp.down_proj.weight))
+    return LoadedModel(model, base.tokenizer, "edited")
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> Path:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    task = {
+        "task": "own_task",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": str(tmp_path / "rows.jsonl")},
+        "test_split": "train",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (tmp_path / "own_task.yaml").write_text(yaml.safe_dump(task))
+    return tmp_path
+
+
+def accuracy(loaded: LoadedModel) -> list[float]:
+    """One sequence at a time: which continuation is likelier."""
+    found = []
+    for row in ROWS:
+        sums = []
+        for choice in row["choices"]:
+            start = loaded.tokenizer(row["question"])["input_ids"]
+            whole = loaded.tokenizer(str(row["question"]) + choice)["input_ids"]
+            with torch.no_grad():
+                logs = loaded.model(torch.tensor([whole])).logits[0].double().log_softmax(-1)
+            sums.append(sum(float(logs[place - 1, whole[place]]) for place in range(len(start), len(whole))))
+        found.append(float(sums.index(max(sums)) == row["answer"]))
+    return found
+
+
+def test_a_task_gives_what_a_direct_computation_gives_in_pairs(
+    base: LoadedModel, edited: LoadedModel, tasks: Path
+) -> None:
+    (found,) = run_tasks(base, edited, ["own_task"], directory=tasks, batch_size=3)
+    before, after = accuracy(base), accuracy(edited)
+    assert (found.task, found.metric, found.base.n) == ("own_task", "acc", len(ROWS))
+    assert (found.base.value, found.edited.value) == (sum(before) / len(ROWS), sum(after) / len(ROWS))
+    differences = [b - a for a, b in zip(before, after, strict=True)]
+    assert found.difference.value == pytest.approx(sum(differences) / len(ROWS))
+    assert found.decided == (not found.difference.low <= 0 <= found.difference.high)
+    (again,) = run_tasks(base, base, ["own_task"], directory=tasks, limit=5)
+    assert again.base.n == 5
+    assert not again.decided
+    assert (again.difference.low, again.difference.high) == (0, 0)
+
+
+def test_a_task_that_is_not_known_is_refused_by_name(base: LoadedModel, tasks: Path) -> None:
+    with pytest.raises(ModelError, match="'another_task' is not among"):
+        run_tasks(base, base, ["own_task", "another_task"], directory=tasks)
+
+
+@pytest.mark.parametrize("length", [3, WINDOW, WINDOW + 1, 2 * WINDOW + 7])
+def test_the_perplexity_of_a_text_is_that_of_its_windows(length: int) -> None:
+    loaded = LoadedModel(tiny.llama(), tiny.tokenizer(), "tiny")
+    other = LoadedModel(tiny.llama(), tiny.tokenizer(), "other")
+    with torch.no_grad():
+        other.model.lm_head.weight.mul_(1.5)
+    text = "".join(chr(ord("a") + (i * i) % 23) for i in range(length))
+    tokens = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
+    start = loaded.tokenizer.bos_token_id
+    found = score_text(loaded, other, text)
+    for model, scores in ((loaded.model, found.base), (other.model, found.edited)):
+        loss, n = 0.0, 0
+        for place in range(0, len(tokens), WINDOW):
+            window = ([] if start is None else [start]) + tokens[place : place + WINDOW]
+            if len(window) > 1:
+                with torch.no_grad():
+                    logs = model(torch.tensor([window])).logits[0].double().log_softmax(-1)
+                loss -= sum(float(logs[index - 1, window[index]]) for index in range(1, len(window)))
+                n += len(window) - 1
+        assert scores.n_tokens == n
+        assert scores.value == pytest.approx(math.exp(loss / n), rel=1e-4)
+    assert found.kl.value > 0
+
+
+def test_a_text_that_says_nothing_is_refused(tmp_path: Path) -> None:
+    for name, content, words in (("empty", b" \n", "is empty"), ("latin", b"caf\xe9", "UTF-8")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(PromptError, match=words):
+            read_text(tmp_path / name)
+    with pytest.raises(PromptError, match="cannot be read"):
+        read_text(tmp_path / "absent")
