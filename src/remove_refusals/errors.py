@@ -55,3 +55,7 @@ class SelectionError(RemoveRefusalsError):
 
 class RecordError(RemoveRefusalsError):
     """A record of what was done or measured is missing, unreadable or of an unknown form."""
+
+
+class JudgeError(RemoveRefusalsError):
+    """A judge cannot be loaded, reached or used, or labelled answers or a calibration are of the wrong form."""
