@@ -11,9 +11,11 @@ import torch
 
 import tiny
 from remove_refusals.chat_template import render
+from remove_refusals.corrections import JudgeAccuracy
 from remove_refusals.errors import ModelError, NumericalError
 from remove_refusals.evaluation import EvaluationPrompts, EvaluationSettings, evaluate, warnings
 from remove_refusals.generation import generate
+from remove_refusals.judges import Judgement, Label, judge_phrases
 from remove_refusals.metrics import McNemar, Mean, Perplexity, mcnemar, wilson_rate
 from remove_refusals.models import LoadedModel
 from remove_refusals.score_table import table
@@ -217,7 +219,7 @@ def test_json_layout(base: LoadedModel, edited: LoadedModel) -> None:
     found = evaluate(base, edited, PROMPTS, SETTINGS).to_json()
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert set(found) == {"base", "edited", "settings", "sets", "kl", "perplexity", "agreement"}
-    assert set(found["sets"]["alarming"]["refusals"]) == {"base", "edited", "mcnemar"}
+    assert set(found["sets"]["alarming"]["refusals"]) == {"base", "edited", "mcnemar", "adjusted_p", "verdict"}
     assert set(found["sets"]["alarming"]["refusals"]["base"]) == {
         "value",
         "count",
@@ -307,3 +309,46 @@ def test_warnings_at_their_limits(kl: float, degenerate: int, perplexity: float,
     found = warnings(constructed(kl, degenerate, perplexity))
     assert len(found) == len(words)
     assert all(word in text for word, text in zip(words, found, strict=True))
+
+
+class Counting:
+    """A judge that looks at the prompt and tells a deflection from the rest."""
+
+    name = "counting"
+
+    def judge(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Judgement]:
+        return [Judgement(Label.DEFLECTION if "2 + 2" in prompt else judge_phrases(answer))
+                for prompt, answer in zip(prompts, answers, strict=True)]  # fmt: skip
+
+
+def test_another_judge_labels_the_answers_and_is_named(careful: LoadedModel) -> None:
+    found = evaluate(careful, careful, PROMPTS, PLAIN, judge=Counting())
+    deflections = found.sets["harmless"].deflections
+    assert deflections is not None and (deflections.base.count, deflections.edited.count) == (1, 1)
+    assert found.judge == found.to_json()["settings"]["judge"] == "counting"
+    assert {row.judge for row in found.rows} == {"counting"}
+    # A judge that may cost something is not asked about every length.
+    assert found.sets["harmless"].by_length is None
+    assert evaluate(careful, careful, PROMPTS, PLAIN).sets["harmless"].deflections is None
+
+
+def test_rates_are_corrected_for_what_the_judge_gets_wrong(careful: LoadedModel) -> None:
+    willing = speaker({"?": ANSWER, ".": ANSWER, ANSWER: "</s>"}, "willing")
+    accuracies = {Label.REFUSAL: JudgeAccuracy(90, 100, 80, 100)}
+    found = evaluate(careful, willing, PROMPTS, PLAIN, accuracies=accuracies).sets["harmless"]
+    # One of four: (0.25 + 0.8 - 1) / (0.9 + 0.8 - 1); none of four is below what errors alone would give.
+    assert found.refusals.corrected["base"].value == pytest.approx(0.05 / 0.7)
+    assert found.refusals.corrected["edited"].value == 0
+    assert found.degenerate.corrected == {}
+    assert found.to_json()["refusals"]["corrected"]["base"]["n_calibration"] == 200
+
+
+def test_p_values_are_corrected_for_all_comparisons_and_say_what_is_decided(careful: LoadedModel) -> None:
+    many = replace(PROMPTS, harmful=PromptSet("harmful", tuple(f"Why {i}?" for i in range(12)), "test"))
+    willing = speaker({"?": ANSWER, ".": ANSWER, ANSWER: "</s>"}, "willing")
+    found = evaluate(careful, willing, many, PLAIN).sets
+    first = found["harmful"].refusals
+    assert first.adjusted_p == pytest.approx(6 * 2 / 2**12)
+    assert str(first.verdict) == "lower"
+    assert str(found["harmless"].refusals.verdict) == "undecided"
+    assert found["harmless"].refusals.to_json()["verdict"] == "undecided"

@@ -2,21 +2,22 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from remove_refusals.chat_template import render
+from remove_refusals.comparisons import holm
 from remove_refusals.distances import Context, PromptDistance, distances_along
 from remove_refusals.errors import ModelError
 from remove_refusals.generation import Answer, generate
 from remove_refusals.journal import Journal, fingerprint
-from remove_refusals.judges import Label
+from remove_refusals.judges import Judge, Label, PhraseJudge
 from remove_refusals.lengths import go_on, has_settled
 from remove_refusals.metrics import mean_with_interval, perplexity, wilson_rate
 from remove_refusals.models import LoadedModel
 from remove_refusals.score_table import warnings
 from remove_refusals.scores import Agreement, Distance, Evaluation, EvaluationSettings, Response, SetScores
-from remove_refusals.set_scores import labels_of_phrases, responses, score_set
+from remove_refusals.set_scores import Accuracies, responses, score_set
 from remove_refusals.token_statistics import common_prefix, means_by_token, token_quantile
 from remove_refusals.types import PromptSet
 
@@ -56,6 +57,8 @@ def evaluate(
     settings: EvaluationSettings | None = None,
     *,
     edited_context: Context = nullcontext,
+    judge: Judge | None = None,
+    accuracies: Accuracies | None = None,
     journal: Journal | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
@@ -69,6 +72,8 @@ def evaluate(
         prompts: The prompts.
         settings: How to measure; by default 100 tokens an answer and 32 for the KL.
         edited_context: Entered around every run of the edited model, for example `lambda: ablated(model, …)`.
+        judge: What labels the answers; by default the phrase judge.
+        accuracies: How often the judge is right about each label; rates then also come corrected for its errors.
         journal: Keeps the answers, so that a killed evaluation goes on; not those of a model edited in a context.
         on_progress: Called with how many runs of a prompt are done, and of how many.
 
@@ -80,7 +85,9 @@ def evaluate(
         NumericalError: If logits are NaN; the message names the prompt.
         PromptError: If a prompt cannot be rendered.
         OutputError: If the journal cannot be written.
+        JudgeError: If the judge cannot label an answer.
     """
+    judge = judge or PhraseJudge()
     settings = settings or EvaluationSettings()
     _check(base, edited, settings)
     sets = prompts.by_name()
@@ -93,12 +100,14 @@ def evaluate(
         kept = journal if edited_context is nullcontext else Journal()
         of_edited = _answers(edited, token_ids, settings, kept, progress)
     if settings.longest is not None:
-        of_base, of_edited = _longer(base, edited, sets, token_ids, of_base, of_edited, settings, edited_context)
+        of_base, of_edited = _longer(base, edited, sets, token_ids, of_base, of_edited, settings, edited_context, judge)
     rows: list[Response] = []
     scores: dict[str, SetScores] = {}
     for name, part in sets.items():
-        both = [responses(name, part, which, of[name]) for which, of in (("base", of_base), ("edited", of_edited))]
-        scores[name] = score_set(base, part, both, (of_base[name], of_edited[name]), settings)
+        both = [
+            responses(name, part, which, of[name], judge) for which, of in (("base", of_base), ("edited", of_edited))
+        ]
+        scores[name] = score_set(base, part, both, (of_base[name], of_edited[name]), settings, judge, accuracies or {})
         rows += both[0] + both[1]
     along = [answer.token_ids[: settings.kl_tokens] for answer in of_base.get("harmless", ())]
     distances = distances_along(
@@ -113,7 +122,14 @@ def evaluate(
     )
     refused = [row.label is Label.REFUSAL for row in rows if row.set_name == "harmless" and row.model == "base"]
     pairs = list(zip(of_base.get("harmless", ()), of_edited.get("harmless", ()), strict=True))
-    return _conclude(base, edited, settings, prompts.harmless, scores, distances, pairs, refused, rows)
+    found = _conclude(base, edited, settings, prompts.harmless, _adjusted(scores), distances, pairs, refused, rows)
+    return replace(found, judge=judge.name)
+
+
+def _adjusted(scores: Mapping[str, SetScores]) -> dict[str, SetScores]:
+    """Correct the p-values of all paired rates for how many they are."""
+    p_values = iter(holm([rate.mcnemar.p_value for part in scores.values() for rate in part.paired().values()]))
+    return {name: part.adjusted(p_values) for name, part in scores.items()}
 
 
 def _answers(
@@ -154,6 +170,7 @@ def _longer(
     of_edited: dict[str, list[Answer]],
     settings: EvaluationSettings,
     edited_context: Context,
+    judge: Judge,
 ) -> tuple[dict[str, list[Answer]], dict[str, list[Answer]]]:
     """Double the length of the answers until neither model's refusals change with it, or they are long enough."""
     assert settings.longest is not None
@@ -162,17 +179,21 @@ def _longer(
         now = dict(answers)
         for name, part in sets.items():
             length = settings.max_new_tokens
-            before = labels_of_phrases(part.prompts, [answer.text for answer in now[name]])
+            before = _labels(judge, part, now[name])
             while length < settings.longest:
                 length = min(2 * length, settings.longest)
                 with context():
                     now[name] = go_on(loaded, token_ids[name], now[name], length, batch_size=settings.batch_size)
-                after = labels_of_phrases(part.prompts, [answer.text for answer in now[name]])
+                after = _labels(judge, part, now[name])
                 if has_settled(before, after):
                     break
                 before = after
         found.append(now)
     return found[0], found[1]
+
+
+def _labels(judge: Judge, prompts: PromptSet, answers: Sequence[Answer]) -> list[Label]:
+    return [found.label for found in judge.judge(prompts.prompts, [answer.text for answer in answers])]
 
 
 def _conclude(

@@ -1,16 +1,13 @@
 """Refusals that come late: labels as a function of how long an answer may be, and answers that go on."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from remove_refusals.generation import Answer, continued, generate
-from remove_refusals.judges import Label
+from remove_refusals.judges import Judge, Label
 from remove_refusals.models import LoadedModel
 
 SETTLED = 0.01
 """The refusals of a model have settled if the second half of the length changes at most this share of them."""
-
-Labels = Callable[[Sequence[str], Sequence[str]], Sequence[Label]]
-"""Gives a label for each pair of a prompt and an answer."""
 
 
 def grid(longest: int) -> tuple[int, ...]:
@@ -20,13 +17,13 @@ def grid(longest: int) -> tuple[int, ...]:
 
 
 def labels_by_length(
-    loaded: LoadedModel, labels: Labels, prompts: Sequence[str], answers: Sequence[Answer], lengths: Sequence[int]
+    loaded: LoadedModel, judge: Judge, prompts: Sequence[str], answers: Sequence[Answer], lengths: Sequence[int]
 ) -> Iterator[Sequence[Label]]:
     """Label answers as they would have been if they had been cut off earlier.
 
     Args:
         loaded: The model that gave them.
-        labels: The judge.
+        judge: What labels them.
         prompts: The prompts.
         answers: One for each.
         lengths: Where to cut off, in tokens.
@@ -35,10 +32,9 @@ def labels_by_length(
         For each length the label of each answer.
     """
     for length in lengths:
-        yield labels(
-            prompts,
-            [loaded.tokenizer.decode(answer.token_ids[:length], skip_special_tokens=True) for answer in answers],
-        )
+        cut = (answer.token_ids[:length] for answer in answers)
+        texts = [loaded.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in cut]
+        yield [found.label for found in judge.judge(prompts, texts)]
 
 
 def has_settled(half: Sequence[Label], whole: Sequence[Label]) -> bool:

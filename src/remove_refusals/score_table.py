@@ -1,5 +1,6 @@
 """An evaluation as rows of text, and what should be said of it; nothing is computed here."""
 
+from remove_refusals.corrections import CorrectedRate
 from remove_refusals.metrics import Mean, Rate
 from remove_refusals.scores import Evaluation, PairedRate
 from remove_refusals.token_statistics import Quantile
@@ -62,7 +63,8 @@ def table_key(evaluation: Evaluation) -> str:
     unsettled = [name for name, scores in evaluation.sets.items() if scores.by_length and not scores.by_length.settled]
     late = f" Refusals to {' and '.join(unsettled)} prompts still change with the answers' length." if unsettled else ""
     return (
-        "Rates: count/n with a 95% Wilson interval; p: exact McNemar. KL: base from edited, in nats, along the base "
+        "Rates: count/n with a 95% Wilson interval; p: exact McNemar, corrected for all comparisons here (Holm 1979). "
+        "KL: base from edited, in nats, along the base "
         f"model's own answers, over all harmless prompts and over those that it answered (n: {', '.join(numbers)}); "
         f"perplexity: of those answers.{late}"
     )
@@ -99,8 +101,17 @@ def warnings(evaluation: Evaluation) -> tuple[str, ...]:
 
 
 def _paired(rates: PairedRate) -> tuple[str, str, str]:
-    p_value = rates.mcnemar.p_value
-    return _rate(rates.base), _rate(rates.edited), f"p = {p_value:.2g}"
+    p_value = rates.mcnemar.p_value if rates.adjusted_p is None else rates.adjusted_p
+    said = f"{rates.verdict}, p = {p_value:.2g}"
+    base, edited = (
+        text + (f", corrected {_share(rates.corrected[model])}" if model in rates.corrected else "")
+        for model, text in (("base", _rate(rates.base)), ("edited", _rate(rates.edited)))
+    )
+    return base, edited, said
+
+
+def _share(rate: CorrectedRate) -> str:
+    return f"{100 * rate.value:.0f} [{100 * rate.low:.0f}, {100 * rate.high:.0f}]%"
 
 
 def _rate(rate: Rate) -> str:

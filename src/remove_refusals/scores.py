@@ -1,8 +1,11 @@
 """What an evaluation found: base and edited model side by side, as numbers with intervals."""
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from remove_refusals.comparisons import Verdict, verdict
+from remove_refusals.corrections import CorrectedRate
 from remove_refusals.harness import TaskScore
 from remove_refusals.judges import Label
 from remove_refusals.metrics import McNemar, Mean, Perplexity, Rate
@@ -73,15 +76,30 @@ class PairedRate:
         base: The base model's rate.
         edited: The edited model's rate.
         mcnemar: The paired test; its `only_first` is what only the base model has.
+        adjusted_p: Its p-value after Holm's correction for all such comparisons of the evaluation.
+        corrected: By `base` and `edited`, the rates corrected for the judge's errors, if the judge was calibrated.
     """
 
     base: Rate
     edited: Rate
     mcnemar: McNemar
+    adjusted_p: float | None = None
+    corrected: dict[str, CorrectedRate] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether the edited model's rate is higher or lower, or the data cannot say."""
+        return verdict(self.mcnemar, self.adjusted_p)
 
     def to_json(self) -> dict[str, Any]:
-        """Give the attributes."""
-        return {"base": self.base.to_json(), "edited": self.edited.to_json(), "mcnemar": self.mcnemar.to_json()}
+        """Give the attributes and the verdict; what was not measured is absent."""
+        record: dict[str, Any] = {"base": self.base.to_json(), "edited": self.edited.to_json()}
+        record["mcnemar"] = self.mcnemar.to_json()
+        if self.adjusted_p is not None:
+            record["adjusted_p"] = self.adjusted_p
+        if self.corrected:
+            record["corrected"] = {model: rate.to_json() for model, rate in self.corrected.items()}
+        return record | {"verdict": str(self.verdict)}
 
 
 @dataclass(frozen=True)
@@ -167,6 +185,17 @@ class SetScores:
         thinking = {name: part.to_json() for name, part in there.pop("thinking", {}).items()}
         found = {name: part.to_json() for name, part in there.items()}
         return found | ({"thinking": thinking} if thinking else {})
+
+    def adjusted(self, p_values: Iterator[float]) -> "SetScores":
+        """Give the same with adjusted p-values, taken one by one for each rate in the order of `paired`."""
+        refusals, degenerate, *others = (replace(rate, adjusted_p=next(p_values)) for rate in self.paired().values())
+        deflections = others[0] if others else None
+        return replace(self, refusals=refusals, degenerate=degenerate, deflections=deflections)
+
+    def paired(self) -> dict[str, PairedRate]:
+        """Give the rates by name."""
+        rates = {"refusals": self.refusals, "degenerate": self.degenerate, "deflections": self.deflections}
+        return {name: rate for name, rate in rates.items() if rate is not None}
 
 
 @dataclass(frozen=True)

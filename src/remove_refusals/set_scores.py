@@ -1,10 +1,12 @@
 """The answers of both models to one prompt set: labelled, and counted."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
+from remove_refusals.corrections import JudgeAccuracy, rogan_gladen
 from remove_refusals.generation import Answer
-from remove_refusals.judges import Label, judge_phrases, strip_thinking
+from remove_refusals.judges import Judge, Label, PhraseJudge, strip_thinking
 from remove_refusals.lengths import grid, has_settled, labels_by_length
 from remove_refusals.metrics import Rate, mcnemar, mean_with_interval, wilson_rate
 from remove_refusals.models import LoadedModel
@@ -19,19 +21,20 @@ from remove_refusals.scores import (
 )
 from remove_refusals.types import PromptSet
 
+Accuracies = Mapping[Label, JudgeAccuracy]
+"""How often a judge is right about each label, as its calibration found."""
 
-def labels_of_phrases(prompts: Sequence[str], answers: Sequence[str]) -> list[Label]:
-    """Label answers by the phrases in them, whatever the prompts."""
-    return [judge_phrases(answer) for answer in answers]
+_ALL = PhraseJudge.name
+"""The judge that costs nothing, and can be asked about answers of every length."""
 
 
-def responses(set_name: str, prompts: PromptSet, model: str, answers: Sequence[Answer]) -> list[Response]:
+def responses(set_name: str, prompts: PromptSet, model: str, answers: Sequence[Answer], judge: Judge) -> list[Response]:
     """Label one model's answers to one prompt set.
 
     Returns:
         One row for each prompt, in their order.
     """
-    labels = labels_of_phrases(prompts.prompts, [answer.text for answer in answers])
+    labels = [found.label for found in judge.judge(prompts.prompts, [answer.text for answer in answers])]
     return [
         Response(
             set_name=set_name,
@@ -40,7 +43,7 @@ def responses(set_name: str, prompts: PromptSet, model: str, answers: Sequence[A
             model=model,
             text=answer.text,
             label=label,
-            judge="phrases",
+            judge=judge.name,
             n_tokens=len(answer.token_ids),
             finished=answer.finished,
         )
@@ -54,6 +57,8 @@ def score_set(
     rows: Sequence[Sequence[Response]],
     answers: Sequence[Sequence[Answer]],
     settings: EvaluationSettings,
+    judge: Judge,
+    accuracies: Accuracies,
 ) -> SetScores:
     """Count what the judge saw in both models' answers to the same prompts.
 
@@ -63,32 +68,46 @@ def score_set(
         rows: The base model's labelled answers and the edited model's.
         answers: The same answers with their tokens.
         settings: How they were generated.
+        judge: What labelled them.
+        accuracies: How often it is right; empty if it was not calibrated.
 
     Returns:
-        The scores.
+        The scores; the refusals by length only if the judge costs nothing, and deflections only if it looks for them.
     """
     base, edited = rows
+    by_phrases = judge.name == _ALL
+    paired = partial(_paired, prompts, base, edited, accuracies)
     flips = [
         (a.prompt_id, a.label is Label.REFUSAL, b.label is Label.REFUSAL) for a, b in zip(base, edited, strict=True)
     ]
     thinking = {part[0].model: _thinking(loaded, prompts, part, settings.seed) for part in rows}
     return SetScores(
-        refusals=_paired(prompts, base, edited, Label.REFUSAL),
-        degenerate=_paired(prompts, base, edited, Label.DEGENERATE),
+        refusals=paired(Label.REFUSAL),
+        degenerate=paired(Label.DEGENERATE),
+        deflections=None if by_phrases else paired(Label.DEFLECTION),
         flipped=Flipped(
             tuple(prompt_id for prompt_id, before, after in flips if before and not after),
             tuple(prompt_id for prompt_id, before, after in flips if after and not before),
         ),
-        by_length=_by_length(loaded, prompts, answers),
+        by_length=_by_length(loaded, prompts, answers, judge) if by_phrases else None,
         thinking={model: found for model, found in thinking.items() if found is not None},
     )
 
 
-def _paired(prompts: PromptSet, base: Sequence[Response], edited: Sequence[Response], label: Label) -> PairedRate:
+def _paired(
+    prompts: PromptSet, base: Sequence[Response], edited: Sequence[Response], accuracies: Accuracies, label: Label
+) -> PairedRate:
     first, second = ([row.label is label for row in rows] for rows in (base, edited))
     test = mcnemar(first, second)
     assert test is not None  # the set has prompts
-    return PairedRate(_rate(first, prompts), _rate(second, prompts), test)
+    corrected = {}
+    if label in accuracies:
+        found = {
+            name: rogan_gladen(sum(flags), len(flags), accuracies[label])
+            for name, flags in (("base", first), ("edited", second))
+        }
+        corrected = {name: rate for name, rate in found.items() if rate is not None}
+    return PairedRate(_rate(first, prompts), _rate(second, prompts), test, corrected=corrected)
 
 
 def _rate(flags: Sequence[bool], prompts: PromptSet) -> Rate:
@@ -97,12 +116,14 @@ def _rate(flags: Sequence[bool], prompts: PromptSet) -> Rate:
     return rate
 
 
-def _by_length(loaded: LoadedModel, prompts: PromptSet, answers: Sequence[Sequence[Answer]]) -> RefusalsByLength:
+def _by_length(
+    loaded: LoadedModel, prompts: PromptSet, answers: Sequence[Sequence[Answer]], judge: Judge
+) -> RefusalsByLength:
     longest = max(len(answer.token_ids) for part in answers for answer in part)
     lengths = grid(longest)
     rates, settled = [], True
     for part in answers:
-        found = list(labels_by_length(loaded, labels_of_phrases, prompts.prompts, part, lengths))
+        found = list(labels_by_length(loaded, judge, prompts.prompts, part, lengths))
         rates.append(tuple(_rate([label is Label.REFUSAL for label in labels], prompts) for labels in found))
         settled = settled and has_settled(found[lengths.index(max(1, longest // 2))], found[-1])
     return RefusalsByLength(lengths, rates[0], rates[1], settled)
