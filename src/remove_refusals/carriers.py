@@ -1,7 +1,7 @@
 """Carriers that need no new checkpoint: adapters that are exactly the edit, beside an untouched base model."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from remove_refusals.apply.adapter import peft_adapter, save_peft_adapter
 from remove_refusals.apply.adapter_check import check_installed, check_loads
+from remove_refusals.apply.control_vector import control_vector, write_control_vector
 from remove_refusals.apply.gguf_lora import gguf_lora, write_gguf_lora
 from remove_refusals.apply.scales import embedding_scale
 from remove_refusals.atomic import atomic_directory, atomic_file
@@ -26,7 +27,7 @@ from remove_refusals.plan import Tied, check_fit, offset_of, resolve
 from remove_refusals.records import read_json, write_json
 from remove_refusals.skeleton import by_stored_name, disk_tensors
 from remove_refusals.slices import read_tensor
-from remove_refusals.types import EditPlan, Intervention, ModelMap
+from remove_refusals.types import Direction, EditPlan, Intervention, ModelMap
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,3 +260,37 @@ def bake_gguf_lora(
             adapter, staging, name=f"{base.name} without refusals", base=base.name, record=json.dumps(record)
         )
     return Carried(Path(output), plan, record)
+
+
+def bake_control_vector(
+    directions: Sequence[Direction],
+    model_map: ModelMap,
+    output: Path | str,
+    *,
+    strength: float = 1.0,
+    layers: tuple[int, int] | None = None,
+    force: bool = False,
+) -> tuple[int, ...]:
+    """Write directions as a control vector for llama.cpp; it is no ablation, see `control_vector`.
+
+    Args:
+        directions: One direction, or one for each layer.
+        model_map: The model's map.
+        output: The file to be made.
+        strength: As for `control_vector`.
+        layers: As for `control_vector`.
+        force: Whether to replace an existing output.
+
+    Returns:
+        The layers behind which a vector is added.
+
+    Raises:
+        DirectionError: If the directions do not fit the model or a control vector.
+        OutputError: If the `gguf` package is not installed, or the output exists and `force` is not given, or cannot be
+            written.
+    """
+    check_fit(Intervention(tuple(directions), ()), model_map)
+    vectors = control_vector(directions, model_map.n_layers, strength=strength, layers=layers)
+    with atomic_file(Path(output), force=force) as staging:
+        write_control_vector(vectors, staging, n_layers=model_map.n_layers, hint=model_map.model_type)
+    return tuple(vectors)

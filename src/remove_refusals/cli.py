@@ -8,7 +8,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from remove_refusals.commands import making, measuring, talking
+from remove_refusals.commands import editing, making, measuring, talking
 from remove_refusals.errors import RemoveRefusalsError
 
 
@@ -37,7 +37,7 @@ _COMMANDS: tuple[tuple[Callable[..., None], str, str], ...] = (
     (making.find, "direction", "demo -o demo.safetensors"),
     (talking.chat, "chat", "demo --direction demo.safetensors --compare"),
     (talking.generate, "generate", "demo --direction demo.safetensors --prompts p.txt -o a.jsonl"),
-    (making.bake, "bake", "demo --direction demo.safetensors -o demo-ablated"),
+    (editing.bake, "bake", "demo --direction demo.safetensors -o demo-ablated"),
     (measuring.evaluate, "evaluate", "demo demo-ablated -o scores.json"),
     (measuring.inspect, "inspect", "demo"),
     (measuring.certify, "certify", "demo-ablated --base demo"),

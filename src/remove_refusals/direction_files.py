@@ -248,5 +248,10 @@ def _origin(record: str, path: Path) -> DirectionOrigin:
             f"The direction file {path} has the harmless component {component}, expected a list of numbers; make the "
             "file again."
         )
+    length = origin.get("length")
+    if length is not None and not (isinstance(length, float) and 0 < length < math.inf):
+        raise DirectionError(
+            f"The direction file {path} has the length {length}, expected a number above 0; make the file again."
+        )
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in origin.items()}
     return DirectionOrigin(**values)

@@ -138,6 +138,7 @@ def mean_difference(
             n_harmless=len(harmless.prompts),
             harmful_sha256=harmful.prompts.sha256,
             harmless_sha256=harmless.prompts.sha256,
+            length=float(differences.norm()) if len(positions) == 1 else None,
             harmless_component=tuple((basis.T.to(torch.float64) @ harmless_means.mean(dim=1)).tolist()),
         ),
     )

@@ -44,7 +44,9 @@ def _alike(directions: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, An
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for direction in directions:
         recipe = {
-            key: value for key, value in direction.items() if key not in ("layer", "sha256", "harmless_component")
+            key: value
+            for key, value in direction.items()
+            if key not in ("layer", "sha256", "harmless_component", "length")
         }
         groups.setdefault(str(sorted(recipe.items(), key=lambda item: item[0])), []).append(direction)
     return list(groups.values())

@@ -104,6 +104,7 @@ class DirectionOrigin:
         n_harmless: The number of harmless prompts.
         harmful_sha256: `PromptSet.sha256` of the harmful prompts.
         harmless_sha256: `PromptSet.sha256` of the harmless prompts.
+        length: How long the difference was of which this is the unit vector; of a direction with one column alone.
         harmless_component: `Qᵀm` for the mean `m` of the harmless activations at that layer, over the positions: `k`
             numbers along the basis, which the affine variant puts back.
     """
@@ -118,6 +119,7 @@ class DirectionOrigin:
     harmful_sha256: str | None = None
     harmless_sha256: str | None = None
     harmless_component: tuple[float, ...] | None = None
+    length: float | None = None
 
 
 @dataclass(frozen=True, eq=False)

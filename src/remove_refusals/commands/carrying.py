@@ -14,22 +14,67 @@ if TYPE_CHECKING:
     from remove_refusals.settings import EditSettings, LoadSettings
     from remove_refusals.types import Direction
 
-As = Annotated[str, typer.Option("--as", help="checkpoint, or an adapter beside it: lora, gguf-lora.")]
-KINDS = ("checkpoint", "lora", "gguf-lora")
+As = Annotated[
+    str,
+    typer.Option("--as", help="checkpoint; beside the base: lora, gguf-lora, control-vector; or gguf: FILE, edited."),
+]
+GgufFile = Annotated[Path | None, typer.Argument(metavar="[FILE]", help="The GGUF file that --as gguf edits.")]
+
+KINDS = ("checkpoint", "lora", "gguf-lora", "control-vector", "gguf")
 """What `--as` accepts."""
 
 
-def check_kind(kind: str) -> None:
-    """Check the value of `--as`.
+def check_kind(kind: str, file: Path | None) -> None:
+    """Check the value of `--as`, and that there is a file to edit where there should be one.
 
     Raises:
-        DirectionError: If it is not among the accepted ones.
+        DirectionError: If it is not among the accepted ones, or the file is missing or superfluous.
     """
     if kind not in KINDS:
         raise DirectionError(f"--as is {kind!r}, expected one of {', '.join(KINDS)}.")
+    if (kind == "gguf") != (file is not None):
+        found = f"the file {file} is given" if file is not None else "no file is given"
+        raise DirectionError(
+            f"--as is {kind!r} and {found}, expected a GGUF file behind the model's name with --as gguf and with "
+            "nothing else."
+        )
 
 
 def carry(
+    kind: str,
+    model: str,
+    file: Path | None,
+    given: "tuple[Direction, ...]",
+    output: Path,
+    edit: "EditSettings",
+    loading: "LoadSettings",
+    *,
+    force: bool,
+) -> None:
+    """Write what `--as` asks for and say so.
+
+    Args:
+        kind: One of `KINDS` but the first.
+        model: A directory, a hub id, or `demo`.
+        file: The GGUF file to edit.
+        given: The directions.
+        output: The file or directory to be made.
+        edit: What to take out where.
+        loading: How the model is loaded, where it has to be.
+        force: Whether to replace an existing output.
+
+    Raises:
+        RemoveRefusalsError: As from `carriers` and `gguf_baking`.
+    """
+    if kind == "control-vector":
+        _control_vector(model, given, output, edit, loading, force=force)
+    elif file is not None:
+        _edited_gguf(model, file, given, output, edit, loading, force=force)
+    else:
+        _adapter(kind, model, given, output, edit, loading, force=force)
+
+
+def _adapter(
     kind: str,
     model: str,
     given: "tuple[Direction, ...]",
@@ -39,32 +84,12 @@ def carry(
     *,
     force: bool,
 ) -> None:
-    """Write an adapter and say so.
-
-    Args:
-        kind: One of `KINDS` but the first.
-        model: A directory, a hub id, or `demo`.
-        given: The directions.
-        output: The file or directory to be made.
-        edit: What to take out where.
-        loading: How the model is loaded, where it has to be.
-        force: Whether to replace an existing output.
-
-    Raises:
-        RemoveRefusalsError: As from `carriers`.
-    """
     from remove_refusals import carriers, console, stages
 
     def write(base: "BaseModel") -> "carriers.Carried":
         intervention = stages.make_intervention(given, edit, base.model_map)
-        options: dict[str, Any] = {
-            "tied": edit.tied,
-            "allow_leak": edit.allow_leak,
-            "variant": edit.variant,
-            "force": force,
-        }
         make = carriers.bake_lora if kind == "lora" else carriers.bake_gguf_lora
-        return make(base, intervention, output, **options)
+        return make(base, intervention, output, **_options(edit), force=force)
 
     carried, model_map = _with_base(model, loading, write)
     names = {entry.parameter for entry in carried.plan.entries}
@@ -72,6 +97,56 @@ def carry(
     if model_map.tied and model_map.input_embedding in names:
         console.say("The embedding is tied: loaded, the adapter leaves the unembedding alone; merged, it changes both.")
     console.say(f"Saved to {output}: a {'PEFT' if kind == 'lora' else 'llama.cpp'} LoRA of the edit.")
+
+
+def _edited_gguf(
+    model: str,
+    file: Path,
+    given: "tuple[Direction, ...]",
+    output: Path,
+    edit: "EditSettings",
+    loading: "LoadSettings",
+    *,
+    force: bool,
+) -> None:
+    from remove_refusals import console, gguf_baking, modelmap, skeleton, stages
+
+    model_map = modelmap.map_model(skeleton.skeleton_of(model, trust_remote_code=loading.trust_remote_code))
+    intervention = stages.make_intervention(given, edit, model_map)
+    baked = gguf_baking.bake_gguf(file, model_map, intervention, output, **_options(edit), force=force)
+    kinds = ", ".join(sorted({writer.type for writer in baked.writers}))
+    left = baked.record["certificate"]["largest_share_beyond_plan"]
+    console.say(f"Edited {len(baked.writers)} tensors ({kinds}); every other byte is as it was.")
+    console.say(f"At most {left:.2%} of the direction beyond the plan is left in any of them.")
+    if baked.tied:
+        console.say("The file's token embedding is its output too: both were edited as one.")
+    console.say(f"Saved to {output}, with a record in {gguf_baking.record_path(output).name}.")
+
+
+def _control_vector(
+    model: str,
+    given: "tuple[Direction, ...]",
+    output: Path,
+    edit: "EditSettings",
+    loading: "LoadSettings",
+    *,
+    force: bool,
+) -> None:
+    from remove_refusals import carriers, console, modelmap, skeleton
+
+    model_map = modelmap.map_model(skeleton.skeleton_of(model, trust_remote_code=loading.trust_remote_code))
+    layers = carriers.bake_control_vector(
+        given, model_map, output, strength=edit.strength, layers=edit.layers, force=force
+    )
+    known = all(direction.origin.length is not None for direction in given)
+    unit = "the difference of the means" if known else "a unit vector, since the direction does not know its length"
+    where = f"layer {layers[0]}" if len(layers) == 1 else f"each of layers {layers[0]}-{layers[-1]}"
+    console.say(f"Takes off, behind {where}, {edit.strength:g} times {unit}. Adding a vector is not ablation.")
+    console.say(f"Saved to {output}: a llama.cpp control vector.")
+
+
+def _options(edit: "EditSettings") -> dict[str, Any]:
+    return {"tied": edit.tied, "allow_leak": edit.allow_leak, "variant": edit.variant}
 
 
 def _with_base(model: str, loading: "LoadSettings", write: "Callable[[BaseModel], Any]") -> tuple[Any, Any]:

@@ -1,11 +1,10 @@
 """Commands that make something: a direction, an edited model."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from remove_refusals.commands.carrying import As, carry, check_kind
 from remove_refusals.measure_options import (
     Also,
     Longest,
@@ -21,10 +20,8 @@ from remove_refusals.options import (
     AlarmingTest,
     AllowLeak,
     BatchSize,
-    Certify,
     Column,
     Device,
-    DirectionFile,
     Dtype,
     Force,
     FourBit,
@@ -32,14 +29,12 @@ from remove_refusals.options import (
     HarmfulTest,
     Harmless,
     HarmlessTest,
-    Jobs,
     KlTokens,
     Layer,
     LayerRange,
     MaxKl,
     MaxNewTokens,
     MaxRefusals,
-    Memory,
     ModelArgument,
     NPrompts,
     NTest,
@@ -64,7 +59,6 @@ from remove_refusals.options import (
     check_choice,
     direction_settings,
     edit_settings,
-    made_intervention,
     select_settings,
 )
 
@@ -234,73 +228,3 @@ def find(
         direction_files.save_direction(first, output, force=force)
         layers = f"layer {first.origin.layer}"
     console.say(f"Saved to {output}: d_model {first.d_model}, {layers}, position {where}.")
-
-
-def bake(
-    model: ModelArgument,
-    direction: DirectionFile,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The directory to make; a file for GGUF.")],
-    force: Force = False,
-    kind: As = "checkpoint",
-    strength: Strength = 1.0,
-    layers: LayerRange = None,
-    sites: Sites = "embedding,attn,mlp",
-    tied: TiedOption = "untie",
-    variant: VariantOption = "plain",
-    affine: Affine = False,
-    allow_leak: AllowLeak = False,
-    memory: Memory = "1GiB",
-    jobs: Jobs = None,
-    certify: Certify = True,
-    device: Device = None,
-    dtype: Dtype = "auto",
-    trust_remote_code: RemoteCode = False,
-    revision: Revision = None,
-) -> None:
-    """Edit the weights for good, file by file on disk; the same command goes on where a killed one stopped.
-
-    No model is loaded, unless --device or --dtype is given, --affine or --allow-leak needs it, or there are no
-    safetensors files.
-    """
-    from remove_refusals import atomic, baking, console, direction_files, disk_baking, errors, stages
-    from remove_refusals.settings import LoadSettings
-
-    check_kind(kind)
-    atomic.check_target(output, force=force, directory=kind in ("checkpoint", "lora"))
-    edit = edit_settings(strength, layers, sites, tied, variant, allow_leak, affine)
-    given = direction_files.load_directions(direction)
-    loading = LoadSettings(device, dtype, False, trust_remote_code, revision)
-    if kind != "checkpoint":
-        carry(kind, model, given, output, edit, loading, force=force)
-        return
-    options: dict[str, Any] = {
-        "tied": edit.tied,
-        "allow_leak": edit.allow_leak,
-        "variant": edit.variant,
-        "force": force,
-    }
-    reason = "--device or --dtype is given." if device is not None or dtype != "auto" else ""
-    if not reason:
-        try:
-            checkpoint = disk_baking.open_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code)
-            model_map = checkpoint.model_map
-            intervention = stages.make_intervention(given, edit, model_map)
-            with console.progress() as on_progress:
-                baked = disk_baking.bake_on_disk(
-                    checkpoint,
-                    intervention,
-                    output,
-                    memory=memory,
-                    jobs=jobs,
-                    certified=certify,
-                    on_progress=on_progress,
-                    **options,
-                )
-        except errors.NotStreamedError as error:
-            reason = str(error)
-    if reason:
-        loaded = stages.load_model(model, loading)
-        intervention, model_map = made_intervention(loaded, given, edit)
-        baked = baking.bake(loaded, intervention, output, model_map=model_map, **options)
-    console.show_plan(baked.plan, model_map)
-    console.say(f"Saved to {output}." + (f" Edited in memory: {reason}" if reason else ""))

@@ -67,7 +67,7 @@ def interpolated(directions: Sequence[Direction], index: float) -> Direction:
     lower = min(int(index), len(directions) - 1)
     upper = min(lower + 1, len(directions) - 1)
     vector = torch.lerp(directions[lower].basis, directions[upper].basis, index - lower)
-    origin = replace(directions[lower].origin, method="interpolated", layer=None, harmless_component=None)
+    origin = replace(directions[lower].origin, method="interpolated", layer=None, harmless_component=None, length=None)
     return direction_from_vectors(vector, origin)
 
 

@@ -268,7 +268,7 @@ def _name(
 
     Directions are told apart by where they come from, for their numbers may differ in the last digit when found anew.
     """
-    origins = [replace(direction.origin, harmless_component=None) for direction in directions]
+    origins = [replace(direction.origin, harmless_component=None, length=None) for direction in directions]
     content = {
         "model": Path(loaded.source).name,
         "directions": [asdict(origin) for origin in origins],
