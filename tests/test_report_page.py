@@ -144,6 +144,14 @@ def test_answers_to_harmful_prompts_are_cut_in_the_file_itself(directory):
     assert "holds the answers to harmful requests in full" in whole
 
 
+def test_a_further_set_of_the_scores_is_harmless(directory):
+    change(directory, "scores", lambda scores: scores["sets"].update(mine=scores["sets"]["alarming"]))
+    records.write_rows(directory, [row | {"set": "mine"} for row in records.rows({"harmful": 2})])
+    page = html_report(directory)
+    assert page.count("The second sentence") == 2 and page.count("<details open") == 2
+    assert Page(page).words.count("False refusals") == 1 + 3
+
+
 def test_a_set_that_nobody_knows_is_treated_as_harmful(directory):
     answers = [row | {"set": "mine"} for row in records.rows({"harmful": 2})]
     records.write_rows(directory, answers)
@@ -228,10 +236,16 @@ def test_corrected_rates_deflections_and_thinking_are_shown(directory):
         part["deflections"] = part["refusals"]
         part["refusals"]["base"]["corrected"] = {"value": 0.87, "low": 0.61, "high": 0.97}
         thought = {"unfinished": part["refusals"]["edited"], "length": scores["kl"]["harmless"]["mean"]}
+        mean = scores["kl"]["harmless"]["mean"]
+        scores["text"] = scores["perplexity"] | {"kl": mean}
+        task = {"task": "mine", "metric": "exact_match", "base": mean, "edited": mean, "difference": mean}
+        scores["tasks"] = [task | {"decided": False}]
         part["thinking"] = {"base": thought, "edited": thought}
 
     change(directory, "scores", newer)
     words = Page(html_report(directory)).words
+    for said in ("Perplexity of a text 12.5", "Perplexity of a text, kl", "mine exact_match", "undecided"):
+        assert said in words, said
     assert "Deflections" in words and "base, corrected 87% [61, 97%]" in words and "Thinking, base:" in words
 
 
@@ -269,6 +283,12 @@ def test_what_is_no_run_is_said_in_a_sentence(tmp_path, directory):
     (directory / "selection.json").write_text('{"method": "auto"}')
     with pytest.raises(RecordError, match=r"selection\.json has an unknown form \(KeyError: 'candidates'\)"):
         html_report(directory)
+    (directory / "selection.json").unlink()
+    for name, content in (("scores", {"sets": []}), ("ablation", {"base": "mine"})):
+        (directory / f"{name}.json").write_text(json.dumps(content))
+        with pytest.raises(RecordError, match=rf"{name}\.json has an unknown form"):
+            html_report(directory)
+        (directory / f"{name}.json").unlink()
     (directory / "rows.jsonl").write_text('{"set": 1}\n[]\n')
     with pytest.raises(RecordError, match="line 2 is a list"):
         html_report(directory)

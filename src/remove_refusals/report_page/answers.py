@@ -9,15 +9,16 @@ from remove_refusals.report_page.words import first_sentence
 
 View = dict[str, Any]
 
-SHOWN_WHOLE = frozenset({"harmless", "alarming"})
-"""The sets whose answers are shown as they are; a set that is not known to be harmless is treated as harmful."""
+HARMLESS = frozenset({"harmless", "alarming"})
+"""The sets that are harmless wherever they turn up; one that is not known to be is treated as harmful."""
 
 
-def answers(rows: Sequence[Mapping[str, Any]], *, full_answers: bool) -> View:
+def answers(rows: Sequence[Mapping[str, Any]], *, harmless: frozenset[str] = HARMLESS, full_answers: bool) -> View:
     """Pair the answers of both models to each prompt.
 
     Args:
         rows: The content of `rows.jsonl`.
+        harmless: The sets whose answers are shown as they are.
         full_answers: Whether answers to harmful prompts are kept whole; otherwise only their first sentence is.
 
     Returns:
@@ -30,8 +31,8 @@ def answers(rows: Sequence[Mapping[str, Any]], *, full_answers: bool) -> View:
         # A prompt may stand in a set twice.
         time = seen[*key, row["model"]]
         seen[*key, row["model"]] += 1
-        pair = pairs.setdefault((*key, time), _pair(row, time))
-        pair["answers"][row["model"]] = _answer(row, whole=full_answers or row["set"] in SHOWN_WHOLE)
+        pair = pairs.setdefault((*key, time), _pair(row, time, unfolded=row["set"] in harmless))
+        pair["answers"][row["model"]] = _answer(row, whole=full_answers or row["set"] in harmless)
     for pair in pairs.values():
         labels = {model: answer["label"] for model, answer in pair["answers"].items()}
         pair["labels"] = labels
@@ -41,13 +42,13 @@ def answers(rows: Sequence[Mapping[str, Any]], *, full_answers: bool) -> View:
     return {"pairs": list(pairs.values()), "sets": sets, "labels": labels_found, "cut": not full_answers}
 
 
-def _pair(row: Mapping[str, Any], time: int) -> View:
+def _pair(row: Mapping[str, Any], time: int, *, unfolded: bool) -> View:
     suffix = f"-{time + 1}" if time else ""
     return {
         "set": row["set"],
         "anchor": f"{row['set']}-{row['prompt_id']}{suffix}",
         "prompt": row["prompt"],
-        "open": row["set"] in SHOWN_WHOLE,
+        "open": unfolded,
         "answers": {},
     }
 

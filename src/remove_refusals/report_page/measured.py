@@ -11,9 +11,9 @@ from remove_refusals.report_page.words import interval, number, percent, percent
 View = dict[str, Any]
 
 _SETS = {
-    "harmful": ("Harmful requests", "Refusals"),
-    "harmless": ("Harmless requests", "False refusals"),
-    "alarming": ("Harmless requests that sound alarming", "False refusals"),
+    "harmful": "Harmful requests",
+    "harmless": "Harmless requests",
+    "alarming": "Harmless requests that sound alarming",
 }
 _KL_OVER = {
     "harmless": "all harmless prompts",
@@ -22,6 +22,7 @@ _KL_OVER = {
 }
 _OTHERS = {
     "perplexity": "Perplexity of the base model's answers",
+    "text": "Perplexity of a text",
     "agreement": "Greedy answers to harmless prompts that the base answered",
     "identical": "share that is the same to the last token",
     "common_prefix": "share that is the same from the start on",
@@ -31,7 +32,7 @@ _KL_OF = {"first_token": "first token", "mean": "mean", "p95": "95th percentile"
 
 def set_title(name: str) -> str:
     """Say what a prompt set is."""
-    return _SETS.get(name, (name.replace("_", " ").capitalize(), ""))[0]
+    return _SETS.get(name, name.replace("_", " ").capitalize())
 
 
 def tiles(material: Material) -> list[View]:
@@ -43,7 +44,7 @@ def tiles(material: Material) -> list[View]:
             rates = sets[name]["refusals"]
             found.append(
                 {
-                    "name": f"{_SETS[name][1]}, {name}",
+                    "name": f"{_rate_name(name, 'refusals')}, {name}",
                     "before": percent(rates["base"]["value"]),
                     "value": percent(rates["edited"]["value"]),
                     "note": f"of {rates['edited']['n']} prompts; 95% interval {percent_interval(rates['edited'])}",
@@ -96,7 +97,7 @@ def _is_pair(value: object) -> bool:
 
 def _rate_name(name: str, kind: str) -> str:
     if kind == "refusals":
-        return _SETS.get(name, ("", "Refusals"))[1]
+        return "Refusals" if name == "harmful" else "False refusals"
     return "Degenerate answers" if kind == "degenerate" else kind.replace("_", " ").capitalize()
 
 
@@ -172,6 +173,7 @@ def damage(scores: Mapping[str, Any]) -> View:
     name = next((each for each in ("harmless_answered", "harmless") if "by_token" in parts.get(each, {})), None)
     return {
         "rows": rows,
+        "tasks": [_task(record) for record in scores.get("tasks", [])],
         "tokens": None if name is None else _tokens(parts[name]["by_token"]),
         "tokens_over": _KL_OVER.get(name or "", ""),
     }
@@ -192,10 +194,15 @@ def _other_rows(scores: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]
         if _is_pair(record) and (edited := _row(record["edited"])) is not None:
             before = number(record["base"]["value"])
             yield (name, f"{before} {interval(record['base'])}", *edited)
-            continue
         for part, found in record.items():
-            if (row := _row(found)) is not None:
+            if part not in ("base", "edited") and (row := _row(found)) is not None:
                 yield (f"{name}, {_OTHERS.get(part, part.replace('_', ' '))}", "", *row)
+
+
+def _task(record: Mapping[str, Any]) -> tuple[str, ...]:
+    parts = [f"{number(record[key]['value'])} {interval(record[key])}" for key in ("base", "edited", "difference")]
+    decided = "" if record["decided"] else "undecided"
+    return (record["task"], record["metric"], *parts, str(record["difference"]["n"]), decided)
 
 
 def _row(record: object) -> tuple[str, str] | None:

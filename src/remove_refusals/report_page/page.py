@@ -3,7 +3,7 @@
 import base64
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from markupsafe import Markup
 from remove_refusals.atomic import atomic_file
 from remove_refusals.errors import RecordError
 from remove_refusals.report_page import chosen, measured, separated, words
-from remove_refusals.report_page.answers import answers, prompt_texts
+from remove_refusals.report_page.answers import HARMLESS, answers, prompt_texts
 from remove_refusals.report_page.material import Material, read_material
 
 _FOLDER = "data/report"
@@ -96,8 +96,14 @@ def _views(material: Material, directory: Path, *, full_answers: bool) -> dict[s
         return None if record is None else _of(name, directory, lambda: make(record, *more))
 
     scores, ablation = material.scores, material.ablation
+    # Every set of an evaluation but the first is of harmless prompts.
+    sets = _of("scores.json", directory, lambda: (scores or {}).get("sets", {}).keys())
+
+    def shown(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        return answers(found, harmless=HARMLESS | (sets - {"harmful"}), full_answers=full_answers)
+
     return {
-        "base": _base(material),
+        "base": _of("ablation.json", directory, lambda: _base(material)),
         "edited": _edited(material, directory),
         "tiles": _of("scores.json", directory, lambda: measured.tiles(material)),
         "ablation": of("ablation.json", ablation, _done),
@@ -109,7 +115,7 @@ def _views(material: Material, directory: Path, *, full_answers: bool) -> dict[s
         "strengths": _of("ablation.json", directory, lambda: chosen.strengths(material)),
         "separation": of("analysis.json", material.analysis, separated.separation, by_id),
         "certificate": of("certificate.json", material.certificate, chosen.certificate),
-        "answers": of("rows.jsonl", material.rows, lambda found: answers(found, full_answers=full_answers)),
+        "answers": of("rows.jsonl", material.rows, shown),
     }
 
 

@@ -104,8 +104,10 @@ def _cosines(cells: Sequence[Sequence[float | None]]) -> View:
     size = len(cells)
     ticks = integer_ticks(integers(0, size - 1), 6)
     rows = [[("" if value is None else f"{value:.2f}") for value in row] for row in cells]
+    apart = [value for row in cells for value in row if value is not None]
     return {
         "size": size,
+        "least": number(min(apart)) if apart else None,
         "paths": heat_paths(cells),
         "ticks": [(round(100 * (at + 0.5) / size, 2), number(at)) for at in ticks],
         "rows": rows if size <= _MOST_COSINES else None,
