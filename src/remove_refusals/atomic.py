@@ -11,8 +11,8 @@ from pathlib import Path
 
 from remove_refusals.errors import OutputError
 
-MODEL_FILES = ("config.json", "ablation.json", "adapter_config.json")
-"""A directory that holds one of these is a model's and may be replaced by force; any other may not."""
+MODEL_FILES = ("config.json", "ablation.json", "adapter_config.json", "scores.json")
+"""A directory that holds one of these is a model's or a measurement's and may be replaced by force; others may not."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EBUSY)

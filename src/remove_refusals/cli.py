@@ -8,7 +8,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from remove_refusals.commands import editing, making, measuring, talking
+from remove_refusals.commands import comparing, editing, making, measuring, talking
 from remove_refusals.errors import RemoveRefusalsError
 
 
@@ -39,6 +39,7 @@ _COMMANDS: tuple[tuple[Callable[..., None], str, str], ...] = (
     (talking.generate, "generate", "demo --direction demo.safetensors --prompts p.txt -o a.jsonl"),
     (editing.bake, "bake", "demo --direction demo.safetensors -o demo-ablated"),
     (measuring.evaluate, "evaluate", "demo demo-ablated -o scores.json"),
+    (comparing.compare, "compare", "demo-ablated another-ablated"),
     (measuring.inspect, "inspect", "demo"),
     (measuring.certify, "certify", "demo-ablated --base demo"),
     (measuring.report, "report", "demo-ablated -o report.html"),

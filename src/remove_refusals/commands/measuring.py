@@ -42,7 +42,9 @@ from remove_refusals.options import (
 def evaluate(
     base: ModelArgument,
     edited: Annotated[str, typer.Argument(help="The edited model: a directory or a hub id.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also save the scores as JSON.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Save the scores (FILE.json), or all records (DIR).")
+    ] = None,
     rows: Annotated[Path | None, typer.Option(help="Also save every answer as JSON Lines.")] = None,
     force: Force = False,
     device: Device = None,
@@ -72,9 +74,10 @@ def evaluate(
     from remove_refusals import atomic, console, pipeline, records
     from remove_refusals.settings import LoadSettings, MeasureSettings, PromptSource, RunSettings
 
+    whole = output is not None and output.suffix != ".json"
     for path in (output, rows):
         if path is not None:
-            atomic.check_target(path, force=force, directory=False)
+            atomic.check_target(path, force=force, directory=whole and path is output)
     source = PromptSource
     settings = RunSettings(
         model=base,
@@ -99,7 +102,11 @@ def evaluate(
     with console.progress() as on_progress:
         evaluation, notes = pipeline.compare(settings, edited, on_progress=on_progress)
     console.show_evaluation(evaluation, notes)
-    if output is not None:
+    if output is not None and whole:
+        with atomic.atomic_directory(output, force=force) as directory:
+            records.write_json(directory / "scores.json", evaluation.to_json())
+            records.write_jsonl(directory / "rows.jsonl", (row.to_json() for row in evaluation.rows))
+    elif output is not None:
         records.write_json(output, evaluation.to_json(), force=force)
     if rows is not None:
         records.write_jsonl(rows, (row.to_json() for row in evaluation.rows), force=force)
