@@ -1,37 +1,24 @@
 """Load a model and its tokenizer, or say in one sentence why that is not possible."""
 
 import importlib.util
-import pickle
-import textwrap
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, constants, errors
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.configuration_utils import PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import logging
 
 from remove_refusals.checkpoint import INDEX_FILE, SINGLE_FILE, checkpoint_tensors
 from remove_refusals.errors import ModelError
+from remove_refusals.loading import check_complete, explained, find_source, pick_device, quiet
 from remove_refusals.slices import FLOAT_DTYPES
 from remove_refusals.sources import check_trust, model_source
-
-_HUB_TIMEOUT_SECONDS = 10.0
-
-# The hub's client has changed the HTTP package under it before; its own error always derives from that package's.
-_HTTPError: type[Exception] = errors.HfHubHTTPError.__mro__[1]
-# What Transformers, its config validation, safetensors and torch raise for a checkpoint that they cannot read.
-_PYTHON_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError, EOFError)
-_LOADING_ERRORS = (*_PYTHON_ERRORS, SafetensorError, errors.StrictDataclassError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,10 +98,10 @@ def load(
     name = model_source(str(source))
     if device is not None and device_map is not None:
         raise ModelError(f"Both device {device} and device_map {device_map} are given, expected one; leave one out.")
-    where = _pick_device(device)
+    where = pick_device(device)
     wanted = _parse_dtype(dtype)
-    local = _find(name, revision)
-    with quiet(bars=Path(name).is_dir()), _explained(f"The model {name}"):
+    local = find_source(name, revision)
+    with quiet(bars=Path(name).is_dir()), explained(f"The model {name}"):
         settings: dict[str, Any] = {"revision": revision, "local_files_only": local}
         described, _ = PretrainedConfig.get_config_dict(name, **settings)
         _check_model_type(name, described, trust_remote_code)
@@ -139,43 +126,11 @@ def load(
             output_loading_info=True,
             **settings,
         )
-        _check_complete(name, report)
-    with quiet(bars=True), _explained(f"The tokenizer of {tokenizer or name}"):
+        check_complete(name, report)
+    with quiet(bars=True), explained(f"The tokenizer of {tokenizer or name}"):
         loaded_tokenizer = AutoTokenizer.from_pretrained(tokenizer or name, **(settings if tokenizer is None else {}))
     commit, unused = getattr(config, "_commit_hash", None), tuple(sorted(report["unexpected_keys"]))
     return LoadedModel(model.eval(), loaded_tokenizer, name, commit or revision, saved, unused, trust_remote_code)
-
-
-def _find(name: str, revision: str | None) -> bool:
-    """Check that the source exists; return whether only local files are to be read."""
-    path = Path(name)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"The directory {name} has no config.json, expected a Hugging Face model; check the path.")
-        if (path / SINGLE_FILE).exists() or (path / INDEX_FILE).exists():
-            checkpoint_tensors(path)
-        return True
-    if path.exists() or name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
-        what = "is a file" if path.exists() else "does not exist"
-        raise ModelError(f"The model {name} {what}, expected a directory with a config.json; check the path.")
-    return _hub_is_out_of_reach(name, revision)
-
-
-def _hub_is_out_of_reach(name: str, revision: str | None) -> bool:
-    """Ask the hub once, because each of the many requests of a load would be retried for half a minute."""
-    if constants.HF_HUB_OFFLINE:
-        return True
-    try:
-        HfApi().model_info(name, revision=revision, timeout=_HUB_TIMEOUT_SECONDS)
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
-        at = f" at revision {revision}" if revision else ""
-        raise ModelError(
-            f"The model {name}{at} is neither a directory nor on the hub for you to read, expected one of them; check "
-            "the name, and log in with `hf auth login` if it is gated or private."
-        ) from error
-    except (OSError, _HTTPError):
-        return True
-    return False
 
 
 def _check_model_type(name: str, described: Mapping[str, Any], trust_remote_code: bool) -> None:
@@ -193,21 +148,6 @@ def _check_model_type(name: str, described: Mapping[str, Any], trust_remote_code
         )
 
 
-def _check_complete(name: str, report: Mapping[str, Any]) -> None:
-    """Refuse what Transformers would fill with random numbers."""
-    for tensor, found, expected in sorted(report["mismatched_keys"]):
-        raise ModelError(
-            f"The tensor {tensor} of {name} has shape {tuple(found)}, expected {tuple(expected)} from its config.json; "
-            "download or convert the model again."
-        )
-    if missing := sorted(report["missing_keys"]):
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise ModelError(
-            f"The checkpoint {name} lacks {', '.join(missing[:3])}{more}, expected every tensor of the model that its "
-            "config.json describes; download or convert it again."
-        )
-
-
 def saved_dtype(name: str, described: Mapping[str, Any]) -> torch.dtype | None:
     """Read the saved data type from the content of config.json, else the weight files: what most bytes have."""
     for part in (described, described.get("text_config") or {}):
@@ -220,20 +160,6 @@ def saved_dtype(name: str, described: Mapping[str, Any]) -> torch.dtype | None:
         for _, entry in checkpoint_tensors(Path(name)).values():
             sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.stop - entry.start
     return FLOAT_DTYPES.get(max(sizes, key=sizes.__getitem__)) if sizes else None
-
-
-def _pick_device(device: str | torch.device | None) -> torch.device:
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    present = [kind for kind, there in available.items() if there]
-    if device is None:
-        return torch.device(present[0])
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        chosen = None
-    if chosen is None or not available.get(chosen.type, True):
-        raise ModelError(f"The device {device} is not there, expected one of {', '.join(present)}; choose one of them.")
-    return chosen
 
 
 def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
@@ -251,50 +177,3 @@ def _four_bit(compute: torch.dtype) -> BitsAndBytesConfig:
             "The package bitsandbytes is missing, expected for 4-bit loading; pip install 'remove-refusals[4bit]'."
         )
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
-
-
-@contextmanager
-def _explained(what: str) -> Iterator[None]:
-    """Turn whatever a broken checkpoint raises into one sentence."""
-    try:
-        yield
-    except torch.cuda.OutOfMemoryError as error:
-        raise ModelError(
-            f"{what} does not fit into the device's memory, expected enough for its weights; use a smaller data type, "
-            "4-bit loading or a device map."
-        ) from error
-    except pickle.UnpicklingError as error:
-        raise ModelError(
-            f"{what} has weights that are corrupt or hold more than tensors, expected plain tensors; do not load them "
-            "in any other way, but look for safetensors files."
-        ) from error
-    except _LOADING_ERRORS as error:
-        text = textwrap.shorten(str(error), 240, placeholder=" …").rstrip(".")
-        if "couldn't connect" in text or isinstance(error, errors.OfflineModeIsEnabled):
-            raise ModelError(
-                f"{what} is neither a directory nor in the local cache and the hub cannot be reached, expected one of "
-                "them; check the name or the network."
-            ) from error
-        raise ModelError(
-            f"{what} cannot be loaded ({type(error).__name__}: {text}), expected files that Transformers can "
-            "read; check or download them again."
-        ) from error
-
-
-@contextmanager
-def quiet(*, bars: bool) -> Iterator[None]:
-    """Silence Transformers' warnings while the context lasts.
-
-    Args:
-        bars: Whether to hide its progress bars too; hidden, those of downloads are not seen either.
-    """
-    verbosity, hide = logging.get_verbosity(), bars and logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    if hide:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if hide:
-            logging.enable_progress_bar()
