@@ -59,8 +59,9 @@ def test_a_run_leaves_a_whole_and_documented_model(settings, tmp_path):
     result = run(settings, tmp_path / "out", on_progress=lambda *stage: stages.append(stage))
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} >= {
-        "README.md", "ablation.json", "certificate.json", "config.json", "direction.safetensors",
-        "generation_config.json", "model.safetensors", "rows.jsonl", "scores.json", "tokenizer.json",
+        "README.md", "ablation.json", "analysis.json", "certificate.json", "config.json", "direction.safetensors",
+        "generation_config.json", "model.safetensors", "report.html", "rows.jsonl",
+        "scores.json", "tokenizer.json",
     }  # fmt: skip
     AutoModelForCausalLM.from_pretrained(out)
     record = json.loads((out / "ablation.json").read_text())
@@ -73,7 +74,7 @@ def test_a_run_leaves_a_whole_and_documented_model(settings, tmp_path):
     )
     rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
     assert len(rows) == 2 * (2 + 3 + 2)
-    assert {stage for stage, _, _ in stages} == {"activations", "evaluation"}
+    assert {stage for stage, _, _ in stages} == {"activations", "evaluation", "separation"}
     card = (out / "README.md").read_text()
     assert "This is not the base model" in card and "base_model: " in card
     assert str(tmp_path) not in json.dumps(record["base"]) and record["directions"][0]["sha256"][:16] in card

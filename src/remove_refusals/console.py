@@ -100,7 +100,7 @@ def show_evaluation(evaluation: Evaluation, notes: tuple[str, ...]) -> None:
     """Print the scores of base and edited model side by side, and what should be said of them."""
     console = Console(highlight=False)
     shown = Table(title="Base and edited model on the same prompts")
-    for column in ("", "base", "edited", "paired"):
+    for column in ("", "base", "edited", "verdict, p"):
         shown.add_column(column, justify="left" if not column else "right", no_wrap=not column, overflow="fold")
     for row in table(evaluation):
         shown.add_row(*row)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from remove_refusals.analysis import Separation, measure_separation
 from remove_refusals.atomic import atomic_directory, check_target
 from remove_refusals.baking import Baked, check_not_source, write_baked
 from remove_refusals.direction_files import load_directions
@@ -16,6 +17,7 @@ from remove_refusals.models import LoadedModel
 from remove_refusals.plan import check_exact
 from remove_refusals.records import write_json, write_jsonl
 from remove_refusals.report import model_card
+from remove_refusals.report_page.page import write_html_report
 from remove_refusals.score_table import table, table_key
 from remove_refusals.selection.candidates import Selection
 from remove_refusals.selection.choose import SearchPrompts, SelectSettings, select, split_for_search
@@ -31,6 +33,7 @@ from remove_refusals.stages import (
     load_model,
     make_intervention,
     measure,
+    stage_progress,
     test_prompts,
     test_text,
     training_prompts,
@@ -39,6 +42,9 @@ from remove_refusals.types import Direction, ModelMap, PromptSet
 
 OUTLIER_SHARE = 0.5
 """From here on a single coordinate is called an outlier: it holds more than all others together."""
+
+_FEWEST_APART = 2
+"""Separation is measured on halves: each set needs two prompts."""
 
 _NOTHING_CHOSEN = "Nothing was chosen, and the settings were used as given: {}"
 
@@ -150,6 +156,10 @@ def _run_into(
         "warnings": list(notes),
     }
     _write_records(directory, record, selection, evaluation, baked)
+    separation = _separation(loaded, prompts, settings, model_map, on_progress)
+    if separation is not None:
+        write_json(directory / "analysis.json", separation.to_json())
+    write_html_report(directory)
     return RunResult(replace(baked, record=record), evaluation, notes, selection)
 
 
@@ -163,6 +173,30 @@ def _write_records(
     write_jsonl(directory / "rows.jsonl", (row.to_json() for row in evaluation.rows))
     card = model_card(record, table(evaluation), table_key(evaluation), baked.certificate)
     (directory / "README.md").write_text(card, encoding="utf-8")
+
+
+def _separation(
+    loaded: LoadedModel,
+    prompts: EvaluationPrompts,
+    settings: RunSettings,
+    model_map: ModelMap,
+    on_progress: OnProgress | None,
+) -> Separation | None:
+    """Measure on the test prompts how far apart the base model holds harmful and harmless ones; None if too few."""
+    if min(len(prompts.harmful), len(prompts.harmless)) < _FEWEST_APART:
+        return None
+    return measure_separation(
+        loaded,
+        prompts.harmful,
+        prompts.harmless,
+        chat=settings.chat,
+        position=settings.direction.positions[0],
+        seed=settings.direction.seed,
+        model=published_name(loaded.source),
+        batch_size=settings.batch_size,
+        model_map=model_map,
+        on_progress=stage_progress(on_progress, "separation"),
+    )
 
 
 def _search_prompts(settings: RunSettings) -> tuple[SearchPrompts | None, tuple[str, ...]]:

@@ -102,7 +102,7 @@ def warnings(evaluation: Evaluation) -> tuple[str, ...]:
 
 def _paired(rates: PairedRate) -> tuple[str, str, str]:
     p_value = rates.mcnemar.p_value if rates.adjusted_p is None else rates.adjusted_p
-    said = f"{rates.verdict}, p = {p_value:.2g}"
+    said = f"{rates.verdict}, {p_value:.1g}"
     base, edited = (
         text + (f", corrected {_share(rates.corrected[model])}" if model in rates.corrected else "")
         for model, text in (("base", _rate(rates.base)), ("edited", _rate(rates.edited)))

@@ -164,7 +164,7 @@ def run(
     if result.selection is not None:
         console.show_selection(result.selection)
     console.show_evaluation(result.evaluation, result.warnings)
-    console.say(f"Saved to {target}: the edited model, ablation.json, scores.json, rows.jsonl and its model card.")
+    console.say(f"Saved to {target}: the edited model, its records and its model card; report.html shows them.")
 
 
 def find(

@@ -72,6 +72,7 @@ def evaluate(
 ) -> None:
     """Refusals, false refusals and damage of two models, side by side on the same prompts."""
     from remove_refusals import atomic, console, pipeline, records
+    from remove_refusals.report_page.page import write_html_report
     from remove_refusals.settings import LoadSettings, MeasureSettings, PromptSource, RunSettings
 
     whole = output is not None and output.suffix != ".json"
@@ -106,6 +107,7 @@ def evaluate(
         with atomic.atomic_directory(output, force=force) as directory:
             records.write_json(directory / "scores.json", evaluation.to_json())
             records.write_jsonl(directory / "rows.jsonl", (row.to_json() for row in evaluation.rows))
+            write_html_report(directory)
     elif output is not None:
         records.write_json(output, evaluation.to_json(), force=force)
     if rows is not None:

@@ -79,7 +79,7 @@ def _candidate_row(entry: Mapping[str, Any], index: int, selection: Mapping[str,
 def strengths(material: Material) -> View | None:
     """Give how much was taken out at which site of which layer; None if no record says it."""
     if material.ablation is not None and "intervention" in material.ablation:
-        edits = [{"site": edit["kind"], **edit} for edit in material.ablation["intervention"]]
+        edits = [{"site": edit["kind"], "layer": None, **edit} for edit in material.ablation["intervention"]]
     elif material.selection is not None:
         edits = material.selection["candidates"][material.selection["picked"]]["strengths"]
     else:
