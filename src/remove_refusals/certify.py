@@ -22,7 +22,7 @@ from remove_refusals.types import DiskTensor, EditPlan, ModelMap, PlanEntry
 FORMAT = 1
 """The version of the layout of `certificate.json`."""
 
-ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-11, torch.float64: 2.0**-53}
+ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float64: 2.0**-53}
 """Half a unit in the last place, relative to a number: the largest error of one rounding."""
 
 
@@ -148,7 +148,7 @@ def certify(
                 continue
             edited.append(_writer(entry, tensor, original, saved, plan.variant))
     problems.extend(
-        f"Writer '{entry.name}' deviates from the plan by {entry.error:.2g}, more than the {entry.allowed:.2g} that "
+        f"Writer '{entry.name}' deviates from the plan by {entry.error:.2g}, more than the {entry.allowed:.2g} that"
         f" rounding to {entry.dtype} can cost; {entry.share_left:.1%} of the direction is left."
         for entry in edited
         if not entry.passed

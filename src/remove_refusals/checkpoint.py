@@ -15,7 +15,7 @@ from remove_refusals.records import read_json
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-HASHED_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
+HASHED_SUFFIXES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
 """The files that decide what a model does: weights, configs, tokenizer, chat template, code of its own."""
 
 # The format's own limit: https://huggingface.co/docs/safetensors, section "Format".
@@ -183,7 +183,8 @@ def file_hashes(directory: Path, known: Mapping[str, str] | None = None) -> dict
     Raises:
         CheckpointError: If a weight file is missing (see `checkpoint_files`) or a file cannot be read.
     """
-    checkpoint_files(directory)
+    if not any(directory.glob("pytorch_model*.bin")):
+        checkpoint_files(directory)
     paths = [path for path in sorted(directory.iterdir()) if path.suffix in HASHED_SUFFIXES and path.name[0] != "."]
     known = known or {}
     return {path.name: known.get(path.name) or _hash(path, 0, None) for path in paths if path.is_file()}

@@ -4,7 +4,7 @@ import fnmatch
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from remove_refusals.plan import Tied, check_exact, check_fit, offset_of, resolv
 from remove_refusals.records import read_json, write_json
 from remove_refusals.skeleton import by_stored_name, disk_names, skeleton, skeleton_of
 from remove_refusals.sources import model_source, weights_directory
-from remove_refusals.types import EditPlan, Intervention, ModelMap
+from remove_refusals.types import DiskTensor, EditPlan, Intervention, ModelMap
 
 OnProgress = Callable[[str, int, int], None]
 
@@ -141,7 +141,7 @@ def bake_on_disk(
     check_not_source(target, checkpoint.source, checkpoint.revision)
     model_map = checkpoint.model_map
     plan = _plan(checkpoint, intervention, tied=tied, allow_leak=allow_leak, variant=variant)
-    names = _names_to_untie(checkpoint, plan)
+    plan, names = _shared(checkpoint, plan)
     stream = plan_files(checkpoint.directory, plan, model_map, names)
     with resumable_directory(target, force=force) as directory:
         hashes, ledger = stream_edited(
@@ -177,27 +177,34 @@ def _plan(
     return resolve(intervention, model_map, reader, tied=tied, allow_leak=allow_leak, variant=variant)
 
 
-def _names_to_untie(checkpoint: Checkpoint, plan: EditPlan) -> tuple[str, ...]:
+def _shared(checkpoint: Checkpoint, plan: EditPlan) -> tuple[EditPlan, tuple[str, ...]]:
     """Name on disk what else is the embedding in the model, which need not be among the checkpoint's tensors.
 
+    Returns:
+        The plan, in which such a tensor is edited with the embedding if the two stay tied, and the names of those that
+        get a copy of the unedited embedding if not.
+
     Raises:
-        NotStreamedError: If it is among them, and not as the same bytes or to be edited as one.
+        NotStreamedError: If such a tensor is among the checkpoint's and has other bytes.
     """
     model_map, model = checkpoint.model_map, checkpoint.model
     entry = next((entry for entry in plan.entries if entry.parameter == model_map.input_embedding), None)
     if not model_map.tied or entry is None:
-        return ()
+        return plan, ()
     embedding = model.get_parameter(model_map.input_embedding)
     shared = [name for name, value in model.named_parameters(remove_duplicate=False) if value is embedding]
     untied = skeleton(model, tied=False)
-    names = tuple(disk for name in shared if name != model_map.input_embedding for disk in disk_names(untied, name))
-    stored = by_stored_name(checkpoint_tensors(checkpoint.directory), model_map)
     own = {tensor.name for tensor in entry.on_disk}
-    for name in (name for name in names if name in stored and name not in own):
-        equal = any(same_bytes(stored[name], stored[known]) for known in own & stored.keys())
-        if not plan.untie or not equal:
-            raise NotStreamedError(f"The checkpoint holds the embedding that the model ties a second time as '{name}'.")
-    return tuple(name for name in names if name not in own)
+    names = [disk for name in shared for disk in disk_names(untied, name) if disk not in own]
+    stored = by_stored_name(checkpoint_tensors(checkpoint.directory), model_map)
+    twice = [name for name in names if name in stored]
+    for name in twice:
+        if not any(same_bytes(stored[name], stored[known]) for known in own & stored.keys()):
+            raise NotStreamedError(f"The checkpoint holds '{name}', which the model ties to the embedding, otherwise.")
+    if plan.untie:
+        return plan, tuple(name for name in names if name not in stored)
+    both = replace(entry, on_disk=(*entry.on_disk, *(DiskTensor(name, entry.on_disk[0].axis) for name in twice)))
+    return replace(plan, entries=tuple(both if known is entry else known for known in plan.entries)), ()
 
 
 def _carry_along(checkpoint: Checkpoint, directory: Path, *, untie: bool) -> None:

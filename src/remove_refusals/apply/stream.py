@@ -77,10 +77,14 @@ def stream_edited(
 
     def write(file: FilePlan) -> None:
         name = file.header.path.name
-        digest = write_shard(file, directory / name, stream.plan.variant, share, ended.is_set)
-        ledger.add(name, file.size, base_sha256=digest)
-        if on_progress is not None:
-            on_progress(len(ledger.whole), len(stream.files))
+        try:
+            digest = write_shard(file, directory / name, stream.plan.variant, share, ended.is_set)
+            ledger.add(name, file.size, base_sha256=digest)
+            if on_progress is not None:
+                on_progress(len(ledger.whole), len(stream.files))
+        except BaseException:
+            ended.set()
+            raise
 
     with _workers(jobs) as pool:
         futures = [pool.submit(write, file) for file in left]

@@ -1,0 +1,28 @@
+"""Tiny checkpoints on disk, and their edit there."""
+
+import torch
+
+import tiny
+import zoo
+from remove_refusals.directions import direction_from_vectors
+from remove_refusals.disk_baking import bake_on_disk, open_checkpoint
+from remove_refusals.models import LoadedModel
+from remove_refusals.plan import intervene
+from remove_refusals.types import DirectionOrigin
+
+
+def taken_out(rank=1, **options):
+    vectors = torch.randn(zoo.D_MODEL, rank, generator=torch.Generator().manual_seed(5))
+    return intervene(direction_from_vectors(vectors, DirectionOrigin("given")), zoo.N_LAYERS, **options)
+
+
+def saved(folder, model_type, dtype=torch.bfloat16, shards="1GB", **overrides):
+    """A saved tiny model, and the same loaded, in float32."""
+    model = zoo.build(model_type, **overrides).to(dtype)
+    model.save_pretrained(folder / "base", max_shard_size=shards)
+    tiny.tokenizer().save_pretrained(folder / "base")
+    return LoadedModel(model.float(), tiny.tokenizer(), str(folder / "base"), checkpoint_dtype=dtype)
+
+
+def streamed(folder, intervention, name="streamed", **options):
+    return bake_on_disk(open_checkpoint(str(folder / "base")), intervention, folder / name, **options)
