@@ -13,6 +13,9 @@ from remove_refusals.text_scores import TextScores
 from remove_refusals.token_statistics import Quantile
 from remove_refusals.types import ChatFormat
 
+FORMAT = 1
+"""The version of the layout of `scores.json`, whose schema is `data/scores.schema.json`."""
+
 
 @dataclass(frozen=True)
 class EvaluationSettings:
@@ -286,14 +289,16 @@ class Evaluation:
         """Give everything but the rows.
 
         Returns:
-            `base` and `edited` (sources), `settings`; `sets`, with `refusals` and `degenerate` for each set, each of
-            them with the rates `base` and `edited` and the test `mcnemar`; `kl`, with `harmless` and
-            `harmless_answered`, each of them with the means `first_token` and `mean`; `perplexity`, with `base` and
-            `edited`; `agreement`, `text` and `tasks`. What was not measured is absent.
+            What `data/scores.schema.json` describes: `format`, `base` and `edited` (sources), `settings`; `sets`, with
+            `refusals` and `degenerate` for each set, each of them with the rates `base` and `edited` and the test
+            `mcnemar`; `kl`, with `harmless` and `harmless_answered`, each of them with the means `first_token` and
+            `mean`; `perplexity`, with `base` and `edited`; `agreement`, `text` and `tasks`. What was not measured is
+            absent.
         """
         distances = {"harmless": self.distance, "harmless_answered": self.distance_answered}
         perplexities = {"base": self.base_perplexity, "edited": self.edited_perplexity}
         return {
+            "format": FORMAT,
             "base": self.base,
             "edited": self.edited,
             "settings": {"judge": self.judge, **asdict(self.settings)},
