@@ -12,7 +12,9 @@ from expert_refusal import refused, right
 from remove_refusals.activations import collect_activations
 from remove_refusals.apply.hooks import ablated
 from remove_refusals.baking import bake
+from remove_refusals.contributions import site_contributions
 from remove_refusals.directions import mean_difference
+from remove_refusals.experts import expert_choices, writer_shares
 from remove_refusals.modelmap import map_model
 from remove_refusals.plan import intervene
 from remove_refusals.types import ChatFormat
@@ -71,3 +73,15 @@ def test_every_way_to_run_experts_is_mapped(implementation):
     model.set_experts_implementation(implementation)
     writers = {writer.parameter for site in map_model(model).sites for writer in site.writers}
     assert {f"model.layers.{layer}.mlp.experts.down_proj" for layer in range(zoo.N_LAYERS)} <= writers
+
+
+def test_what_writes_the_refusal_are_experts(organism, direction):
+    model_map = map_model(organism.loaded.model)
+    parts, plain = (organism.harmful, organism.harmless), ChatFormat(plain=True)
+    found = site_contributions(organism.loaded, *parts, direction, model_map, chat=plain)
+    total = {kind: sum(site.value for site in found.sites if site.site == kind) for kind in ("attn", "mlp")}
+    assert total["mlp"] > abs(total["attn"]) and total["mlp"] > 0
+    shares = writer_shares(organism.loaded, direction, model_map)
+    assert max(shares, key=lambda share: share.value).expert is not None
+    choices = expert_choices(organism.loaded, *parts, model_map, chat=plain)
+    assert len(choices) == 2 * 4 and max(abs(choice.harmful - choice.harmless) for choice in choices) > 0.1

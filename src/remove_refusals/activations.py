@@ -118,7 +118,7 @@ def collect_activations(
 
     def run(indices: Sequence[int]) -> torch.Tensor:
         with torch.inference_mode(), _residual_stream(loaded, model_map, positions, depth, stop=stop) as found:
-            _run_decoder(loaded, [token_ids[index] for index in indices])
+            run_decoder(loaded, [token_ids[index] for index in indices])
         return torch.stack([found[index].to("cpu", torch.float32) for index in range(depth + 1)], dim=2)
 
     def fitting(indices: Sequence[int]) -> int:
@@ -150,7 +150,8 @@ def _check_places(
         )
 
 
-def _run_decoder(loaded: LoadedModel, token_ids: Sequence[Sequence[int]]) -> None:
+def run_decoder(loaded: LoadedModel, token_ids: Sequence[Sequence[int]]) -> None:
+    """Run prompts through the decoder for what hooks see of it, padded on the left, without head and cache."""
     decoder = getattr(loaded.model, loaded.model.base_model_prefix, loaded.model)
     extra = {"use_cache": False} if accepts(loaded, "use_cache") else {}
     decoder(**left_pad(token_ids, loaded.pad_token_id).inputs(loaded), **extra)
@@ -167,7 +168,7 @@ def _runs_each_layer_once(loaded: LoadedModel, model_map: ModelMap, token_ids: S
     handles = [modules[name].register_forward_pre_hook(note(name)) for name in model_map.layers]
     try:
         with torch.inference_mode():
-            _run_decoder(loaded, [min(token_ids, key=len)])
+            run_decoder(loaded, [min(token_ids, key=len)])
     finally:
         for handle in handles:
             handle.remove()
