@@ -5,8 +5,8 @@
 MODEL is a Gemma 3 directory and EDITED what `bake` or `run` made of it, whose intervention is used. A Q8_0 GGUF of
 MODEL is written with the metadata of the donor, any GGUF of the same architecture and vocabulary. Then the same prompts
 are answered greedily by four models: the Q8_0 file; the file with the adapter of `--as gguf-lora`; the file that
-`--as gguf` made of it; and EDITED in Transformers, unless `--rows` names its answers as a run kept them. Needs the extra
-`gguf` and llama-cpp-python.
+`--as gguf` made of it; and EDITED in Transformers, unless `--rows` names its answers as a run kept them. Needs the
+extra `gguf` and llama-cpp-python.
 """
 
 import argparse
