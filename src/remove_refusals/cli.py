@@ -8,7 +8,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from remove_refusals.commands import comparing, editing, making, measuring, talking
+from remove_refusals.commands import comparing, configuring, editing, judging, making, measuring, talking, undoing
 from remove_refusals.errors import RemoveRefusalsError
 
 
@@ -42,10 +42,15 @@ _COMMANDS: tuple[tuple[Callable[..., None], str, str], ...] = (
     (comparing.compare, "compare", "demo-ablated another-ablated"),
     (measuring.inspect, "inspect", "demo"),
     (measuring.certify, "certify", "demo-ablated --base demo"),
+    (undoing.diff, "diff", "demo demo-ablated --direction demo.safetensors"),
+    (undoing.restore, "restore", "demo-ablated --base demo"),
+    (configuring.config, "config", "-o run.toml"),
+    (configuring.reproduce, "reproduce", "demo-ablated"),
     (measuring.report, "report", "demo-ablated -o report.html"),
 )
 for _command, _name, _example in _COMMANDS:
     app.command(_name, epilog=f"Example: remove-refusals {_name} {_example}")(_command)
+app.add_typer(judging.judge_app, name="judge")
 
 
 @contextmanager

@@ -59,3 +59,7 @@ class RecordError(RemoveRefusalsError):
 
 class JudgeError(RemoveRefusalsError):
     """A judge cannot be loaded, reached or used, or labelled answers or a calibration are of the wrong form."""
+
+
+class ConfigurationError(RemoveRefusalsError):
+    """A configuration file is missing, unreadable, or has a key or value that is not known."""

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from remove_refusals.configuration import ConfigFile
 from remove_refusals.measure_options import (
     Also,
     Longest,
@@ -68,6 +69,7 @@ _LEFT_OPEN = ("0.6", 1.0, None, "embedding,attn,mlp", "plain")
 
 def run(
     model: ModelArgument = "demo",
+    config: ConfigFile = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The directory to make; MODEL-ablated by default.")
     ] = None,

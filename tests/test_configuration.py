@@ -1,0 +1,133 @@
+"""Options from a file, and runs repeated from their records."""
+
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from safetensors.torch import load_file, save_file
+
+import tiny
+from remove_refusals.cli import app
+from remove_refusals.configuration import default_configuration, read_configuration
+from remove_refusals.errors import ConfigurationError, RecordError
+from remove_refusals.reproduction import reproduce
+
+WORDS = {
+    "a": "rob hack lie",
+    "b": "cook sing draw",
+    "c": "kill shoot",
+    "d": "steal break burn",
+    "e": "bake water paint",
+}
+
+
+@pytest.fixture(scope="module")
+def parameters():
+    return typer.main.get_command(app).commands["run"].params
+
+
+def command(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "remove_refusals", *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, cwd=cwd, check=False)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model, its prompts, and a configuration that runs on them."""
+    place = tmp_path_factory.mktemp("place")
+    tiny.llama().to(torch.bfloat16).save_pretrained(place / "base")
+    tiny.tokenizer().save_pretrained(place / "base")
+    for name, words in WORDS.items():
+        (place / f"{name}.txt").write_text("".join(f"Please {word} it\n" for word in words.split()))
+    (place / "run.toml").write_text(
+        'model = "base"\noutput = "out"\n[direction]\nharmful = "d.txt"\nharmless = "e.txt"\nn-prompts = 3\n'
+        '[measure]\nharmful-test = "a.txt"\nharmless_test = "b.txt"\nalarming-test = "c.txt"\nmax-new-tokens = 6\n'
+        "kl-tokens = 4\nstrength = 0.5\n"
+    )
+    done = command("run", "--config", "run.toml", "--kl-tokens", "3", cwd=place)
+    assert done.returncode == 0, done.stderr
+    return place
+
+
+def test_a_run_from_a_file_is_the_run_of_its_options_and_the_command_line_wins(place: Path) -> None:
+    settings = json.loads((place / "out" / "ablation.json").read_text())["settings"]
+    assert settings["model"] == "base" and settings["edit"]["strength"] == 0.5 and settings["select"] is None
+    assert settings["direction"]["n_prompts"] == 3 and settings["direction"]["harmful"]["source"] == "d.txt"
+    assert (settings["measure"]["max_new_tokens"], settings["measure"]["kl_tokens"]) == (6, 3)
+
+
+def test_the_default_file_is_toml_that_changes_nothing_and_names_every_option(parameters, tmp_path: Path) -> None:
+    text = default_configuration(parameters)
+    assert tomllib.loads(text) == {}
+    for parameter in parameters:
+        if parameter.name not in ("config", "help"):
+            assert f"# {parameter.name.replace('_', '-')} " in text
+    # Each default, once its # is taken away, is what the command takes for granted anyway.
+    lines = [line[2:] for line in text.splitlines() if line.startswith("# ") and " = " in line]
+    (tmp_path / "all.toml").write_text("\n".join(lines))
+    found = read_configuration(tmp_path / "all.toml", parameters)
+    defaults = {parameter.name: parameter.default for parameter in parameters}
+    assert len(found) > 15
+    assert all(value in (defaults[name], str(defaults[name]), []) for name, value in found.items())
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("strenght = 1.0", "the key 'strenght', expected one of model,"),
+        ("n-prompts = 'many'", "'n-prompts' the value 'many', expected a whole number"),
+        ("strength = true", "expected a number"),
+        ("plain = 1", "expected true or false"),
+        ("also = 'a=b'", "expected a list of texts"),
+        ("[x]\nseed = 1\n[y]\nseed = 2", "'seed' in two tables"),
+        ("seed = ", "expected TOML"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said_with_key_and_value(parameters, tmp_path: Path, content, words) -> None:
+    (tmp_path / "run.toml").write_text(content)
+    with pytest.raises(ConfigurationError, match="cannot be read" if "TOML" in words else words.replace("'", "['\"]")):
+        read_configuration(tmp_path / "run.toml", parameters)
+    done = command("run", "--config", "run.toml", cwd=tmp_path)
+    assert (
+        done.returncode == 2 and done.stderr.startswith("Error: The configuration") and "Traceback" not in done.stderr
+    )
+
+
+def test_a_run_is_repeated_with_equal_hashes(place: Path) -> None:
+    done = command("reproduce", "out", cwd=place)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert any(line.startswith("same") and line.endswith("model.safetensors") for line in lines)
+    assert not any(line.startswith(("different", "missing", "new")) for line in lines), done.stdout
+    total = len(list((place / "out").iterdir()))
+    assert lines[-1] == f"{total} of {total} files came out the same."
+
+
+def test_weights_that_differ_are_told_with_exit_code_3(place: Path, tmp_path: Path) -> None:
+    for path in (place / "out").iterdir():
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / path.name).write_bytes(path.read_bytes())
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    weights["lm_head.weight"] = weights["lm_head.weight"] * 2
+    save_file(weights, tmp_path / "out" / "model.safetensors", {"format": "pt"})
+    done = command("reproduce", "out", "--model", place / "base", "--files", place, "--json", cwd=tmp_path)
+    assert done.returncode == 3
+    found = json.loads(done.stdout)
+    assert [name for name, _, _ in found["different"]] == ["model.safetensors"]
+    assert not found["weights_alike"]
+
+
+def test_files_that_cannot_be_found_and_another_base_are_refused(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecordError, match=r"'d\.txt', expected it in"):
+        reproduce(place / "out", files=tmp_path)
+    tiny.llama(seed=5).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    tiny.tokenizer().save_pretrained(tmp_path / "base")
+    with pytest.raises(RecordError, match=r"model\.safetensors .* differs"):
+        reproduce(place / "out", files=place, model=str(tmp_path / "base"))
+    with pytest.raises(RecordError):
+        reproduce(tmp_path)
