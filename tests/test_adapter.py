@@ -10,16 +10,19 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+import tiny
 import zoo
 from remove_refusals.apply.adapter import peft_adapter, save_peft_adapter
 from remove_refusals.apply.adapter_check import check_loads
 from remove_refusals.apply.memory import edited_tensors
 from remove_refusals.direction_files import save_direction
 from remove_refusals.directions import direction_from_vectors
-from remove_refusals.errors import ArchitectureError
+from remove_refusals.disk_baking import bake_on_disk, open_checkpoint
+from remove_refusals.errors import ArchitectureError, DirectionError
+from remove_refusals.interventions import load_intervention
 from remove_refusals.modelmap import map_model
 from remove_refusals.plan import intervene, resolve
-from remove_refusals.types import DirectionOrigin
+from remove_refusals.types import DirectionOrigin, Intervention, SiteEdit
 
 # Plain, with gains behind the writers and a scaled tied embedding, Conv1D with biases, biases on the input side only,
 # fused experts beside shared ones, experts stored the other way round with biases, state space mixers, and hybrids.
@@ -223,3 +226,54 @@ def test_the_affine_variant_as_lora_loads_the_model(command, llama_directory, tm
     assert outcome.code == 0, outcome
     record = json.loads((tmp_path / "out" / "ablation.json").read_text())
     assert record["intervention"][0]["offset"] == [0.5] and record["plan"]["embedding_scale"] == 1.0
+
+
+class TestRepeat:
+    @pytest.fixture
+    def made(self, tmp_path):
+        """A tiny model, and a bake of it with strengths and directions of its own at every site."""
+        model = zoo.build("llama")
+        model.save_pretrained(tmp_path / "base")
+        tiny.tokenizer().save_pretrained(tmp_path / "base")
+        taken = (direction(zoo.D_MODEL), direction_from_vectors(torch.eye(zoo.D_MODEL)[0], DirectionOrigin("given")))
+        edits = (SiteEdit("attn", 1, 0.5), SiteEdit("mlp", 1, 1.25, 1), SiteEdit("mlp", 3, -0.75))
+        intervention = Intervention(taken, edits)
+        bake_on_disk(open_checkpoint(str(tmp_path / "base")), intervention, tmp_path / "made")
+        return model, intervention
+
+    def test_what_was_made_is_read_back(self, made, tmp_path):
+        found = load_intervention(tmp_path / "made")
+        assert found.edits == made[1].edits
+        assert all(torch.equal(a.basis, b.basis) for a, b in zip(found.directions, made[1].directions, strict=True))
+
+    def test_the_adapter_is_the_edit_that_was_made(self, made, command, tmp_path):
+        arguments = ("bake", tmp_path / "base", "--repeat", tmp_path / "made", "--as", "lora")
+        outcome = command(*arguments, "-o", tmp_path / "adapter")
+        assert outcome.code == 0 and "3 tensors" in outcome.out, outcome
+        saved = AutoModelForCausalLM.from_pretrained(tmp_path / "made").eval()
+        assert float((logits(saved) - logits(made[0])).abs().max()) > 0.05
+        loaded = PeftModel.from_pretrained(made[0], tmp_path / "adapter").eval()
+        torch.testing.assert_close(logits(loaded), logits(saved), rtol=0, atol=2e-5)
+
+    def test_a_checkpoint_can_be_made_again_to_the_byte(self, made, command, tmp_path):
+        outcome = command("bake", tmp_path / "base", "--repeat", tmp_path / "made", "-o", tmp_path / "again")
+        assert outcome.code == 0, outcome
+        first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("made", "again"))
+        assert first == second
+
+    @pytest.mark.parametrize("more", [("--strength", "0.5"), ("--layers", "1-2"), ("--direction", "x.pt")])
+    def test_it_stands_alone(self, more, command, tmp_path):
+        outcome = command("bake", "demo", "--repeat", tmp_path, *more, "-o", tmp_path / "out")
+        assert outcome.code == 2 and "--repeat" in outcome.err
+
+    @pytest.mark.parametrize(
+        "change",
+        [{"strength": None}, {"strength": "1"}, {"kind": "head"}, {"layer": 1.5}, {"more": 1}, {"offset": 3}],
+    )
+    def test_a_record_that_was_changed_is_refused(self, change, made, tmp_path):
+        path = tmp_path / "made" / "ablation.json"
+        record = json.loads(path.read_text())
+        record["intervention"][0] |= change
+        path.write_text(json.dumps(record))
+        with pytest.raises(DirectionError, match="has the edit"):
+            load_intervention(tmp_path / "made")

@@ -12,13 +12,21 @@ if TYPE_CHECKING:
 
     from remove_refusals.carriers import BaseModel
     from remove_refusals.settings import EditSettings, LoadSettings
-    from remove_refusals.types import Direction
+    from remove_refusals.types import Direction, Intervention, ModelMap
 
 As = Annotated[
     str,
     typer.Option("--as", help="checkpoint; beside the base: lora, gguf-lora, control-vector; or gguf: FILE, edited."),
 ]
 GgufFile = Annotated[Path | None, typer.Argument(metavar="[FILE]", help="The GGUF file that --as gguf edits.")]
+
+BakedDirection = Annotated[
+    Path | None,
+    typer.Option("--direction", help="A direction: .safetensors or .pt; or a directory of one for each layer."),
+]
+Repeat = Annotated[
+    Path | None, typer.Option("--repeat", help="Make the edit again that run or bake made in this directory.")
+]
 
 KINDS = ("checkpoint", "lora", "gguf-lora", "control-vector", "gguf")
 """What `--as` accepts."""
@@ -40,11 +48,42 @@ def check_kind(kind: str, file: Path | None) -> None:
         )
 
 
+def chosen(
+    direction: Path | None, repeat: Path | None, edit: "EditSettings", *, as_given: bool
+) -> "tuple[tuple[Direction, ...], Callable[[ModelMap], Intervention]]":
+    """Give the directions, and what makes the intervention for a model.
+
+    Args:
+        direction: The option `--direction`.
+        repeat: The option `--repeat`.
+        edit: What the other options say.
+        as_given: Whether they say how much is to be taken out where.
+
+    Raises:
+        DirectionError: If not just one of the two is given, `--repeat` beside options that it would ignore, or what
+            they name cannot be read.
+    """
+    from remove_refusals import direction_files, interventions, stages
+
+    if (direction is None) == (repeat is None) or (repeat is not None and as_given):
+        raise DirectionError(
+            "Expected one of --direction and --repeat, and beside --repeat none of --strength, --layers, --sites and "
+            "--affine, since the directory's record says that; leave the others out."
+        )
+    if repeat is not None:
+        intervention = interventions.load_intervention(repeat)
+        return intervention.directions, lambda model_map: intervention
+    assert direction is not None
+    given = direction_files.load_directions(direction)
+    return given, lambda model_map: stages.make_intervention(given, edit, model_map)
+
+
 def carry(
     kind: str,
     model: str,
     file: Path | None,
-    given: "tuple[Direction, ...]",
+    directions: "tuple[Direction, ...]",
+    intervene: "Callable[[ModelMap], Intervention]",
     output: Path,
     edit: "EditSettings",
     loading: "LoadSettings",
@@ -57,7 +96,8 @@ def carry(
         kind: One of `KINDS` but the first.
         model: A directory, a hub id, or `demo`.
         file: The GGUF file to edit.
-        given: The directions.
+        directions: The directions, for a control vector.
+        intervene: Makes the intervention for a model, for all else.
         output: The file or directory to be made.
         edit: What to take out where.
         loading: How the model is loaded, where it has to be.
@@ -67,29 +107,28 @@ def carry(
         RemoveRefusalsError: As from `carriers` and `gguf_baking`.
     """
     if kind == "control-vector":
-        _control_vector(model, given, output, edit, loading, force=force)
+        _control_vector(model, directions, output, edit, loading, force=force)
     elif file is not None:
-        _edited_gguf(model, file, given, output, edit, loading, force=force)
+        _edited_gguf(model, file, intervene, output, edit, loading, force=force)
     else:
-        _adapter(kind, model, given, output, edit, loading, force=force)
+        _adapter(kind, model, intervene, output, edit, loading, force=force)
 
 
 def _adapter(
     kind: str,
     model: str,
-    given: "tuple[Direction, ...]",
+    intervene: "Callable[[ModelMap], Intervention]",
     output: Path,
     edit: "EditSettings",
     loading: "LoadSettings",
     *,
     force: bool,
 ) -> None:
-    from remove_refusals import carriers, console, stages
+    from remove_refusals import carriers, console
 
     def write(base: "BaseModel") -> "carriers.Carried":
-        intervention = stages.make_intervention(given, edit, base.model_map)
         make = carriers.bake_lora if kind == "lora" else carriers.bake_gguf_lora
-        return make(base, intervention, output, **_options(edit), force=force)
+        return make(base, intervene(base.model_map), output, **_options(edit), force=force)
 
     carried, model_map = _with_base(model, loading, write)
     names = {entry.parameter for entry in carried.plan.entries}
@@ -102,18 +141,17 @@ def _adapter(
 def _edited_gguf(
     model: str,
     file: Path,
-    given: "tuple[Direction, ...]",
+    intervene: "Callable[[ModelMap], Intervention]",
     output: Path,
     edit: "EditSettings",
     loading: "LoadSettings",
     *,
     force: bool,
 ) -> None:
-    from remove_refusals import console, gguf_baking, modelmap, skeleton, stages
+    from remove_refusals import console, gguf_baking, modelmap, skeleton
 
     model_map = modelmap.map_model(skeleton.skeleton_of(model, trust_remote_code=loading.trust_remote_code))
-    intervention = stages.make_intervention(given, edit, model_map)
-    baked = gguf_baking.bake_gguf(file, model_map, intervention, output, **_options(edit), force=force)
+    baked = gguf_baking.bake_gguf(file, model_map, intervene(model_map), output, **_options(edit), force=force)
     kinds = ", ".join(sorted({writer.type for writer in baked.writers}))
     left = baked.record["certificate"]["largest_share_beyond_plan"]
     console.say(f"Edited {len(baked.writers)} tensors ({kinds}); every other byte is as it was.")

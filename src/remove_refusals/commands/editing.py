@@ -5,13 +5,12 @@ from typing import Annotated, Any
 
 import typer
 
-from remove_refusals.commands.carrying import As, GgufFile, carry, check_kind
+from remove_refusals.commands.carrying import As, BakedDirection, GgufFile, Repeat, carry, check_kind, chosen
 from remove_refusals.options import (
     Affine,
     AllowLeak,
     Certify,
     Device,
-    DirectionFile,
     Dtype,
     Force,
     Jobs,
@@ -25,15 +24,18 @@ from remove_refusals.options import (
     TiedOption,
     VariantOption,
     edit_settings,
-    made_intervention,
 )
+
+_ALL = (1.0, None, "embedding,attn,mlp", False)
+"""The defaults of the options that say how much is taken out where."""
 
 
 def bake(
     model: ModelArgument,
-    direction: DirectionFile,
     output: Annotated[Path, typer.Option("--output", "-o", help="The directory to make; a file for GGUF.")],
     file: GgufFile = None,
+    direction: BakedDirection = None,
+    repeat: Repeat = None,
     force: Force = False,
     kind: As = "checkpoint",
     strength: Strength = 1.0,
@@ -56,16 +58,16 @@ def bake(
     No model is loaded, unless --device or --dtype is given, --affine or --allow-leak needs it, or there are no
     safetensors files.
     """
-    from remove_refusals import atomic, baking, console, direction_files, disk_baking, errors, stages
+    from remove_refusals import atomic, baking, console, disk_baking, errors, modelmap, stages
     from remove_refusals.settings import LoadSettings
 
     check_kind(kind, file)
     atomic.check_target(output, force=force, directory=kind in ("checkpoint", "lora"))
     edit = edit_settings(strength, layers, sites, tied, variant, allow_leak, affine)
-    given = direction_files.load_directions(direction)
+    directions, intervene = chosen(direction, repeat, edit, as_given=(strength, layers, sites, affine) != _ALL)
     loading = LoadSettings(device, dtype, False, trust_remote_code, revision)
     if kind != "checkpoint":
-        carry(kind, model, file, given, output, edit, loading, force=force)
+        carry(kind, model, file, directions, intervene, output, edit, loading, force=force)
         return
     options: dict[str, Any] = {
         "tied": edit.tied,
@@ -78,11 +80,10 @@ def bake(
         try:
             checkpoint = disk_baking.open_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code)
             model_map = checkpoint.model_map
-            intervention = stages.make_intervention(given, edit, model_map)
             with console.progress() as on_progress:
                 baked = disk_baking.bake_on_disk(
                     checkpoint,
-                    intervention,
+                    intervene(model_map),
                     output,
                     memory=memory,
                     jobs=jobs,
@@ -94,7 +95,7 @@ def bake(
             reason = str(error)
     if reason:
         loaded = stages.load_model(model, loading)
-        intervention, model_map = made_intervention(loaded, given, edit)
-        baked = baking.bake(loaded, intervention, output, model_map=model_map, **options)
+        model_map = modelmap.map_model(loaded.model)
+        baked = baking.bake(loaded, intervene(model_map), output, model_map=model_map, **options)
     console.show_plan(baked.plan, model_map)
     console.say(f"Saved to {output}." + (f" Edited in memory: {reason}" if reason else ""))
