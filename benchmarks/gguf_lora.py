@@ -26,16 +26,15 @@ from remove_refusals.apply.gguf_names import GgufNames
 from remove_refusals.carriers import bake_gguf_lora, base_on_disk
 from remove_refusals.chat_template import render
 from remove_refusals.checkpoint import checkpoint_tensors
-from remove_refusals.direction_files import load_directions
 from remove_refusals.disk_baking import open_checkpoint
 from remove_refusals.generation import generate
 from remove_refusals.gguf_baking import bake_gguf
+from remove_refusals.interventions import load_intervention
 from remove_refusals.judges import judge_phrases
 from remove_refusals.modelmap import map_model
 from remove_refusals.models import LoadedModel, load
 from remove_refusals.skeleton import skeleton_of
 from remove_refusals.slices import read_tensor
-from remove_refusals.types import Intervention, SiteEdit
 
 Q8_0 = gguf.GGMLQuantizationType.Q8_0
 
@@ -53,7 +52,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     prompts = options.prompts.read_text(encoding="utf-8").splitlines()[: options.n]
-    intervention = intervention_of(Path(options.edited))
+    intervention = load_intervention(Path(options.edited))
     edited = load(options.edited)
     tokens = render(edited.tokenizer, prompts)
     with tempfile.TemporaryDirectory() as scratch:
@@ -85,16 +84,6 @@ def main() -> None:
     else:
         answers = [one.text for one in generate(edited, tokens, max_new_tokens=options.max_new_tokens)]
     show("the edited checkpoint", prompts, answers, start)
-
-
-def intervention_of(directory: Path) -> Intervention:
-    """Read what was taken out of a directory that `bake` or `run` made."""
-    record = json.loads((directory / "ablation.json").read_text(encoding="utf-8"))
-    edits = [
-        SiteEdit(edit["kind"], edit.get("layer"), edit["strength"], edit.get("direction", 0))
-        for edit in record["intervention"]
-    ]
-    return Intervention(load_directions(directory), tuple(edits))
 
 
 def kept(path: Path) -> dict[str, str]:
