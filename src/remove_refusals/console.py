@@ -3,15 +3,17 @@
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from remove_refusals.calibration import Calibration, accuracy_rows, confusion_rows
 from remove_refusals.certify import Certificate
 from remove_refusals.evaluation import Evaluation
+from remove_refusals.judges import Label
 from remove_refusals.score_table import table, table_key
 from remove_refusals.selection.candidates import Selection
 from remove_refusals.types import EditPlan, ModelMap
@@ -32,11 +34,19 @@ def write(text: str) -> None:
 
 
 def typed_lines() -> Iterator[str]:
-    """Give what is typed line by line until the end of input; asks with `> ` in a terminal, not in a pipe."""
-    interactive = sys.stdin.isatty()
+    """Give what is typed line by line until the end of input.
+
+    In a terminal it asks with `> `, and the lines before can be called back; in a pipe neither.
+    """
+    if sys.stdin.isatty():
+        with suppress(ImportError):
+            # Its import alone gives `input` a history; Windows has its own.
+            import readline  # noqa: F401
+        with suppress(EOFError):
+            while True:
+                yield input("> ")
+        return
     while True:
-        if interactive:
-            write("> ")
         line = sys.stdin.readline()
         if not line:
             return
@@ -108,6 +118,25 @@ def show_evaluation(evaluation: Evaluation, notes: tuple[str, ...]) -> None:
     console.print(table_key(evaluation), markup=False)
     for note in notes:
         console.print(f"Warning: {note}", style="yellow", markup=False)
+
+
+def show_calibration(calibration: Calibration, usage: object | None) -> None:
+    """Print what a judge says of answers with known labels, how often it is right, and what asking it has cost."""
+    console = Console(highlight=False)
+    said = Table(title=f"{calibration.judge} on {calibration.n} answers ({calibration.labelled})")
+    right = Table(title="How often it is right about each label")
+    for shown, columns, rows in (
+        (said, ("true, said:", *map(str, Label)), confusion_rows(calibration)),
+        (right, ("label", "sensitivity", "specificity"), accuracy_rows(calibration)),
+    ):
+        for number, column in enumerate(columns):
+            shown.add_column(column, justify="right" if number else "left", overflow="fold")
+        for row in rows:
+            shown.add_row(*row)
+        console.print(shown)
+    console.print("Intervals: 95%, Wilson. SHA-256 of the answers' file:", calibration.sha256, markup=False)
+    if usage is not None:
+        console.print(f"Asked: {usage}.", markup=False)
 
 
 def say_json(data: object) -> None:

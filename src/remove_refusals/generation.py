@@ -2,7 +2,7 @@
 
 import textwrap
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -120,7 +120,7 @@ def continued(loaded: LoadedModel, answer: Answer, rest: Answer) -> Answer:
     return _to_answer(loaded, token_ids, _end_token_ids(loaded) if rest.finished else set())
 
 
-def stream(loaded: LoadedModel, token_ids: Sequence[int], *, max_new_tokens: int = 512) -> Iterator[str]:
+def stream(loaded: LoadedModel, token_ids: Sequence[int], *, max_new_tokens: int = 512) -> Generator[str]:
     """Continue one prompt greedily, piece by piece; leaving the iteration early ends the generation.
 
     Args:

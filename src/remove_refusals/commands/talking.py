@@ -1,7 +1,9 @@
 """Commands that let a model answer."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -31,6 +33,10 @@ from remove_refusals.options import (
     made_intervention,
 )
 
+if TYPE_CHECKING:
+    from remove_refusals.settings import EditSettings
+    from remove_refusals.types import Direction, Intervention, ModelMap
+
 
 def chat(
     model: ModelArgument,
@@ -51,7 +57,7 @@ def chat(
     plain: Plain = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Where an answer is cut off.")] = 512,
 ) -> None:
-    """Talk to a model with the direction taken out as it runs; end with Ctrl-D."""
+    """Talk to a model with the direction taken out as it runs; /help there says what can be changed, Ctrl-D ends it."""
     from remove_refusals import chat as chatting
     from remove_refusals import console, direction_files, stages
     from remove_refusals.settings import LoadSettings
@@ -66,18 +72,33 @@ def chat(
     given = None if direction is None or no_ablation else direction_files.load_directions(direction)
     edit = edit_settings(strength, layers, sites, affine=affine)
     loaded = stages.load_model(model, LoadSettings(device, dtype, load_in_4bit, trust_remote_code, revision))
-    intervention, model_map = None, None
+    make, model_map = None, None
     if given is not None:
-        intervention, model_map = made_intervention(loaded, given, edit)
+        _, model_map = made_intervention(loaded, given, edit)
+        make = _maker(given, edit, model_map)
+    put = chat_format(system_prompt, chat_template, plain)
     chatting.converse(
         loaded,
-        intervention,
+        make,
         console.typed_lines(),
         console.write,
-        sides="compare" if compare else "original" if no_ablation else "ablated",
-        chat=chat_format(system_prompt, chat_template, plain),
+        state=chatting.ChatState(
+            strength, edit.layers, "compare" if compare else "original" if no_ablation else "ablated", put.system_prompt
+        ),
+        chat=put,
         model_map=model_map,
         max_new_tokens=max_new_tokens,
+    )
+
+
+def _maker(
+    directions: "tuple[Direction, ...]", edit: "EditSettings", model_map: "ModelMap"
+) -> "Callable[[float, tuple[int, int] | None], Intervention]":
+    """Give what makes the intervention of another strength and other layers."""
+    from remove_refusals import stages
+
+    return lambda strength, layers: stages.make_intervention(
+        directions, replace(edit, strength=strength, layers=layers), model_map
     )
 
 
