@@ -13,11 +13,16 @@ if TYPE_CHECKING:
     from remove_refusals.analysis import Separation, measure_separation, separation
     from remove_refusals.apply.hooks import ablated
     from remove_refusals.baking import bake
+    from remove_refusals.calibration import Calibration, calibrate, load_calibration
+    from remove_refusals.comparisons import holm, paired_difference, paired_rates
+    from remove_refusals.corrections import rogan_gladen
     from remove_refusals.direction_files import load_direction, load_directions, save_direction, save_directions
     from remove_refusals.directions import direction_from_vectors, mean_difference, mean_difference_per_layer
     from remove_refusals.errors import RemoveRefusalsError
     from remove_refusals.evaluation import evaluate
     from remove_refusals.generation import generate
+    from remove_refusals.judges import Label, judge_phrases
+    from remove_refusals.judges.choosing import make_judge
     from remove_refusals.modelmap import map_model
     from remove_refusals.models import load
     from remove_refusals.pipeline import run
@@ -32,8 +37,10 @@ __version__ = version("remove-refusals")
 
 _HOME = {
     "Activations": "types",
+    "Calibration": "calibration",
     "Direction": "types",
     "Intervention": "types",
+    "Label": "judges",
     "PromptSet": "types",
     "RemoveRefusalsError": "errors",
     "RunSettings": "settings",
@@ -41,22 +48,30 @@ _HOME = {
     "Separation": "analysis",
     "ablated": "apply.hooks",
     "bake": "baking",
+    "calibrate": "calibration",
     "collect_activations": "activations",
     "direction_from_vectors": "directions",
     "embedded_prompts": "prompts",
     "evaluate": "evaluation",
     "generate": "generation",
+    "holm": "comparisons",
     "html_report": "report_page.page",
     "intervene": "plan",
     "intervene_per_layer": "plan",
+    "judge_phrases": "judges",
     "load": "models",
+    "load_calibration": "calibration",
     "load_direction": "direction_files",
     "load_directions": "direction_files",
     "load_prompts": "prompts",
+    "make_judge": "judges.choosing",
     "map_model": "modelmap",
     "mean_difference": "directions",
     "mean_difference_per_layer": "directions",
     "measure_separation": "analysis",
+    "paired_difference": "comparisons",
+    "paired_rates": "comparisons",
+    "rogan_gladen": "corrections",
     "run": "pipeline",
     "save_direction": "direction_files",
     "save_directions": "direction_files",
@@ -68,8 +83,10 @@ _HOME = {
 
 __all__ = [
     "Activations",
+    "Calibration",
     "Direction",
     "Intervention",
+    "Label",
     "PromptSet",
     "RemoveRefusalsError",
     "RunSettings",
@@ -77,22 +94,30 @@ __all__ = [
     "Separation",
     "ablated",
     "bake",
+    "calibrate",
     "collect_activations",
     "direction_from_vectors",
     "embedded_prompts",
     "evaluate",
     "generate",
+    "holm",
     "html_report",
     "intervene",
     "intervene_per_layer",
+    "judge_phrases",
     "load",
+    "load_calibration",
     "load_direction",
     "load_directions",
     "load_prompts",
+    "make_judge",
     "map_model",
     "mean_difference",
     "mean_difference_per_layer",
     "measure_separation",
+    "paired_difference",
+    "paired_rates",
+    "rogan_gladen",
     "run",
     "save_direction",
     "save_directions",
