@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import report_records as records
 from remove_refusals.errors import OutputError, RecordError
-from remove_refusals.report_page.charts import heat_paths
+from remove_refusals.report_page.heat import heat_paths
 from remove_refusals.report_page.material import NAMES
 from remove_refusals.report_page.page import html_report, write_html_report
 from remove_refusals.report_page.scales import Scale, integer_ticks, integers, scale_of

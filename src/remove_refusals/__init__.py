@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from remove_refusals.directions import direction_from_vectors, mean_difference, mean_difference_per_layer
     from remove_refusals.errors import RemoveRefusalsError
     from remove_refusals.evaluation import evaluate
+    from remove_refusals.examination import Examination, analyze
     from remove_refusals.generation import generate
     from remove_refusals.judges import Label, judge_phrases
     from remove_refusals.judges.choosing import make_judge
@@ -39,6 +40,7 @@ _HOME = {
     "Activations": "types",
     "Calibration": "calibration",
     "Direction": "types",
+    "Examination": "examination",
     "Intervention": "types",
     "Label": "judges",
     "PromptSet": "types",
@@ -47,6 +49,7 @@ _HOME = {
     "SelectSettings": "selection.choose",
     "Separation": "analysis",
     "ablated": "apply.hooks",
+    "analyze": "examination",
     "bake": "baking",
     "calibrate": "calibration",
     "collect_activations": "activations",
@@ -85,6 +88,7 @@ __all__ = [
     "Activations",
     "Calibration",
     "Direction",
+    "Examination",
     "Intervention",
     "Label",
     "PromptSet",
@@ -93,6 +97,7 @@ __all__ = [
     "SelectSettings",
     "Separation",
     "ablated",
+    "analyze",
     "bake",
     "calibrate",
     "collect_activations",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from remove_refusals.errors import OutputError
 
-MODEL_FILES = ("config.json", "ablation.json", "adapter_config.json", "scores.json")
+MODEL_FILES = ("config.json", "ablation.json", "adapter_config.json", "scores.json", "analysis.json")
 """A directory that holds one of these is a model's or a measurement's and may be replaced by force; others may not."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

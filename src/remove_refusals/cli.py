@@ -8,7 +8,17 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from remove_refusals.commands import comparing, configuring, editing, judging, making, measuring, talking, undoing
+from remove_refusals.commands import (
+    comparing,
+    configuring,
+    editing,
+    examining,
+    judging,
+    making,
+    measuring,
+    talking,
+    undoing,
+)
 from remove_refusals.errors import RemoveRefusalsError
 
 
@@ -46,6 +56,7 @@ _COMMANDS: tuple[tuple[Callable[..., None], str, str], ...] = (
     (undoing.restore, "restore", "demo-ablated --base demo"),
     (configuring.config, "config", "-o run.toml"),
     (configuring.reproduce, "reproduce", "demo-ablated"),
+    (examining.analyze, "analyze", "demo -o demo-analysis"),
     (measuring.report, "report", "demo-ablated -o report.html"),
 )
 for _command, _name, _example in _COMMANDS:

@@ -217,33 +217,3 @@ def bars(name: str, label: str, values: Sequence[tuple[int, float]], x: Scale, y
         tuple(Tick(round(height * (1 - y.share(value)), 2), tick(value)) for value in y.ticks(4)),
         tuple(placed),
     )
-
-
-def heat_paths(cells: Sequence[Sequence[float | None]], *, steps: int = 10) -> list[tuple[str, float, str]]:
-    """Draw a matrix of numbers from -1 to 1 as one path for each shade, since a cell each would fill the page.
-
-    Args:
-        cells: `[n, n]`; None is left blank.
-        steps: How many shades there are on each side of 0.
-
-    Returns:
-        For each shade its sign, `plus` or `minus`, its opacity from 0 to 1, and the path in units of cells, row 0 on
-        top; runs of one shade along a row are one rectangle.
-    """
-    shades: dict[tuple[str, int], list[str]] = {}
-    for row, values in enumerate(cells):
-        column = 0
-        while column < len(values):
-            shade = _shade(values[column], steps)
-            end = column + 1
-            while end < len(values) and _shade(values[end], steps) == shade:
-                end += 1
-            if shade is not None:
-                shades.setdefault(shade, []).append(f"M{column} {row}h{end - column}v1h-{end - column}z")
-            column = end
-    return [(sign, round(level / steps, 3), "".join(parts)) for (sign, level), parts in sorted(shades.items())]
-
-
-def _shade(value: float | None, steps: int) -> tuple[str, int] | None:
-    level = 0 if value is None else round(min(1.0, abs(value)) * steps)
-    return None if value is None or level == 0 else ("plus" if value > 0 else "minus", level)

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from remove_refusals.atomic import atomic_file
 from remove_refusals.errors import RecordError
-from remove_refusals.report_page import chosen, measured, separated, words
+from remove_refusals.report_page import chosen, measured, origins, separated, words
 from remove_refusals.report_page.answers import HARMLESS, answers, prompt_texts
 from remove_refusals.report_page.material import Material, read_material
 
@@ -114,6 +114,7 @@ def _views(material: Material, directory: Path, *, full_answers: bool) -> dict[s
         "candidates": of("selection.json", material.selection, chosen.candidates),
         "strengths": _of("ablation.json", directory, lambda: chosen.strengths(material)),
         "separation": of("analysis.json", material.analysis, separated.separation, by_id),
+        "origins": of("analysis.json", material.analysis, origins.origins),
         "certificate": of("certificate.json", material.certificate, chosen.certificate),
         "answers": of("rows.jsonl", material.rows, shown),
     }
@@ -153,6 +154,7 @@ def _base(material: Material) -> str | None:
 
 
 def _edited(material: Material, directory: Path) -> str | None:
-    if material.ablation is None and material.scores is None:
+    examined = material.ablation is None and "contributions" in (material.analysis or {})
+    if examined or (material.ablation is None and material.scores is None):
         return None
     return (material.scores or {}).get("edited") or directory.resolve().name

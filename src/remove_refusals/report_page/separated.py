@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from remove_refusals.report_page.charts import Point, Series, chart, heat_paths
-from remove_refusals.report_page.scales import Scale, integer_ticks, integers, scale_of
+from remove_refusals.report_page.charts import Point, Series, chart
+from remove_refusals.report_page.heat import Heat, heat
+from remove_refusals.report_page.scales import Scale, integers, scale_of
 from remove_refusals.report_page.words import interval, number, percent
 
 View = dict[str, Any]
@@ -100,18 +101,19 @@ def _table(layers: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], list[t
     return head, rows
 
 
-def _cosines(cells: Sequence[Sequence[float | None]]) -> View:
+def _cosines(cells: Sequence[Sequence[float | None]]) -> Heat:
     size = len(cells)
-    ticks = integer_ticks(integers(0, size - 1), 6)
-    rows = [[("" if value is None else f"{value:.2f}") for value in row] for row in cells]
     apart = [value for row in cells for value in row if value is not None]
-    return {
-        "size": size,
-        "least": number(min(apart)) if apart else None,
-        "paths": heat_paths(cells),
-        "ticks": [(round(100 * (at + 0.5) / size, 2), number(at)) for at in ticks],
-        "rows": rows if size <= _MOST_COSINES else None,
-    }
+    least = f"; the smallest is {number(min(apart))}" if apart else ""
+    head = ("layer", *map(str, range(size)))
+    rows = [(str(at), *("" if value is None else f"{value:.2f}" for value in row)) for at, row in enumerate(cells)]
+    return heat(
+        f"Cosines between the directions of all layers{least}",
+        cells,
+        key=("cosine 1", "0 or not measured", "cosine -1"),
+        axes="layer against layer",
+        table=(head, rows) if size <= _MOST_COSINES else None,
+    )
 
 
 def _pictures(analysis: Mapping[str, Any], prompts: Mapping[str, str]) -> View | None:
