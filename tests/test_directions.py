@@ -95,6 +95,19 @@ def test_each_position_is_projected_by_its_own_harmless_mean(sets):
         assert float((single.basis - found.basis @ (found.basis.T @ single.basis)).norm()) < 1e-5, column
 
 
+@pytest.mark.parametrize("projected", [False, True])
+def test_a_direction_knows_how_long_the_difference_was(projected, sets, tmp_path):
+    found = mean_difference(*sets, layer=2, position=-2, projected=projected)
+    means = [part.hidden[:, 1, 2].double().mean(dim=0) for part in sets]
+    difference = means[0] - means[1]
+    if projected:
+        difference = difference - means[1] * (means[1] @ difference) / (means[1] @ means[1])
+    assert found.origin.length == pytest.approx(float(difference.norm()), rel=1e-6)
+    save_direction(found, tmp_path / "found.safetensors")
+    assert load_direction(tmp_path / "found.safetensors").origin.length == found.origin.length
+    assert mean_difference(*sets, layer=2, position=(-1, -2)).origin.length is None
+
+
 def test_a_position_twice_is_refused(sets):
     with pytest.raises(DirectionError, match="linearly dependent"):
         mean_difference(*sets, layer=2, position=(-1, -1))
@@ -155,7 +168,7 @@ def test_each_layers_direction_is_taken_out_by_hooks_and_weights_alike(model_typ
             assert torch.equal(entry.basis, found[entry.layer or 0].basis)
             other = found[(entry.layer or 0) - 1].basis
             assert share_left(after, original, other, entry.axis) > 0.5
-    files = sorted(path.name for path in baked.directory.glob("direction*.safetensors"))
+    files = sorted(path.name for path in baked.directory.glob("directions/direction*.safetensors"))
     assert len(files) == last + 1 - first
     read = load_directions(baked.directory)
     assert all(torch.equal(a.basis, b.basis) for a, b in zip(read, found[first : last + 1], strict=True))
