@@ -161,7 +161,7 @@ def test_bake_writes_a_whole_model_and_its_record(loaded, tmp_path):
         "model.safetensors",
     }
     assert len(record["plan"]["edited"]) == 5 and record["plan"]["left"] == {}
-    assert torch.equal(load_direction(tmp_path / "out" / "direction.safetensors").basis, taken.basis)
+    assert torch.equal(load_direction(tmp_path / "out" / "directions" / "direction.safetensors").basis, taken.basis)
     for entry in baked.plan.entries:
         original = loaded.model.get_parameter(entry.parameter)
         # Rounding to bfloat16 after the edit puts a little of the direction back: half a unit in the last place.

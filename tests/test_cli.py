@@ -30,7 +30,8 @@ def fine(outcome: Outcome) -> str:
 
 
 def hashes(directory: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(directory.iterdir())}
+    files = (path for path in sorted(directory.iterdir()) if path.is_file())
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def rows(path: Path) -> list[dict[str, object]]:
@@ -311,7 +312,7 @@ class TestBake:
         assert model.dtype == torch.bfloat16
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / "edited")
         assert tokenizer.chat_template == tiny.CHAT_TEMPLATE
-        basis = load_direction(tmp_path / "edited" / "direction.safetensors").basis
+        basis = load_direction(tmp_path / "edited" / "directions" / "direction.safetensors").basis
         assert torch.equal(basis, load_direction(direction).basis)
         for name, axis in (("embed_tokens.weight", 1), ("layers.1.mlp.down_proj.weight", 0)):
             weight = model.model.get_parameter(name).detach().float()
@@ -371,7 +372,7 @@ class TestRun:
         assert len(rows(output / "rows.jsonl")) == 12
         assert (output / "README.md").read_text().startswith("---\n")
         # The parts give the same as the whole.
-        assert (output / "direction.safetensors").read_bytes() == direction.read_bytes()
+        assert (output / "directions" / "direction.safetensors").read_bytes() == direction.read_bytes()
         fine(command("bake", llama_directory, "--direction", direction, "-o", tmp_path / "baked"))
         assert hashes(tmp_path / "baked")["model.safetensors"] == hashes(output)["model.safetensors"]
 

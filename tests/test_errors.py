@@ -445,7 +445,7 @@ class TestOtherProcess:
         assert "NaN" in sentence(Outcome(child.returncode, out, errors))
         assert not (tmp_path / "a.jsonl").exists()
 
-    @pytest.mark.parametrize("moment", ["*", "*/direction.safetensors"])
+    @pytest.mark.parametrize("moment", ["*", "*/directions/direction.safetensors"])
     def test_interrupt_leaves_nothing(
         self, process, llama_directory: Path, inputs: Inputs, tmp_path: Path, moment: str
     ) -> None:

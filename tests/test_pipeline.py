@@ -10,11 +10,16 @@ from transformers import AutoModelForCausalLM
 import tiny
 from remove_refusals.answers import answer_rows
 from remove_refusals.direction_files import load_direction, save_direction
+from remove_refusals.directions import direction_from_vectors
 from remove_refusals.errors import ModelError, OutputError, PromptError
 from remove_refusals.inspection import certify_directory, inspect
+from remove_refusals.interventions import CANDIDATES, load_candidates, save_candidates, scaled
 from remove_refusals.journal import STAGES
 from remove_refusals.models import load
 from remove_refusals.pipeline import compare, run
+from remove_refusals.plan import intervene
+from remove_refusals.records import write_json
+from remove_refusals.selection.candidates import Candidate, Rule, Selection
 from remove_refusals.settings import (
     DirectionSettings,
     EditSettings,
@@ -24,7 +29,7 @@ from remove_refusals.settings import (
     RunSettings,
 )
 from remove_refusals.stages import find_direction
-from remove_refusals.types import ChatFormat, PromptSet
+from remove_refusals.types import ChatFormat, DirectionOrigin, Intervention, PromptSet, SiteEdit
 
 
 def prompt_file(path, words):
@@ -59,7 +64,7 @@ def test_a_run_leaves_a_whole_and_documented_model(settings, tmp_path):
     result = run(settings, tmp_path / "out", on_progress=lambda *stage: stages.append(stage))
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} >= {
-        "README.md", "ablation.json", "analysis.json", "certificate.json", "config.json", "direction.safetensors",
+        "README.md", "ablation.json", "analysis.json", "certificate.json", "config.json", "directions",
         "generation_config.json", "model.safetensors", "report.html", "rows.jsonl",
         "scores.json", "tokenizer.json",
     }  # fmt: skip
@@ -89,7 +94,7 @@ def test_the_numbers_are_those_of_the_saved_files(settings, tmp_path):
 
 def test_the_same_seed_gives_the_same_files(settings, tmp_path):
     first, second = (run(settings, tmp_path / name).baked.directory for name in ("one", "two"))
-    for name in ("model.safetensors", "direction.safetensors", "certificate.json"):
+    for name in ("model.safetensors", "directions/direction.safetensors", "certificate.json"):
         assert (first / name).read_bytes() == (second / name).read_bytes()
 
 
@@ -128,7 +133,9 @@ def test_a_direction_from_a_file_is_used_as_it_is(settings, tmp_path):
     found = find_direction(loaded, settings.direction, chat=ChatFormat())
     save_direction(found.direction, tmp_path / "d.safetensors")
     run(settings, tmp_path / "out", direction_file=tmp_path / "d.safetensors")
-    assert torch.equal(load_direction(tmp_path / "out" / "direction.safetensors").basis, found.direction.basis)
+    assert torch.equal(
+        load_direction(tmp_path / "out" / "directions" / "direction.safetensors").basis, found.direction.basis
+    )
 
 
 def test_prompts_that_found_the_direction_may_not_measure_it(settings, tmp_path):
@@ -182,3 +189,31 @@ def test_answer_rows(settings):
     rows = answer_rows(loaded, PromptSet("p", ("One", "Two"), "test"), None, max_new_tokens=5)
     assert [row["prompt"] for row in rows] == ["One", "Two"]
     assert all(row["n_tokens"] <= 5 and row["ablated"] is False for row in rows)
+
+
+def test_what_a_search_tried_can_be_tried_again(settings, tmp_path):
+    directory = tmp_path / "directions"
+    directory.mkdir()
+    vectors = torch.eye(8)
+    directions = [direction_from_vectors(vectors[i], DirectionOrigin("test")) for i in range(3)]
+    first = Intervention((directions[0], directions[1]), (SiteEdit("attn", 1, 0.5, 0), SiteEdit("mlp", 2, 1.5, 1)))
+    second = Intervention((directions[1], directions[2]), (SiteEdit("mlp", 0, 1.0, 1),))
+    candidates = [Candidate(name, one, 0.1, 0.2) for name, one in (("a", first), ("b", first), ("c", second))]
+    write_json(tmp_path / "selection.json", Selection("auto", tuple(candidates), 2, Rule()).to_json())
+    save_candidates({0: first, 2: second}, tmp_path / CANDIDATES)
+    found = load_candidates(tmp_path)
+    assert list(found) == ["a", "c"]
+    for name, wanted in (("a", first), ("c", second)):
+        assert found[name].edits == wanted.edits
+        for one, other in zip(found[name].directions, wanted.directions, strict=True):
+            assert torch.equal(one.basis, other.basis)
+    assert load_candidates(tmp_path / "elsewhere") == {}
+
+
+def test_an_intervention_is_scaled_and_restricted():
+    direction = direction_from_vectors(torch.eye(8)[0], DirectionOrigin("test"))
+    whole = intervene(direction, 4)
+    for layers in (None, (0, 2), (1, 3)):
+        assert scaled(whole, 0.3, layers).edits == intervene(direction, 4, strength=0.3, layers=layers).edits
+    kept = scaled(whole, 2.0, None, ("mlp",)).edits
+    assert kept == intervene(direction, 4, strength=2.0, kinds=("mlp",)).edits

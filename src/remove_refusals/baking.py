@@ -13,7 +13,7 @@ from remove_refusals.apply.scales import embedding_scale
 from remove_refusals.atomic import atomic_directory
 from remove_refusals.certify import Certificate, certify
 from remove_refusals.checkpoint import INDEX_FILE, SINGLE_FILE, checkpoint_tensors, file_hashes
-from remove_refusals.direction_files import direction_sha256, save_directions
+from remove_refusals.direction_files import DIRECTIONS, direction_sha256, save_directions
 from remove_refusals.errors import CertificateError, OutputError
 from remove_refusals.linalg import Variant
 from remove_refusals.modelmap import map_model
@@ -139,7 +139,7 @@ def write_baked(
         )
         write_json(directory / "certificate.json", certificate.to_json())
         check_passed(certificate)
-    save_directions(intervention.directions, directory)
+    save_directions(intervention.directions, directory / DIRECTIONS)
     described = base_record(loaded.source, loaded.revision, model_map.model_type, loaded.checkpoint_dtype)
     record = ablation_record(described, intervention, plan, model_map)
     if certificate is not None and plan.leaks and certificate.boundaries is not None:

@@ -18,7 +18,7 @@ from remove_refusals.apply.scales import embedding_scale
 from remove_refusals.atomic import atomic_directory, atomic_file
 from remove_refusals.baking import ablation_record, base_record, check_not_source
 from remove_refusals.checkpoint import checkpoint_tensors
-from remove_refusals.direction_files import save_directions
+from remove_refusals.direction_files import DIRECTIONS, save_directions
 from remove_refusals.disk_baking import Checkpoint
 from remove_refusals.errors import NotStreamedError
 from remove_refusals.linalg import Variant
@@ -212,7 +212,7 @@ def bake_lora(
     with atomic_directory(target, force=force) as directory:
         save_peft_adapter(adapter, directory)
         check_loads(base.model, directory)
-        save_directions(intervention.directions, directory)
+        save_directions(intervention.directions, directory / DIRECTIONS)
         card = environment.get_template("adapter_card.md.jinja").render(record=record)
         (directory / "README.md").write_text(card, encoding="utf-8")
         write_json(directory / "ablation.json", record)

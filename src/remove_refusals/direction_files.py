@@ -22,6 +22,9 @@ from remove_refusals.types import Direction, DirectionOrigin
 
 DIRECTION_FORMAT_VERSION = 1
 
+DIRECTIONS = "directions"
+"""Where a model's directory keeps its directions: servers take every safetensors file beside weights for weights."""
+
 _METADATA_KEY = "remove_refusals"
 
 
@@ -149,11 +152,12 @@ def save_directions(directions: Sequence[Direction], directory: Path) -> None:
 
     Args:
         directions: The directions.
-        directory: An existing directory.
+        directory: The directory; it is made if its parent is there.
 
     Raises:
         OutputError: If one of the files exists or cannot be written.
     """
+    directory.mkdir(exist_ok=True)
     for direction, name in zip(directions, _names(), strict=False):
         save_direction(direction, directory / name)
 
@@ -162,7 +166,8 @@ def load_directions(path: Path) -> tuple[Direction, ...]:
     """Read the directions that a path names.
 
     Args:
-        path: A file of one direction, or a directory that `save_directions` wrote to.
+        path: A file of one direction, a directory that `save_directions` wrote to, or a model's directory that holds
+            one.
 
     Returns:
         The directions, at least one.
@@ -172,6 +177,7 @@ def load_directions(path: Path) -> tuple[Direction, ...]:
     """
     if not path.is_dir():
         return (load_direction(path),)
+    path = path / DIRECTIONS if (path / DIRECTIONS).is_dir() else path
     files = tuple(itertools.takewhile(Path.is_file, (path / name for name in _names())))
     if not files:
         raise DirectionError(

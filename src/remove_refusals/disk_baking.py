@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from remove_refusals.apply.stream import DEFAULT_MEMORY, stream_edited
@@ -17,7 +18,7 @@ from remove_refusals.baking import Baked, ablation_record, base_record, check_no
 from remove_refusals.certify import Certificate, certify, disk_reader
 from remove_refusals.checkpoint import INDEX_FILE, SINGLE_FILE, checkpoint_tensors
 from remove_refusals.comparing import same_bytes
-from remove_refusals.direction_files import save_directions
+from remove_refusals.direction_files import DIRECTIONS, save_directions
 from remove_refusals.errors import CertificateError, CheckpointError, NotStreamedError
 from remove_refusals.linalg import Variant
 from remove_refusals.modelmap import map_model
@@ -154,7 +155,7 @@ def bake_on_disk(
         )
         _carry_along(checkpoint, directory, untie=plan.untie)
         certificate = _certificate(checkpoint, directory, plan) if certified else None
-        save_directions(intervention.directions, directory)
+        save_directions(intervention.directions, directory / DIRECTIONS)
         dtype = saved_dtype(str(checkpoint.directory), _config(checkpoint.directory))
         base = base_record(checkpoint.source, checkpoint.revision, model_map.model_type, dtype, hashes)
         record = ablation_record(base, intervention, plan, model_map)
@@ -185,7 +186,8 @@ def _shared(checkpoint: Checkpoint, plan: EditPlan) -> tuple[EditPlan, tuple[str
         get a copy of the unedited embedding if not.
 
     Raises:
-        NotStreamedError: If such a tensor is among the checkpoint's and has other bytes.
+        NotStreamedError: If such a tensor is among the checkpoint's and has other bytes, or more than the embedding
+            would have to be untied.
     """
     model_map, model = checkpoint.model_map, checkpoint.model
     entry = next((entry for entry in plan.entries if entry.parameter == model_map.input_embedding), None)
@@ -194,6 +196,8 @@ def _shared(checkpoint: Checkpoint, plan: EditPlan) -> tuple[EditPlan, tuple[str
     embedding = model.get_parameter(model_map.input_embedding)
     shared = [name for name, value in model.named_parameters(remove_duplicate=False) if value is embedding]
     untied = skeleton(model, tied=False)
+    if plan.untie:
+        _check_nothing_else_is_tied(model, embedding)
     own = {tensor.name for tensor in entry.on_disk}
     names = [disk for name in shared for disk in disk_names(untied, name) if disk not in own]
     stored = by_stored_name(checkpoint_tensors(checkpoint.directory), model_map)
@@ -205,6 +209,14 @@ def _shared(checkpoint: Checkpoint, plan: EditPlan) -> tuple[EditPlan, tuple[str
         return plan, tuple(name for name in names if name not in stored)
     both = replace(entry, on_disk=(*entry.on_disk, *(DiskTensor(name, entry.on_disk[0].axis) for name in twice)))
     return replace(plan, entries=tuple(both if known is entry else known for known in plan.entries)), ()
+
+
+def _check_nothing_else_is_tied(model: PreTrainedModel, embedding: torch.nn.Parameter) -> None:
+    """Check that the setting that unties the embedding unties nothing else."""
+    names: dict[int, str] = {id(embedding): ""}
+    for name, value in model.named_parameters(remove_duplicate=False):
+        if names.setdefault(id(value), name) not in {"", name}:
+            raise NotStreamedError(f"The model ties '{name}' to '{names[id(value)]}', which would be untied too.")
 
 
 def _carry_along(checkpoint: Checkpoint, directory: Path, *, untie: bool) -> None:

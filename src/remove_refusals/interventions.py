@@ -1,16 +1,24 @@
 """Interventions on disk: what `run` and `bake` leave, to be made again in another way."""
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from remove_refusals.direction_files import load_directions
+import safetensors
+import safetensors.torch
+import torch
+
+from remove_refusals.atomic import atomic_file
+from remove_refusals.direction_files import DIRECTIONS, direction_sha256, load_directions
 from remove_refusals.errors import DirectionError
 from remove_refusals.records import read_json
-from remove_refusals.types import SITE_KINDS, Intervention, SiteEdit
+from remove_refusals.types import SITE_KINDS, Direction, DirectionOrigin, Intervention, SiteEdit, SiteKind
 
 RECORD = "ablation.json"
+CANDIDATES = f"{DIRECTIONS}/candidates.safetensors"
 
 
 def load_intervention(directory: Path) -> Intervention:
@@ -54,3 +62,92 @@ def _edit(value: object, directory: Path) -> SiteEdit:
             "direction; give a directory that this version of `run` or `bake` made."
         )
     return SiteEdit(kind, layer, float(numbers[0]), direction, tuple(float(number) for number in numbers[1:]))
+
+
+def scaled(
+    intervention: Intervention,
+    factor: float,
+    layers: tuple[int, int] | None = None,
+    kinds: Iterable[SiteKind] = SITE_KINDS,
+) -> Intervention:
+    """Take out more or less of what an intervention takes out, at some of its sites.
+
+    Args:
+        intervention: The intervention.
+        factor: What its strengths, and what it adds, are multiplied by.
+        layers: The first and the last layer to keep; None keeps all, and the embedding. With a range, the embedding is
+            kept only if it starts at layer 0.
+        kinds: The kinds of site to keep.
+
+    Returns:
+        The intervention, with all directions; the edits that are not kept are left out.
+    """
+    first, last = (
+        layers if layers is not None else (0, max((edit.layer or 0 for edit in intervention.edits), default=0))
+    )
+    wanted = frozenset(kinds)
+    edits = tuple(
+        replace(edit, strength=factor * edit.strength, offset=tuple(factor * number for number in edit.offset))
+        for edit in intervention.edits
+        if edit.kind in wanted and (first == 0 if edit.layer is None else first <= edit.layer <= last)
+    )
+    return Intervention(intervention.directions, edits)
+
+
+def save_candidates(interventions: Mapping[int, Intervention], path: Path) -> None:
+    """Write the directions of candidates, by their number in `selection.json`, each direction once.
+
+    Args:
+        interventions: The interventions by the candidate's number.
+        path: The safetensors file to make; nothing may lie there.
+
+    Raises:
+        OutputError: If it cannot be written.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    names: dict[str, list[str]] = {}
+    for number, intervention in interventions.items():
+        names[str(number)] = [direction_sha256(direction)[:16] for direction in intervention.directions]
+        tensors |= dict(
+            zip(names[str(number)], (one.basis.contiguous() for one in intervention.directions), strict=True)
+        )
+    with atomic_file(path) as staging:
+        safetensors.torch.save_file(tensors, staging, {"candidates": json.dumps(names)})
+
+
+def load_candidates(directory: Path) -> dict[str, Intervention]:
+    """Read the candidates of a run's search whose directions were kept: the front, and what was confirmed.
+
+    Args:
+        directory: What `run` left.
+
+    Returns:
+        The interventions by the candidate's name, in the order of `selection.json`; empty if nothing was searched.
+
+    Raises:
+        DirectionError: If the files are not as this library writes them.
+    """
+    path = directory / CANDIDATES
+    if not path.exists():
+        return {}
+    record = read_json(directory / "selection.json", error=DirectionError)
+    try:
+        assert isinstance(record, dict)
+        with safetensors.safe_open(path, framework="pt") as file:
+            names = json.loads(file.metadata()["candidates"])
+            bases = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        found = {}
+        for number, kept in sorted(names.items(), key=lambda item: int(item[0])):
+            candidate = record["candidates"][int(number)]
+            directions = tuple(Direction(bases[name], DirectionOrigin("search")) for name in kept)
+            edits = (
+                {"kind": edit["site"], **{key: edit[key] for key in ("layer", "strength", "direction")}}
+                for edit in candidate["strengths"]
+            )
+            found[candidate["name"]] = Intervention(directions, tuple(_edit(edit, directory) for edit in edits))
+    except (AssertionError, KeyError, IndexError, TypeError, ValueError, safetensors.SafetensorError) as error:
+        raise DirectionError(
+            f"The candidates in {path} cannot be read ({type(error).__name__}: {error}), expected what `run` leaves; "
+            "make the directory again."
+        ) from error
+    return found

@@ -11,6 +11,7 @@ from remove_refusals.baking import Baked, check_not_source, write_baked
 from remove_refusals.direction_files import load_directions
 from remove_refusals.errors import ModelError, RemoveRefusalsError, SelectionError
 from remove_refusals.evaluation import Evaluation, EvaluationPrompts, warnings
+from remove_refusals.interventions import CANDIDATES, save_candidates
 from remove_refusals.journal import Journal
 from remove_refusals.modelmap import map_model
 from remove_refusals.models import LoadedModel
@@ -38,7 +39,7 @@ from remove_refusals.stages import (
     test_text,
     training_prompts,
 )
-from remove_refusals.types import Direction, ModelMap, PromptSet
+from remove_refusals.types import Direction, Intervention, ModelMap, PromptSet
 
 OUTLIER_SHARE = 0.5
 """From here on a single coordinate is called an outlier: it holds more than all others together."""
@@ -169,10 +170,17 @@ def _write_records(
     write_json(directory / "ablation.json", record)
     if selection is not None:
         write_json(directory / "selection.json", selection.to_json())
+        save_candidates(_kept(selection), directory / CANDIDATES)
     write_json(directory / "scores.json", evaluation.to_json())
     write_jsonl(directory / "rows.jsonl", (row.to_json() for row in evaluation.rows))
     card = model_card(record, table(evaluation), table_key(evaluation), baked.certificate)
     (directory / "README.md").write_text(card, encoding="utf-8")
+
+
+def _kept(selection: Selection) -> dict[int, Intervention]:
+    """The candidates that somebody may want to try: the front, and those that were confirmed."""
+    confirmed = (number for number, one in enumerate(selection.candidates) if one.confirmation is not None)
+    return {number: selection.candidates[number].intervention for number in sorted({*selection.front, *confirmed})}
 
 
 def _separation(

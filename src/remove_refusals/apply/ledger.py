@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,7 +45,9 @@ class Ledger:
         if begun == dict(made_from):
             self.whole = {name: record for name, record in records.items() if _is_whole(directory / name, record)}
         for path in directory.iterdir():
-            if path.name not in self.whole and path != self._path and not path.is_dir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name not in self.whole and path != self._path:
                 path.unlink()
         self._begun = begun == dict(made_from)
 
