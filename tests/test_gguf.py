@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 import tiny_gguf
 import zoo
-from remove_refusals.apply.control_vector import control_vector
 from remove_refusals.apply.factors import low_rank
+from remove_refusals.apply.gguf_adapter import gguf_lora, write_gguf_lora
+from remove_refusals.apply.gguf_control import control_vector
 from remove_refusals.apply.gguf_file import decoded, encoded, open_gguf
-from remove_refusals.apply.gguf_lora import gguf_lora, write_gguf_lora
 from remove_refusals.apply.gguf_names import ARCHITECTURES, GgufNames
 from remove_refusals.apply.memory import edited_tensors
 from remove_refusals.direction_files import save_direction

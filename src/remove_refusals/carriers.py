@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from remove_refusals.apply.adapter import peft_adapter, save_peft_adapter
 from remove_refusals.apply.adapter_check import check_installed, check_loads
-from remove_refusals.apply.control_vector import control_vector, write_control_vector
-from remove_refusals.apply.gguf_lora import gguf_lora, write_gguf_lora
+from remove_refusals.apply.gguf_adapter import gguf_lora, write_gguf_lora
+from remove_refusals.apply.gguf_control import control_vector, write_control_vector
 from remove_refusals.apply.scales import embedding_scale
 from remove_refusals.atomic import atomic_directory, atomic_file
 from remove_refusals.baking import ablation_record, base_record, check_not_source
