@@ -27,6 +27,11 @@ def say(label: str) -> Reply:
     return completion(json.dumps({"reason": "It says so.", "label": label}))
 
 
+class Quiet(ThreadingHTTPServer):
+    def handle_error(self, *_: object) -> None:
+        """Clients that hang up are part of the tests."""
+
+
 class Server:
     """A real server on this machine; `script` gives the reply to the n-th request."""
 
@@ -57,7 +62,7 @@ class Server:
             def log_message(self, *_: object) -> None:
                 return
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = Quiet(("127.0.0.1", 0), Handler)
         self.address = f"http://127.0.0.1:{self._server.server_port}/v1"
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
         self._thread.start()
