@@ -17,8 +17,10 @@ import zoo
 from remove_refusals.apply.hooks import ablated
 from remove_refusals.apply.memory import edited_tensors, save_edited
 from remove_refusals.certify import Certificate, certify
+from remove_refusals.checkpoint import tensor_hashes
 from remove_refusals.directions import direction_from_vectors
-from remove_refusals.errors import ArchitectureError
+from remove_refusals.disk_baking import bake_on_disk, open_checkpoint
+from remove_refusals.errors import ArchitectureError, ModelError, NotStreamedError
 from remove_refusals.modelmap import map_model
 from remove_refusals.plan import intervene, resolve
 from remove_refusals.terms import first_of_width
@@ -118,6 +120,8 @@ class Measured:
         edited: With edited weights, saved and loaded again; None where no edit is exact.
         halves: The difference of logits between hooks and weights where half of the direction is taken out.
         certificate: Of the saved files.
+        unlike: Tensors that are not the same bit for bit when the edit is made on disk; None where it cannot be made
+            there.
     """
 
     base: Run
@@ -126,6 +130,18 @@ class Measured:
     edited: Run | None = None
     halves: float | None = None
     certificate: Certificate | None = None
+    unlike: frozenset[str] | None = None
+
+
+def unlike(directory: Path, intervention: Intervention) -> frozenset[str] | None:
+    """Edit `base` on disk and compare with `edited`."""
+    try:
+        checkpoint = open_checkpoint(str(directory / "base"))
+        bake_on_disk(checkpoint, intervention, directory / "streamed", jobs=1, certified=False)
+    except (NotStreamedError, ModelError):
+        return None
+    one, other = (set(tensor_hashes(directory / part).items()) for part in ("edited", "streamed"))
+    return frozenset(name for name, _ in one ^ other)
 
 
 def measure(model_type: str, directory: Path) -> Measured:
@@ -158,6 +174,7 @@ def measure(model_type: str, directory: Path) -> Measured:
         edited=edited,
         halves=difference(hooked(half).logits, run(again, model_map, direction).logits),
         certificate=certify(directory / "edited", directory / "base", plan, model_map),
+        unlike=unlike(directory, whole),
     )
 
 

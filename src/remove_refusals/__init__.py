@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from remove_refusals.calibration import Calibration, calibrate, load_calibration
     from remove_refusals.comparisons import holm, paired_difference, paired_rates
     from remove_refusals.corrections import rogan_gladen
+    from remove_refusals.differences import diff
     from remove_refusals.direction_files import load_direction, load_directions, save_direction, save_directions
     from remove_refusals.directions import direction_from_vectors, mean_difference, mean_difference_per_layer
+    from remove_refusals.disk_baking import bake_on_disk, open_checkpoint
     from remove_refusals.errors import RemoveRefusalsError
     from remove_refusals.evaluation import evaluate
     from remove_refusals.examination import Examination, analyze
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from remove_refusals.plan import intervene, intervene_per_layer
     from remove_refusals.prompts import embedded_prompts, load_prompts
     from remove_refusals.report_page.page import html_report, write_html_report
+    from remove_refusals.restoring import restore
     from remove_refusals.selection.choose import SelectSettings, select, split_for_search
     from remove_refusals.settings import RunSettings
     from remove_refusals.types import Activations, Direction, Intervention, PromptSet
@@ -51,8 +54,10 @@ _HOME = {
     "ablated": "apply.hooks",
     "analyze": "examination",
     "bake": "baking",
+    "bake_on_disk": "disk_baking",
     "calibrate": "calibration",
     "collect_activations": "activations",
+    "diff": "differences",
     "direction_from_vectors": "directions",
     "embedded_prompts": "prompts",
     "evaluate": "evaluation",
@@ -72,8 +77,10 @@ _HOME = {
     "mean_difference": "directions",
     "mean_difference_per_layer": "directions",
     "measure_separation": "analysis",
+    "open_checkpoint": "disk_baking",
     "paired_difference": "comparisons",
     "paired_rates": "comparisons",
+    "restore": "restoring",
     "rogan_gladen": "corrections",
     "run": "pipeline",
     "save_direction": "direction_files",
@@ -99,8 +106,10 @@ __all__ = [
     "ablated",
     "analyze",
     "bake",
+    "bake_on_disk",
     "calibrate",
     "collect_activations",
+    "diff",
     "direction_from_vectors",
     "embedded_prompts",
     "evaluate",
@@ -120,8 +129,10 @@ __all__ = [
     "mean_difference",
     "mean_difference_per_layer",
     "measure_separation",
+    "open_checkpoint",
     "paired_difference",
     "paired_rates",
+    "restore",
     "rogan_gladen",
     "run",
     "save_direction",
