@@ -68,6 +68,7 @@ def test_the_numbers_are_those_of_the_parts(settings):
         assert [layer.auroc for layer in part.layers] == [layer.auroc for layer in again.layers]
     best = max(layer.auroc.value for layer in found.separation.layers if layer.auroc is not None)
     layer = found.direction.origin.layer
+    assert found.layers == (0, 1)
     assert found.separation.layers[layer].auroc.value >= best - 0.005
     collected = [collect_activations(loaded, each) for each in prompts]
     assert torch.allclose(found.direction.basis, mean_difference(*collected, layer=layer).basis, atol=1e-5)
@@ -78,7 +79,8 @@ def test_where_one_coordinate_holds_the_stream_its_part_is_removed_first(setting
     with torch.no_grad():
         model.get_input_embeddings().weight[:, 7] = 300.0
     found = analyze(settings(model), answers=False)
-    assert found.direction.origin.method == "projected-mean-difference"
+    assert found.direction.origin.method == "projected-mean-difference" and found.layers == (1, 1)
+    assert found.to_json()["direction"]["taken_out_of"] == [1, 1]
 
 
 def test_a_mixture_of_experts(settings, tmp_path):

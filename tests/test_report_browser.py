@@ -7,7 +7,11 @@ import pytest
 from playwright.sync_api import sync_playwright
 
 import report_records as records
+import tiny
+import zoo
+from remove_refusals.examination import analyze
 from remove_refusals.report_page.page import write_html_report
+from remove_refusals.settings import DirectionSettings, RunSettings
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None
@@ -50,6 +54,16 @@ def address(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def examined(tmp_path_factory):
+    """The page of a mixture of experts that was looked at, without answers."""
+    model, seen = (tmp_path_factory.mktemp("experts") / name for name in ("model", "seen"))
+    zoo.build("mixtral").save_pretrained(model)
+    tiny.tokenizer().save_pretrained(model)
+    analyze(RunSettings(model=str(model), direction=DirectionSettings(seed=1)), seen, answers=False)
+    return (seen / "report.html").as_uri()
+
+
+@pytest.fixture(scope="module")
 def browser():
     # Chromium's sandbox refuses to run as root.
     arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
@@ -81,6 +95,20 @@ def test_nothing_lies_beyond_the_edge_or_over_other_text(page):
     assert page.evaluate(BEYOND_THE_EDGE) == []
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     assert page.evaluate(TEXTS_OVER_EACH_OTHER) == []
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_of_an_examination_fits_too(browser, examined, width):
+    context = browser.new_context(viewport={"width": width, "height": 900})
+    opened = context.new_page()
+    complaints, requests = [], []
+    opened.on("console", lambda message: complaints.append(message.text))
+    opened.on("request", lambda made: requests.append(made.url))
+    opened.goto(examined)
+    assert opened.evaluate(BEYOND_THE_EDGE) == [] and opened.evaluate(TEXTS_OVER_EACH_OTHER) == []
+    assert opened.locator("#origins svg").count() == 5
+    assert complaints == [] and requests == [examined]
+    context.close()
 
 
 def test_text_can_be_read_in_both_schemes(page):

@@ -234,7 +234,8 @@ def test_corrected_rates_deflections_and_thinking_are_shown(directory):
     def newer(scores):
         part = scores["sets"]["harmful"]
         part["deflections"] = part["refusals"]
-        part["refusals"]["base"]["corrected"] = {"value": 0.87, "low": 0.61, "high": 0.97}
+        part["refusals"]["corrected"] = {"base": {"value": 0.87, "low": 0.61, "high": 0.97}}
+        part["refusals"] |= {"adjusted_p": 0.75, "verdict": "undecided"}
         thought = {"unfinished": part["refusals"]["edited"], "length": scores["kl"]["harmless"]["mean"]}
         mean = scores["kl"]["harmless"]["mean"]
         scores["text"] = scores["perplexity"] | {"kl": mean}
@@ -244,7 +245,12 @@ def test_corrected_rates_deflections_and_thinking_are_shown(directory):
 
     change(directory, "scores", newer)
     words = Page(html_report(directory)).words
-    for said in ("Perplexity of a text 12.5", "Perplexity of a text, kl", "mine exact_match", "undecided"):
+    for said in (
+        "Perplexity of a text 12.5",
+        "Perplexity of a text, kl",
+        "mine exact_match",
+        "p = 0.25, p = 0.75 corrected",
+    ):
         assert said in words, said
     assert "Deflections" in words and "base, corrected 87% [61, 97%]" in words and "Thinking, base:" in words
 

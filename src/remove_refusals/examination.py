@@ -11,6 +11,7 @@ from remove_refusals.apply.hooks import ablated
 from remove_refusals.atomic import atomic_directory
 from remove_refusals.chat_template import render, template_tail_length
 from remove_refusals.contributions import Contributions, site_contributions
+from remove_refusals.direction_files import direction_sha256
 from remove_refusals.directions import mean_difference
 from remove_refusals.errors import ArchitectureError, DirectionError
 from remove_refusals.evaluation import Evaluation, EvaluationPrompts, evaluate
@@ -29,7 +30,8 @@ MOST_POSITIONS = 8
 """So many tokens of the chat template's tail are looked at, from the end."""
 
 _OUTLIER_SHARE = 0.5
-"""From here on the plain difference leans on one coordinate, and the harmless mean's component is removed first."""
+"""From here on the plain difference leans on one coordinate: the harmless mean's component is removed first, and the
+direction is taken out of the upper half of the layers only. Taken out everywhere it destroys such a model."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +43,7 @@ class Examination:
         elsewhere: The same at the other tokens of the chat template's tail.
         tokens: The token at each position, by its position.
         direction: The difference of the means where the last token separates best.
+        layers: The first and the last layer that it is taken out of to see what is left without it.
         contributions: What each site adds along it.
         shares: How much of what each writer can write lies along it.
         choices: Which experts the routers choose.
@@ -51,6 +54,7 @@ class Examination:
     elsewhere: tuple[Separation, ...]
     tokens: dict[int, str]
     direction: Direction
+    layers: tuple[int, int]
     contributions: Contributions
     shares: tuple[WriterShare, ...]
     choices: tuple[ExpertChoice, ...]
@@ -70,7 +74,13 @@ class Examination:
         return {
             **self.separation.to_json(),
             "positions": positions,
-            "direction": {"layer": origin.layer, "position": origin.position, "method": origin.method},
+            "direction": {
+                "layer": origin.layer,
+                "position": origin.position,
+                "method": origin.method,
+                "sha256": direction_sha256(self.direction),
+                "taken_out_of": list(self.layers),
+            },
             "contributions": self.contributions.to_json(),
             "writer_shares": [asdict(share) for share in self.shares],
             "expert_choices": [asdict(choice) for choice in self.choices],
@@ -150,13 +160,14 @@ def _examine(settings: RunSettings, *, answers: bool, on_progress: OnProgress | 
         tuple(parts[1:]),
         tokens,
         direction,
+        _layers(direction, model_map),
         site_contributions(loaded, harmful, harmless, direction, model_map, position=parts[0].position, **options),
         writer_shares(loaded, direction, model_map),
         expert_choices(loaded, harmful, harmless, model_map, position=parts[0].position, **options),
     )
     if not answers:
         return found
-    return replace(found, evaluation=_without(loaded, direction, model_map, prompts, settings, on_progress))
+    return replace(found, evaluation=_without(loaded, found, model_map, prompts, settings, on_progress))
 
 
 def _at_most(prompts: PromptSet, seed: int) -> PromptSet:
@@ -212,15 +223,20 @@ def _direction(
     )
 
 
+def _layers(direction: Direction, model_map: ModelMap) -> tuple[int, int]:
+    projected = direction.origin.method.startswith("projected")
+    return (model_map.n_layers // 2 if projected else 0, model_map.n_layers - 1)
+
+
 def _without(
     loaded: LoadedModel,
-    direction: Direction,
+    found: Examination,
     model_map: ModelMap,
     prompts: EvaluationPrompts,
     settings: RunSettings,
     on_progress: OnProgress | None,
 ) -> Evaluation:
-    intervention = intervene(direction, model_map.n_layers)
+    intervention = intervene(found.direction, model_map.n_layers, layers=found.layers)
     evaluation = evaluate(
         loaded,
         loaded,

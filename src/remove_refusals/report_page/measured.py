@@ -20,6 +20,9 @@ _KL_OVER = {
     "harmless_answered": "harmless prompts that the base model answered",
     "harmless_refused": "harmless prompts that the base model refused falsely",
 }
+_SIGNIFICANCE = 0.05
+"""Below it a difference counts as one, where a record does not say so itself."""
+
 _OTHERS = {
     "perplexity": "Perplexity of the base model's answers",
     "text": "Perplexity of a text",
@@ -102,12 +105,20 @@ def _rate_name(name: str, kind: str) -> str:
 
 
 def _pair(rates: Mapping[str, Any]) -> View:
-    rows = []
+    rows, corrected = [], rates.get("corrected", {})
     for model in ("base", "edited"):
         rows.append(_rate(model, model, rates[model]))
-        if "corrected" in rates[model]:
-            rows.append(_rate(f"{model}, corrected", model, rates[model]["corrected"]))
-    return {"rates": rows, "mcnemar": rates.get("mcnemar")}
+        if model in corrected:
+            rows.append(_rate(f"{model}, corrected", model, corrected[model]))
+    test = rates.get("mcnemar")
+    undecided = "undecided" if test is not None and test["p_value"] >= _SIGNIFICANCE else ""
+    return {
+        "rates": rows,
+        "corrected": bool(corrected),
+        "mcnemar": test,
+        "adjusted": rates.get("adjusted_p"),
+        "verdict": rates.get("verdict", undecided),
+    }
 
 
 def _rate(name: str, style: str, rate: Mapping[str, Any]) -> View:
