@@ -133,6 +133,32 @@ def collect_activations(
     return Activations(hidden, tuple(positions), prompts)
 
 
+def token_states(
+    loaded: LoadedModel, token_ids: Sequence[int], layer: int, *, model_map: ModelMap | None = None
+) -> torch.Tensor:
+    """Run one text and keep the residual stream at every token of it.
+
+    Args:
+        loaded: The model.
+        token_ids: The tokens, at least one.
+        layer: The index of the layer axis: 0 is before the first layer, `i` before layer `i`, the last behind the last.
+        model_map: The model's map, if it is at hand; otherwise it is derived.
+
+    Returns:
+        `[n_tokens, d_model]`, float32, on the CPU.
+
+    Raises:
+        DirectionError: If the layer does not lie within the model, or there are no tokens.
+        ArchitectureError: If the model's layers cannot be found or hand on several streams.
+    """
+    model_map = model_map or map_model(loaded.model)
+    positions = tuple(range(-len(token_ids), 0))
+    _check_places([token_ids], positions or (-1,), layer, model_map)
+    with torch.inference_mode(), _residual_stream(loaded, model_map, positions, layer) as found:
+        run_decoder(loaded, [token_ids])
+    return found[layer][0].to("cpu", torch.float32)
+
+
 def _check_places(
     token_ids: Sequence[Sequence[int]], positions: Sequence[int], depth: int, model_map: ModelMap
 ) -> None:

@@ -46,6 +46,7 @@ _COMMANDS: tuple[tuple[Callable[..., None], str, str], ...] = (
     (making.run, "run", "google/gemma-3-1b-it --output gemma-ablated --layers 12-25"),
     (making.find, "direction", "demo -o demo.safetensors"),
     (talking.chat, "chat", "demo --direction demo.safetensors --compare"),
+    (talking.ui, "ui", "demo --run demo-ablated"),
     (talking.generate, "generate", "demo --direction demo.safetensors --prompts p.txt -o a.jsonl"),
     (editing.bake, "bake", "demo --direction demo.safetensors -o demo-ablated"),
     (measuring.evaluate, "evaluate", "demo demo-ablated -o scores.json"),

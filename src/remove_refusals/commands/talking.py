@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -34,13 +34,21 @@ from remove_refusals.options import (
 )
 
 if TYPE_CHECKING:
+    from remove_refusals.chat import Sides
+    from remove_refusals.models import LoadedModel
     from remove_refusals.settings import EditSettings
     from remove_refusals.types import Direction, Intervention, ModelMap
+
+
+Run = Annotated[Path | None, typer.Option("--run", help="Take out what this run chose, a directory of `run`.")]
+CandidateName = Annotated[str | None, typer.Option("--candidate", help="With --run: another candidate of its search.")]
 
 
 def chat(
     model: ModelArgument,
     direction: OptionalDirectionFile = None,
+    run: Run = None,
+    candidate: CandidateName = None,
     no_ablation: Annotated[bool, typer.Option("--no-ablation", help="Talk to the model as it is.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Both answers, one after the other.")] = False,
     strength: Strength = 1.0,
@@ -59,47 +67,125 @@ def chat(
 ) -> None:
     """Talk to a model with the direction taken out as it runs; /help there says what can be changed, Ctrl-D ends it."""
     from remove_refusals import chat as chatting
-    from remove_refusals import console, direction_files, stages
+    from remove_refusals import console, stages
     from remove_refusals.settings import LoadSettings
 
     if no_ablation and compare:
         raise DirectionError("Both --no-ablation and --compare are given, expected one of them; leave one out.")
-    if direction is None and not no_ablation:
+    if direction is None and run is None and not no_ablation:
         raise DirectionError(
             "No direction is given, expected --direction FILE; make one with `remove-refusals direction`, or pass "
-            "--no-ablation."
+            "--run DIR or --no-ablation."
         )
-    given = None if direction is None or no_ablation else direction_files.load_directions(direction)
     edit = edit_settings(strength, layers, sites, affine=affine)
+    given = None if no_ablation else _given(direction, run, candidate, edit)
     loaded = stages.load_model(model, LoadSettings(device, dtype, load_in_4bit, trust_remote_code, revision))
     make, model_map = None, None
     if given is not None:
-        _, model_map = made_intervention(loaded, given, edit)
-        make = _maker(given, edit, model_map)
+        make, model_map = _maker(given, edit, loaded)
+        make(strength, edit.layers)
     put = chat_format(system_prompt, chat_template, plain)
+    sides: Sides = "compare" if compare else "original" if no_ablation else "ablated"
     chatting.converse(
         loaded,
         make,
         console.typed_lines(),
         console.write,
-        state=chatting.ChatState(
-            strength, edit.layers, "compare" if compare else "original" if no_ablation else "ablated", put.system_prompt
-        ),
+        state=chatting.ChatState(strength, edit.layers, sides, put.system_prompt),
         chat=put,
         model_map=model_map,
         max_new_tokens=max_new_tokens,
     )
 
 
-def _maker(
-    directions: "tuple[Direction, ...]", edit: "EditSettings", model_map: "ModelMap"
-) -> "Callable[[float, tuple[int, int] | None], Intervention]":
-    """Give what makes the intervention of another strength and other layers."""
-    from remove_refusals import stages
+def ui(
+    model: ModelArgument,
+    direction: OptionalDirectionFile = None,
+    run: Run = None,
+    host: Annotated[str, typer.Option(help="The address to listen on; by default only this machine.")] = "127.0.0.1",
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="The port; the first free one from 7860 on.")
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    load_in_4bit: FourBit = False,
+    trust_remote_code: RemoteCode = False,
+    revision: Revision = None,
+    system_prompt: SystemPrompt = None,
+    chat_template: TemplateFile = None,
+    plain: Plain = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Where an answer is cut off.")] = 256,
+) -> None:
+    """A web page with both answers side by side, and how far each token lies along the direction."""
+    from remove_refusals import console, interventions, records, stages, web, web_page
+    from remove_refusals.settings import EditSettings, LoadSettings
+    from remove_refusals.web_parts import Source
 
-    return lambda strength, layers: stages.make_intervention(
-        directions, replace(edit, strength=strength, layers=layers), model_map
+    edit = EditSettings()
+    given = _given(direction, run, None, edit)
+    loaded = stages.load_model(model, LoadSettings(device, dtype, load_in_4bit, trust_remote_code, revision))
+    make, model_map = _maker(given, edit, loaded)
+    searched = run is not None and (run / "selection.json").is_file()
+    found: Any = records.read_json(run / "selection.json", error=DirectionError) if searched and run else {}
+    candidates = found.get("candidates", [])
+    page = web.Page(
+        loaded,
+        make(1.0, None),
+        model_map,
+        Source(model, "--run" if run is not None else "--direction", str(run or direction)),
+        chat_format(system_prompt, chat_template, plain),
+        candidates,
+        interventions.load_candidates(run) if run is not None else {},
+        candidates[found["picked"]]["name"] if candidates else None,
+        max_new_tokens,
     )
+    console.say(f"Serving on http://{host}:{port or 'the first free port from 7860 on'}; Ctrl-C ends it.")
+    web_page.serve(page, host=host, port=port)
+
+
+def _given(
+    direction: Path | None, run: Path | None, candidate: str | None, edit: "EditSettings"
+) -> "tuple[Direction, ...] | Intervention":
+    """Read the directions, or the intervention of a run; before a model is loaded.
+
+    Raises:
+        DirectionError: If both or neither are given, or the candidate is not known.
+    """
+    from remove_refusals import direction_files, interventions
+
+    if (direction is None) == (run is None):
+        raise DirectionError("Neither or both of --direction and --run are given, expected one of them; pass one.")
+    if direction is not None:
+        if candidate is not None:
+            raise DirectionError("The option --candidate is given without --run, expected both; add --run DIR.")
+        return direction_files.load_directions(direction)
+    assert run is not None
+    if edit.affine:
+        raise DirectionError("Both --run and --affine are given, expected one of them; a run knows its variant.")
+    if candidate is None:
+        return interventions.load_intervention(run)
+    found = interventions.load_candidates(run)
+    if candidate not in found:
+        raise DirectionError(
+            f"The candidate {candidate!r} is not among those whose directions {run} keeps, expected one of "
+            f"{', '.join(map(repr, found)) or 'none'}; choose one of these."
+        )
+    return found[candidate]
+
+
+def _maker(
+    given: "tuple[Direction, ...] | Intervention", edit: "EditSettings", loaded: "LoadedModel"
+) -> "tuple[Callable[[float, tuple[int, int] | None], Intervention], ModelMap]":
+    """Give what makes the intervention of a strength and a range of layers, and the model's map."""
+    from remove_refusals import interventions, modelmap, plan, stages
+
+    model_map = modelmap.map_model(loaded.model)
+    if isinstance(given, tuple):
+        return lambda strength, layers: stages.make_intervention(
+            given, replace(edit, strength=strength, layers=layers), model_map
+        ), model_map
+    plan.check_fit(given, model_map)
+    return lambda strength, layers: interventions.scaled(given, strength, layers, edit.sites), model_map
 
 
 def generate(
