@@ -25,6 +25,15 @@ TaskFiles = Annotated[
 ]
 TaskLimit = Annotated[int | None, typer.Option(min=1, help="At most so many samples each.", rich_help_panel=MEASURE)]
 
+JudgeOption = Annotated[
+    str,
+    typer.Option("--judge", help="phrases, a classifier, or URL#MODEL of a chat endpoint.", rich_help_panel=MEASURE),
+]
+CalibrationFile = Annotated[
+    str | None,
+    typer.Option("--calibration", help="From `judge calibrate`: corrects the rates.", rich_help_panel=MEASURE),
+]
+
 _TAKEN = ("harmful", "harmless", "alarming")
 
 

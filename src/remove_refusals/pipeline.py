@@ -13,6 +13,7 @@ from remove_refusals.errors import ModelError, RemoveRefusalsError, SelectionErr
 from remove_refusals.evaluation import Evaluation, EvaluationPrompts, warnings
 from remove_refusals.interventions import CANDIDATES, save_candidates
 from remove_refusals.journal import Journal
+from remove_refusals.judges import Judge
 from remove_refusals.modelmap import map_model
 from remove_refusals.models import LoadedModel
 from remove_refusals.plan import check_exact
@@ -31,10 +32,12 @@ from remove_refusals.stages import (
     FoundDirection,
     OnProgress,
     find_direction,
+    load_edited,
     load_model,
     make_intervention,
     measure,
     stage_progress,
+    test_judge,
     test_prompts,
     test_text,
     training_prompts,
@@ -46,6 +49,9 @@ OUTLIER_SHARE = 0.5
 
 _FEWEST_APART = 2
 """Separation is measured on halves: each set needs two prompts."""
+
+_FEW_CANDIDATES = 16
+"""So many candidates are all kept with their directions."""
 
 _NOTHING_CHOSEN = "Nothing was chosen, and the settings were used as given: {}"
 
@@ -122,7 +128,7 @@ def _run_into(
     search, said = _search_prompts(settings) if searching else (None, ())
     drawn = training_prompts(settings.direction) if given is None else None
     prompts = test_prompts(settings.measure, search.sets() if search is not None else drawn or ())
-    text = test_text(settings.measure)
+    text, judged = test_text(settings.measure), test_judge(settings.measure, settings.loading.device)
     loaded = load_model(settings.model, settings.loading)
     model_map = map_model(loaded.model)
     check_exact(model_map, allow_leak=settings.edit.allow_leak)
@@ -145,9 +151,11 @@ def _run_into(
         model_map=model_map,
     )
     edited = load_model(str(directory), replace(settings.loading, revision=None))
-    evaluation = measure(loaded, edited, prompts, settings, text=text, journal=journal, on_progress=on_progress)
+    evaluation = measure(
+        loaded, edited, prompts, settings, judged=judged, text=text, journal=journal, on_progress=on_progress
+    )
     evaluation = replace(evaluation, base=published_name(loaded.source), edited=output_name)
-    notes = (*warnings(evaluation), *notes)
+    notes = (*warnings(evaluation), *_cost(judged[0]), *notes)
     record = {
         **baked.record,
         "settings": settings.record(),
@@ -177,8 +185,16 @@ def _write_records(
     (directory / "README.md").write_text(card, encoding="utf-8")
 
 
+def _cost(judge: Judge) -> tuple[str, ...]:
+    """What asking the judge took, if it says so."""
+    usage = getattr(judge, "usage", None)
+    return () if usage is None else (f"The judge: {usage}.",)
+
+
 def _kept(selection: Selection) -> dict[int, Intervention]:
-    """The candidates that somebody may want to try: the front, and those that were confirmed."""
+    """The candidates that somebody may want to try: all where they are few, else the front and what was confirmed."""
+    if len(selection.candidates) <= _FEW_CANDIDATES:
+        return {number: one.intervention for number, one in enumerate(selection.candidates)}
     confirmed = (number for number, one in enumerate(selection.candidates) if one.confirmation is not None)
     return {number: selection.candidates[number].intervention for number in sorted({*selection.front, *confirmed})}
 
@@ -304,7 +320,8 @@ def compare(
         RemoveRefusalsError: Of the type that fits what went wrong.
     """
     prompts, text = test_prompts(settings.measure), test_text(settings.measure)
+    judged = test_judge(settings.measure, settings.loading.device)
     base = load_model(settings.model, settings.loading)
-    other = load_model(edited, replace(settings.loading, revision=None))
-    evaluation = measure(base, other, prompts, settings, text=text, on_progress=on_progress)
-    return evaluation, warnings(evaluation)
+    other = load_edited(edited, settings.model, settings.loading)
+    evaluation = measure(base, other, prompts, settings, judged=judged, text=text, on_progress=on_progress)
+    return evaluation, (*warnings(evaluation), *_cost(judged[0]))

@@ -115,6 +115,8 @@ class MeasureSettings:
         tasks: Tasks of lm-evaluation-harness.
         task_directory: Where task files of the user's own lie.
         task_limit: How many samples of each task at most.
+        judge: What labels the answers: `phrases`, a classifier's directory or hub id, or `URL#MODEL`.
+        calibration: A file of `judge calibrate`, for rates corrected for the judge's errors.
     """
 
     harmful: PromptSource = PromptSource()
@@ -129,6 +131,8 @@ class MeasureSettings:
     tasks: tuple[str, ...] = ()
     task_directory: str | None = None
     task_limit: int | None = None
+    judge: str = "phrases"
+    calibration: str | None = None
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,21 @@ from pathlib import Path
 from typing import Any
 
 from remove_refusals.activations import collect_activations
+from remove_refusals.apply.adapter_loading import is_adapter, with_adapter
+from remove_refusals.calibration import load_calibration
 from remove_refusals.chat_template import check_positions
 from remove_refusals.directions import largest_coordinate_share, layer_index, mean_difference, mean_difference_per_layer
 from remove_refusals.errors import DirectionError
 from remove_refusals.evaluation import Evaluation, EvaluationPrompts, EvaluationSettings, evaluate
 from remove_refusals.harness import run_tasks
 from remove_refusals.journal import Journal
+from remove_refusals.judges import Judge
+from remove_refusals.judges.choosing import make_judge
 from remove_refusals.modelmap import map_model
 from remove_refusals.models import LoadedModel, load
 from remove_refusals.plan import check_fit, intervene, intervene_per_layer
 from remove_refusals.prompts import check_disjoint, draw
+from remove_refusals.set_scores import Accuracies
 from remove_refusals.settings import (
     DirectionSettings,
     EditSettings,
@@ -60,6 +65,19 @@ def load_model(model: str, settings: LoadSettings) -> LoadedModel:
         CheckpointError: If a weight file is corrupt.
     """
     return load(model, **asdict(settings))
+
+
+def load_edited(edited: str, base: str, settings: LoadSettings) -> LoadedModel:
+    """Load an edited model; a directory with an adapter of PEFT is merged into the base first.
+
+    Raises:
+        ModelError: If it cannot be found or loaded, or the adapter does not fit the base.
+        CheckpointError: If a weight file is corrupt.
+        OutputError: If it is an adapter and PEFT is not installed.
+    """
+    if is_adapter(edited):
+        return with_adapter(load_model(base, settings), Path(edited))
+    return load_model(edited, replace(settings, revision=None))
 
 
 def training_prompts(settings: DirectionSettings) -> tuple[PromptSet, PromptSet]:
@@ -181,6 +199,19 @@ def test_text(settings: MeasureSettings) -> str | None:
     return None if settings.text is None else read_text(Path(settings.text))
 
 
+def test_judge(settings: MeasureSettings, device: str | None = None) -> tuple[Judge, Accuracies]:
+    """Make the judge, and read how often it is right.
+
+    Raises:
+        JudgeError: If the judge or its calibration cannot be used.
+        ModelError: If a classifier cannot be found or loaded.
+    """
+    judge = make_judge(settings.judge, device=device)
+    if settings.calibration is None:
+        return judge, {}
+    return judge, load_calibration(Path(settings.calibration), judge).accuracies
+
+
 def measure_settings(settings: RunSettings) -> EvaluationSettings:
     """The settings of the evaluation as a run's settings give them."""
     return EvaluationSettings(
@@ -198,6 +229,7 @@ def measure(
     prompts: EvaluationPrompts,
     settings: RunSettings,
     *,
+    judged: tuple[Judge, Accuracies] | None = None,
     text: str | None = None,
     journal: Journal | None = None,
     on_progress: OnProgress | None = None,
@@ -209,6 +241,7 @@ def measure(
         edited: The edited model.
         prompts: What `test_prompts` gave.
         settings: A run's settings.
+        judged: What `test_judge` gave; by default the phrase judge.
         text: The content of the text file, if there is one.
         journal: Keeps the answers, so that a killed measurement goes on.
         on_progress: Told of every stage.
@@ -221,7 +254,17 @@ def measure(
     """
     asked, size = settings.measure, settings.batch_size
     progress = stage_progress(on_progress, "evaluation")
-    found = evaluate(base, edited, prompts, measure_settings(settings), journal=journal, on_progress=progress)
+    judge, accuracies = judged or (None, {})
+    found = evaluate(
+        base,
+        edited,
+        prompts,
+        measure_settings(settings),
+        judge=judge,
+        accuracies=accuracies,
+        journal=journal,
+        on_progress=progress,
+    )
     if text is not None:
         found = replace(found, text=score_text(base, edited, text, batch_size=size))
     if asked.tasks:

@@ -8,6 +8,8 @@ import typer
 from remove_refusals.configuration import ConfigFile
 from remove_refusals.measure_options import (
     Also,
+    CalibrationFile,
+    JudgeOption,
     Longest,
     TaskFiles,
     TaskLimit,
@@ -117,6 +119,8 @@ def run(
     tasks: Tasks = None,
     task_files: TaskFiles = None,
     task_limit: TaskLimit = None,
+    judge: JudgeOption = "phrases",
+    calibration: CalibrationFile = None,
 ) -> None:
     """The whole job: activations, direction, ablation, evaluation, and the saved model."""
     from remove_refusals import console, pipeline
@@ -156,6 +160,8 @@ def run(
             task_names(tasks),
             task_files,
             task_limit,
+            judge,
+            calibration,
         ),
         select=select_settings(select, max_kl, max_refusals, trials, as_given=as_given),
         batch_size=batch_size,

@@ -8,6 +8,8 @@ import typer
 from remove_refusals.errors import CertificateError
 from remove_refusals.measure_options import (
     Also,
+    CalibrationFile,
+    JudgeOption,
     Longest,
     TaskFiles,
     TaskLimit,
@@ -69,6 +71,8 @@ def evaluate(
     tasks: Tasks = None,
     task_files: TaskFiles = None,
     task_limit: TaskLimit = None,
+    judge: JudgeOption = "phrases",
+    calibration: CalibrationFile = None,
 ) -> None:
     """Refusals, false refusals and damage of two models, side by side on the same prompts."""
     from remove_refusals import atomic, console, pipeline, records
@@ -97,6 +101,8 @@ def evaluate(
             task_names(tasks),
             task_files,
             task_limit,
+            judge,
+            calibration,
         ),
         batch_size=batch_size,
     )

@@ -174,7 +174,8 @@ def with_new_refusals(
         And the share of the answers that refuse.
     """
     refused = material.refused
-    found = {index: answer for index, answer in enumerate(answers) if judge_phrases(answer.text) is Label.REFUSAL}
+    labels = [judge_phrases(answer.text, refused.prompts.prompts[index]) for index, answer in enumerate(answers)]
+    found = {index: answer for index, answer in enumerate(answers) if labels[index] is Label.REFUSAL}
     share = len(found) / len(answers)
     if not found:
         return material, share

@@ -109,7 +109,7 @@ def references(
         batch_size=settings.batch_size,
         on_progress=on_progress,
     )
-    labels = tuple(judge_phrases(answer.text) for answer in answers)
+    labels = tuple(judge_phrases(answer.text, prompt) for answer, prompt in zip(answers, prompts.prompts, strict=True))
     return References(prompts, tuple(token_ids), tuple(answers), labels)
 
 
@@ -146,7 +146,8 @@ def confirm(
             answers = generate(
                 loaded, part.token_ids, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size
             )
-            labels.append([judge_phrases(answer.text) for answer in answers])
+            pairs = zip(answers, part.prompts.prompts, strict=True)
+            labels.append([judge_phrases(answer.text, prompt) for answer, prompt in pairs])
             if on_progress is not None:
                 on_progress(sum(map(len, labels)))
     answered = harmless.only(Label.COMPLIANCE)

@@ -198,7 +198,8 @@ class _Measure:
         finally:
             report(self.n_runs)
         damage = sum(kl) / len(kl)
-        labels = [judge_phrases(answer.text) for answer in found]
+        prompts = self.harmful.prompts.prompts
+        labels = [judge_phrases(answer.text, prompt) for answer, prompt in zip(found, prompts, strict=True)]
         scores = Scores(labels.count(Label.REFUSAL), labels.count(Label.DEGENERATE), damage)
         return scores if math.isfinite(damage) else None
 
