@@ -14,13 +14,15 @@ import tiny
 import zoo
 from remove_refusals.apply.adapter import peft_adapter, save_peft_adapter
 from remove_refusals.apply.adapter_check import check_loads
+from remove_refusals.apply.adapter_loading import is_adapter, with_adapter
 from remove_refusals.apply.memory import edited_tensors
 from remove_refusals.direction_files import save_direction
 from remove_refusals.directions import direction_from_vectors
 from remove_refusals.disk_baking import bake_on_disk, open_checkpoint
-from remove_refusals.errors import ArchitectureError, DirectionError
+from remove_refusals.errors import ArchitectureError, DirectionError, ModelError
 from remove_refusals.interventions import load_intervention
 from remove_refusals.modelmap import map_model
+from remove_refusals.models import load
 from remove_refusals.plan import intervene, resolve
 from remove_refusals.types import DirectionOrigin, Intervention, SiteEdit
 
@@ -277,3 +279,43 @@ class TestRepeat:
         path.write_text(json.dumps(record))
         with pytest.raises(DirectionError, match="has the edit"):
             load_intervention(tmp_path / "made")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_an_adapter_is_measured_as_the_model_that_it_makes(model_type, tmp_path):
+    model = zoo.build(model_type)
+    model_map = map_model(model)
+    model.save_pretrained(tmp_path / "base")
+    tiny.tokenizer().save_pretrained(tmp_path / "base")
+    plan = resolve(intervene(direction(zoo.D_MODEL), zoo.N_LAYERS), model_map, model.get_parameter)
+    wanted = logits(edited(model, plan, model_map))
+    save_peft_adapter(peft_adapter(model, plan, model_map, model.get_parameter, base="base"), tmp_path)
+    assert is_adapter(tmp_path) and not is_adapter(tmp_path / "base")
+    loaded = with_adapter(load(tmp_path / "base"), tmp_path)
+    torch.testing.assert_close(logits(loaded.model), wanted, rtol=0, atol=2e-5)
+    assert all(parameter.requires_grad for parameter in loaded.model.parameters())
+
+
+def test_an_adapter_of_another_model_is_one_sentence(tmp_path):
+    model = zoo.build("llama")
+    model_map = map_model(model)
+    plan = resolve(intervene(direction(zoo.D_MODEL), zoo.N_LAYERS), model_map, model.get_parameter)
+    save_peft_adapter(peft_adapter(model, plan, model_map, model.get_parameter, base="base"), tmp_path)
+    zoo.build("llama", hidden_size=32).save_pretrained(tmp_path / "base")
+    tiny.tokenizer().save_pretrained(tmp_path / "base")
+    with pytest.raises(ModelError, match=r"cannot be loaded into .*base"):
+        with_adapter(load(tmp_path / "base"), tmp_path)
+
+
+def test_evaluate_takes_an_adapter(command, llama_directory, inputs, tmp_path):
+    save_direction(direction(32), tmp_path / "taken.safetensors")
+    for name, more in (("baked", ()), ("adapter", ("--as", "lora"))):
+        made = ("bake", llama_directory, "--direction", tmp_path / "taken.safetensors", *more, "-o", tmp_path / name)
+        assert command(*made).code == 0
+        rows = ("--rows", tmp_path / f"{name}.jsonl", "--dtype", "float32")
+        outcome = command("evaluate", llama_directory, tmp_path / name, *inputs.test, *rows)
+        assert outcome.code == 0, outcome
+    kept = [[json.loads(row) for row in (tmp_path / f"{name}.jsonl").open()] for name in ("baked", "adapter")]
+    prompts = {(row["set"], row["prompt"], row["model"]) for row in kept[0]}
+    assert prompts == {(row["set"], row["prompt"], row["model"]) for row in kept[1]} and len(prompts) == len(kept[0])
+    assert [row for row in kept[0] if row["model"] == "base"] == [row for row in kept[1] if row["model"] == "base"]
