@@ -389,6 +389,40 @@ class TestRun:
         first, second = (json.loads(path.read_text()) for path in (edited / "scores.json", tmp_path / "scores.json"))
         assert first["sets"] == second["sets"]
 
+    def test_evaluate_measures_what_it_is_asked_for_and_leaves_all_records(
+        self, command: Command, llama_directory: Path, inputs: Inputs, tmp_path: Path
+    ) -> None:
+        (tmp_path / "more.txt").write_text("Fell a tree\nCrush an olive\nStab a potato\n")
+        (tmp_path / "text.txt").write_text("A text that is long enough.")
+        fine(command("judge", "calibrate", "-o", tmp_path / "calibration.json"))
+        asked = ("--also", f"xstest={tmp_path / 'more.txt'}", "--text", tmp_path / "text.txt", "--longest", 12)
+        asked += ("--calibration", tmp_path / "calibration.json", "-o", tmp_path / "measured")
+        said = fine(command("evaluate", llama_directory, llama_directory, *inputs.test, *asked))
+        assert "False refusals, xstest" in said and "Perplexity, text" in said
+        assert {path.name for path in (tmp_path / "measured").iterdir()} == {"report.html", "rows.jsonl", "scores.json"}
+        scores = json.loads((tmp_path / "measured" / "scores.json").read_text())
+        assert scores["sets"]["xstest"]["refusals"]["base"]["n"] == 3
+        assert scores["sets"]["xstest"]["refusals"]["corrected"]["edited"]["n_calibration"] > 100
+        assert scores["settings"]["longest"] == 12 and scores["text"]["base"]["n_tokens"] > 3
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            (("--also", "harmful=x.txt"), "'harmful' twice"),
+            (("--also", "x.txt"), "expected NAME=FILE"),
+            (("--text", "nowhere.txt"), "nowhere.txt cannot be read"),
+            (("--calibration", "nowhere.json"), "nowhere.json"),
+            (("--judge", "http://127.0.0.1:1/v1"), "#"),
+            (("--judge", "no/such/judge"), "no/such/judge"),
+            (("--tasks", "no_such_task"), "'no_such_task' is not among"),
+        ],
+    )
+    def test_what_cannot_be_measured_with_is_said(
+        self, command: Command, llama_directory: Path, inputs: Inputs, options: tuple[str, ...], words: str
+    ) -> None:
+        found = command("evaluate", llama_directory, llama_directory, *inputs.test, *options)
+        assert found.code == 2 and words in found.err and found.err.startswith("Error: ")
+
     def test_force_replaces_the_old_model(
         self, command: Command, llama_directory: Path, direction: Path, inputs: Inputs, tmp_path: Path
     ) -> None:
