@@ -16,7 +16,7 @@ from remove_refusals.report_page.heat import heat_paths
 from remove_refusals.report_page.material import NAMES
 from remove_refusals.report_page.page import html_report, write_html_report
 from remove_refusals.report_page.scales import Scale, integer_ticks, integers, scale_of
-from remove_refusals.report_page.words import first_sentence, number, p_value, percent
+from remove_refusals.report_page.words import first_sentence, number, p_value, percent, tick
 
 VOID = {"meta", "input", "br", "img", "link", "hr"}
 LOADING = {"src", "href", "xlink:href", "action", "formaction", "poster", "data", "srcset", "background", "ping"}
@@ -358,6 +358,22 @@ def test_printed_numbers_are_near_the_number(value):
 )
 def test_percentages(value, said):
     assert percent(value) == said
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (0.5, "0.5"),
+        (0.00025, "0.00025"),
+        (12000, "12000"),
+        (1e5, "1e5"),
+        (250000, "2.5e5"),
+        (1e-7, "1e-7"),
+        (1e12, "1e12"),
+    ],
+)
+def test_numbers_of_scales(value, said):
+    assert tick(value) == said
 
 
 def test_p_values():

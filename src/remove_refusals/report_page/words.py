@@ -26,7 +26,8 @@ def number(value: float) -> str:
 
 def tick(value: float) -> str:
     """Print a number of a scale, without digits that say nothing."""
-    return f"{value:g}".replace("e-0", "e-").replace("e+0", "e")
+    shown = f"{value:g}" if abs(value) < 1e5 else f"{value:.2e}".replace(".00e", "e").replace("0e", "e")
+    return shown.replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
 
 
 def percent(value: float) -> str:
