@@ -113,7 +113,14 @@ def collect_activations(
     model_map = model_map or map_model(loaded.model)
     depth = model_map.n_layers if n_layers is None else n_layers
     _check_places(token_ids, positions, depth, model_map)
-    stop = depth < model_map.n_layers and bool(token_ids) and _runs_each_layer_once(loaded, model_map, token_ids)
+    # Where weights come from the disk, one pass serves all prompts, and none is spent on looking.
+    most = max(1, len(token_ids)) if loaded.is_offloaded else MOST_PROMPTS
+    stop = (
+        depth < model_map.n_layers
+        and bool(token_ids)
+        and not loaded.is_offloaded
+        and _runs_each_layer_once(loaded, model_map, token_ids)
+    )
     hidden = torch.empty(len(token_ids), len(positions), depth + 1, model_map.d_model)
 
     def run(indices: Sequence[int]) -> torch.Tensor:
@@ -122,10 +129,12 @@ def collect_activations(
         return torch.stack([found[index].to("cpu", torch.float32) for index in range(depth + 1)], dim=2)
 
     def fitting(indices: Sequence[int]) -> int:
+        if batch_size is None and loaded.is_offloaded:
+            return len(indices)
         return batch_size or fitting_pass(loaded, [len(token_ids[index]) for index in indices])
 
     done = 0
-    for indices, result in with_backoff(run, longest_first(token_ids), batch_size or MOST_PROMPTS, fitting=fitting):
+    for indices, result in with_backoff(run, longest_first(token_ids), batch_size or most, fitting=fitting):
         hidden[list(indices)] = result
         done += len(indices)
         if on_progress is not None:

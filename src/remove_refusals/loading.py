@@ -17,8 +17,9 @@ from remove_refusals.errors import ModelError
 
 _HUB_TIMEOUT_SECONDS = 10.0
 
-# The hub's client has changed the HTTP package under it before; its own error always derives from that package's.
-_HTTPError: type[Exception] = errors.HfHubHTTPError.__mro__[1]
+HTTPError: type[Exception] = errors.HfHubHTTPError.__mro__[1]
+"""The hub's client has changed the HTTP package under it before; its own error always derives from that package's."""
+
 # What Transformers, its config validation, safetensors and torch raise for a checkpoint that they cannot read.
 _PYTHON_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError, EOFError)
 _LOADING_ERRORS = (*_PYTHON_ERRORS, SafetensorError, errors.StrictDataclassError)
@@ -63,7 +64,7 @@ def _hub_is_out_of_reach(name: str, revision: str | None) -> bool:
             f"The model {name}{at} is neither a directory nor on the hub for you to read, expected one of them; check "
             "the name, and log in with `hf auth login` if it is gated or private."
         ) from error
-    except (OSError, _HTTPError):
+    except (OSError, HTTPError):
         return True
     return False
 
@@ -114,6 +115,28 @@ def pick_device(device: str | torch.device | None) -> torch.device:
     if chosen is None or not available.get(chosen.type, True):
         raise ModelError(f"The device {device} is not there, expected one of {', '.join(present)}; choose one of them.")
     return chosen
+
+
+def offloading(offload: str | Path | None, max_memory: str | None) -> dict[str, Any]:
+    """Give what `from_pretrained` needs so that what fits into no memory stays on the disk.
+
+    Args:
+        offload: The directory for it.
+        max_memory: How much of this machine's memory the weights may take, such as `8GiB`.
+
+    Raises:
+        ModelError: If the size cannot be read.
+    """
+    settings: dict[str, Any] = {} if offload is None else {"offload_folder": str(offload)}
+    if max_memory is not None:
+        from accelerate.utils import convert_file_size_to_int, get_max_memory
+
+        try:
+            size = convert_file_size_to_int(max_memory)
+        except ValueError as error:
+            raise ModelError(f"The size {max_memory!r} is none, expected one such as 8GiB; correct it.") from error
+        settings["max_memory"] = get_max_memory() | {"cpu": size}
+    return settings
 
 
 @contextmanager

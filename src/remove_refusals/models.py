@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from remove_refusals.checkpoint import INDEX_FILE, SINGLE_FILE, checkpoint_tensors
 from remove_refusals.errors import ModelError
-from remove_refusals.loading import check_complete, explained, find_source, pick_device, quiet
+from remove_refusals.loading import check_complete, explained, find_source, offloading, pick_device, quiet
 from remove_refusals.slices import FLOAT_DTYPES
 from remove_refusals.sources import check_trust, model_source
 
@@ -47,8 +47,16 @@ class LoadedModel:
     @property
     def device(self) -> torch.device:
         """The device that token ids have to be on."""
-        embedding: torch.Tensor = self.model.get_input_embeddings().weight
-        return embedding.device if embedding.device.type != "meta" else self.model.device
+        module = self.model.get_input_embeddings()
+        embedding: torch.Tensor = module.weight
+        # Weights that lie on the disk are put on their hook's device when they are needed.
+        place = getattr(getattr(module, "_hf_hook", None), "execution_device", self.model.device)
+        return torch.device(place) if embedding.is_meta else embedding.device
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether some of the weights are read from the disk each time that they are needed."""
+        return any(parameter.is_meta for parameter in self.model.parameters())
 
     @property
     def pad_token_id(self) -> int:
@@ -72,6 +80,8 @@ def load(
     trust_remote_code: bool = False,
     revision: str | None = None,
     device_map: str | Mapping[str, Any] | None = None,
+    offload: str | Path | None = None,
+    max_memory: str | None = None,
     tokenizer: str | Path | None = None,
 ) -> LoadedModel:
     """Load a causal language model and its tokenizer from a directory or the Hugging Face hub.
@@ -85,6 +95,9 @@ def load(
         trust_remote_code: Run Python code that comes with the checkpoint.
         revision: The hub's branch, tag or commit; the default branch if not given.
         device_map: Passed on to Transformers instead of `device`, for example `auto`.
+        offload: With a device map: the directory for what fits into no memory. Safetensors files are read where they
+            lie; other weights are written there.
+        max_memory: With a device map: how much of this machine's memory the weights may take, such as `8GiB`.
         tokenizer: Where the tokenizer comes from, if not from `source`.
 
     Returns:
@@ -98,6 +111,10 @@ def load(
     name = model_source(str(source))
     if device is not None and device_map is not None:
         raise ModelError(f"Both device {device} and device_map {device_map} are given, expected one; leave one out.")
+    if device_map is None and (offload is not None or max_memory is not None):
+        raise ModelError(
+            "The options offload and max_memory are given without a device map, expected both; add --device-map auto."
+        )
     where = pick_device(device)
     wanted = _parse_dtype(dtype)
     local = find_source(name, revision)
@@ -121,6 +138,7 @@ def load(
             config=config,
             dtype="auto" if wanted is None else wanted,
             device_map=device_map or {"": where},
+            **offloading(offload, max_memory),
             quantization_config=_four_bit(wanted or saved or torch.float32) if load_in_4bit else None,
             ignore_mismatched_sizes=True,  # so that they are reported with their names, below
             output_loading_info=True,

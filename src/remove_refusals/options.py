@@ -24,6 +24,13 @@ Dtype = Annotated[
     typer.Option(help="auto: the checkpoint's on an accelerator, float32 on the CPU.", rich_help_panel=MODEL),
 ]
 FourBit = Annotated[bool, typer.Option("--load-in-4bit", help="Load with bitsandbytes.", rich_help_panel=MODEL)]
+DeviceMap = Annotated[
+    str | None, typer.Option(help="auto spreads it over GPUs, memory and disk.", rich_help_panel=MODEL)
+]
+Offload = Annotated[str | None, typer.Option(help="With a map: a directory for the rest.", rich_help_panel=MODEL)]
+MaxMemory = Annotated[
+    str | None, typer.Option(help="With a map: the most memory for weights, as 8GiB.", rich_help_panel=MODEL)
+]
 RemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.", rich_help_panel=MODEL)
 ]

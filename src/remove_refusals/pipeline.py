@@ -9,6 +9,7 @@ from remove_refusals.analysis import Separation, measure_separation
 from remove_refusals.atomic import atomic_directory, check_target
 from remove_refusals.baking import Baked, check_not_source, write_baked
 from remove_refusals.direction_files import load_directions
+from remove_refusals.disk_baking import bake_on_disk, open_checkpoint
 from remove_refusals.errors import ModelError, RemoveRefusalsError, SelectionError
 from remove_refusals.evaluation import Evaluation, EvaluationPrompts, warnings
 from remove_refusals.interventions import CANDIDATES, save_candidates
@@ -141,15 +142,7 @@ def _run_into(
         found = _found(loaded, settings, given, drawn, model_map, on_progress)
         intervention = make_intervention(found.directions, settings.edit, model_map)
         used, notes = found.prompts, (*said, *_outlier_warning(found, settings))
-    baked = write_baked(
-        loaded,
-        intervention,
-        directory,
-        tied=settings.edit.tied,
-        allow_leak=settings.edit.allow_leak,
-        variant=settings.edit.variant,
-        model_map=model_map,
-    )
+    baked = _written(loaded, intervention, directory, settings, model_map)
     edited = load_model(str(directory), replace(settings.loading, revision=None))
     evaluation = measure(
         loaded, edited, prompts, settings, judged=judged, text=text, journal=journal, on_progress=on_progress
@@ -183,6 +176,24 @@ def _write_records(
     write_jsonl(directory / "rows.jsonl", (row.to_json() for row in evaluation.rows))
     card = model_card(record, table(evaluation), table_key(evaluation), baked.certificate)
     (directory / "README.md").write_text(card, encoding="utf-8")
+
+
+def _written(
+    loaded: LoadedModel, intervention: Intervention, directory: Path, settings: RunSettings, model_map: ModelMap
+) -> Baked:
+    """Write the edited model; of one that is not whole in memory the files are edited instead."""
+    edit = settings.edit
+    options: dict[str, Any] = {"tied": edit.tied, "allow_leak": edit.allow_leak, "variant": edit.variant}
+    if not loaded.is_offloaded:
+        return write_baked(loaded, intervention, directory, model_map=model_map, **options)
+    loading = settings.loading
+    checkpoint = open_checkpoint(settings.model, revision=loading.revision, trust_remote_code=loading.trust_remote_code)
+    baked = bake_on_disk(checkpoint, intervention, directory / "edited", **options)
+    for path in sorted(baked.directory.iterdir()):
+        path.rename(directory / path.name)
+    baked.directory.rmdir()
+    (directory / "ablation.json").unlink()
+    return replace(baked, directory=directory)
 
 
 def _cost(judge: Judge) -> tuple[str, ...]:
@@ -244,6 +255,10 @@ def _selection(
     on_progress: OnProgress | None,
 ) -> tuple[Selection | None, tuple[str, ...]]:
     """Search; where there is nothing to choose by, give None and say why."""
+    if loaded.is_offloaded:
+        return None, (
+            _NOTHING_CHOSEN.format("The model lies on the disk, and a search would read it many times over."),
+        )
     try:
         found = select(
             loaded,

@@ -43,6 +43,9 @@ class LoadSettings:
     load_in_4bit: bool = False
     trust_remote_code: bool = False
     revision: str | None = None
+    device_map: str | None = None
+    offload: str | None = None
+    max_memory: str | None = None
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from remove_refusals.settings import (
     published_name,
 )
 from remove_refusals.text_scores import read_text, score_text
-from remove_refusals.types import ChatFormat, Direction, Intervention, ModelMap, PromptSet
+from remove_refusals.types import Activations, ChatFormat, Direction, Intervention, ModelMap, PromptSet
 
 OnProgress = Callable[[str, int, int], None]
 """Called with the stage's name, how much of it is done and how much there is."""
@@ -114,21 +115,30 @@ def find_direction(
     check_positions(loaded.tokenizer, settings.positions, chat)
     model_map = model_map or map_model(loaded.model)
     indices = _indices(settings, model_map.n_layers)
+    collect = partial(
+        collect_activations,
+        loaded,
+        chat=chat,
+        positions=settings.positions,
+        n_layers=max(indices),
+        batch_size=batch_size,
+        model_map=model_map,
+    )
     total = len(harmful) + len(harmless)
-    parts = []
-    for before, part in ((0, harmful), (len(harmful), harmless)):
-        parts.append(
-            collect_activations(
-                loaded,
-                part,
-                chat=chat,
-                positions=settings.positions,
-                n_layers=max(indices),
-                batch_size=batch_size,
-                model_map=model_map,
-                on_progress=stage_progress(on_progress, "activations", before, total),
-            )
-        )
+    if loaded.is_offloaded:
+        # In one go, which reads the weights once.
+        both = PromptSet("both", harmful.prompts + harmless.prompts, harmful.source)
+        found = collect(both, on_progress=stage_progress(on_progress, "activations", 0, total))
+        cut = len(harmful)
+        parts = [
+            Activations(found.hidden[:cut], found.positions, harmful),
+            Activations(found.hidden[cut:], found.positions, harmless),
+        ]
+    else:
+        parts = [
+            collect(part, on_progress=stage_progress(on_progress, "activations", before, total))
+            for before, part in ((0, harmful), (len(harmful), harmless))
+        ]
     options: dict[str, Any] = {"position": settings.position, "projected": settings.projected}
     options |= {"model": published_name(loaded.source), "seed": settings.seed}
     if settings.per_layer:

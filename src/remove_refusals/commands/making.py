@@ -25,6 +25,7 @@ from remove_refusals.options import (
     BatchSize,
     Column,
     Device,
+    DeviceMap,
     Dtype,
     Force,
     FourBit,
@@ -36,11 +37,13 @@ from remove_refusals.options import (
     Layer,
     LayerRange,
     MaxKl,
+    MaxMemory,
     MaxNewTokens,
     MaxRefusals,
     ModelArgument,
     NPrompts,
     NTest,
+    Offload,
     OptionalDirectionFile,
     PerLayer,
     Plain,
@@ -82,6 +85,9 @@ def run(
     load_in_4bit: FourBit = False,
     trust_remote_code: RemoteCode = False,
     revision: Revision = None,
+    device_map: DeviceMap = None,
+    offload: Offload = None,
+    max_memory: MaxMemory = None,
     system_prompt: SystemPrompt = None,
     chat_template: TemplateFile = None,
     plain: Plain = False,
@@ -143,7 +149,7 @@ def run(
     check_choice(select, as_given=as_given)
     settings = RunSettings(
         model=model,
-        loading=LoadSettings(device, dtype, load_in_4bit, trust_remote_code, revision),
+        loading=LoadSettings(device, dtype, load_in_4bit, trust_remote_code, revision, device_map, offload, max_memory),
         chat=chat_format(system_prompt, chat_template, plain),
         direction=finding,
         edit=edit_settings(strength, layers, sites, tied, variant, allow_leak, affine),
@@ -186,6 +192,9 @@ def find(
     load_in_4bit: FourBit = False,
     trust_remote_code: RemoteCode = False,
     revision: Revision = None,
+    device_map: DeviceMap = None,
+    offload: Offload = None,
+    max_memory: MaxMemory = None,
     system_prompt: SystemPrompt = None,
     chat_template: TemplateFile = None,
     plain: Plain = False,
@@ -222,7 +231,9 @@ def find(
     )
     chat = chat_format(system_prompt, chat_template, plain)
     prompts = stages.training_prompts(settings)
-    loaded = stages.load_model(model, LoadSettings(device, dtype, load_in_4bit, trust_remote_code, revision))
+    loaded = stages.load_model(
+        model, LoadSettings(device, dtype, load_in_4bit, trust_remote_code, revision, device_map, offload, max_memory)
+    )
     with console.progress() as on_progress:
         found = stages.find_direction(
             loaded, settings, chat=chat, prompts=prompts, batch_size=batch_size, on_progress=on_progress

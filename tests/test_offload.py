@@ -1,0 +1,109 @@
+"""A model whose weights stay on the disk gives what one in memory gives."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny
+from remove_refusals.activations import collect_activations
+from remove_refusals.apply.hooks import ablated
+from remove_refusals.directions import direction_from_vectors
+from remove_refusals.errors import ModelError
+from remove_refusals.generation import generate
+from remove_refusals.models import LoadedModel, load
+from remove_refusals.pipeline import run
+from remove_refusals.plan import intervene
+from remove_refusals.settings import (
+    DirectionSettings,
+    EditSettings,
+    LoadSettings,
+    MeasureSettings,
+    PromptSource,
+    RunSettings,
+)
+from remove_refusals.stages import find_direction
+from remove_refusals.types import ChatFormat, DirectionOrigin, PromptSet
+
+PROMPTS = PromptSet("p", ("Name a colour.", "Tell a joke please.", "Why?"), "test")
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("model")
+    tiny.llama().save_pretrained(directory)
+    tiny.tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def offloaded(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    # So little memory that the layers stay on the disk.
+    return load(directory, device_map="auto", offload=tmp_path_factory.mktemp("offload"), max_memory="40KB")
+
+
+def test_activations_answers_and_hooks_are_the_same(directory: Path, offloaded: LoadedModel) -> None:
+    loaded = load(directory)
+    assert offloaded.is_offloaded and not loaded.is_offloaded
+    first, second = (collect_activations(one, PROMPTS).hidden for one in (loaded, offloaded))
+    torch.testing.assert_close(first, second)
+    vector = torch.randn(first.shape[-1], generator=torch.Generator().manual_seed(0))
+    intervention = intervene(direction_from_vectors(vector, DirectionOrigin("test")), 2)
+    answers = []
+    for one in (loaded, offloaded):
+        with ablated(one.model, intervention):
+            answers.append(generate(one, [[5, 6, 7], [8, 9]], max_new_tokens=6))
+    assert answers[0] == answers[1]
+
+
+def settings(directory: Path, tmp_path: Path, loading: LoadSettings) -> RunSettings:
+    def prompts(name: str, words: str) -> PromptSource:
+        (tmp_path / name).write_text("".join(f"Please {word} it\n" for word in words.split()))
+        return PromptSource(str(tmp_path / name))
+
+    return RunSettings(
+        model=str(directory),
+        loading=loading,
+        direction=DirectionSettings(prompts("a", "steal break burn"), prompts("b", "bake water paint"), n_prompts=3),
+        edit=EditSettings(strength=0.5),
+        measure=MeasureSettings(
+            prompts("c", "rob hack"),
+            prompts("d", "cook sing"),
+            prompts("e", "kill shoot"),
+            max_new_tokens=4,
+            kl_tokens=2,
+        ),
+        select=None,
+    )
+
+
+def test_every_weight_is_read_once_for_all_prompts(directory: Path, offloaded: LoadedModel, tmp_path: Path) -> None:
+    calls: list[tuple[int, ...]] = []
+    layer = offloaded.model.model.layers[0]
+    handle = layer.register_forward_hook(lambda module, args, output: calls.append(tuple(args[0].shape[:1])))
+    try:
+        wanted = settings(directory, tmp_path, LoadSettings()).direction
+        found = find_direction(offloaded, wanted, chat=ChatFormat())
+    finally:
+        handle.remove()
+    assert calls == [(6,)]
+    expected = find_direction(load(directory), wanted, chat=ChatFormat())
+    torch.testing.assert_close(found.direction.basis, expected.direction.basis, atol=1e-5, rtol=1e-4)
+
+
+def test_a_run_edits_the_files_to_the_same_bytes(directory: Path, tmp_path: Path) -> None:
+    loading = LoadSettings(device_map="auto", offload=str(tmp_path / "offload"), max_memory="40KB", dtype="float32")
+    run(settings(directory, tmp_path, loading), tmp_path / "one")
+    run(settings(directory, tmp_path, LoadSettings()), tmp_path / "other")
+    names = {path.name for path in (tmp_path / "other").iterdir()}
+    assert {path.name for path in (tmp_path / "one").iterdir()} == names
+    one, other = (load(tmp_path / name).model.state_dict() for name in ("one", "other"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], atol=1e-5, rtol=1e-4)
+
+
+def test_what_does_not_go_together_is_refused(directory: Path) -> None:
+    with pytest.raises(ModelError, match="without a device map"):
+        load(directory, max_memory="1GiB")
+    with pytest.raises(ModelError, match="'much'"):
+        load(directory, device_map="auto", max_memory="much")
