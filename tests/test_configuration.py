@@ -1,6 +1,7 @@
 """Options from a file, and runs repeated from their records."""
 
 import json
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -104,14 +105,12 @@ def test_a_run_is_repeated_with_equal_hashes(place: Path) -> None:
     lines = done.stdout.splitlines()
     assert any(line.startswith("same") and line.endswith("model.safetensors") for line in lines)
     assert not any(line.startswith(("different", "missing", "new")) for line in lines), done.stdout
-    total = len(list((place / "out").iterdir()))
+    total = sum(path.is_file() for path in (place / "out").rglob("*"))
     assert lines[-1] == f"{total} of {total} files came out the same."
 
 
 def test_weights_that_differ_are_told_with_exit_code_3(place: Path, tmp_path: Path) -> None:
-    for path in (place / "out").iterdir():
-        (tmp_path / "out").mkdir(exist_ok=True)
-        (tmp_path / "out" / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(place / "out", tmp_path / "out")
     weights = load_file(tmp_path / "out" / "model.safetensors")
     weights["lm_head.weight"] = weights["lm_head.weight"] * 2
     save_file(weights, tmp_path / "out" / "model.safetensors", {"format": "pt"})
