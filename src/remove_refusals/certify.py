@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
+from remove_refusals.blockformats import BlockTensor, find_block_tensor
 from remove_refusals.checkpoint import checkpoint_tensors
-from remove_refusals.comparing import Place, deviation, same_bytes
+from remove_refusals.comparing import PlainTensor, deviation, same_bytes
 from remove_refusals.errors import CheckpointError
 from remove_refusals.linalg import Variant
 from remove_refusals.skeleton import by_stored_name
-from remove_refusals.slices import float_dtype, read_tensor
+from remove_refusals.slices import Place, read_tensor
 from remove_refusals.types import DiskTensor, EditPlan, ModelMap, PlanEntry
 
 FORMAT = 1
@@ -24,6 +25,12 @@ FORMAT = 1
 
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float64: 2.0**-53}
 """Half a unit in the last place, relative to a number: the largest error of one rounding."""
+
+
+LARGEST_SHARE_OFF = 0.05
+"""How far the share that is left in a quantised tensor may be off: its rounding alone would hide a skipped writer."""
+
+Readable = PlainTensor | BlockTensor
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,7 @@ class WriterCertificate:
         share_left: `‖QᵀW'‖ / ‖QᵀW‖`, without the plan's offset; a plain edit wants `|1 - strength|`.
         error: How far `W'` is from the planned one, computed from the base in float32 (Frobenius norm).
         allowed: What rounding to the saved dtype can cost at most.
+        requantising_alone: What quantising the unedited tensor anew would cost (Frobenius norm); None for plain floats.
     """
 
     name: str
@@ -51,11 +59,13 @@ class WriterCertificate:
     share_left: float
     error: float
     allowed: float
+    requantising_alone: float | None = None
 
     @property
     def passed(self) -> bool:
-        """Whether the deviation is within rounding."""
-        return self.error <= self.allowed
+        """Whether the deviation is within rounding; of a quantised tensor also the share that is left."""
+        off = 0.0 if self.requantising_alone is None else abs(self.share_left - abs(1 - self.strength))
+        return self.error <= self.allowed and off <= LARGEST_SHARE_OFF
 
 
 @dataclass(frozen=True)
@@ -97,7 +107,11 @@ class Certificate:
             "format": FORMAT,
             "passed": self.passed,
             "problems": list(self.problems),
-            "edited": [asdict(entry) | {"passed": entry.passed} for entry in self.edited],
+            "edited": [
+                {key: value for key, value in asdict(entry).items() if value is not None or key == "layer"}
+                | {"passed": entry.passed}
+                for entry in self.edited
+            ],
             "left": dict(self.left),
             "identical_tensors": self.identical,
         }
@@ -137,6 +151,11 @@ def certify(
             problems.append(f"Writer '{entry.parameter}' is to be edited and its name on disk is unknown.")
         for tensor in entry.on_disk:
             planned.add(tensor.name)
+            blocks = find_block_tensor(tensor.name, before), find_block_tensor(tensor.name, after)
+            if blocks[0] is not None and blocks[1] is not None and blocks[0].shape == blocks[1].shape:
+                planned.update(blocks[0].names)
+                edited.append(_writer(entry, tensor, blocks[0], blocks[1], plan.variant))
+                continue
             if tensor.name not in before or tensor.name not in after:
                 where = base if tensor.name not in before else directory
                 problems.append(f"Writer '{tensor.name}' is to be edited and is missing in {where.name}.")
@@ -146,7 +165,9 @@ def certify(
                 shapes = f"{saved[1].shape} and the base's has {original[1].shape}"
                 problems.append(f"Writer '{tensor.name}' has shape {shapes}.")
                 continue
-            edited.append(_writer(entry, tensor, original, saved, plan.variant))
+            whole = plan.variant == "row-norm"
+            first, second = (PlainTensor(place, tensor.axis, whole) for place in (original, saved))
+            edited.append(_writer(entry, tensor, first, second, plan.variant))
     problems.extend(
         f"Writer '{entry.name}' deviates from the plan by {entry.error:.2g}, more than the {entry.allowed:.2g} that"
         f" rounding to {entry.dtype} can cost; {entry.share_left:.1%} of the direction is left."
@@ -158,21 +179,26 @@ def certify(
     return Certificate(tuple(edited), plan.left, identical, tuple(problems), plan.leaks, boundaries, tuple(dropped))
 
 
-def _writer(entry: PlanEntry, tensor: DiskTensor, original: Place, saved: Place, variant: Variant) -> WriterCertificate:
-    found = deviation(original, saved, entry, tensor.axis, variant)
-    dtype = float_dtype(*saved)
+def _writer(
+    entry: PlanEntry, tensor: DiskTensor, original: Readable, saved: Readable, variant: Variant
+) -> WriterCertificate:
+    found = deviation(original, saved, entry, variant)
     # The edit itself is computed in float32, whose errors add up along the axis.
     arithmetic = 4 * ROUNDING[torch.float32] * max(found.original, found.planned) ** 0.5
+    quantised = isinstance(saved, BlockTensor)
+    # A number of a quantised format may go to either of its neighbours.
+    rounding = found.step**0.5 if quantised else ROUNDING[getattr(torch, saved.dtype)] * found.saved**0.5
     return WriterCertificate(
         name=tensor.name,
         parameter=entry.parameter,
         kind=entry.kind,
         layer=entry.layer,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=saved.dtype,
         strength=entry.strength,
         share_left=(found.after / found.before) ** 0.5 if found.before else 0.0,
         error=found.error**0.5,
-        allowed=ROUNDING[dtype] * found.saved**0.5 + arithmetic,
+        allowed=rounding + arithmetic,
+        requantising_alone=found.requantised**0.5 if quantised else None,
     )
 
 

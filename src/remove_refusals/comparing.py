@@ -4,20 +4,51 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from remove_refusals.checkpoint import TensorEntry
+from remove_refusals.blockformats import BlockTensor
 from remove_refusals.linalg import Variant, project_out
-from remove_refusals.slices import COPY_BYTES, float_dtype, opened, read_slice, tensor_slices
+from remove_refusals.slices import COPY_BYTES, Place, float_dtype, opened, read_slice, tensor_slices
 from remove_refusals.types import PlanEntry
 
 _NUMBERS = 1 << 21
 """How many numbers of each tensor are compared at once, in float32 (8 MiB, about six times over)."""
 
-Place = tuple[Path, TensorEntry]
-"""A file and where in it a tensor lies."""
+
+@dataclass(frozen=True)
+class PlainTensor:
+    """A tensor of floats on disk.
+
+    Attributes:
+        place: Where.
+        along: Its axis of width d_model.
+        whole: Whether it is read at once, in its own shape.
+    """
+
+    place: Place
+    along: int
+    whole: bool = False
+
+    @property
+    def dtype(self) -> str:
+        """The name of its data type."""
+        return str(float_dtype(*self.place)).removeprefix("torch.")
+
+    @property
+    def axis(self) -> int:
+        """The axis of width d_model in what `floats` gives."""
+        return self.along if self.whole else 1
+
+    def floats(self, numbers: int) -> Iterator[torch.Tensor]:
+        """Read it part by part: `[outer, d_model, inner]`, float32."""
+        path, entry = self.place
+        dtype = float_dtype(path, entry)
+        most = math.prod(entry.shape) if self.whole else numbers
+        with opened(path) as file:
+            for part in tensor_slices(entry.shape, self.along, dtype.itemsize, max(1, most)):
+                values = read_slice(file, entry.start, part, dtype).to(torch.float32)
+                yield values.view(entry.shape) if self.whole else values
 
 
 @dataclass
@@ -31,6 +62,8 @@ class Deviation:
         saved: Of `W'`.
         planned: Of what `W'` was to be.
         error: Of `W'` minus that.
+        requantised: Of what quantising `W` anew would change, for a quantised format.
+        step: Of the distances between neighbouring numbers of the format, for a quantised format.
     """
 
     before: float = 0.0
@@ -39,6 +72,8 @@ class Deviation:
     saved: float = 0.0
     planned: float = 0.0
     error: float = 0.0
+    requantised: float = 0.0
+    step: float = 0.0
 
     def add(self, **squares: torch.Tensor) -> None:
         """Add the squares of tensors."""
@@ -46,14 +81,15 @@ class Deviation:
             setattr(self, name, getattr(self, name) + float(tensor.to(torch.float64).square().sum()))
 
 
-def deviation(original: Place, saved: Place, entry: PlanEntry, axis: int, variant: Variant) -> Deviation:
+def deviation(
+    original: PlainTensor | BlockTensor, saved: PlainTensor | BlockTensor, entry: PlanEntry, variant: Variant
+) -> Deviation:
     """Measure a saved tensor against what its plan makes of the original.
 
     Args:
         original: The base's tensor.
         saved: The edited one, of the same shape.
         entry: The plan.
-        axis: The axis of width d_model.
         variant: What else the edit does.
 
     Returns:
@@ -62,28 +98,23 @@ def deviation(original: Place, saved: Place, entry: PlanEntry, axis: int, varian
     Raises:
         CheckpointError: If a tensor cannot be read or is not of a data type to compute with.
     """
-    dtypes = float_dtype(*original), float_dtype(*saved)
-    shape = original[1].shape
-    # That variant looks at all inputs at once.
-    whole = variant == "row-norm"
-    most = math.prod(shape) if whole else _NUMBERS
-    cuts = [tensor_slices(shape, axis, dtype.itemsize, max(1, most)) for dtype in dtypes]
     constant = torch.tensor(entry.offset or (0.0,))
+    axis = original.axis
     found = Deviation()
-    with opened(original[0]) as first, opened(saved[0]) as second:
-        for before, after in zip(*cuts, strict=True):
-            base = read_slice(first, original[1].start, before, dtypes[0]).to(torch.float32)
-            values = read_slice(second, saved[1].start, after, dtypes[1]).to(torch.float32)
-            seen, along = (base.view(shape), axis) if whole else (base, 1)
-            planned = project_out(seen, entry.basis, entry.strength, along, variant, entry.offset).view(base.shape)
-            found.add(
-                before=base.movedim(1, -1) @ entry.basis,
-                after=values.movedim(1, -1) @ entry.basis - constant,
-                original=base,
-                saved=values,
-                planned=planned,
-                error=values - planned,
-            )
+    for base, values in zip(original.floats(_NUMBERS), saved.floats(_NUMBERS), strict=True):
+        planned = project_out(base, entry.basis, entry.strength, axis, variant, entry.offset)
+        found.add(
+            before=base.movedim(axis, -1) @ entry.basis,
+            after=values.movedim(axis, -1) @ entry.basis - constant,
+            original=base,
+            saved=values,
+            planned=planned,
+            error=values - planned,
+        )
+        if isinstance(original, BlockTensor):
+            found.add(requantised=original.fresh(base) - base)
+    if isinstance(saved, BlockTensor):
+        found.step = saved.squared_steps(_NUMBERS)
     return found
 
 

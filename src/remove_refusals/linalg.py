@@ -139,7 +139,7 @@ def _projected(
     values = torch.empty(block.shape, dtype=torch.float32, device=block.device).copy_(block)
     before = _norm(values) if variant == "norm-preserving" else None
     product = torch.empty_like(values)
-    components = [strength * _sum(torch.mul(values, column, out=product)) for column in columns]
+    components = [strength * tree_sum(torch.mul(values, column, out=product)) for column in columns]
     for column, component in zip(columns, components, strict=True):
         values.sub_(torch.mul(column, component, out=product))
     for column, number in zip(columns, offset, strict=False):
@@ -151,7 +151,7 @@ def _projected(
     return values
 
 
-def _sum(terms: torch.Tensor) -> torch.Tensor:
+def tree_sum(terms: torch.Tensor) -> torch.Tensor:
     """Sum `[outer, n, inner]` over `n` by halves, a fixed order of single additions; the terms are overwritten."""
     left = terms.shape[1]
     while left > 1:
@@ -162,7 +162,7 @@ def _sum(terms: torch.Tensor) -> torch.Tensor:
 
 
 def _norm(values: torch.Tensor) -> torch.Tensor:
-    return _sum(values * values).sqrt_()
+    return tree_sum(values * values).sqrt_()
 
 
 def _with_row_norms(edited: torch.Tensor, original: torch.Tensor, axis: int) -> torch.Tensor:

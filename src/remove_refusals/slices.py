@@ -18,6 +18,9 @@ from remove_refusals.errors import CheckpointError
 FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 """The data types that an edit computes with, by their names in a safetensors header."""
 
+Place = tuple[Path, TensorEntry]
+"""A file and where in it a tensor lies."""
+
 COPY_BYTES = 1 << 23
 """How much is read and written at once where bytes are only copied or compared."""
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from remove_refusals.apply.streamplan import FilePlan, TensorEdit, fingerprint
+from remove_refusals.blockformats import BYTES_PER_NUMBER, BlockTensor
 from remove_refusals.errors import CheckpointError
 from remove_refusals.linalg import Variant, project_out_in_place
 from remove_refusals.slices import (
@@ -71,6 +72,8 @@ def check_memory(file: FilePlan, variant: Variant, memory: int) -> None:
     """
     for edit in file.edits.values() if variant == "row-norm" else ():
         # The tensor in its own data type, and four of it in float32.
+        if edit.block is not None:
+            continue
         item = float_dtype(file.header.path, edit.tensor).itemsize
         needed = (edit.tensor.stop - edit.tensor.start) // item * (item + 16)
         if needed > memory:
@@ -175,6 +178,9 @@ class _Writer:
     def edit(self, edit: TensorEdit, path: Path) -> None:
         """Write an edited tensor to where the writing has come to, slice by slice."""
         tensor, entry = edit.tensor, edit.entry
+        if edit.block is not None:
+            self.edit_block(edit, edit.block)
+            return
         dtype = float_dtype(path, tensor)
         parts = self.slices(edit, dtype.itemsize)
         together = all(part.runs == 1 for part in parts)
@@ -190,6 +196,21 @@ class _Writer:
             seen = values.view(tensor.shape) if self.variant == "row-norm" else values
             project_out_in_place(seen, entry.basis, entry.strength, axis, self.variant, entry.offset)
             write_slice(self.target, self.place, part, values)
+        self.place += tensor.stop - tensor.start
+
+    def edit_block(self, edit: TensorEdit, block: BlockTensor) -> None:
+        """Write the numbers or the scales of an edited quantised tensor; both come of the same computation."""
+        tensor, entry = edit.tensor, edit.entry
+        self.read(tensor.start, tensor.stop)
+        index = block.names.index(tensor.name)
+        with opened(block.weights[0]) as weights, opened(block.scales[0]) as scales:
+            for part in block.parts(self.memory // BYTES_PER_NUMBER):
+                self.heed()
+                values, stored = block.read((weights, scales), part)
+                values = values.contiguous()
+                project_out_in_place(values, entry.basis, entry.strength, 1, self.variant, entry.offset)
+                written = block.rounded(values, stored, entry.basis[:, 0])[index]
+                write_slice(self.target, self.place, part[index], written)
         self.place += tensor.stop - tensor.start
 
     def slices(self, edit: TensorEdit, item: int) -> list[TensorSlice]:

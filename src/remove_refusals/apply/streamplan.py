@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from remove_refusals.blockformats import BlockTensor, find_block_tensor
 from remove_refusals.checkpoint import INDEX_FILE, SINGLE_FILE, ShardHeader, TensorEntry, checkpoint_files, read_header
 from remove_refusals.errors import CheckpointError
 from remove_refusals.records import read_json, versions
@@ -24,11 +25,13 @@ class TensorEdit:
         tensor: Where it lies in its file.
         axis: Its axis of width d_model.
         entry: The edit.
+        block: The quantised tensor of which it holds the numbers or the scales; None for plain floats.
     """
 
     tensor: TensorEntry
     axis: int
     entry: PlanEntry
+    block: BlockTensor | None = None
 
 
 @dataclass(frozen=True)
@@ -185,7 +188,8 @@ def _edits(
     base: Path, plan: EditPlan, stored: Mapping[str, tuple[Path, TensorEntry]]
 ) -> Iterator[tuple[Path, TensorEdit]]:
     for entry in plan.entries:
-        missing = [tensor.name for tensor in entry.on_disk if tensor.name not in stored]
+        blocks = {tensor.name: find_block_tensor(tensor.name, stored) for tensor in entry.on_disk}
+        missing = [name for name, block in blocks.items() if block is None and name not in stored]
         if missing or not entry.on_disk:
             what = f"no tensor {missing[0]}" if missing else "no tensor that is known to hold it"
             raise CheckpointError(
@@ -193,6 +197,11 @@ def _edits(
                 f"edited{_format(base)}; use an unquantised checkpoint as `save_pretrained` writes it."
             )
         for disk in entry.on_disk:
+            block = blocks[disk.name]
+            if block is not None:
+                _check_block(block, entry, plan)
+                yield from ((path, TensorEdit(t, 1, entry, block)) for path, t in (block.weights, block.scales))
+                continue
             path, tensor = stored[disk.name]
             float_dtype(path, tensor)
             if disk.axis >= len(tensor.shape) or tensor.shape[disk.axis] != entry.basis.shape[0]:
@@ -201,6 +210,17 @@ def _edits(
                     f"width {entry.basis.shape[0]}; check that config.json and weights belong together."
                 )
             yield path, TensorEdit(tensor, disk.axis, entry)
+
+
+def _check_block(block: BlockTensor, entry: PlanEntry, plan: EditPlan) -> None:
+    """Check that an edit of a quantised tensor is one that its rounding can keep."""
+    rank, width = entry.basis.shape[1], entry.basis.shape[0]
+    if block.shape[1] != width or rank != 1 or plan.variant == "row-norm" or entry.offset:
+        raise CheckpointError(
+            f"The tensor {block.names[0]} is stored as {block.format} with width {block.shape[1]}, and the edit has "
+            f"rank {rank}, width {width} and the variant {plan.variant}, expected the same width, rank 1 and the "
+            "variant plain or norm-preserving; use an unquantised checkpoint."
+        )
 
 
 def _format(base: Path) -> str:

@@ -1,0 +1,152 @@
+"""Checkpoints in FP8 blocks and in MXFP4, edited on disk in their own format."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import zoo
+from remove_refusals.apply.hooks import ablated
+from remove_refusals.blockformats import find_block_tensor
+from remove_refusals.certify import certify
+from remove_refusals.checkpoint import checkpoint_tensors, file_hashes
+from remove_refusals.errors import CheckpointError
+from remove_refusals.inspection import certify_directory
+from streaming import saved, streamed, taken_out
+
+FP8 = torch.float8_e4m3fn
+E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+
+
+def in_fp8(weight):
+    """Quantise `[rows, columns]` in blocks of 128 by 128, as DeepSeek-V3 is stored."""
+    rows, columns = weight.shape
+    padded = torch.zeros(-(-rows // 128) * 128, -(-columns // 128) * 128)
+    padded[:rows, :columns] = weight
+    blocks = padded.view(padded.shape[0] // 128, 128, padded.shape[1] // 128, 128)
+    scales = blocks.abs().amax((1, 3)) / 448
+    spread = scales.repeat_interleave(128, 0).repeat_interleave(128, 1)[:rows, :columns]
+    return (weight / spread).to(FP8), scales
+
+
+def in_mxfp4(weight):
+    """Quantise `[experts, inputs, d_model]` for each row of 32 inputs, as gpt-oss is stored."""
+    rows = weight.transpose(1, 2).unflatten(-1, (-1, 32))
+    exponents = torch.ceil(torch.log2(rows.abs().amax(-1, keepdim=True) / 6))
+    distance = (rows.abs() / 2**exponents).unsqueeze(-1) - E2M1
+    codes = distance.abs().argmin(-1).to(torch.uint8) | ((rows < 0).to(torch.uint8) << 3)
+    blocks = codes[..., 0::2] | (codes[..., 1::2] << 4)
+    return blocks, (exponents.squeeze(-1) + 127).to(torch.uint8)
+
+
+def quantised(folder, model_type, inner=320):
+    """Save a tiny model whose experts, or whose projections, are quantised; give it as it was before."""
+    model = saved(folder, model_type, intermediate_size=inner).model
+    path = folder / "base" / "model.safetensors"
+    tensors = load_file(path)
+    for name in list(tensors):
+        if model_type == "llama" and name.endswith("_proj.weight"):
+            tensors[name], tensors[f"{name}_scale_inv"] = in_fp8(tensors[name].float())
+        elif model_type == "gpt_oss" and name.endswith(("experts.down_proj", "experts.gate_up_proj")):
+            tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = in_mxfp4(tensors.pop(name).float())
+    save_file(tensors, path, metadata={"format": "pt"})
+    config = json.loads((folder / "base" / "config.json").read_text())
+    fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic", "fmt": "e4m3"}
+    mxfp4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    config["quantization_config"] = {"llama": fp8, "gpt_oss": mxfp4}[model_type]
+    (folder / "base" / "config.json").write_text(json.dumps(config))
+    return model
+
+
+def dequantised(directory):
+    """The model as Transformers loads it where there is no accelerator for the format."""
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt_oss"])
+def test_a_quantised_checkpoint_keeps_its_format_and_loses_the_direction(model_type, tmp_path):
+    quantised(tmp_path, model_type)
+    found = streamed(tmp_path, taken_out())
+    before, after = (load_file(tmp_path / part / "model.safetensors") for part in ("base", "streamed"))
+    described = {name: (tensor.dtype, tensor.shape) for name, tensor in before.items()}
+    assert {name: (tensor.dtype, tensor.shape) for name, tensor in after.items()} == described
+    blocks = [row for row in found.certificate.edited if row.requantising_alone is not None]
+    assert found.certificate.passed and len(blocks) == zoo.N_LAYERS * (2 if model_type == "llama" else 1)
+    # An input has only 64 numbers here to make up for its rounding; without that more than half would be left.
+    assert max(row.share_left for row in blocks) < (0.02 if model_type == "llama" else 0.04)
+    assert certify_directory(found.directory, str(tmp_path / "base")).passed
+    written = json.loads((found.directory / "certificate.json").read_text())["edited"]
+    assert sum("requantising_alone" in row for row in written) == len(blocks)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt_oss"])
+def test_the_logits_are_those_of_the_edit_in_full_precision_within_rounding(model_type, tmp_path):
+    # Where there is no accelerator Transformers reads whole blocks only.
+    model = quantised(tmp_path, model_type, 256)
+    streamed(tmp_path, taken_out())
+    base, edited = (dequantised(tmp_path / part) for part in ("base", "streamed"))
+    inputs = zoo.inputs(base)
+    with torch.inference_mode():
+        plain, found = base(**inputs).logits, edited(**inputs).logits
+        with ablated(base, taken_out()):
+            exact = base(**inputs).logits
+        rounding = (plain - model(**inputs).logits).norm()
+    assert float((found - exact).norm()) < 1.2 * float(rounding) < float((plain - exact).norm())
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt_oss"])
+def test_slices_give_the_same_bits(model_type, tmp_path):
+    quantised(tmp_path, model_type)
+    whole = streamed(tmp_path, taken_out())
+    cut = streamed(tmp_path, taken_out(), "cut", memory=1 << 14)
+    assert file_hashes(cut.directory) == file_hashes(whole.directory)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt_oss"])
+def test_what_is_not_edited_keeps_its_bits(model_type, tmp_path):
+    quantised(tmp_path, model_type)
+    stored = checkpoint_tensors(tmp_path / "base")
+    names = {"llama": "model.layers.1.mlp.down_proj.weight", "gpt_oss": "model.layers.1.mlp.experts.down_proj"}
+    tensor = find_block_tensor(names[model_type], stored)
+    original = [load_file(tmp_path / "base" / "model.safetensors")[name] for name in tensor.names]
+    values = torch.cat(list(tensor.floats(1 << 30)))
+    codes, scales = tensor.rounded(values, original[1].view(-1, *original[1].shape[-2:]), torch.randn(zoo.D_MODEL))
+    again = codes.view(original[0].shape)
+    zero = 8 if model_type == "gpt_oss" else 128
+    assert torch.equal(scales.view(original[1].shape), original[1])
+    # Only a negative zero becomes a positive one.
+    changed = again != original[0].view(torch.uint8)
+    assert bool(((original[0].view(torch.uint8)[changed] & (zero | zero << 4 & 255)) != 0).all())
+    parts = torch.cat([part.reshape(-1) for part in tensor.floats(64)])
+    assert torch.equal(parts.sort()[0], values.reshape(-1).sort()[0])
+
+
+def test_a_skipped_expert_fails_by_its_name(tmp_path):
+    quantised(tmp_path, "gpt_oss")
+    found = streamed(tmp_path, taken_out())
+    paths = [tmp_path / part / "model.safetensors" for part in ("base", "streamed")]
+    tensors = [load_file(path) for path in paths]
+    name = "model.layers.2.mlp.experts.down_proj"
+    for part in (f"{name}_blocks", f"{name}_scales"):
+        tensors[1][part] = tensors[0][part].clone()
+    save_file(tensors[1], paths[1], metadata={"format": "pt"})
+    from remove_refusals.disk_baking import open_checkpoint
+
+    model_map = open_checkpoint(str(tmp_path / "base")).model_map
+    problems = certify(found.directory, tmp_path / "base", found.plan, model_map).problems
+    assert len(problems) == 1 and name in problems[0]
+
+
+def test_what_the_formats_cannot_carry_is_refused_by_name(tmp_path):
+    quantised(tmp_path, "llama")
+    for options in ({"variant": "row-norm"}, {}):
+        with pytest.raises(CheckpointError, match="stored as FP8"):
+            streamed(tmp_path, taken_out(1 if options else 2), **options)
+    path = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.0.mlp.down_proj.weight"
+    save_file(tensors | {f"{name}_scale_inv": torch.ones(2, 2)}, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"{name}_scale_inv"):
+        streamed(tmp_path, taken_out())
