@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 import zoo
+from architectures import entry
 from remove_refusals.apply.adapter import peft_adapter, save_peft_adapter
 from remove_refusals.apply.adapter_check import check_loads
 from remove_refusals.apply.adapter_loading import is_adapter, with_adapter
@@ -319,3 +320,41 @@ def test_evaluate_takes_an_adapter(command, llama_directory, inputs, tmp_path):
     prompts = {(row["set"], row["prompt"], row["model"]) for row in kept[0]}
     assert prompts == {(row["set"], row["prompt"], row["model"]) for row in kept[1]} and len(prompts) == len(kept[0])
     assert [row for row in kept[0] if row["model"] == "base"] == [row for row in kept[1] if row["model"] == "base"]
+
+
+# What PEFT cannot carry, with the word that says why.
+REFUSED = {
+    "dbrx": "outside of its own module",
+    "falcon_h1": "PEFT refuses",
+    "falcon_mamba": "PEFT refuses",
+    "hrm_text": "no matrix",
+    "laguna": "no place",
+    "mamba": "PEFT refuses",
+    "mamba2": "PEFT refuses",
+    "nemotron_h": "PEFT refuses",
+    "whisper": "outside of its own module",
+}
+
+
+@pytest.mark.parametrize("model_type", [found for found in zoo.MODEL_TYPES if found not in MODEL_TYPES])
+def test_every_other_model_type_is_carried_exactly_or_refused(model_type, tmp_path):
+    found = entry(model_type)
+    if found.verdict != "exact":
+        pytest.skip(f"no exact edit: {found.reason}")
+    model, model_map = zoo.build(model_type), found.model_map
+    plan = resolve(intervene(direction(model_map.d_model), model_map.n_layers), model_map, model.get_parameter)
+
+    def run(which):
+        with torch.inference_mode():
+            return which(**zoo.inputs(model)).logits
+
+    wanted = run(edited(model, plan, model_map))
+    try:
+        save_peft_adapter(peft_adapter(model, plan, model_map, model.get_parameter, base="somewhere"), tmp_path)
+        check_loads(model, tmp_path)
+    except ArchitectureError as error:
+        assert REFUSED[model_type] in str(error)
+        return
+    assert model_type not in REFUSED
+    made = run(adapted(model, plan, model_map, tmp_path))
+    torch.testing.assert_close(made / wanted.abs().max(), wanted / wanted.abs().max(), rtol=0, atol=5e-5)
