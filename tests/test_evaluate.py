@@ -378,3 +378,18 @@ def test_scores_keep_to_their_schema(careful: LoadedModel, base: LoadedModel, ed
         record["sets"]["harmful"]["refusals"]["base"]["count"] = -1
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(record, schema)
+
+
+@pytest.mark.parametrize(("refused", "degenerate", "warned"), [(0, 7, True), (80, 10, False), (80, 11, True)])
+def test_broken_answers_are_held_against_the_bases_own_rate_of_them(
+    refused: int, degenerate: int, warned: bool
+) -> None:
+    """One of 20 answers loops: where 80 refusals become answers, five loops are its own."""
+    n = 100
+    rates = [wilson_rate(count, n, "0") for count in (refused, 0, 1, degenerate)]
+    assert all(rates)
+    test = mcnemar([True] * n, [True] * n)
+    assert test is not None
+    scores = SetScores(PairedRate(rates[0], rates[1], test), PairedRate(rates[2], rates[3], test))  # type: ignore[arg-type]
+    found = warnings(Evaluation("a", "b", SETTINGS, {"harmful": scores}, None, None, None, None, ()))
+    assert bool(found) == warned
