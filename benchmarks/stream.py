@@ -41,12 +41,13 @@ from transformers.models.llama import modeling_llama
 
 LOADED = """
 import sys, torch
+from pathlib import Path
 from transformers import AutoModelForCausalLM
 from remove_refusals.direction_files import load_direction
 from remove_refusals.linalg import project_out_in_place
 from remove_refusals.modelmap import map_model
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
-basis = load_direction(sys.argv[2]).basis
+basis = load_direction(Path(sys.argv[2])).basis
 with torch.inference_mode():
     for site in map_model(model).sites:
         for writer in site.writers:

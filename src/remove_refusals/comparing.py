@@ -78,7 +78,7 @@ class Deviation:
     def add(self, **squares: torch.Tensor) -> None:
         """Add the squares of tensors."""
         for name, tensor in squares.items():
-            setattr(self, name, getattr(self, name) + float(tensor.to(torch.float64).square().sum()))
+            setattr(self, name, getattr(self, name) + float(torch.linalg.vector_norm(tensor)) ** 2)
 
 
 def deviation(
