@@ -21,7 +21,7 @@ class Ledger:
     """
 
     def __init__(self, directory: Path, made_from: Mapping[str, Any], *, force: bool = False) -> None:
-        """Open the ledger of a directory, and remove every file there that is not known to be whole.
+        """Open the ledger of a directory, and remove everything there that is not known to be whole.
 
         Args:
             directory: The unfinished output.
