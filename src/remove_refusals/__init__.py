@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from remove_refusals.evaluation import evaluate
     from remove_refusals.examination import Examination, analyze
     from remove_refusals.generation import generate
+    from remove_refusals.hub import Pushed, push
     from remove_refusals.judges import Label, judge_phrases
     from remove_refusals.judges.choosing import make_judge
     from remove_refusals.modelmap import map_model
@@ -47,6 +48,7 @@ _HOME = {
     "Intervention": "types",
     "Label": "judges",
     "PromptSet": "types",
+    "Pushed": "hub",
     "RemoveRefusalsError": "errors",
     "RunSettings": "settings",
     "SelectSettings": "selection.choose",
@@ -80,6 +82,7 @@ _HOME = {
     "open_checkpoint": "disk_baking",
     "paired_difference": "comparisons",
     "paired_rates": "comparisons",
+    "push": "hub",
     "restore": "restoring",
     "rogan_gladen": "corrections",
     "run": "pipeline",
@@ -99,6 +102,7 @@ __all__ = [
     "Intervention",
     "Label",
     "PromptSet",
+    "Pushed",
     "RemoveRefusalsError",
     "RunSettings",
     "SelectSettings",
@@ -132,6 +136,7 @@ __all__ = [
     "open_checkpoint",
     "paired_difference",
     "paired_rates",
+    "push",
     "restore",
     "rogan_gladen",
     "run",

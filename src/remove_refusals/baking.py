@@ -22,7 +22,7 @@ from remove_refusals.plan import Tied, check_fit, offset_of, resolve
 from remove_refusals.records import versions, write_json
 from remove_refusals.skeleton import by_stored_name, disk_names
 from remove_refusals.slices import FLOAT_DTYPES
-from remove_refusals.sources import local_directory
+from remove_refusals.sources import licence_fields, local_directory
 from remove_refusals.types import EditPlan, Intervention, ModelMap
 
 FORMAT = 1
@@ -274,7 +274,7 @@ def base_record(
 
     Returns:
         A JSON object: `source`, `model_type`, and where they are known `revision` and `dtype`; of a directory `sha256`
-        of its files.
+        of its files, and `card` with what its card says of licence and descent.
     """
     path = Path(source)
     base: dict[str, Any] = {"source": source if not path.is_dir() else path.resolve().name}
@@ -284,4 +284,5 @@ def base_record(
     base |= {"dtype": str(dtype).removeprefix("torch.")} if dtype else {}
     if path.is_dir():
         base["sha256"] = file_hashes(path, known)
+        base |= {"card": card} if (card := licence_fields(path)) else {}
     return base

@@ -16,6 +16,7 @@ from remove_refusals.commands import (
     judging,
     making,
     measuring,
+    sharing,
     talking,
     undoing,
 )
@@ -59,6 +60,7 @@ _COMMANDS: tuple[tuple[Callable[..., None], str, str], ...] = (
     (configuring.reproduce, "reproduce", "demo-ablated"),
     (examining.analyze, "analyze", "demo -o demo-analysis"),
     (measuring.report, "report", "demo-ablated -o report.html"),
+    (sharing.push, "push", "demo-ablated me/demo-ablated"),
 )
 for _command, _name, _example in _COMMANDS:
     app.command(_name, epilog=f"Example: remove-refusals {_name} {_example}")(_command)

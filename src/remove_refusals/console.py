@@ -69,6 +69,21 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
         yield on_progress
 
 
+@contextmanager
+def transfers() -> Iterator[None]:
+    """Show the hub's own bars of uploads while the context lasts, where standard error is a terminal."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    hide = not sys.stderr.isatty() and not are_progress_bars_disabled()
+    if hide:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if hide:
+            enable_progress_bars()
+
+
 def show_plan(plan: EditPlan, model_map: ModelMap) -> None:
     """Say how many tensors were edited at which kinds of site, and what was left."""
     counts: dict[str, int] = {}

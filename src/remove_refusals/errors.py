@@ -63,3 +63,7 @@ class JudgeError(RemoveRefusalsError):
 
 class ConfigurationError(RemoveRefusalsError):
     """A configuration file is missing, unreadable, or has a key or value that is not known."""
+
+
+class HubError(RemoveRefusalsError):
+    """A directory is not to be shared as it is, or the hub does not take it or cannot be reached."""

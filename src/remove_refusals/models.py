@@ -18,7 +18,7 @@ from remove_refusals.checkpoint import INDEX_FILE, SINGLE_FILE, checkpoint_tenso
 from remove_refusals.errors import ModelError
 from remove_refusals.loading import check_complete, explained, find_source, offloading, pick_device, quiet
 from remove_refusals.slices import FLOAT_DTYPES
-from remove_refusals.sources import check_trust, model_source
+from remove_refusals.sources import cached_commit, check_trust, model_source
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +123,9 @@ def load(
         described, _ = PretrainedConfig.get_config_dict(name, **settings)
         _check_model_type(name, described, trust_remote_code)
         settings["trust_remote_code"] = trust_remote_code
+        if (commit := cached_commit(name, revision)) is not None:
+            # A branch may move between two requests.
+            settings["revision"] = commit
         config = AutoConfig.from_pretrained(name, **settings)
         if getattr(config, "is_encoder_decoder", False):
             raise ModelError(
@@ -147,7 +150,7 @@ def load(
         check_complete(name, report)
     with quiet(bars=True), explained(f"The tokenizer of {tokenizer or name}"):
         loaded_tokenizer = AutoTokenizer.from_pretrained(tokenizer or name, **(settings if tokenizer is None else {}))
-    commit, unused = getattr(config, "_commit_hash", None), tuple(sorted(report["unexpected_keys"]))
+    unused = tuple(sorted(report["unexpected_keys"]))
     return LoadedModel(model.eval(), loaded_tokenizer, name, commit or revision, saved, unused, trust_remote_code)
 
 

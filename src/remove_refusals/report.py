@@ -14,7 +14,7 @@ def model_card(
     """Write the model card of an edited model.
 
     Args:
-        record: The content of `ablation.json`, with `prompts`, `scores` and `warnings`.
+        record: The content of `ablation.json`; measured if it has `prompts`, `scores` and `warnings`.
         table: The rows of `Evaluation.table`.
         key: What explains the table.
         certificate: What was measured on the saved files; left out if there is none.

@@ -7,12 +7,19 @@ from typing import Any
 
 from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
+from huggingface_hub.repocard import metadata_load
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from remove_refusals.errors import ModelError
 
 DEMO = "demo"
 """The name that stands for the embedded demo model."""
 
+CARD = "README.md"
+"""A model card's name in a directory or a repository."""
+
+CARRIED_FIELDS = ("license", "license_name", "license_link", "base_model")
+"""What a card says of licence and descent; it holds for what is made from the model too."""
 
 _WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
 
@@ -48,6 +55,20 @@ def local_directory(model: str, revision: str | None = None) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
+def cached_commit(model: str, revision: str | None = None) -> str | None:
+    """Say which commit of a model on the hub this machine has.
+
+    Args:
+        model: A directory, a hub id, or `demo`.
+        revision: The hub's branch, tag or commit.
+
+    Returns:
+        The commit; None for a directory, and for what is not in the hub's cache.
+    """
+    directory = None if Path(model_source(model)).is_dir() else local_directory(model, revision)
+    return directory.name if directory is not None else None
+
+
 def weights_directory(model: str, revision: str | None = None) -> Path | None:
     """Find a model's safetensors files on this machine, or bring them here from the hub.
 
@@ -66,6 +87,23 @@ def weights_directory(model: str, revision: str | None = None) -> Path | None:
     except (OSError, ValueError):
         # The hub's own errors are among these; loading the model says better what is wrong.
         return None
+
+
+def licence_fields(directory: Path) -> dict[str, Any]:
+    """Read what a directory's model card says of licence and descent.
+
+    Args:
+        directory: A model.
+
+    Returns:
+        Those of `CARRIED_FIELDS` that its card has; none where there is no card, or none that can be read.
+    """
+    try:
+        found = metadata_load(directory / CARD) if (directory / CARD).is_file() else None
+    except (OSError, ValueError, YAMLError):
+        # A card is written by people, for people: what is wrong with it is no reason not to edit the model.
+        found = None
+    return {name: found[name] for name in CARRIED_FIELDS if name in found} if isinstance(found, dict) else {}
 
 
 def check_trust(name: str, described: Mapping[str, Any], trust_remote_code: bool) -> None:

@@ -12,6 +12,7 @@ from remove_refusals.errors import JudgeError
 from remove_refusals.judges.labels import Judgement, Label
 from remove_refusals.judges.phrases import strip_thinking
 from remove_refusals.loading import check_complete, explained, find_source, pick_device, quiet
+from remove_refusals.sources import cached_commit
 
 # Names of classes as people write them, in lower case without anything but letters.
 _NAMES = {
@@ -77,7 +78,7 @@ class ClassifierJudge:
         self._format, self._batch_size = text_format, batch_size
         self._length = self._longest()
         read = f":{hashlib.sha256(text_format.encode()).hexdigest()[:8]}" if text_format else ""
-        self.name = f"classifier:{_identity(name, getattr(model.config, '_commit_hash', None))}{read}"
+        self.name = f"classifier:{_identity(name, cached_commit(name))}{read}"
 
     def judge(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Judgement]:
         """Label answers; see `Judge.judge`."""
