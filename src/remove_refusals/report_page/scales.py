@@ -7,6 +7,9 @@ from dataclasses import dataclass
 _LOGARITHMIC_FROM = 30.0
 """Where the largest number is so many times the smallest, the small ones would lie on the axis of a linear scale."""
 
+_NOTHING = 1e-290
+"""Smaller numbers are drawn as 0: steps between them could not be divided any more."""
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -59,7 +62,7 @@ def scale_of(values: Iterable[float], *, from_zero: bool = True, may_be_logarith
     Returns:
         The scale, with ends a little outside of the numbers or at 0.
     """
-    found = list(values) or [0.0, 1.0]
+    found = [0.0 if abs(value) < _NOTHING else value for value in values] or [0.0, 1.0]
     low, high = min(found), max(found)
     if may_be_logarithmic and low > 0 and high / low >= _LOGARITHMIC_FROM:
         return Scale(10.0 ** math.floor(math.log10(low)), 10.0 ** math.ceil(math.log10(high) + 1e-9), logarithmic=True)
