@@ -17,6 +17,13 @@ from remove_refusals.inspection import certify_directory
 from streaming import saved, streamed, taken_out
 
 FP8 = torch.float8_e4m3fn
+FP8_NAMES = ("_proj.weight", "_proj_with_mqa.weight")
+# Quantised writers: of a layer's attention, and of its dense network or its experts, one tensor or one for each.
+WRITERS = {
+    "llama": 2 * zoo.N_LAYERS,
+    "deepseek_v3": zoo.N_LAYERS + 1 + (zoo.N_LAYERS - 1) * (4 + 1),
+    "gpt_oss": zoo.N_LAYERS,
+}
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 
 
@@ -43,19 +50,20 @@ def in_mxfp4(weight):
 
 def quantised(folder, model_type, inner=320):
     """Save a tiny model whose experts, or whose projections, are quantised; give it as it was before."""
-    model = saved(folder, model_type, intermediate_size=inner).model
+    widths = {"moe_intermediate_size": inner} if model_type == "deepseek_v3" else {}
+    model = saved(folder, model_type, intermediate_size=inner, **widths).model
     path = folder / "base" / "model.safetensors"
     tensors = load_file(path)
     for name in list(tensors):
-        if model_type == "llama" and name.endswith("_proj.weight"):
+        if model_type != "gpt_oss" and name.endswith(FP8_NAMES):
             tensors[name], tensors[f"{name}_scale_inv"] = in_fp8(tensors[name].float())
-        elif model_type == "gpt_oss" and name.endswith(("experts.down_proj", "experts.gate_up_proj")):
+        elif name.endswith(("experts.down_proj", "experts.gate_up_proj")):
             tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = in_mxfp4(tensors.pop(name).float())
     save_file(tensors, path, metadata={"format": "pt"})
     config = json.loads((folder / "base" / "config.json").read_text())
     fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic", "fmt": "e4m3"}
     mxfp4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
-    config["quantization_config"] = {"llama": fp8, "gpt_oss": mxfp4}[model_type]
+    config["quantization_config"] = mxfp4 if model_type == "gpt_oss" else fp8
     (folder / "base" / "config.json").write_text(json.dumps(config))
     return model
 
@@ -65,7 +73,7 @@ def dequantised(directory):
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt_oss"])
+@pytest.mark.parametrize("model_type", ["llama", "deepseek_v3", "gpt_oss"])
 def test_a_quantised_checkpoint_keeps_its_format_and_loses_the_direction(model_type, tmp_path):
     quantised(tmp_path, model_type)
     found = streamed(tmp_path, taken_out())
@@ -73,17 +81,17 @@ def test_a_quantised_checkpoint_keeps_its_format_and_loses_the_direction(model_t
     described = {name: (tensor.dtype, tensor.shape) for name, tensor in before.items()}
     assert {name: (tensor.dtype, tensor.shape) for name, tensor in after.items()} == described
     blocks = [row for row in found.certificate.edited if row.requantising_alone is not None]
-    assert found.certificate.passed and len(blocks) == zoo.N_LAYERS * (2 if model_type == "llama" else 1)
+    assert found.certificate.passed and len(blocks) == WRITERS[model_type]
     # An input has only 64 numbers here to make up for its rounding; without that more than half would be left.
-    assert max(row.share_left for row in blocks) < (0.02 if model_type == "llama" else 0.04)
+    assert max(row.share_left for row in blocks) < (0.04 if model_type == "gpt_oss" else 0.02)
     assert certify_directory(found.directory, str(tmp_path / "base")).passed
     written = json.loads((found.directory / "certificate.json").read_text())["edited"]
     assert sum("requantising_alone" in row for row in written) == len(blocks)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt_oss"])
+@pytest.mark.parametrize("model_type", ["llama", "deepseek_v3", "gpt_oss"])
 def test_the_logits_are_those_of_the_edit_in_full_precision_within_rounding(model_type, tmp_path):
-    # Where there is no accelerator Transformers reads whole blocks only.
+    # Where there is no accelerator Transformers dequantises as it loads, and reads whole blocks only.
     model = quantised(tmp_path, model_type, 256)
     streamed(tmp_path, taken_out())
     base, edited = (dequantised(tmp_path / part) for part in ("base", "streamed"))
