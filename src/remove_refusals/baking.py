@@ -13,7 +13,7 @@ from remove_refusals.apply.scales import embedding_scale
 from remove_refusals.atomic import atomic_directory
 from remove_refusals.certify import Certificate, certify
 from remove_refusals.checkpoint import INDEX_FILE, SINGLE_FILE, checkpoint_tensors, file_hashes
-from remove_refusals.direction_files import DIRECTIONS, direction_sha256, save_directions
+from remove_refusals.direction_files import DIRECTIONS, describe_direction, save_directions
 from remove_refusals.errors import CertificateError, OutputError
 from remove_refusals.linalg import Variant
 from remove_refusals.modelmap import map_model
@@ -236,11 +236,7 @@ def ablation_record(
         "format": FORMAT,
         "modified": "The refusal direction was taken out of this model's weights; it is not the base model.",
         "base": dict(base),
-        "directions": [
-            {"sha256": direction_sha256(direction), "d_model": direction.d_model, "rank": direction.basis.shape[1]}
-            | {key: value for key, value in vars(direction.origin).items() if value is not None}
-            for direction in intervention.directions
-        ],
+        "directions": [describe_direction(direction) for direction in intervention.directions],
         "intervention": [
             {key: value for key, value in vars(edit).items() if value not in {None, ()}} for edit in intervention.edits
         ],

@@ -21,6 +21,7 @@ from remove_refusals.commands import (
     undoing,
 )
 from remove_refusals.errors import RemoveRefusalsError
+from remove_refusals.output import with_output
 
 
 class _Commands(TyperGroup):
@@ -62,8 +63,10 @@ _COMMANDS: tuple[tuple[Callable[..., None], str, str], ...] = (
     (measuring.report, "report", "demo-ablated -o report.html"),
     (sharing.push, "push", "demo-ablated me/demo-ablated"),
 )
+_NO_RESULT = ("chat", "ui")
 for _command, _name, _example in _COMMANDS:
-    app.command(_name, epilog=f"Example: remove-refusals {_name} {_example}")(_command)
+    _with_output = with_output(_command, json=_name not in _NO_RESULT)
+    app.command(_name, epilog=f"Example: remove-refusals {_name} {_example}")(_with_output)
 app.add_typer(judging.judge_app, name="judge")
 
 

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -14,6 +14,7 @@ from remove_refusals.calibration import Calibration, accuracy_rows, confusion_ro
 from remove_refusals.certify import Certificate
 from remove_refusals.evaluation import Evaluation
 from remove_refusals.judges import Label
+from remove_refusals.output import StageLog, current, write_log
 from remove_refusals.score_table import table, table_key
 from remove_refusals.selection.candidates import Selection
 from remove_refusals.types import EditPlan, ModelMap
@@ -25,6 +26,12 @@ _MOST_ROWS = 12
 def say(text: str) -> None:
     """Print one line to standard output."""
     Console(highlight=False).print(text, soft_wrap=True, markup=False)
+
+
+def say_all(lines: Iterable[str]) -> None:
+    """Print lines to standard output."""
+    for line in lines:
+        say(line)
 
 
 def write(text: str) -> None:
@@ -55,13 +62,18 @@ def typed_lines() -> Iterator[str]:
 
 @contextmanager
 def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Show a bar per stage on standard error while the context lasts; nothing where that is not a terminal."""
+    """Show a bar per stage on standard error while the context lasts, and write the same to the log.
+
+    There is no bar where standard error is not a terminal, or `--quiet` is given.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+    console, log = Console(stderr=True), StageLog()
+    hide = current().quiet or not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hide) as bars:
         tasks = {}
 
         def on_progress(stage: str, done: int, total: int) -> None:
+            log.update(stage, done, total)
             if stage not in tasks:
                 tasks[stage] = bars.add_task(stage, total=total)
             bars.update(tasks[stage], completed=done, total=total)
@@ -74,7 +86,7 @@ def transfers() -> Iterator[None]:
     """Show the hub's own bars of uploads while the context lasts, where standard error is a terminal."""
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    hide = not sys.stderr.isatty() and not are_progress_bars_disabled()
+    hide = (current().quiet or not sys.stderr.isatty()) and not are_progress_bars_disabled()
     if hide:
         disable_progress_bars()
     try:
@@ -152,6 +164,25 @@ def show_calibration(calibration: Calibration, usage: object | None) -> None:
     console.print("Intervals: 95%, Wilson. SHA-256 of the answers' file:", calibration.sha256, markup=False)
     if usage is not None:
         console.print(f"Asked: {usage}.", markup=False)
+
+
+def finish(data: object, last: str | None = None, show: Callable[[], None] | None = None) -> None:
+    """Print a command's result: as JSON if that was asked for, else for people.
+
+    Args:
+        data: The result as JSON.
+        last: The line that says what was made; None where the result itself is what was asked for.
+        show: Prints the result, or remarks before the last line, which `--quiet` leaves out.
+    """
+    if last is not None:
+        write_log(last)
+    if current().as_json:
+        say_json(data)
+        return
+    if show is not None and not (current().quiet and last is not None):
+        show()
+    if last is not None:
+        say(last)
 
 
 def say_json(data: object) -> None:

@@ -43,6 +43,20 @@ def direction_sha256(direction: Direction) -> str:
     return hashlib.sha256(f"{rows}x{columns}\n".encode() + values).hexdigest()
 
 
+def describe_direction(direction: Direction) -> dict[str, Any]:
+    """Say as JSON what a direction is and where it came from; what is not known is absent.
+
+    Args:
+        direction: The direction.
+
+    Returns:
+        `sha256`, `d_model`, `rank`, and what is known of its origin.
+    """
+    known = {key: value for key, value in vars(direction.origin).items() if value is not None}
+    rank = direction.basis.shape[1]
+    return {"sha256": direction_sha256(direction), "d_model": direction.d_model, "rank": rank} | known
+
+
 def check_direction_path(path: Path, *, force: bool = False) -> None:
     """Check that `save_direction` will take a path, before the work that leads to a direction is done.
 

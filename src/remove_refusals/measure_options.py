@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from remove_refusals import completion
 from remove_refusals.errors import PromptError
 from remove_refusals.options import MEASURE
 
@@ -27,7 +28,12 @@ TaskLimit = Annotated[int | None, typer.Option(min=1, help="At most so many samp
 
 JudgeOption = Annotated[
     str,
-    typer.Option("--judge", help="phrases, a classifier, or URL#MODEL of a chat endpoint.", rich_help_panel=MEASURE),
+    typer.Option(
+        "--judge",
+        autocompletion=completion.judge,
+        help="phrases, a classifier, or URL#MODEL of a chat endpoint.",
+        rich_help_panel=MEASURE,
+    ),
 ]
 CalibrationFile = Annotated[
     str | None,

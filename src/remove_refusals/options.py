@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from remove_refusals import completion
 from remove_refusals.errors import DirectionError, PromptError, SelectionError
 
 if TYPE_CHECKING:
@@ -86,8 +87,21 @@ Strength = Annotated[float, typer.Option(help="The share that is taken out.", ri
 LayerRange = Annotated[
     str | None, typer.Option("--layers", help="Only these layers, such as 8-20.", rich_help_panel=EDIT)
 ]
-Sites = Annotated[str, typer.Option(help="Which of embedding, attn, mlp; joined by commas.", rich_help_panel=EDIT)]
-TiedOption = Annotated[str, typer.Option("--tied", help="A tied embedding: untie, or edit both.", rich_help_panel=EDIT)]
+Sites = Annotated[
+    str,
+    typer.Option(
+        autocompletion=completion.sites, help="Which of embedding, attn, mlp; joined by commas.", rich_help_panel=EDIT
+    ),
+]
+TiedOption = Annotated[
+    str,
+    typer.Option(
+        "--tied",
+        autocompletion=completion.one_of("--tied"),
+        help="A tied embedding: untie, or edit both.",
+        rich_help_panel=EDIT,
+    ),
+]
 AllowLeak = Annotated[
     bool, typer.Option("--allow-leak", help="Edit even where no edit is exact; measure it.", rich_help_panel=EDIT)
 ]
@@ -95,7 +109,13 @@ Affine = Annotated[
     bool, typer.Option("--affine", help="Put the harmless mean's component back instead.", rich_help_panel=EDIT)
 ]
 VariantOption = Annotated[
-    str, typer.Option("--variant", help="plain, norm-preserving or row-norm.", rich_help_panel=EDIT)
+    str,
+    typer.Option(
+        "--variant",
+        autocompletion=completion.one_of("--variant"),
+        help="plain, norm-preserving or row-norm.",
+        rich_help_panel=EDIT,
+    ),
 ]
 
 
@@ -126,6 +146,7 @@ SelectOption = Annotated[
     str | None,
     typer.Option(
         "--select",
+        autocompletion=completion.one_of("--select"),
         help="auto, layer, tpe or none; auto, unless options below say what to take out.",
         rich_help_panel=CHOICE,
     ),

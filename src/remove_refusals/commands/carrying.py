@@ -132,10 +132,14 @@ def _adapter(
 
     carried, model_map = _with_base(model, loading, write)
     names = {entry.parameter for entry in carried.plan.entries}
-    console.say(f"The adapter changes {len(names)} tensors of model type {model_map.model_type}; the base stays.")
+    remarks = [f"The adapter changes {len(names)} tensors of model type {model_map.model_type}; the base stays."]
     if model_map.tied and model_map.input_embedding in names:
-        console.say("The embedding is tied: loaded, the adapter leaves the unembedding alone; merged, it changes both.")
-    console.say(f"Saved to {output}: a {'PEFT' if kind == 'lora' else 'llama.cpp'} LoRA of the edit.")
+        remarks.append("The embedding is tied: loaded, the adapter leaves the unembedding alone; merged, both change.")
+    console.finish(
+        {"output": str(output), "record": carried.record},
+        f"Saved to {output}: a {'PEFT' if kind == 'lora' else 'llama.cpp'} LoRA of the edit.",
+        lambda: console.say_all(remarks),
+    )
 
 
 def _edited_gguf(
@@ -154,11 +158,17 @@ def _edited_gguf(
     baked = gguf_baking.bake_gguf(file, model_map, intervene(model_map), output, **_options(edit), force=force)
     kinds = ", ".join(sorted({writer.type for writer in baked.writers}))
     left = baked.record["certificate"]["largest_share_beyond_plan"]
-    console.say(f"Edited {len(baked.writers)} tensors ({kinds}); every other byte is as it was.")
-    console.say(f"At most {left:.2%} of the direction beyond the plan is left in any of them.")
+    remarks = [
+        f"Edited {len(baked.writers)} tensors ({kinds}); every other byte is as it was.",
+        f"At most {left:.2%} of the direction beyond the plan is left in any of them.",
+    ]
     if baked.tied:
-        console.say("The file's token embedding is its output too: both were edited as one.")
-    console.say(f"Saved to {output}, with a record in {gguf_baking.record_path(output).name}.")
+        remarks.append("The file's token embedding is its output too: both were edited as one.")
+    console.finish(
+        {"output": str(output), "record": baked.record},
+        f"Saved to {output}, with a record in {gguf_baking.record_path(output).name}.",
+        lambda: console.say_all(remarks),
+    )
 
 
 def _control_vector(
@@ -179,8 +189,12 @@ def _control_vector(
     known = all(direction.origin.length is not None for direction in given)
     unit = "the difference of the means" if known else "a unit vector, since the direction does not know its length"
     where = f"layer {layers[0]}" if len(layers) == 1 else f"each of layers {layers[0]}-{layers[-1]}"
-    console.say(f"Takes off, behind {where}, {edit.strength:g} times {unit}. Adding a vector is not ablation.")
-    console.say(f"Saved to {output}: a llama.cpp control vector.")
+    remark = f"Takes off, behind {where}, {edit.strength:g} times {unit}. Adding a vector is not ablation."
+    console.finish(
+        {"output": str(output), "layers": list(layers), "strength": edit.strength},
+        f"Saved to {output}: a llama.cpp control vector.",
+        lambda: console.say(remark),
+    )
 
 
 def _options(edit: "EditSettings") -> dict[str, Any]:

@@ -26,7 +26,7 @@ def config(
         return
     with atomic.atomic_file(output, force=force) as staging:
         staging.write_text(text, encoding="utf-8")
-    console.say(f"Saved to {output}.")
+    console.finish({"output": str(output)}, f"Saved to {output}.")
 
 
 def reproduce(

@@ -97,5 +97,8 @@ def bake(
         loaded = stages.load_model(model, loading)
         model_map = modelmap.map_model(loaded.model)
         baked = baking.bake(loaded, intervene(model_map), output, model_map=model_map, **options)
-    console.show_plan(baked.plan, model_map)
-    console.say(f"Saved to {output}." + (f" Edited in memory: {reason}" if reason else ""))
+    console.finish(
+        {"output": str(output), "record": baked.record},
+        f"Saved to {output}." + (f" Edited in memory: {reason}" if reason else ""),
+        lambda: console.show_plan(baked.plan, model_map),
+    )

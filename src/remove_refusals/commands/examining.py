@@ -1,7 +1,7 @@
 """The command that looks at a model without changing it."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -29,6 +29,9 @@ from remove_refusals.options import (
     TemplateFile,
     chat_format,
 )
+
+if TYPE_CHECKING:
+    from remove_refusals.examination import Examination
 
 
 def analyze(
@@ -60,7 +63,6 @@ def analyze(
 ) -> None:
     """Where a model's refusal lives and how robust it is; the model is not changed."""
     from remove_refusals import atomic, console, examination
-    from remove_refusals.evaluation import warnings
     from remove_refusals.settings import DirectionSettings, LoadSettings, MeasureSettings, PromptSource, RunSettings
 
     atomic.check_target(output, force=force, directory=True)
@@ -82,6 +84,18 @@ def analyze(
     )
     with console.progress() as on_progress:
         found = examination.analyze(settings, output, answers=answers, force=force, on_progress=on_progress)
+    console.finish(
+        found.to_json() | {"output": str(output)},
+        f"Saved to {output}: report.html, analysis.json" + (", scores.json and rows.jsonl." if answers else "."),
+        lambda: _show(found),
+    )
+
+
+def _show(found: "Examination") -> None:
+    """Say what was found."""
+    from remove_refusals import console
+    from remove_refusals.evaluation import warnings
+
     best = found.separation.layers[found.direction.origin.layer or 0].auroc
     if best is not None:
         console.say(
@@ -94,6 +108,3 @@ def analyze(
     console.say(f"What adds most along that direction: {written}.")
     if found.evaluation is not None:
         console.show_evaluation(found.evaluation, warnings(found.evaluation))
-    console.say(
-        f"Saved to {output}: report.html, analysis.json" + (", scores.json and rows.jsonl." if answers else ".")
-    )

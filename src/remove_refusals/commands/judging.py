@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
+from remove_refusals import completion
 from remove_refusals.options import Device, Force
+from remove_refusals.output import with_output
 
 judge_app = typer.Typer(
     help="How far a judge of answers can be trusted.",
@@ -14,14 +16,17 @@ judge_app = typer.Typer(
 )
 
 
-@judge_app.command(epilog="Example: remove-refusals judge calibrate mine.jsonl --judge http://127.0.0.1:8000/v1#model")
 def calibrate(
     labelled: Annotated[
         Path | None,
         typer.Argument(help="JSON Lines with prompt, answer and label; by default the answers that come with it."),
     ] = None,
     judge: Annotated[
-        str, typer.Option(help="phrases, a classifier's directory or hub id, or URL#MODEL of a chat endpoint.")
+        str,
+        typer.Option(
+            autocompletion=completion.judge,
+            help="phrases, a classifier's directory or hub id, or URL#MODEL of a chat endpoint.",
+        ),
     ] = "phrases",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also save the calibration as JSON.")] = None,
     force: Force = False,
@@ -54,3 +59,8 @@ def calibrate(
         console.show_calibration(found, getattr(made, "usage", None))
     if output is not None:
         records.write_json(output, found.to_json(), force=force)
+
+
+judge_app.command(epilog="Example: remove-refusals judge calibrate mine.jsonl --judge http://127.0.0.1:8000/v1#model")(
+    with_output(calibrate)
+)

@@ -175,10 +175,16 @@ def run(
     target = output or Path(f"{Path(model).name}-ablated")
     with console.progress() as on_progress:
         result = pipeline.run(settings, target, force=force, direction_file=direction, on_progress=on_progress)
-    if result.selection is not None:
-        console.show_selection(result.selection)
-    console.show_evaluation(result.evaluation, result.warnings)
-    console.say(f"Saved to {target}: the edited model, its records and its model card; report.html shows them.")
+
+    def show() -> None:
+        if result.selection is not None:
+            console.show_selection(result.selection)
+        console.show_evaluation(result.evaluation, result.warnings)
+
+    data = {"output": str(target), "scores": result.evaluation.to_json(), "warnings": list(result.warnings)}
+    data |= {} if result.selection is None else {"selection": result.selection.summary()}
+    last = f"Saved to {target}: the edited model, its records and its model card; report.html shows them."
+    console.finish(data, last, show)
 
 
 def find(
@@ -246,4 +252,7 @@ def find(
     else:
         direction_files.save_direction(first, output, force=force)
         layers = f"layer {first.origin.layer}"
-    console.say(f"Saved to {output}: d_model {first.d_model}, {layers}, position {where}.")
+    console.finish(
+        {"output": str(output), "directions": [direction_files.describe_direction(one) for one in found.directions]},
+        f"Saved to {output}: d_model {first.d_model}, {layers}, position {where}.",
+    )

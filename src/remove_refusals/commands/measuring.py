@@ -108,7 +108,6 @@ def evaluate(
     )
     with console.progress() as on_progress:
         evaluation, notes = pipeline.compare(settings, edited, on_progress=on_progress)
-    console.show_evaluation(evaluation, notes)
     if output is not None and whole:
         with atomic.atomic_directory(output, force=force) as directory:
             records.write_json(directory / "scores.json", evaluation.to_json())
@@ -118,6 +117,8 @@ def evaluate(
         records.write_json(output, evaluation.to_json(), force=force)
     if rows is not None:
         records.write_jsonl(rows, (row.to_json() for row in evaluation.rows), force=force)
+    data = evaluation.to_json() | {"warnings": list(notes)}
+    console.finish(data, show=lambda: console.show_evaluation(evaluation, notes))
 
 
 def inspect(
@@ -171,4 +172,4 @@ def report(
     from remove_refusals.report_page.page import write_html_report
 
     page = write_html_report(directory, output, full_answers=full_answers, force=force)
-    console.say(f"Saved to {page}.")
+    console.finish({"output": str(page)}, f"Saved to {page}.")

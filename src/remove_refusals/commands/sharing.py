@@ -37,9 +37,11 @@ def push(
             base=base,
             endpoint=endpoint,
         )
-    for note in pushed.notes:
-        console.say(f"Note: {note}")
-    if pushed.left_out:
-        console.say(f"Left out: {', '.join(pushed.left_out)}.")
+    remarks = [f"Note: {note}" for note in pushed.notes]
+    remarks += [f"Left out: {', '.join(pushed.left_out)}."] if pushed.left_out else []
     who = "private" if pushed.private else "public"
-    console.say(f"Sent {len(pushed.files)} files to {pushed.url} ({who}), commit {pushed.commit}.")
+    console.finish(
+        pushed.to_json(),
+        f"Sent {len(pushed.files)} files to {pushed.url} ({who}), commit {pushed.commit}.",
+        lambda: console.say_all(remarks),
+    )

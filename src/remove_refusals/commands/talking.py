@@ -235,4 +235,4 @@ def generate(
             on_progress=stages.stage_progress(on_progress, "answers", 0, len(prompt_set)),
         )
     records.write_jsonl(output, rows, force=force)
-    console.say(f"Saved {len(rows)} answers to {output}.")
+    console.finish({"output": str(output), "answers": len(rows)}, f"Saved {len(rows)} answers to {output}.")

@@ -21,7 +21,10 @@ def restore(
     found = restoring.restore(directory, base, revision=revision)
     files = f", {len(found.files)} files replaced whole" if found.files else ""
     files += f", {len(found.removed)} files removed" if found.removed else ""
-    console.say(f"Restored {directory}: {len(found.tensors)} tensors written{files}; all hashes are the base's.")
+    console.finish(
+        {**vars(found), "directory": str(found.directory)},
+        f"Restored {directory}: {len(found.tensors)} tensors written{files}; all hashes are the base's.",
+    )
 
 
 def diff(

@@ -1,0 +1,152 @@
+"""How commands speak: quietly, as JSON, with a log; what a shell completes; and that help stays quick and readable."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from typer.core import TyperGroup
+
+from conftest import Command, Inputs
+from remove_refusals import cli, completion
+from remove_refusals.linalg import VARIANTS
+from remove_refusals.selection.candidates import METHODS
+from remove_refusals.types import SITE_KINDS
+
+WIDTH = 100
+SCREEN = 60
+MANY_OPTIONS = {"run": 100}
+"""`run` takes what every other command takes together; a page and a half of panels."""
+
+
+def commands(group: TyperGroup, before: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    found = []
+    for name, command in group.commands.items():
+        inner = isinstance(command, TyperGroup)
+        found += commands(command, (*before, name)) if inner else [(*before, name)]
+    return found
+
+
+COMMANDS = commands(typer.main.get_command(cli.app))
+
+
+class TestHelp:
+    @pytest.mark.parametrize("name", COMMANDS, ids=" ".join)
+    def test_has_an_example_and_fits_a_screen(
+        self, command: Command, monkeypatch: pytest.MonkeyPatch, name: tuple[str, ...]
+    ) -> None:
+        monkeypatch.setenv("COLUMNS", str(WIDTH))
+        monkeypatch.setenv("TERM", "dumb")
+        found = command(*name, "--help")
+        assert found.code == 0
+        lines = found.out.splitlines()
+        assert f"Example: remove-refusals {' '.join(name)} " in found.out
+        assert len(lines) <= MANY_OPTIONS.get(name[0], SCREEN) and max(map(len, lines)) <= WIDTH
+        assert "--quiet" in found.out and "--log" in found.out
+        assert ("--json" in found.out) == (name[0] not in ("chat", "ui"))
+
+    def test_imports_nothing_heavy(self) -> None:
+        call = [sys.executable, "-X", "importtime", "-m", "remove_refusals", "--help"]
+        found = subprocess.run(call, capture_output=True, text=True, check=True)
+        imported = set(re.findall(r"\|\s+(\S+)$", found.stderr, re.MULTILINE))
+        assert {"typer", "remove_refusals.cli"} <= imported
+        assert not imported & {"torch", "pydantic", "gradio", "transformers", "numpy", "huggingface_hub"}
+
+
+class TestCompletion:
+    def test_the_names_are_those_that_are_accepted(self) -> None:
+        assert completion.CHOICES["--select"] == (*METHODS, "none")
+        assert completion.CHOICES["--variant"] == VARIANTS
+        assert completion.SITES == SITE_KINDS
+
+    def test_a_shell_is_told(self) -> None:
+        def told(words: str) -> list[str]:
+            env = {**os.environ, "_REMOVE_REFUSALS_COMPLETE": "complete_bash", "COMP_WORDS": words}
+            env["COMP_CWORD"] = str(len(words.split()) - (not words.endswith(" ")))
+            script = "from remove_refusals.cli import app; app(prog_name='remove-refusals')"
+            return subprocess.run(
+                [sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False
+            ).stdout.split()
+
+        assert told("remove-refusals run --select ") == ["auto", "layer", "tpe", "none"]
+        assert told("remove-refusals bake --variant n") == ["norm-preserving"]
+        assert told("remove-refusals run --tied ") == ["untie", "both"]
+
+    def test_sites_are_joined(self) -> None:
+        assert completion.sites("attn,") == ["attn,embedding", "attn,mlp"]
+        assert completion.sites("m") == ["mlp"]
+
+    def test_a_judge_is_built_in_or_a_directory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "mine" / "deep").mkdir(parents=True)
+        (tmp_path / "phrase.txt").write_text("")
+        monkeypatch.chdir(tmp_path)
+        assert completion.judge("") == ["phrases", "mine"]
+        assert completion.judge("mine/") == ["mine/deep"]
+        assert completion.judge(f"{tmp_path}/m") == [f"{tmp_path}/mine"]
+        assert completion.judge("nowhere/x") == []
+
+
+class TestOutput:
+    def test_a_result_as_json_and_nothing_else(
+        self, command: Command, llama_directory: Path, inputs: Inputs, tmp_path: Path
+    ) -> None:
+        direction, whole = tmp_path / "d.safetensors", tmp_path / "whole"
+        made = command("direction", llama_directory, "-o", direction, *inputs.train, "--json")
+        assert json.loads(made.out)["directions"][0]["d_model"] == 32
+        baked = command("bake", llama_directory, "--direction", direction, "-o", whole, "--json")
+        assert json.loads(baked.out)["record"] == json.loads((whole / "ablation.json").read_text())
+        scored = json.loads(
+            command("evaluate", llama_directory, whole, *inputs.test, "-o", tmp_path / "scores.json", "--json").out
+        )
+        assert scored.pop("warnings") is not None
+        assert scored == json.loads((tmp_path / "scores.json").read_text())
+        answers = tmp_path / "a.jsonl"
+        said = command("generate", llama_directory, "--prompts", inputs.harmless, "-o", answers, "--json")
+        assert json.loads(said.out) == {"output": str(answers), "answers": 4}
+        restored = json.loads(command("restore", whole, "--base", llama_directory, "--json").out)
+        assert restored["directory"] == str(whole) and restored["tensors"]
+
+    def test_quiet_leaves_remarks_out_and_keeps_the_result(
+        self, command: Command, llama_directory: Path, inputs: Inputs, tmp_path: Path
+    ) -> None:
+        direction = tmp_path / "d.safetensors"
+        command("direction", llama_directory, "-o", direction, *inputs.train)
+        bake = ("bake", llama_directory, "--direction", direction, "-o", tmp_path / "whole")
+        loud, quiet = command(*bake), command(*bake, "--force", "--quiet")
+        assert quiet.out == f"Saved to {tmp_path / 'whole'}.\n"
+        assert loud.out.endswith(quiet.out) and "Edited tensors" in loud.out
+        # Where the result is what was asked for, it stays.
+        shown = command("inspect", llama_directory, "--quiet")
+        assert "Verdict" in shown.out and command("inspect", llama_directory).out == shown.out
+        assert command("inspect", tmp_path / "nowhere", "-q").err.startswith("Error: ")
+
+    def test_a_log_has_stages_results_and_errors(
+        self, command: Command, llama_directory: Path, inputs: Inputs, tmp_path: Path
+    ) -> None:
+        log = tmp_path / "log.txt"
+        command("direction", llama_directory, "-o", tmp_path / "d.pt", *inputs.train, "--log", log)
+        first = log.read_text().splitlines()
+        assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO ", line) for line in first)
+        assert "remove-refusals direction" in first[0] and re.search(r"done after \d+\.\d s$", first[-1])
+        assert any(re.search(r"activations: 6 of 6 after \d+\.\d s$", line) for line in first)
+        assert any(f"Saved to {tmp_path / 'd.pt'}" in line for line in first)
+        # The next command adds to it, and one without the option does not.
+        failed = command("report", tmp_path / "nowhere", "--log", log)
+        assert failed.code == 2
+        command("report", tmp_path / "nowhere")
+        more = log.read_text().splitlines()
+        assert more[: len(first)] == first and len(more) == len(first) + 2
+        assert " ERROR " in more[-1] and failed.err.removeprefix("Error: ").strip() in more[-1]
+
+    def test_a_log_that_cannot_be_written(self, command: Command, tmp_path: Path) -> None:
+        found = command("inspect", "demo", "--log", tmp_path / "nowhere" / "log.txt")
+        assert found.code == 2 and "The log" in found.err and found.out == ""
+
+    def test_options_of_output_are_in_no_configuration(self, command: Command) -> None:
+        text = command("config").out
+        assert "# strength = 1.0" in text
+        assert not re.search(r"^# (quiet|log|as-json|json)\b", text, re.MULTILINE)
