@@ -4,28 +4,34 @@
   for each block of 128 by 128.
 - MXFP4 (OCP Microscaling Formats 1.0; gpt-oss): `NAME_blocks` holds e2m1 numbers `[experts, d_model, n / 32, 16]`, two
   in a byte, the lower half first; `NAME_scales` a power of two for each row of 32.
+- INT4 (compressed-tensors, `pack-quantized`, symmetric): `NAME_packed` holds integers from -8 to 7, eight in an int32
+  `[d_model, n / 8]`, 8 added to each, the lowest bits first; `NAME_scale` a float for each group of a row, and
+  `NAME_shape` the two sizes.
 
 An edit moves most numbers by much less than the step of such a format, so that rounding each to the nearest would undo
 it. What rounding puts back along the direction is therefore taken out again where it costs least: of the numbers of one
 input, those go to their other neighbour that add the least error for what they take out.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Literal
 
 import torch
 
-from remove_refusals.checkpoint import TensorEntry
 from remove_refusals.errors import CheckpointError
 from remove_refusals.linalg import tree_sum
-from remove_refusals.slices import Place, TensorSlice, opened, read_slice, tensor_slices
+from remove_refusals.slices import FLOAT_DTYPES, Place, TensorSlice, opened, read_slice, tensor_slices
 
-Format = Literal["FP8 e4m3 in blocks", "MXFP4"]
+Format = Literal["FP8 e4m3 in blocks", "MXFP4", "INT4 in groups"]
 
 FP8_BLOCK = 128
-_MXFP4_BLOCK, _MXFP4_BYTES = 32, 16
+_MXFP4_BLOCK, MXFP4_BYTES = 32, 16
+INT4_WORD = 8
+INT4_GROUP = 256
+"""The widest group of numbers with one scale that is edited: slices are as wide as a group at least."""
+
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 BYTES_PER_NUMBER = 128
@@ -64,7 +70,24 @@ class BlockTensor:
         sizes = self.weights[1].shape
         if self.format == "MXFP4":
             return sizes[0], sizes[1], sizes[2] * _MXFP4_BLOCK
-        return 1, sizes[0], sizes[1]
+        return 1, sizes[0], sizes[1] * (INT4_WORD if self.format == "INT4 in groups" else 1)
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """How many rows and columns share a scale."""
+        if self.format == "FP8 e4m3 in blocks":
+            return FP8_BLOCK, FP8_BLOCK
+        return 1, self.shape[2] // self.scales[1].shape[-1]
+
+    @property
+    def packed(self) -> bool:
+        """Whether two numbers lie in a byte."""
+        return self.format != "FP8 e4m3 in blocks"
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """The data type of the scales: bytes for powers of two, or floats."""
+        return torch.uint8 if self.format == "MXFP4" else FLOAT_DTYPES[self.scales[1].dtype]
 
     @cached_property
     def grid(self) -> torch.Tensor:
@@ -73,16 +96,12 @@ class BlockTensor:
 
     def parts(self, numbers: int) -> list[tuple[TensorSlice, TensorSlice]]:
         """Cut weights and scales alike, into whole blocks of at most so many numbers, or one column of blocks."""
-        _, d_model, _ = self.shape
-        sizes, scales = self.weights[1].shape, self.scales[1].shape
-        if self.format == "MXFP4":
-            columns = max(1, numbers // (d_model * _MXFP4_BLOCK))
-            packed = (sizes[0], d_model, sizes[2] * _MXFP4_BYTES)
-            weights = tensor_slices(packed, 1, 1, columns * d_model * _MXFP4_BYTES)
-            return list(zip(weights, tensor_slices(scales, 1, 1, columns * d_model), strict=True))
-        columns = max(1, numbers // (d_model * FP8_BLOCK))
-        weights = tensor_slices(sizes, 0, 1, columns * d_model * FP8_BLOCK)
-        return list(zip(weights, tensor_slices(scales, 0, 4, columns * scales[0]), strict=True))
+        outer, d_model, n = self.shape
+        scales, wide, share = self.scales[1].shape[-2:], self.block[1], 2 if self.packed else 1
+        columns = max(1, numbers // (d_model * wide))
+        first = tensor_slices((outer, d_model, n // share), 1, 1, columns * d_model * wide // share)
+        second = tensor_slices((outer, *scales), 1, self.scale_dtype.itemsize, columns * scales[0])
+        return list(zip(first, second, strict=True))
 
     def read(self, files: tuple[int, int], part: tuple[TensorSlice, TensorSlice]) -> tuple[torch.Tensor, torch.Tensor]:
         """Read a part.
@@ -98,25 +117,31 @@ class BlockTensor:
             CheckpointError: If the file cannot be read, or holds a number that is none.
         """
         raw = read_slice(files[0], self.weights[1].start, part[0], torch.uint8)
-        kind = torch.uint8 if self.format == "MXFP4" else torch.float32
-        scales = read_slice(files[1], self.scales[1].start, part[1], kind)
-        codes = torch.stack((raw & 15, raw >> 4), dim=-1).flatten(-2) if self.format == "MXFP4" else raw
+        scales = read_slice(files[1], self.scales[1].start, part[1], self.scale_dtype)
+        codes = torch.stack((raw & 15, raw >> 4), dim=-1).flatten(-2) if self.packed else raw
+        values = self._numbers(codes)
+        return values * self.expand(scales, values.shape), scales
+
+    def _numbers(self, codes: torch.Tensor) -> torch.Tensor:
+        """Give the numbers of the format that codes, each in a byte, stand for."""
+        if self.format == "INT4 in groups":
+            return self.grid[codes.to(torch.int32)]
         top, sign = len(self.grid) // 2, len(_E2M1) if self.format == "MXFP4" else 128
         size = (codes & (sign - 1)).to(torch.int32)
         if int(size.max()) > top:
             raise CheckpointError(
                 f"The tensor {self.weights[1].name} holds NaN, expected finite numbers; download the checkpoint again."
             )
-        values = self.grid[torch.where(codes >= sign, top - size, top + size)]
-        return values * self.expand(scales, values.shape), scales
+        return self.grid[torch.where(codes >= sign, top - size, top + size)]
 
     def expand(self, scales: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         """Give each number its scale, float32."""
+        rows, columns = self.block
+        factors = scales.to(torch.float32)
         if self.format == "MXFP4":
             factors = torch.ldexp(torch.ones(scales.shape), scales.to(torch.int32) - 127)
-            return factors.repeat_interleave(_MXFP4_BLOCK, dim=2)
-        spread = scales.repeat_interleave(FP8_BLOCK, dim=1).repeat_interleave(FP8_BLOCK, dim=2)
-        return spread[:, : shape[1], : shape[2]]
+        spread = factors.repeat_interleave(columns, dim=2)
+        return spread.repeat_interleave(rows, dim=1)[:, : shape[1], : shape[2]] if rows > 1 else spread
 
     def floats(self, numbers: int) -> Iterator[torch.Tensor]:
         """Read the tensor part by part: `[outer, d_model, n]`, float32."""
@@ -150,32 +175,41 @@ class BlockTensor:
             error = self.grid[nearest] * scale - target
             step = (self.grid[other] - self.grid[nearest]) * scale
             nearest = torch.where(_turned(error, step, column.reshape(1, -1, 1)), other, nearest)
-        top = len(self.grid) // 2
-        signed = nearest - top
-        sign = len(_E2M1) if self.format == "MXFP4" else 128
-        codes = torch.where(signed < 0, sign - signed, signed).to(torch.uint8)
-        if self.format == "MXFP4":
+        codes = self._codes(nearest)
+        if self.packed:
             codes = codes[..., 0::2] | (codes[..., 1::2] << 4)
         return codes.contiguous(), scales.contiguous()
 
+    def _codes(self, index: torch.Tensor) -> torch.Tensor:
+        """Give the codes, each in a byte, of numbers of the format by their places in `grid`."""
+        if self.format == "INT4 in groups":
+            return index.to(torch.uint8)
+        signed = index - len(self.grid) // 2
+        sign = len(_E2M1) if self.format == "MXFP4" else 128
+        return torch.where(signed < 0, sign - signed, signed).to(torch.uint8)
+
     def _fitting(self, target: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """Raise the scales of blocks whose largest number no longer fits."""
-        rows, columns = (1, _MXFP4_BLOCK) if self.format == "MXFP4" else (FP8_BLOCK, FP8_BLOCK)
+        rows, columns = self.block
         down, right = -target.shape[1] % rows, -target.shape[2] % columns
-        padded = torch.nn.functional.pad(target.abs(), (0, right, 0, down))
+        padded = torch.nn.functional.pad(target, (0, right, 0, down))
         outer, tall, wide = padded.shape
         blocks = padded.view(outer, tall // rows, rows, wide // columns, columns)
-        largest = blocks.amax((2, 4)) / self.grid[-1]
+        # Half a step beyond the last integer still rounds to it; a new scale would move every number of the group.
+        beyond = 0.5 if self.format == "INT4 in groups" else 0.0
+        largest = torch.maximum(
+            blocks.amax((2, 4)) / (self.grid[-1] + beyond), blocks.amin((2, 4)) / (self.grid[0] - beyond)
+        )
         if self.format == "MXFP4":
             needed = torch.frexp(largest).exponent + 127
             # A power of two is its own scale.
             needed = needed - (torch.frexp(largest).mantissa == 0.5).to(torch.int32)
             return torch.maximum(scales.to(torch.int32), needed * (largest > 0)).clamp_(0, 254).to(torch.uint8)
-        return torch.maximum(scales, largest)
+        return torch.maximum(scales, largest.to(scales.dtype))
 
     def fresh(self, values: torch.Tensor) -> torch.Tensor:
         """Quantise floats anew, each block with the scale that its largest number needs, and give them as floats."""
-        empty = torch.zeros(1, dtype=torch.uint8 if self.format == "MXFP4" else torch.float32)
+        empty = torch.zeros(1, dtype=self.scale_dtype)
         scale = self.expand(self._fitting(values, empty), values.shape)
         wanted = torch.where(scale > 0, values / scale, 0)
         middles = (self.grid[1:] + self.grid[:-1]) / 2
@@ -209,39 +243,10 @@ def _turned(error: torch.Tensor, step: torch.Tensor, column: torch.Tensor) -> to
 
 @cache
 def _grid(form: Format) -> torch.Tensor:
+    if form == "INT4 in groups":
+        return torch.arange(-8.0, 8.0)
     if form == "MXFP4":
         positive = torch.tensor(_E2M1)
     else:
         positive = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32)
     return torch.cat((-positive.flip(0)[:-1], positive))
-
-
-def find_block_tensor(name: str, stored: Mapping[str, Place]) -> BlockTensor | None:
-    """Look for a quantised tensor of a known format among a checkpoint's.
-
-    Args:
-        name: The name that the unquantised tensor would have.
-        stored: The checkpoint's tensors.
-
-    Returns:
-        The tensor, or None if there is none of a known format under that name.
-    """
-    weights, scales = stored.get(name), stored.get(f"{name}_scale_inv")
-    if weights is not None and scales is not None and weights[1].dtype == "F8_E4M3" and len(weights[1].shape) == 2:
-        expected = tuple(-(-size // FP8_BLOCK) for size in weights[1].shape)
-        _check(scales[1], "F32", expected)
-        return BlockTensor("FP8 e4m3 in blocks", weights, scales)
-    weights, scales = stored.get(f"{name}_blocks"), stored.get(f"{name}_scales")
-    if weights is not None and scales is not None and len(weights[1].shape) == 4:
-        _check(weights[1], "U8", (*weights[1].shape[:3], _MXFP4_BYTES))
-        _check(scales[1], "U8", weights[1].shape[:3])
-        return BlockTensor("MXFP4", weights, scales)
-    return None
-
-
-def _check(entry: TensorEntry, dtype: str, shape: tuple[int, ...]) -> None:
-    if (entry.dtype, entry.shape) != (dtype, shape):
-        raise CheckpointError(
-            f"The tensor {entry.name} is {entry.dtype} {entry.shape}, expected {dtype} {shape} as its format has it; "
-            "use an unquantised checkpoint of this model."
-        )

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from remove_refusals.blockformats import BlockTensor, find_block_tensor
+from remove_refusals.blockformats import BlockTensor
+from remove_refusals.blocktensors import find_block_tensor
 from remove_refusals.checkpoint import checkpoint_tensors
 from remove_refusals.comparing import PlainTensor, deviation, same_bytes
 from remove_refusals.errors import CheckpointError

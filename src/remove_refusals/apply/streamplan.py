@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from remove_refusals.blockformats import BlockTensor, find_block_tensor
+from remove_refusals.blockformats import BlockTensor
+from remove_refusals.blocktensors import find_block_tensor
 from remove_refusals.checkpoint import INDEX_FILE, SINGLE_FILE, ShardHeader, TensorEntry, checkpoint_files, read_header
 from remove_refusals.errors import CheckpointError
 from remove_refusals.records import read_json, versions
