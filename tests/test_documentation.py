@@ -1,0 +1,186 @@
+"""What the documentation says can be done: every command and every line of Python in it is run, page by page."""
+
+import io
+import os
+import re
+import shlex
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+import typer
+from nbclient import NotebookClient
+
+from remove_refusals import cli
+
+ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+SHELL = ("bash", "sh", "shell", "console")
+
+_BLOCK = re.compile(
+    r"(?:^[ ]*<!-- not run: (?P<why>[^\n]+?) -->\n)?"
+    r"^(?P<indent>[ ]*)```(?P<language>\w+)[^\n]*\n(?P<text>.*?)^(?P=indent)```",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page: its language, its text, its line, and why it is not run, if it is not."""
+
+    language: str
+    text: str
+    line: int
+    why_not: str | None
+
+
+def blocks(page: str) -> Iterator[Block]:
+    """Find the fenced blocks that could be run, in order."""
+    for match in _BLOCK.finditer(page):
+        if match["language"] in (*SHELL, "python"):
+            line = page.count("\n", 0, match.start("language")) + 1
+            yield Block(match["language"], textwrap.dedent(match["text"]), line, match["why"])
+
+
+def lines_of(text: str) -> Iterator[str]:
+    """Give the commands of a shell block; a backslash at the end goes on, and comments and prompts are left out."""
+    for line in text.replace("\\\n", " ").splitlines():
+        command = line.strip().removeprefix("$ ")
+        if command and not command.startswith("#"):
+            yield command
+
+
+def run_command(command: str, directory: Path) -> tuple[int, str]:
+    """Run one command: ours in this process, which is much quicker, and all else in a shell."""
+    if command.startswith("remove-refusals ") and not re.search(r"[|<>;&`$]", command):
+        before, sys.argv = sys.argv, shlex.split(command, comments=True)
+        said = io.StringIO()
+        try:
+            with redirect_stdout(said):
+                cli.main()
+        except SystemExit as ended:
+            return int(ended.code or 0), said.getvalue()
+        finally:
+            sys.argv = before
+        return 0, said.getvalue()
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    found = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", command],
+        cwd=directory,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return found.returncode, found.stdout + found.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_what_a_page_says_works_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for block in blocks(page.read_text(encoding="utf-8")):
+        if block.why_not is not None:
+            continue
+        if block.language == "python":
+            code = compile("\n" * block.line + block.text, str(page), "exec")
+            exec(code, names)
+            continue
+        for command in lines_of(block.text):
+            code_, said = run_command(command, tmp_path)
+            assert code_ == 0, f"{page.name}:{block.line}: {command}\n{said}"
+
+
+def test_blocks_are_found_with_their_markers_and_run_as_they_stand() -> None:
+    page = textwrap.dedent("""\
+        ```bash
+        # a comment
+        remove-refusals run \\
+            -o there
+        ```
+
+        <!-- not run: needs a GPU -->
+        ```bash
+        vllm serve there
+        ```
+
+        1. indented
+            ```python
+            if True:
+                x = 1
+            ```
+
+        ```toml
+        seed = 1
+        ```
+        """)
+    first, second, third = blocks(page)
+    assert list(lines_of(first.text)) == ["remove-refusals run      -o there"]
+    assert (first.why_not, second.why_not, third.why_not) == (None, "needs a GPU", None)
+    assert (first.line, second.line) == (1, 8)
+    assert third.text == "if True:\n    x = 1\n"
+
+
+def test_a_command_that_fails_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_command("remove-refusals certify nowhere --base demo", tmp_path)[0] == 2
+    assert run_command("remove-refusals nothing", tmp_path)[0] != 0
+    assert run_command("true | false", tmp_path)[0] == 1
+
+
+def commands(group: Any, before: str = "") -> Iterator[tuple[str, Any]]:
+    """Give every command with its full name."""
+    for name, found in group.commands.items():
+        if hasattr(found, "commands"):
+            yield from commands(found, f"{before}{name} ")
+        else:
+            yield before + name, found
+
+
+def test_every_command_is_named() -> None:
+    told = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    missing = [name for name, _ in commands(typer.main.get_command(cli.app)) if f"remove-refusals {name}" not in told]
+    assert not missing
+
+
+def test_every_option_of_run_is_explained() -> None:
+    told = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    run = dict(commands(typer.main.get_command(cli.app)))["run"]
+    options = {name for option in run.params for name in option.opts if name.startswith("--")} - {"--help"}
+    assert not {name for name in options if f"`{name}`" not in told}
+    # What is no option any more must not be explained either.
+    assert not set(re.findall(r"^\| `(--[a-z0-9-]+)`", told, re.MULTILINE)) - options
+
+
+def test_every_public_name_has_a_place_in_the_reference() -> None:
+    import remove_refusals
+
+    told = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    entries = re.findall(r"^::: remove_refusals\.(\S+)$", told, re.MULTILINE)
+    assert sorted(entry.rsplit(".", 1)[-1] for entry in entries) == sorted(remove_refusals.__all__)
+
+
+def test_the_notebook_runs_and_is_kept_without_outputs(tmp_path: Path) -> None:
+    notebook = nbformat.read(ROOT / "docs" / "notebook.ipynb", as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(not cell.outputs and cell.execution_count is None for cell in code)
+    NotebookClient(notebook, timeout=None, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    # The direction has to do something: all but a few refusals are gone at full strength.
+    printed = "".join(output.text for cell in code for output in cell.outputs if "text" in output)
+    left = [int(count) for count in re.findall(r"strength [.0-9]+: (\d+) of 16 refused", printed)]
+    assert left[0] >= 12 and left[-1] <= 4
+
+
+def test_every_link_within_the_pages_leads_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
