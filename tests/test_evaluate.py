@@ -13,6 +13,7 @@ import torch
 
 import tiny
 from remove_refusals.chat_template import render
+from remove_refusals.comparisons import paired_difference
 from remove_refusals.corrections import JudgeAccuracy
 from remove_refusals.errors import ModelError, NumericalError
 from remove_refusals.evaluation import EvaluationPrompts, EvaluationSettings, evaluate, warnings
@@ -364,7 +365,9 @@ def test_scores_keep_to_their_schema(careful: LoadedModel, base: LoadedModel, ed
     accuracies = {label: JudgeAccuracy(90, 100, 80, 100) for label in Label}
     text = score_text(base, edited, "a longer text than one word")
     mean = Mean(0.5, 0.4, 0.6, 9, 0, "0")
-    task = TaskScore("task", "acc", mean, mean, mean)
+    difference = paired_difference([0.0, 1.0], [1.0, 1.0])
+    assert difference is not None
+    task = TaskScore("task", "acc", mean, mean, difference)
     thinking = {"base": Thinking(Rate(1, 2, 0.1, 0.9, "0"), mean)}
     whole = evaluate(base, edited, PROMPTS, SETTINGS, judge=Counting(), accuracies=accuracies)
     sets = {name: replace(part, thinking=thinking) for name, part in whole.sets.items()}

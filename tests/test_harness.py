@@ -10,8 +10,9 @@ import torch
 import yaml
 
 import tiny
+from remove_refusals.comparisons import paired_difference
 from remove_refusals.errors import ModelError, PromptError
-from remove_refusals.harness import run_tasks
+from remove_refusals.harness import _scores, run_tasks
 from remove_refusals.models import LoadedModel, load
 from remove_refusals.text_scores import WINDOW, read_text, score_text
 
@@ -76,11 +77,29 @@ def test_a_task_gives_what_a_direct_computation_gives_in_pairs(
     assert (found.base.value, found.edited.value) == (sum(before) / len(ROWS), sum(after) / len(ROWS))
     differences = [b - a for a, b in zip(before, after, strict=True)]
     assert found.difference.value == pytest.approx(sum(differences) / len(ROWS))
-    assert found.decided == (not found.difference.low <= 0 <= found.difference.high)
+    assert found.difference == paired_difference(before, after)
     (again,) = run_tasks(base, base, ["own_task"], directory=tasks, limit=5)
     assert again.base.n == 5
     assert not again.decided
     assert (again.difference.low, again.difference.high) == (0, 0)
+
+
+def sample(number: int, value: float) -> dict[str, object]:
+    return {"metrics": ["acc"], "acc": value, "doc_id": number, "prompt_hash": "", "doc_hash": ""}
+
+
+def test_few_samples_decide_nothing() -> None:
+    """Two models that differ on every sample: eight of them tell, and five cannot."""
+    first, second = ([sample(number, value) for number in range(8)] for value in (0.0, 1.0))
+    for n, decided in ((8, True), (5, False)):
+        (found,) = _scores({"own": first[:n]}, {"own": second[:n]}, 0)
+        assert (found.difference.value, found.decided) == (1.0, decided)
+
+
+def test_a_task_whose_data_are_missing_is_refused_in_a_sentence(base: LoadedModel, tasks: Path) -> None:
+    (tasks / "rows.jsonl").unlink()
+    with pytest.raises(ModelError, match="The tasks own_task cannot be run"):
+        run_tasks(base, base, ["own_task"], directory=tasks)
 
 
 def test_a_task_that_is_not_known_is_refused_by_name(base: LoadedModel, tasks: Path) -> None:

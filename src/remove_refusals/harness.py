@@ -3,16 +3,21 @@
 import hashlib
 import io
 import logging
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from remove_refusals.comparisons import PairedDifference, paired_difference
 from remove_refusals.distances import Context
 from remove_refusals.errors import ModelError, PromptError
 from remove_refusals.metrics import Mean, mean_with_interval
 from remove_refusals.models import LoadedModel
+
+# What the package and `datasets` raise for data that cannot be found or task files that are wrong.
+_TASK_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError, AssertionError)
 
 
 @dataclass(frozen=True)
@@ -24,23 +29,23 @@ class TaskScore:
         metric: The metric, with the filter of the answers where it is not the plain one.
         base: The base model's mean over samples.
         edited: The edited model's.
-        difference: Edited less base, sample by sample; where its interval holds 0 the data do not tell them apart.
+        difference: Edited less base, sample by sample, and whether the data tell them apart.
     """
 
     task: str
     metric: str
     base: Mean
     edited: Mean
-    difference: Mean
+    difference: PairedDifference
 
     @property
     def decided(self) -> bool:
-        """Whether the interval of the difference leaves 0 out."""
-        return not self.difference.low <= 0 <= self.difference.high
+        """Whether the data support a difference."""
+        return self.difference.decided
 
     def to_json(self) -> dict[str, Any]:
-        """Give the attributes."""
-        return asdict(self) | {"decided": self.decided}
+        """Give the attributes, and whether the difference is decided."""
+        return asdict(self) | {"difference": self.difference.to_json(), "decided": self.decided}
 
 
 def run_tasks(
@@ -71,7 +76,7 @@ def run_tasks(
         out.
 
     Raises:
-        ModelError: If lm-evaluation-harness is not installed or does not know a task.
+        ModelError: If lm-evaluation-harness is not installed, does not know a task, or cannot run one.
         PromptError: If a task has no metric that can be compared sample by sample.
     """
     try:
@@ -90,9 +95,16 @@ def run_tasks(
                 f"{f' or in {directory}' if directory else ''}, expected one of them; run `lm-eval ls tasks`."
             )
         options = {"limit": limit, "batch_size": batch_size or 8, "seed": seed}
-        before = _samples(base, tasks, manager, options)
-        with edited_context():
-            after = _samples(edited, tasks, manager, options)
+        try:
+            before = _samples(base, tasks, manager, options)
+            with edited_context():
+                after = _samples(edited, tasks, manager, options)
+        except _TASK_ERRORS as error:
+            text = textwrap.shorten(str(error), 200, placeholder=" …").rstrip(".")
+            raise ModelError(
+                f"The tasks {', '.join(tasks)} cannot be run ({type(error).__name__}: {text}), expected task files and "
+                "data that lm-evaluation-harness can read; check them, or the network."
+            ) from error
     return tuple(_scores(before, after, seed))
 
 
@@ -131,10 +143,10 @@ def _scores(before: Mapping[str, Any], after: Mapping[str, Any], seed: int) -> I
             keys = sorted(first[metric])
             sha = hashlib.sha256(repr(keys).encode()).hexdigest()
             base, edited = ([part[metric][key] for key in keys] for part in (first, second))
-            differences = [b - a for a, b in zip(base, edited, strict=True)]
-            means = [mean_with_interval(values, sha, seed=seed) for values in (base, edited, differences)]
-            assert means[0] is not None and means[1] is not None and means[2] is not None
-            yield TaskScore(task, metric, means[0], means[1], means[2])
+            means = [mean_with_interval(values, sha, seed=seed) for values in (base, edited)]
+            difference = paired_difference(base, edited, seed=seed)
+            assert means[0] is not None and means[1] is not None and difference is not None  # a metric has samples
+            yield TaskScore(task, metric, means[0], means[1], difference)
 
 
 def _by_metric(samples: Sequence[Mapping[str, Any]]) -> dict[str, dict[tuple[int, str, str], float]]:
