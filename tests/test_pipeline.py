@@ -11,13 +11,13 @@ import tiny
 from remove_refusals.answers import answer_rows
 from remove_refusals.direction_files import load_direction, save_direction
 from remove_refusals.directions import direction_from_vectors
-from remove_refusals.errors import ModelError, OutputError, PromptError
+from remove_refusals.errors import DirectionError, ModelError, OutputError, PromptError
 from remove_refusals.inspection import certify_directory, inspect
-from remove_refusals.interventions import CANDIDATES, load_candidates, save_candidates, scaled
+from remove_refusals.interventions import CANDIDATES, load_candidates, save_candidates
 from remove_refusals.journal import STAGES
 from remove_refusals.models import load
 from remove_refusals.pipeline import compare, run
-from remove_refusals.plan import intervene
+from remove_refusals.plan import intervene, scaled
 from remove_refusals.records import write_json
 from remove_refusals.selection.candidates import Candidate, Rule, Selection
 from remove_refusals.settings import (
@@ -214,6 +214,10 @@ def test_an_intervention_is_scaled_and_restricted():
     direction = direction_from_vectors(torch.eye(8)[0], DirectionOrigin("test"))
     whole = intervene(direction, 4)
     for layers in (None, (0, 2), (1, 3)):
-        assert scaled(whole, 0.3, layers).edits == intervene(direction, 4, strength=0.3, layers=layers).edits
-    kept = scaled(whole, 2.0, None, ("mlp",)).edits
+        found = scaled(whole, 4, strength=0.3, layers=layers).edits
+        assert found == intervene(direction, 4, strength=0.3, layers=layers).edits
+    kept = scaled(whole, 4, strength=2.0, kinds=("mlp",)).edits
     assert kept == intervene(direction, 4, strength=2.0, kinds=("mlp",)).edits
+    for wrong in ({"layers": (2, 9)}, {"layers": (3, 1)}, {"strength": 99.0}):
+        with pytest.raises(DirectionError):
+            scaled(whole, 4, **wrong)

@@ -2,8 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from remove_refusals.atomic import atomic_file
 from remove_refusals.direction_files import DIRECTIONS, direction_sha256, load_directions
 from remove_refusals.errors import DirectionError
 from remove_refusals.records import read_json
-from remove_refusals.types import SITE_KINDS, Direction, DirectionOrigin, Intervention, SiteEdit, SiteKind
+from remove_refusals.types import SITE_KINDS, Direction, DirectionOrigin, Intervention, SiteEdit
 
 RECORD = "ablation.json"
 CANDIDATES = f"{DIRECTIONS}/candidates.safetensors"
@@ -62,36 +61,6 @@ def _edit(value: object, directory: Path) -> SiteEdit:
             "direction; give a directory that this version of `run` or `bake` made."
         )
     return SiteEdit(kind, layer, float(numbers[0]), direction, tuple(float(number) for number in numbers[1:]))
-
-
-def scaled(
-    intervention: Intervention,
-    factor: float,
-    layers: tuple[int, int] | None = None,
-    kinds: Iterable[SiteKind] = SITE_KINDS,
-) -> Intervention:
-    """Take out more or less of what an intervention takes out, at some of its sites.
-
-    Args:
-        intervention: The intervention.
-        factor: What its strengths, and what it adds, are multiplied by.
-        layers: The first and the last layer to keep; None keeps all, and the embedding. With a range, the embedding is
-            kept only if it starts at layer 0.
-        kinds: The kinds of site to keep.
-
-    Returns:
-        The intervention, with all directions; the edits that are not kept are left out.
-    """
-    first, last = (
-        layers if layers is not None else (0, max((edit.layer or 0 for edit in intervention.edits), default=0))
-    )
-    wanted = frozenset(kinds)
-    edits = tuple(
-        replace(edit, strength=factor * edit.strength, offset=tuple(factor * number for number in edit.offset))
-        for edit in intervention.edits
-        if edit.kind in wanted and (first == 0 if edit.layer is None else first <= edit.layer <= last)
-    )
-    return Intervention(intervention.directions, edits)
 
 
 def save_candidates(interventions: Mapping[int, Intervention], path: Path) -> None:

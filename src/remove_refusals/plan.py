@@ -62,14 +62,7 @@ def intervene(
         DirectionError: If the range does not lie within the model, the strength is not a finite number, or the affine
             variant is asked for without the embedding or of a direction that does not know the harmless mean.
     """
-    first, last = layers if layers is not None else (0, n_layers - 1)
-    if not 0 <= first <= last < n_layers:
-        raise DirectionError(
-            f"The layer range {first}-{last} does not lie within the model's layers 0-{n_layers - 1}; "
-            "give two of its layers, the lower one first."
-        )
-    if not -10 <= strength <= 10:
-        raise DirectionError(f"The strength is {strength}, expected a number from -10 to 10; 1 takes out all of it.")
+    first, last = _checked_range(layers, n_layers, strength)
     wanted = frozenset(kinds)
     edits = [SiteEdit("embedding", None, strength)] if "embedding" in wanted and first == 0 else []
     if affine:
@@ -111,6 +104,52 @@ def intervene_per_layer(
     first, last = layers if layers is not None else (0, len(directions) - 1)
     edits = (replace(edit, direction=0 if edit.layer is None else edit.layer - first) for edit in uniform.edits)
     return Intervention(tuple(directions[first : last + 1]), tuple(edits))
+
+
+def scaled(
+    intervention: Intervention,
+    n_layers: int,
+    *,
+    strength: float = 1.0,
+    layers: tuple[int, int] | None = None,
+    kinds: Iterable[SiteKind] = SITE_KINDS,
+) -> Intervention:
+    """Take out more or less of what an intervention takes out, at some of its sites.
+
+    Args:
+        intervention: The intervention.
+        n_layers: The model's number of layers.
+        strength: What its strengths, and what it adds, are multiplied by.
+        layers: As for `intervene`.
+        kinds: As for `intervene`.
+
+    Returns:
+        The intervention, with all directions; the edits that are not kept are left out.
+
+    Raises:
+        DirectionError: As from `intervene`.
+    """
+    first, last = _checked_range(layers, n_layers, strength)
+    wanted = frozenset(kinds)
+    edits = tuple(
+        replace(edit, strength=strength * edit.strength, offset=tuple(strength * number for number in edit.offset))
+        for edit in intervention.edits
+        if edit.kind in wanted and (first == 0 if edit.layer is None else first <= edit.layer <= last)
+    )
+    return Intervention(intervention.directions, edits)
+
+
+def _checked_range(layers: tuple[int, int] | None, n_layers: int, strength: float) -> tuple[int, int]:
+    """Give the first and last layer of a range, or of the model."""
+    first, last = layers if layers is not None else (0, n_layers - 1)
+    if not 0 <= first <= last < n_layers:
+        raise DirectionError(
+            f"The layer range {first}-{last} does not lie within the model's layers 0-{n_layers - 1}; "
+            "give two of its layers, the lower one first."
+        )
+    if not -10 <= strength <= 10:
+        raise DirectionError(f"The strength is {strength}, expected a number from -10 to 10; 1 takes out all of it.")
+    return first, last
 
 
 def _affine_offset(direction: Direction, strength: float) -> tuple[float, ...]:

@@ -8,8 +8,8 @@ from typing import Any
 from remove_refusals.apply.hooks import ablated
 from remove_refusals.chat_template import render, render_conversation
 from remove_refusals.generation import stream
-from remove_refusals.interventions import scaled
 from remove_refusals.models import LoadedModel
+from remove_refusals.plan import scaled
 from remove_refusals.projections import middle_direction, project_tokens
 from remove_refusals.types import ChatFormat, Intervention, ModelMap
 from remove_refusals.web_parts import Controls, Source, strip
@@ -46,7 +46,9 @@ class Page:
     def made(self, controls: Controls) -> Intervention:
         """Give what the controls take out."""
         base = self.tried.get(controls.candidate or "", self.intervention)
-        return scaled(base, controls.strength, controls.layers, controls.kinds)
+        return scaled(
+            base, self.model_map.n_layers, strength=controls.strength, layers=controls.layers, kinds=controls.kinds
+        )
 
     def answers(
         self, prompt: str, original: Messages, edited: Messages, controls: Controls

@@ -177,7 +177,7 @@ def _maker(
     given: "tuple[Direction, ...] | Intervention", edit: "EditSettings", loaded: "LoadedModel"
 ) -> "tuple[Callable[[float, tuple[int, int] | None], Intervention], ModelMap]":
     """Give what makes the intervention of a strength and a range of layers, and the model's map."""
-    from remove_refusals import interventions, modelmap, plan, stages
+    from remove_refusals import modelmap, plan, stages
 
     model_map = modelmap.map_model(loaded.model)
     if isinstance(given, tuple):
@@ -185,7 +185,9 @@ def _maker(
             given, replace(edit, strength=strength, layers=layers), model_map
         ), model_map
     plan.check_fit(given, model_map)
-    return lambda strength, layers: interventions.scaled(given, strength, layers, edit.sites), model_map
+    return lambda strength, layers: plan.scaled(
+        given, model_map.n_layers, strength=strength, layers=layers, kinds=edit.sites
+    ), model_map
 
 
 def generate(
