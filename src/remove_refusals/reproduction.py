@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from remove_refusals.checkpoint import file_hashes
 from remove_refusals.errors import RecordError
+from remove_refusals.judges import PhraseJudge
 from remove_refusals.pipeline import run
 from remove_refusals.records import read_json
 from remove_refusals.settings import PromptSource, RunSettings
@@ -84,7 +85,8 @@ def reproduce(
     settings = replace(_located(settings, files or Path()), model=model or settings.model)
     _check_base(settings, base)
     given = None if any("_test" not in name for name in prompts) else directory
-    with tempfile.TemporaryDirectory() as scratch:
+    # Beside the directory, where there is room for a model.
+    with tempfile.TemporaryDirectory(dir=directory.resolve().parent, prefix=".reproduce-") as scratch:
         # Under its own name, which stands in the records.
         again = Path(scratch) / directory.resolve().name
         result = run(settings, again, direction_file=given, on_progress=on_progress)
@@ -101,8 +103,8 @@ def _located(settings: Any, files: Path) -> Any:
     if not is_dataclass(settings) or isinstance(settings, type):
         return settings
     changed = {field.name: _located(getattr(settings, field.name), files) for field in fields(settings)}
-    for name in ("text", "task_directory"):
-        if isinstance(changed.get(name), str):
+    for name in ("text", "task_directory", "calibration", "judge"):
+        if isinstance(changed.get(name), str) and changed[name] != PhraseJudge.name:
             changed[name] = _found(changed[name], files)
     return replace(settings, **changed)
 
@@ -111,7 +113,7 @@ def _found(name: str, files: Path) -> str:
     place = files / name
     if place.exists():
         return str(place)
-    # A hub id is its own place; the name of a local file has no directory.
+    # A hub id or an address is its own place; the name of a local file has no directory.
     if "/" in name:
         return name
     raise RecordError(
@@ -150,8 +152,9 @@ def _compare(directory: Path, again: Path, before: dict[str, str], after: dict[s
 
 
 def _hashes(directory: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in directory.rglob("*")
-        if path.is_file()
-    }
+    found = {}
+    for path in directory.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                found[str(path.relative_to(directory))] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
