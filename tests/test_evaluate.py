@@ -15,7 +15,7 @@ import tiny
 from remove_refusals.chat_template import render
 from remove_refusals.comparisons import paired_difference
 from remove_refusals.corrections import JudgeAccuracy
-from remove_refusals.errors import ModelError, NumericalError
+from remove_refusals.errors import ModelError, NumericalError, PromptError
 from remove_refusals.evaluation import EvaluationPrompts, EvaluationSettings, evaluate, warnings
 from remove_refusals.generation import generate
 from remove_refusals.harness import TaskScore
@@ -319,7 +319,7 @@ def test_warnings_at_their_limits(kl: float, degenerate: int, perplexity: float,
 class Counting:
     """A judge that looks at the prompt and tells a deflection from the rest."""
 
-    name = "counting"
+    name, usage = "counting", "3 sets"
 
     def judge(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Judgement]:
         return [Judgement(Label.DEFLECTION if "2 + 2" in prompt else judge_phrases(answer))
@@ -332,6 +332,8 @@ def test_another_judge_labels_the_answers_and_is_named(careful: LoadedModel) -> 
     assert deflections is not None and (deflections.base.count, deflections.edited.count) == (1, 1)
     assert found.judge == found.to_json()["settings"]["judge"] == "counting"
     assert {row.judge for row in found.rows} == {"counting"}
+    assert found.judge_usage == "3 sets" and "3 sets" not in json.dumps(found.to_json())
+    assert evaluate(careful, careful, PROMPTS, PLAIN).judge_usage is None
     # A judge that may cost something is not asked about every length.
     assert found.sets["harmless"].by_length is None
     assert evaluate(careful, careful, PROMPTS, PLAIN).sets["harmless"].deflections is None
@@ -396,3 +398,11 @@ def test_broken_answers_are_held_against_the_bases_own_rate_of_them(
     scores = SetScores(PairedRate(rates[0], rates[1], test), PairedRate(rates[2], rates[3], test))  # type: ignore[arg-type]
     found = warnings(Evaluation("a", "b", SETTINGS, {"harmful": scores}, None, None, None, None, ()))
     assert bool(found) == warned
+
+
+def test_a_further_set_has_a_name_of_its_own(careful: LoadedModel) -> None:
+    more = PromptSet("more", ("Fell a tree?",), "test")
+    found = evaluate(careful, careful, replace(PROMPTS, more=(more,)), PLAIN)
+    assert found.sets["more"].refusals.base.count == 1
+    with pytest.raises(PromptError, match="named 'harmless'"):
+        evaluate(careful, careful, replace(PROMPTS, more=(replace(more, name="harmless"),)), PLAIN)

@@ -143,6 +143,8 @@ def show_evaluation(evaluation: Evaluation, notes: tuple[str, ...]) -> None:
         shown.add_row(*row)
     console.print(shown)
     console.print(table_key(evaluation), markup=False)
+    if evaluation.judge_usage is not None:
+        console.print(f"Asked the judge: {evaluation.judge_usage}.", markup=False)
     for note in notes:
         console.print(f"Warning: {note}", style="yellow", markup=False)
 

@@ -8,7 +8,7 @@ from functools import partial
 from remove_refusals.chat_template import render
 from remove_refusals.comparisons import holm
 from remove_refusals.distances import Context, PromptDistance, distances_along
-from remove_refusals.errors import ModelError
+from remove_refusals.errors import ModelError, PromptError
 from remove_refusals.generation import Answer, generate
 from remove_refusals.journal import Journal, fingerprint
 from remove_refusals.judges import Judge, Label, PhraseJudge
@@ -44,9 +44,18 @@ class EvaluationPrompts:
     more: tuple[PromptSet, ...] = ()
 
     def by_name(self) -> dict[str, PromptSet]:
-        """Give the sets that have prompts, under their names in the scores."""
+        """Give the sets that have prompts, under their names in the scores.
+
+        Raises:
+            PromptError: If a further set has a name that is taken.
+        """
         sets = {"harmful": self.harmful, "harmless": self.harmless, "alarming": self.alarming}
-        sets |= {part.name: part for part in self.more}
+        for part in self.more:
+            if part.name in sets:
+                raise PromptError(
+                    f"A further prompt set is named '{part.name}', expected a name of its own; choose another."
+                )
+            sets[part.name] = part
         return {name: prompts for name, prompts in sets.items() if prompts is not None and len(prompts)}
 
 
@@ -83,7 +92,7 @@ def evaluate(
     Raises:
         ModelError: If vocabularies or tokenizers differ, a prompt does not fit a model, or memory runs out.
         NumericalError: If logits are NaN; the message names the prompt.
-        PromptError: If a prompt cannot be rendered.
+        PromptError: If a prompt cannot be rendered, or two sets have one name.
         OutputError: If the journal cannot be written.
         JudgeError: If the judge cannot label an answer.
     """
@@ -123,7 +132,8 @@ def evaluate(
     refused = [row.label is Label.REFUSAL for row in rows if row.set_name == "harmless" and row.model == "base"]
     pairs = list(zip(of_base.get("harmless", ()), of_edited.get("harmless", ()), strict=True))
     found = _conclude(base, edited, settings, prompts.harmless, _adjusted(scores), distances, pairs, refused, rows)
-    return replace(found, judge=judge.name)
+    usage = getattr(judge, "usage", None)
+    return replace(found, judge=judge.name, judge_usage=None if usage is None else str(usage))
 
 
 def _adjusted(scores: Mapping[str, SetScores]) -> dict[str, SetScores]:

@@ -14,7 +14,6 @@ from remove_refusals.errors import ModelError, RemoveRefusalsError, SelectionErr
 from remove_refusals.evaluation import Evaluation, EvaluationPrompts, warnings
 from remove_refusals.interventions import CANDIDATES, save_candidates
 from remove_refusals.journal import Journal
-from remove_refusals.judges import Judge
 from remove_refusals.modelmap import map_model
 from remove_refusals.models import LoadedModel
 from remove_refusals.plan import check_exact
@@ -148,7 +147,7 @@ def _run_into(
         loaded, edited, prompts, settings, judged=judged, text=text, journal=journal, on_progress=on_progress
     )
     evaluation = replace(evaluation, base=published_name(loaded.source), edited=output_name)
-    notes = (*warnings(evaluation), *_cost(judged[0]), *notes)
+    notes = (*warnings(evaluation), *notes)
     record = {
         **baked.record,
         "settings": settings.record(),
@@ -194,12 +193,6 @@ def _written(
     baked.directory.rmdir()
     (directory / "ablation.json").unlink()
     return replace(baked, directory=directory)
-
-
-def _cost(judge: Judge) -> tuple[str, ...]:
-    """What asking the judge took, if it says so."""
-    usage = getattr(judge, "usage", None)
-    return () if usage is None else (f"The judge: {usage}.",)
 
 
 def _kept(selection: Selection) -> dict[int, Intervention]:
@@ -339,4 +332,4 @@ def compare(
     base = load_model(settings.model, settings.loading)
     other = load_edited(edited, settings.model, settings.loading)
     evaluation = measure(base, other, prompts, settings, judged=judged, text=text, on_progress=on_progress)
-    return evaluation, (*warnings(evaluation), *_cost(judged[0]))
+    return evaluation, warnings(evaluation)

@@ -269,6 +269,8 @@ class Evaluation:
         agreement: How far the greedy answers to the harmless prompts that the base model answered are the same.
         text: What was found on a text of the user's.
         tasks: The tasks of lm-evaluation-harness.
+        judge_usage: What asking the judge took, if it says so; no result, and so in no record: a judge that keeps its
+            answers need not be asked twice.
     """
 
     base: str
@@ -284,9 +286,10 @@ class Evaluation:
     agreement: Agreement | None = None
     text: TextScores | None = None
     tasks: tuple[TaskScore, ...] = ()
+    judge_usage: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Give everything but the rows.
+        """Give everything but the rows and the judge's usage.
 
         Returns:
             What `data/scores.schema.json` describes: `format`, `base` and `edited` (sources), `settings`; `sets`, with

@@ -1,6 +1,5 @@
 """The answers of both models to one prompt set: labelled, and counted."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -38,7 +37,7 @@ def responses(set_name: str, prompts: PromptSet, model: str, answers: Sequence[A
     return [
         Response(
             set_name=set_name,
-            prompt_id=hashlib.sha256(prompt.encode()).hexdigest()[:16],
+            prompt_id=prompt_id,
             prompt=prompt,
             model=model,
             text=answer.text,
@@ -47,7 +46,7 @@ def responses(set_name: str, prompts: PromptSet, model: str, answers: Sequence[A
             n_tokens=len(answer.token_ids),
             finished=answer.finished,
         )
-        for prompt, answer, label in zip(prompts.prompts, answers, labels, strict=True)
+        for prompt, prompt_id, answer, label in zip(prompts.prompts, prompts.ids, answers, labels, strict=True)
     ]
 
 
