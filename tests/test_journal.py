@@ -60,9 +60,9 @@ def test_the_half_of_a_line_is_cut_off(tmp_path: Path) -> None:
     with (tmp_path / STAGES).open("a") as file:
         file.write('{"key": "0", "na')
     journal = Journal(tmp_path)
-    assert journal.n_found == 1
+    assert journal.n_kept == 1
     assert count(journal, 1) == (7, 1)
-    assert Journal(tmp_path).n_found == 2
+    assert Journal(tmp_path).n_kept == 2
 
 
 @pytest.mark.parametrize("content", ["[]\n", "not JSON\n", "{}\n"])

@@ -1,5 +1,6 @@
 """What a long job has done already, kept in a file, so that a killed one goes on where it stopped."""
 
+import copy
 import hashlib
 import json
 import os
@@ -38,7 +39,6 @@ class Journal:
             OutputError: If the directory cannot be read or written, or holds something else.
         """
         self.directory, self.context = directory, context
-        self.n_found = 0
         self._kept: dict[str, Any] = {}
         if directory is not None:
             try:
@@ -56,9 +56,14 @@ class Journal:
 
     def within(self, context: str) -> "Journal":
         """Give the same journal for results that depend on `context` too."""
-        inner = Journal.__new__(Journal)
-        inner.__dict__ = self.__dict__ | {"context": f"{self.context}/{context}"}
+        inner = copy.copy(self)
+        inner.context = f"{self.context}/{context}"
         return inner
+
+    @property
+    def n_kept(self) -> int:
+        """How many results are kept."""
+        return len(self._kept)
 
     def remember(
         self,
@@ -100,7 +105,6 @@ class Journal:
         for line in whole.splitlines():
             entry = json.loads(line)
             self._kept[entry["key"]] = entry["value"]
-        self.n_found = len(self._kept)
 
     def _write(self, path: Path, entry: dict[str, Any]) -> None:
         try:
@@ -136,6 +140,7 @@ def fingerprint(loaded: LoadedModel) -> str:
             values = parameter.detach().flatten()
             digest.update(str(values[:: max(1, len(values) // _N_VALUES)].float().tolist()).encode())
             # Rounded, since the order of a sum depends on how many threads there are.
-            sums = float(values.sum(dtype=torch.float64)), float(values.float().norm())
+            norm = torch.linalg.vector_norm(values, dtype=torch.float32)
+            sums = float(values.sum(dtype=torch.float64)), float(norm)
             digest.update(" ".join(f"{value:.5g}" for value in sums).encode())
     return digest.hexdigest()[:16]
