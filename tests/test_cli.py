@@ -299,6 +299,26 @@ class TestChat:
         both = f"[original] {expected['original']}\n[ablated] {expected['ablated']}\n"
         assert said("--direction", direction, "--compare") == both
 
+    def test_talks_with_what_a_run_took_out(
+        self, command: Command, llama_directory: Path, direction: Path, inputs: Inputs, tmp_path: Path
+    ) -> None:
+        edited, part = tmp_path / "edited", ("--layers", "1-1", "--sites", "attn,mlp")
+        fine(command("bake", llama_directory, "--direction", direction, "-o", edited, *part))
+        typed = "Hello there\n/strength 0\nHello there\n"
+
+        def said(*options: object) -> str:
+            return fine(command("chat", llama_directory, "--max-new-tokens", 12, *options, typed=typed))
+
+        assert said("--run", edited) == said("--direction", direction, *part).replace("layers 1-1", "all layers")
+        for options, words in (
+            (("--run", edited, "--layers", "1-9"), "1-9 does not lie within"),
+            (("--run", edited, "--candidate", "first"), "'first' is not among"),
+            (("--run", edited, "--direction", direction), "expected one of them"),
+            (("--direction", direction, "--candidate", "first"), "add --run"),
+        ):
+            found = command("chat", llama_directory, *options)
+            assert found.code == 2 and words in found.err
+
 
 class TestBake:
     def test_saves_a_model_that_transformers_loads(

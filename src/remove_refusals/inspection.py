@@ -6,15 +6,15 @@ from typing import Any
 
 from remove_refusals.certify import Certificate, certify, disk_reader
 from remove_refusals.checkpoint import checkpoint_tensors
-from remove_refusals.direction_files import load_directions
 from remove_refusals.errors import CheckpointError
+from remove_refusals.interventions import load_intervention
 from remove_refusals.linalg import VARIANTS, Variant
 from remove_refusals.modelmap import map_model
 from remove_refusals.plan import Tied, resolve
 from remove_refusals.records import read_json
 from remove_refusals.skeleton import by_stored_name, disk_names, skeleton_of
 from remove_refusals.sources import local_directory
-from remove_refusals.types import ChannelStep, Intervention, ModelMap, SiteEdit
+from remove_refusals.types import ChannelStep, ModelMap
 
 
 def inspect(source: str, *, trust_remote_code: bool = False) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def certify_directory(directory: Path, base: str, *, trust_remote_code: bool = F
     Raises:
         CheckpointError: If a file is missing or corrupt.
         ModelError: If the base has no configuration of a causal language model.
-        DirectionError: If the directions do not fit the base.
+        DirectionError: If the record holds no intervention, or the directions do not fit the base.
         ArchitectureError: If the base cannot be mapped.
     """
     record = read_json(directory / "ablation.json", error=CheckpointError)
@@ -106,14 +106,14 @@ def certify_directory(directory: Path, base: str, *, trust_remote_code: bool = F
         raise CheckpointError(
             f"The base {base} is neither a directory nor in the hub's local cache, expected its files; download it."
         )
-    if not isinstance(record, dict) or not isinstance(record.get("intervention"), list):
+    if not isinstance(record, dict):
         raise CheckpointError(
-            f"The record {directory / 'ablation.json'} has no list named intervention, expected one as `bake` writes "
-            "it; make the directory again."
+            f"The record {directory / 'ablation.json'} is no JSON object, expected one as `bake` writes it; make the "
+            "directory again."
         )
     model = skeleton_of(base_directory, trust_remote_code=trust_remote_code)
     model_map = map_model(model)
-    intervention = _intervention(directory, record)
+    intervention = load_intervention(directory)
     plan = resolve(
         intervention,
         model_map,
@@ -124,26 +124,6 @@ def certify_directory(directory: Path, base: str, *, trust_remote_code: bool = F
         embedding_scale=_embedding_scale(record),
     )
     return certify(directory, base_directory, plan, model_map)
-
-
-def _intervention(directory: Path, record: dict[str, Any]) -> Intervention:
-    try:
-        edits = tuple(
-            SiteEdit(
-                edit["kind"],
-                edit.get("layer"),
-                float(edit["strength"]),
-                int(edit.get("direction", 0)),
-                tuple(float(number) for number in edit.get("offset", ())),
-            )
-            for edit in record["intervention"]
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"The record {directory / 'ablation.json'} has an edit of an unknown form ({error}), expected kind, layer "
-            "and strength; make the directory again."
-        ) from error
-    return Intervention(load_directions(directory), edits)
 
 
 def _tied(record: dict[str, Any], model_map: ModelMap) -> Tied:
