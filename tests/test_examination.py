@@ -51,7 +51,7 @@ def test_what_an_examination_leaves(settings, tmp_path):
     assert record["expert_choices"] == [] and len(record["writer_shares"]) == 1 + 2 * 2
     assert str(tmp_path) not in json.dumps(record)
     done = [stage for stage in stages if stage[0] == "activations"]
-    assert done[-1][1] == done[-1][2] == 8 * 8 and {stage[0] for stage in stages} == {"activations", "evaluation"}
+    assert done[-1][1] == done[-1][2] == 8 and {stage[0] for stage in stages} == {"activations", "evaluation"}
     rows = [json.loads(line) for line in (tmp_path / "seen" / "rows.jsonl").read_text().splitlines()]
     assert len(rows) == 2 * 6
 

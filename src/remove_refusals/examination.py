@@ -1,12 +1,12 @@
 """Look at a model without changing it: where its refusal lives, and what is left of it without one direction."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from remove_refusals.activations import collect_activations
-from remove_refusals.analysis import MOST_PROMPTS, Separation, measure_separation
+from remove_refusals.analysis import MOST_PROMPTS, Separation, separation
 from remove_refusals.apply.hooks import ablated
 from remove_refusals.atomic import atomic_directory
 from remove_refusals.chat_template import render, template_tail_length
@@ -24,7 +24,7 @@ from remove_refusals.records import versions, write_json, write_jsonl
 from remove_refusals.report_page.page import write_html_report
 from remove_refusals.settings import RunSettings, published_name
 from remove_refusals.stages import OnProgress, load_model, measure_settings, stage_progress, test_prompts
-from remove_refusals.types import ChatFormat, Direction, ModelMap, PromptSet
+from remove_refusals.types import Activations, ChatFormat, Direction, ModelMap, PromptSet
 
 MOST_POSITIONS = 8
 """So many tokens of the chat template's tail are looked at, from the end."""
@@ -145,16 +145,19 @@ def _examine(settings: RunSettings, *, answers: bool, on_progress: OnProgress | 
         )
     tokens = _tail(loaded, harmful, settings.chat)
     options: dict[str, Any] = {"chat": settings.chat, "batch_size": settings.batch_size}
-    parts = []
-    for place, position in enumerate(tokens):
-        told = _told(on_progress, place, len(tokens))
-        parts.append(
-            measure_separation(
-                loaded, harmful, harmless, position=position, seed=finding.seed, model=published_name(loaded.source),
-                model_map=model_map, on_progress=told, **options,
-            )
-        )  # fmt: skip
-    direction = _direction(loaded, harmful, harmless, parts[0], model_map, options)
+    # All positions in one pass.
+    total = len(harmful) + len(harmless)
+    activations = []
+    for before, part in ((0, harmful), (len(harmful), harmless)):
+        told = stage_progress(on_progress, "activations", before, total)
+        activations.append(
+            collect_activations(loaded, part, positions=tuple(tokens), model_map=model_map, on_progress=told, **options)
+        )
+    seed, name = finding.seed, published_name(loaded.source)
+    parts = [
+        separation(activations[0], activations[1], position=position, seed=seed, model=name) for position in tokens
+    ]
+    direction = _direction(activations, parts[0])
     found = Examination(
         parts[0],
         tuple(parts[1:]),
@@ -182,44 +185,25 @@ def _tail(loaded: LoadedModel, prompts: PromptSet, chat: ChatFormat) -> dict[int
     return {position: str(loaded.tokenizer.decode([ids[position]])) for position in positions}
 
 
-def _told(on_progress: OnProgress | None, place: int, n_places: int) -> Callable[[int, int], None] | None:
-    if on_progress is None:
-        return None
-    return lambda done, total: on_progress("activations", place * total + done, n_places * total)
-
-
-def _direction(
-    loaded: LoadedModel,
-    harmful: PromptSet,
-    harmless: PromptSet,
-    separation: Separation,
-    model_map: ModelMap,
-    options: dict[str, Any],
-) -> Direction:
-    measured = [layer for layer in separation.layers if layer.auroc is not None]
+def _direction(activations: Sequence[Activations], separated: Separation) -> Direction:
+    measured = [layer for layer in separated.layers if layer.auroc is not None]
     if not measured:
         raise DirectionError(
-            f"The activations at position {separation.position} are the same on harmful and harmless prompts at every "
+            f"The activations at position {separated.position} are the same on harmful and harmless prompts at every "
             "layer, expected them to differ; use other prompts or another chat template."
         )
     # Of layers that separate alike the one in the middle of them: the first may have the direction in part only.
     most = max(layer.auroc.value for layer in measured if layer.auroc is not None)
     best = [layer for layer in measured if layer.auroc is not None and layer.auroc.value >= most - 0.005]
     chosen = best[len(best) // 2]
-    activations = [
-        collect_activations(
-            loaded, part, positions=(separation.position,), n_layers=chosen.layer, model_map=model_map, **options
-        )
-        for part in (harmful, harmless)
-    ]
     return mean_difference(
         activations[0],
         activations[1],
         layer=chosen.layer,
-        position=separation.position,
+        position=separated.position,
         projected=chosen.largest_coordinate_share >= _OUTLIER_SHARE,
-        model=separation.model,
-        seed=separation.seed,
+        model=separated.model,
+        seed=separated.seed,
     )
 
 
