@@ -30,7 +30,6 @@ _BESIDE_AN_ADAPTER = (
     "scores.json",
     "selection.json",
     "directions/*",
-    "candidates/*",
     "LICENSE*",
     "NOTICE*",
     "USE_POLICY*",
