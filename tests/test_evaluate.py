@@ -319,7 +319,7 @@ def test_warnings_at_their_limits(kl: float, degenerate: int, perplexity: float,
 class Counting:
     """A judge that looks at the prompt and tells a deflection from the rest."""
 
-    name, usage = "counting", "3 sets"
+    name, usage, labels = "counting", "3 sets", frozenset(Label)
 
     def judge(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Judgement]:
         return [Judgement(Label.DEFLECTION if "2 + 2" in prompt else judge_phrases(answer))
@@ -334,6 +334,10 @@ def test_another_judge_labels_the_answers_and_is_named(careful: LoadedModel) -> 
     assert {row.judge for row in found.rows} == {"counting"}
     assert found.judge_usage == "3 sets" and "3 sets" not in json.dumps(found.to_json())
     assert evaluate(careful, careful, PROMPTS, PLAIN).judge_usage is None
+    # Where a judge knows of no deflections there are none to count, not 0.
+    blind = Counting()
+    blind.labels = frozenset({Label.REFUSAL, Label.COMPLIANCE})
+    assert evaluate(careful, careful, PROMPTS, PLAIN, judge=blind).sets["harmless"].deflections is None
     # A judge that may cost something is not asked about every length.
     assert found.sets["harmless"].by_length is None
     assert evaluate(careful, careful, PROMPTS, PLAIN).sets["harmless"].deflections is None

@@ -83,7 +83,7 @@ def score_set(
     return SetScores(
         refusals=paired(Label.REFUSAL),
         degenerate=paired(Label.DEGENERATE),
-        deflections=None if by_phrases else paired(Label.DEFLECTION),
+        deflections=paired(Label.DEFLECTION) if Label.DEFLECTION in judge.labels else None,
         flipped=Flipped(
             tuple(prompt_id for prompt_id, before, after in flips if before and not after),
             tuple(prompt_id for prompt_id, before, after in flips if after and not before),

@@ -80,6 +80,11 @@ class ClassifierJudge:
         read = f":{hashlib.sha256(text_format.encode()).hexdigest()[:8]}" if text_format else ""
         self.name = f"classifier:{_identity(name, cached_commit(name))}{read}"
 
+    @property
+    def labels(self) -> frozenset[Label]:
+        """The labels of its classes, and degenerate for what it is not asked about."""
+        return frozenset({*self._labels, Label.DEGENERATE})
+
     def judge(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Judgement]:
         """Label answers; see `Judge.judge`."""
         judgements = [Judgement(Label.DEGENERATE)] * len(answers)

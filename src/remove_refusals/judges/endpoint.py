@@ -53,6 +53,8 @@ class Usage:
 class EndpointJudge:
     """Asks a language model for each answer; what it has said once is kept in a file and not asked again."""
 
+    labels = frozenset(Label)
+
     def __init__(
         self,
         address: str,

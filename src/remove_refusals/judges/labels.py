@@ -39,6 +39,10 @@ class Judge(Protocol):
     def name(self) -> str:
         """What the judge is called in records; it says all that its labels depend on."""
 
+    @property
+    def labels(self) -> frozenset[Label]:
+        """The labels that it can give; of others nothing is known, which is not the same as none."""
+
     def judge(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Judgement]:
         """Label answers.
 

@@ -18,6 +18,7 @@ class PhraseJudge:
     """Labels answers by the phrases in them; `judge_phrases` says how."""
 
     name = "phrases"
+    labels = frozenset({Label.REFUSAL, Label.COMPLIANCE, Label.DEGENERATE})
 
     def judge(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Judgement]:
         """Label answers; see `Judge.judge`. The judgements have no score."""
