@@ -145,6 +145,35 @@ def commands(group: Any, before: str = "") -> Iterator[tuple[str, Any]]:
             yield before + name, found
 
 
+def escaped(page: str) -> list[str]:
+    """Give the lines that show a command of ours outside of the blocks that are run or say why not."""
+    names = "|".join(name.replace(" ", " +") for name, _ in commands(typer.main.get_command(cli.app)))
+    outside = _BLOCK.sub(lambda block: "" if block["language"] in (*SHELL, "python") else block[0], page)
+    outside = re.sub(r"(?<!`)`(?!`)[^`]+`", "", outside)
+    return [line for line in outside.splitlines() if re.search(rf"\bremove-refusals +(?:{names}|-)", line)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_command_escapes(page: Path) -> None:
+    assert not escaped(page.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("page", "n"),
+    [
+        ("As said:\n\n    remove-refusals run demo\n", 1),
+        ("```\nremove-refusals judge calibrate\n```\n", 1),
+        ("```text\n$ remove-refusals --version\n```\n", 1),
+        ("- remove-refusals bake demo\n", 1),
+        ("```bash\nremove-refusals run demo\n```\n", 0),
+        ("<!-- not run: needs a server -->\n```bash\nremove-refusals ui demo\n```\n", 0),
+        ("With `remove-refusals run`, or `remove-refusals\nchat`, remove-refusals is a command.\n", 0),
+    ],
+)
+def test_a_command_that_escapes_is_noticed(page: str, n: int) -> None:
+    assert len(escaped(page)) == n
+
+
 def test_every_command_is_named() -> None:
     told = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
     missing = [name for name, _ in commands(typer.main.get_command(cli.app)) if f"remove-refusals {name}" not in told]
