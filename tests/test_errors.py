@@ -461,6 +461,18 @@ class TestOtherProcess:
         assert errors == "Stopped; nothing was left half-made.\n"
         assert list(folder.iterdir()) == []
 
+    def test_interrupt_names_what_is_kept(self, process, llama_directory: Path, inputs: Inputs, tmp_path: Path) -> None:
+        inputs.alarming_test.write_text("".join(f"Kill process {number}\n" for number in range(2000)))
+        folder = tmp_path / "outputs"
+        with process("run", llama_directory, "-o", folder / "edited", *inputs.train, *inputs.test) as child:
+            wait_for(child, folder, ".edited.journal/stages.jsonl")
+            child.send_signal(signal.SIGINT)
+            _, errors = child.communicate(timeout=120)
+        assert child.returncode == 130
+        kept = folder / ".edited.journal"
+        assert errors == f"Stopped; what was done is kept in {kept}, where the same command goes on.\n"
+        assert list(folder.iterdir()) == [kept]
+
 
 def wait_for(child: subprocess.Popen[str], directory: Path, pattern: str) -> None:
     deadline = time.monotonic() + 120

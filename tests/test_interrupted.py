@@ -108,6 +108,16 @@ def interrupted(folder, name="streamed"):
     return folder / f".{name}.partial"
 
 
+def test_ctrl_c_names_what_is_kept(large):
+    def on_progress(stage, done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        streamed(large, taken_out(), jobs=1, on_progress=on_progress)
+    (note,) = stopped.value.__notes__
+    assert str(large / ".streamed.partial") in note and (large / ".streamed.partial").is_dir()
+
+
 def test_whole_files_are_not_written_again(large):
     partial = interrupted(large)
     whole = sorted(partial.glob("*.safetensors"))

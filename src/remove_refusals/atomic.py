@@ -78,6 +78,7 @@ def resumable_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
 
     Raises:
         OutputError: As for `atomic_directory`, or if another process is writing there.
+        KeyboardInterrupt: If it is interrupted; a note names the directory, if something was written.
     """
     target = Path(os.path.realpath(target.expanduser()))
     staging = target.parent / f".{target.name}.partial"
@@ -94,6 +95,8 @@ def resumable_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
     except BaseException as error:
         if staging.is_dir() and not any(staging.iterdir()):
             _remove(staging, made)
+        if isinstance(error, KeyboardInterrupt) and staging.is_dir():
+            error.add_note(f"what was written is kept in {staging}, where the same command goes on.")
         sentence = _explain(error, staging, target)
         if sentence is None:
             raise

@@ -78,8 +78,10 @@ def _one_sentence() -> Iterator[None]:
     except RemoveRefusalsError as error:
         sys.stderr.write(f"Error: {error}\n")
         raise SystemExit(error.exit_code) from None
-    except KeyboardInterrupt:
-        sys.stderr.write("Stopped; nothing was left half-made.\n")
+    except KeyboardInterrupt as stopped:
+        # Whoever keeps something to go on from says so in a note.
+        kept = " ".join(getattr(stopped, "__notes__", ()))
+        sys.stderr.write(f"Stopped; {kept or 'nothing was left half-made.'}\n")
         raise SystemExit(130) from None
 
 

@@ -93,6 +93,7 @@ def run(
 
     Raises:
         RemoveRefusalsError: Of the type that fits what went wrong; nothing is left half-made.
+        KeyboardInterrupt: If it is interrupted; a note names the journal, if there is one.
     """
     if settings.loading.load_in_4bit:
         raise ModelError(
@@ -109,6 +110,10 @@ def run(
         except RemoveRefusalsError:
             # It would end in the same way again.
             shutil.rmtree(journal, ignore_errors=True)
+            raise
+        except KeyboardInterrupt as stopped:
+            if journal.is_dir():
+                stopped.add_note(f"what was done is kept in {journal}, where the same command goes on.")
             raise
     shutil.rmtree(journal, ignore_errors=True)
     return replace(result, baked=replace(result.baked, directory=target))
