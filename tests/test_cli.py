@@ -53,8 +53,8 @@ class TestHelp:
             "import contextlib, io, json, sys\n"
             "from remove_refusals.cli import main\n"
             "shown = {}\n"
-            "for name in json.loads(sys.argv[1]):\n"
-            "    sys.argv = ['remove-refusals', *([name] if name else []), '--help']\n"
+            "for name, words in json.loads(sys.argv[1]).items():\n"
+            "    sys.argv = ['remove-refusals', *words]\n"
             "    with contextlib.redirect_stdout(io.StringIO()) as out:\n"
             "        try:\n"
             "            main()\n"
@@ -65,8 +65,12 @@ class TestHelp:
             "shown['heavy'] = ' '.join(sorted(heavy & set(sys.modules)))\n"
             "print(json.dumps(shown))\n"
         )
+        words = {"": ["--help"]}
+        for name, found in typer.main.get_command(cli.app).commands.items():
+            every = any(parameter.name == "help_all" for parameter in found.params)
+            words[name] = [name, "--help-all" if every else "--help"]
         found = subprocess.run(
-            [sys.executable, "-c", script, json.dumps(["", *COMMANDS])],
+            [sys.executable, "-c", script, json.dumps(words)],
             env={**os.environ, "COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb"},
             capture_output=True,
             text=True,

@@ -69,7 +69,7 @@ def test_the_default_file_is_toml_that_changes_nothing_and_names_every_option(pa
     text = default_configuration(parameters)
     assert tomllib.loads(text) == {}
     for parameter in parameters:
-        if parameter.name not in ("config", "help", "quiet", "log", "as_json"):
+        if parameter.name not in ("config", "help", "help_all", "quiet", "log", "as_json"):
             assert f"# {parameter.name.replace('_', '-')} " in text
     # Each default, once its # is taken away, is what the command takes for granted anyway.
     lines = [line[2:] for line in text.splitlines() if line.startswith("# ") and " = " in line]

@@ -1,4 +1,4 @@
-"""How commands speak: quietly, as JSON, with a log; what a shell completes; and that help stays quick and readable."""
+"""How commands speak: quietly, as JSON, with a log; and what a shell completes."""
 
 import json
 import os
@@ -8,53 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import typer
-from typer.core import TyperGroup
 
 from conftest import Command, Inputs
-from remove_refusals import cli, completion
+from remove_refusals import completion
 from remove_refusals.linalg import VARIANTS
 from remove_refusals.selection.candidates import METHODS
 from remove_refusals.types import SITE_KINDS
-
-WIDTH = 100
-SCREEN = 60
-MANY_OPTIONS = {"run": 100}
-"""`run` takes what every other command takes together; a page and a half of panels."""
-
-
-def commands(group: TyperGroup, before: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    found = []
-    for name, command in group.commands.items():
-        inner = isinstance(command, TyperGroup)
-        found += commands(command, (*before, name)) if inner else [(*before, name)]
-    return found
-
-
-COMMANDS = commands(typer.main.get_command(cli.app))
-
-
-class TestHelp:
-    @pytest.mark.parametrize("name", COMMANDS, ids=" ".join)
-    def test_has_an_example_and_fits_a_screen(
-        self, command: Command, monkeypatch: pytest.MonkeyPatch, name: tuple[str, ...]
-    ) -> None:
-        monkeypatch.setenv("COLUMNS", str(WIDTH))
-        monkeypatch.setenv("TERM", "dumb")
-        found = command(*name, "--help")
-        assert found.code == 0
-        lines = found.out.splitlines()
-        assert f"Example: remove-refusals {' '.join(name)} " in found.out
-        assert len(lines) <= MANY_OPTIONS.get(name[0], SCREEN) and max(map(len, lines)) <= WIDTH
-        assert "--quiet" in found.out and "--log" in found.out
-        assert ("--json" in found.out) == (name[0] not in ("chat", "ui"))
-
-    def test_imports_nothing_heavy(self) -> None:
-        call = [sys.executable, "-X", "importtime", "-m", "remove_refusals", "--help"]
-        found = subprocess.run(call, capture_output=True, text=True, check=True)
-        imported = set(re.findall(r"\|\s+(\S+)$", found.stderr, re.MULTILINE))
-        assert {"typer", "remove_refusals.cli"} <= imported
-        assert not imported & {"torch", "pydantic", "gradio", "transformers", "numpy", "huggingface_hub"}
 
 
 class TestCompletion:

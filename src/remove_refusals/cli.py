@@ -21,6 +21,7 @@ from remove_refusals.commands import (
     undoing,
 )
 from remove_refusals.errors import RemoveRefusalsError
+from remove_refusals.help_pages import Command, with_help
 from remove_refusals.output import with_output
 
 
@@ -65,8 +66,8 @@ _COMMANDS: tuple[tuple[Callable[..., None], str, str], ...] = (
 )
 _NO_RESULT = ("chat", "ui")
 for _command, _name, _example in _COMMANDS:
-    _with_output = with_output(_command, json=_name not in _NO_RESULT)
-    app.command(_name, epilog=f"Example: remove-refusals {_name} {_example}")(_with_output)
+    _whole = with_help(with_output(_command, json=_name not in _NO_RESULT))
+    app.command(_name, cls=Command, epilog=f"Example: remove-refusals {_name} {_example}")(_whole)
 app.add_typer(judging.judge_app, name="judge")
 
 

@@ -10,7 +10,7 @@ import typer
 
 from remove_refusals.errors import ConfigurationError
 
-_NOT_IN_A_FILE = ("config", "help", "quiet", "log", "as_json")
+_NOT_IN_A_FILE = ("config", "help", "help_all", "quiet", "log", "as_json")
 
 
 def read_configuration(path: Path, parameters: Sequence[Any]) -> dict[str, Any]:

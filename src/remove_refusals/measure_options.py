@@ -31,7 +31,7 @@ JudgeOption = Annotated[
     typer.Option(
         "--judge",
         autocompletion=completion.judge,
-        help="phrases, a classifier, or URL#MODEL of a chat endpoint.",
+        help="phrases, a classifier, or URL#MODEL.",
         rich_help_panel=MEASURE,
     ),
 ]

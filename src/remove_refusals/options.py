@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 MODEL, PROMPTS, EDIT, MEASURE = "Model", "Direction", "Edit", "Measurement"
 CHOICE, DISK = "Choice", "Edit on disk"
 
-ModelArgument = Annotated[str, typer.Argument(help="A model directory, a hub id, or 'demo' for the embedded model.")]
+ModelArgument = Annotated[str, typer.Argument(help="A directory, a hub id, or 'demo', the embedded model.")]
 Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu; the first that is there.", rich_help_panel=MODEL)]
 Dtype = Annotated[
     str,
@@ -89,9 +89,7 @@ LayerRange = Annotated[
 ]
 Sites = Annotated[
     str,
-    typer.Option(
-        autocompletion=completion.sites, help="Which of embedding, attn, mlp; joined by commas.", rich_help_panel=EDIT
-    ),
+    typer.Option(autocompletion=completion.sites, help="Only these kinds, joined by commas.", rich_help_panel=EDIT),
 ]
 TiedOption = Annotated[
     str,

@@ -55,8 +55,7 @@ def bake(
 ) -> None:
     """Edit the weights for good, file by file on disk; the same command goes on where a killed one stopped.
 
-    No model is loaded, unless --device or --dtype is given, --affine or --allow-leak needs it, or there are no
-    safetensors files.
+    No model is loaded, unless an option needs it or there are no safetensors files; it says so.
     """
     from remove_refusals import atomic, baking, console, disk_baking, errors, modelmap, stages
     from remove_refusals.settings import LoadSettings
