@@ -145,9 +145,12 @@ def commands(group: Any, before: str = "") -> Iterator[tuple[str, Any]]:
             yield before + name, found
 
 
+COMMANDS = dict(commands(typer.main.get_command(cli.app)))
+
+
 def escaped(page: str) -> list[str]:
     """Give the lines that show a command of ours outside of the blocks that are run or say why not."""
-    names = "|".join(name.replace(" ", " +") for name, _ in commands(typer.main.get_command(cli.app)))
+    names = "|".join(name.replace(" ", " +") for name in COMMANDS)
     outside = _BLOCK.sub(lambda block: "" if block["language"] in (*SHELL, "python") else block[0], page)
     outside = re.sub(r"(?<!`)`(?!`)[^`]+`", "", outside)
     return [line for line in outside.splitlines() if re.search(rf"\bremove-refusals +(?:{names}|-)", line)]
@@ -174,16 +177,40 @@ def test_a_command_that_escapes_is_noticed(page: str, n: int) -> None:
     assert len(escaped(page)) == n
 
 
+def not_run(page: str) -> Iterator[list[str]]:
+    """Give the words of our commands in the blocks that are not run."""
+    for block in blocks(page):
+        for line in () if block.why_not is None else lines_of(block.text):
+            for words in map(shlex.split, line.split("&&")):
+                if words[0] == "remove-refusals" and words[1] != "--install-completion":
+                    yield words[1:]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_what_is_not_run_could_be_given(page: Path) -> None:
+    for words in not_run(page.read_text(encoding="utf-8")):
+        name = max((name for name in COMMANDS if words[: len(name.split())] == name.split()), key=len)
+        # It ends the test if an option, or a value of one, is not known.
+        assert COMMANDS[name].make_context(name, words[len(name.split()) :]).params
+
+
+def test_a_command_that_is_not_run_is_read() -> None:
+    page = "<!-- not run: why -->\n```bash\na && remove-refusals bake M -o d --direction f --strenght 1\n```\n"
+    (words,) = not_run(page)
+    assert words[:2] == ["bake", "M"]
+    with pytest.raises(Exception, match="--strenght"):
+        COMMANDS["bake"].make_context("bake", words[1:])
+
+
 def test_every_command_is_named() -> None:
     told = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
-    missing = [name for name, _ in commands(typer.main.get_command(cli.app)) if f"remove-refusals {name}" not in told]
+    missing = [name for name in COMMANDS if f"remove-refusals {name}" not in told]
     assert not missing
 
 
 def test_every_option_of_run_is_explained() -> None:
     told = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-    run = dict(commands(typer.main.get_command(cli.app)))["run"]
-    options = {name for option in run.params for name in option.opts if name.startswith("--")} - {"--help"}
+    options = {name for option in COMMANDS["run"].params for name in option.opts if name.startswith("--")} - {"--help"}
     assert not {name for name in options if f"`{name}`" not in told}
     # What is no option any more must not be explained either.
     assert not set(re.findall(r"^\| `(--[a-z0-9-]+)`", told, re.MULTILINE)) - options

@@ -81,7 +81,7 @@ def test_every_command_can_be_quiet_and_write_a_log() -> None:
     for names in ALONE:
         options = set(options_of(names).values())
         assert {"--quiet", "--log"} <= options
-        assert ("--json" in options) == (names[0] not in ("chat", "ui"))
+        assert ("--json" in options) == (names[0] not in ("chat", "ui", "serve"))
 
 
 @pytest.mark.parametrize("names", ALONE, ids=" ".join)
