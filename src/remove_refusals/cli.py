@@ -50,6 +50,7 @@ _COMMANDS: tuple[tuple[Callable[..., None], str, str], ...] = (
     (making.find, "direction", "demo -o demo.safetensors"),
     (talking.chat, "chat", "demo --direction demo.safetensors --compare"),
     (talking.ui, "ui", "demo --run demo-ablated"),
+    (talking.serve, "serve", "demo --direction demo.safetensors"),
     (talking.generate, "generate", "demo --direction demo.safetensors --prompts p.txt -o a.jsonl"),
     (editing.bake, "bake", "demo --direction demo.safetensors -o demo-ablated"),
     (measuring.evaluate, "evaluate", "demo demo-ablated -o scores.json"),
@@ -64,7 +65,7 @@ _COMMANDS: tuple[tuple[Callable[..., None], str, str], ...] = (
     (measuring.report, "report", "demo-ablated -o report.html"),
     (sharing.push, "push", "demo-ablated me/demo-ablated"),
 )
-_NO_RESULT = ("chat", "ui")
+_NO_RESULT = ("chat", "ui", "serve")
 for _command, _name, _example in _COMMANDS:
     _whole = with_help(with_output(_command, json=_name not in _NO_RESULT))
     app.command(_name, cls=Command, epilog=f"Example: remove-refusals {_name} {_example}")(_whole)

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 Run = Annotated[Path | None, typer.Option("--run", help="Take out what this run chose, a directory of `run`.")]
 CandidateName = Annotated[str | None, typer.Option("--candidate", help="With --run: another candidate of its search.")]
+Host = Annotated[str, typer.Option(help="The address to listen on; by default only this machine.")]
 
 
 def chat(
@@ -102,7 +103,7 @@ def ui(
     model: ModelArgument,
     direction: OptionalDirectionFile = None,
     run: Run = None,
-    host: Annotated[str, typer.Option(help="The address to listen on; by default only this machine.")] = "127.0.0.1",
+    host: Host = "127.0.0.1",
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="The port; the first free one from 7860 on.")
     ] = None,
@@ -141,6 +142,43 @@ def ui(
     )
     console.say(f"Serving on http://{host}:{port or 'the first free port from 7860 on'}; Ctrl-C ends it.")
     web_page.serve(page, host=host, port=port)
+
+
+def serve(
+    model: ModelArgument,
+    direction: OptionalDirectionFile = None,
+    run: Run = None,
+    candidate: CandidateName = None,
+    strength: Strength = 1.0,
+    layers: LayerRange = None,
+    sites: Sites = "embedding,attn,mlp",
+    affine: Affine = False,
+    host: Host = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 for a free one.")] = 8000,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    load_in_4bit: FourBit = False,
+    trust_remote_code: RemoteCode = False,
+    revision: Revision = None,
+) -> None:
+    """Transformers' OpenAI-compatible server, with the direction taken out as the model runs; Ctrl-C ends it."""
+    from remove_refusals import console, serving, stages
+    from remove_refusals.settings import LoadSettings
+
+    edit = edit_settings(strength, layers, sites, affine=affine)
+    given = _given(direction, run, candidate, edit)
+    serving.check_installed()
+    with serving.reserved(host, port) as listener:
+        loaded = stages.load_model(model, LoadSettings(device, dtype, load_in_4bit, trust_remote_code, revision))
+        make, model_map = _maker(given, edit, loaded)
+        serving.serve(
+            loaded,
+            make(strength, edit.layers),
+            listener,
+            name=model,
+            model_map=model_map,
+            on_ready=lambda address: console.say(f"Serving {model} on {address}; Ctrl-C ends it."),
+        )
 
 
 def _given(
