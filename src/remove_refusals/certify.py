@@ -20,6 +20,10 @@ from remove_refusals.linalg import Variant
 from remove_refusals.skeleton import by_stored_name
 from remove_refusals.slices import Place, read_tensor
 from remove_refusals.types import DiskTensor, EditPlan, ModelMap, PlanEntry
+from remove_refusals.workers import shares, workers
+
+DEFAULT_MEMORY = 1 << 28
+"""How many bytes are held at once if nothing is said."""
 
 FORMAT = 1
 """The version of the layout of `certificate.json`."""
@@ -32,6 +36,16 @@ LARGEST_SHARE_OFF = 0.05
 """How far the share that is left in a quantised tensor may be off: its rounding alone would hide a skipped writer."""
 
 Readable = PlainTensor | BlockTensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Pair:
+    """A planned tensor before and after."""
+
+    entry: PlanEntry
+    tensor: DiskTensor
+    original: Readable
+    saved: Readable
 
 
 @dataclass(frozen=True)
@@ -126,7 +140,14 @@ class Certificate:
 
 
 def certify(
-    directory: Path, base: Path, plan: EditPlan, model_map: ModelMap, *, boundaries: tuple[float, ...] | None = None
+    directory: Path,
+    base: Path,
+    plan: EditPlan,
+    model_map: ModelMap,
+    *,
+    boundaries: tuple[float, ...] | None = None,
+    memory: int = DEFAULT_MEMORY,
+    jobs: int | None = None,
 ) -> Certificate:
     """Measure saved files against their base and a plan.
 
@@ -136,6 +157,8 @@ def certify(
         plan: What was to happen to which tensor.
         model_map: The model's map.
         boundaries: What `measure_boundaries` found, if the model was run.
+        memory: How many bytes may be held at once.
+        jobs: How many tensors to read at once; by default as many as there are cores, at most 4.
 
     Returns:
         The certificate, passed or not.
@@ -144,9 +167,42 @@ def certify(
         CheckpointError: If a checkpoint cannot be read.
     """
     before, after = (by_stored_name(checkpoint_tensors(path), model_map) for path in (base, directory))
-    edited: list[WriterCertificate] = []
     problems: list[str] = []
+    writers, planned = _pairs(before, after, plan, (base.name, directory.name), problems)
+    dropped = sorted(before.keys() - after.keys() - model_map.stored) if model_map.stored else []
+    apart = planned | set(dropped)
+    # In the order of the files, so that the disk is read from front to back.
+    others = [name for name in before if name in after and name not in apart]
+    jobs, share = shares(memory, jobs, len(writers) + len(others))
+    with workers(jobs) as pool:
+        measured = pool.map(lambda pair: _writer(pair, plan.variant, share), writers)
+        equal = pool.map(lambda name: same_bytes(after[name], before[name]), others)
+        edited = list(measured)
+        unchanged = {name for name, same in zip(others, equal, strict=True) if same}
+    problems.extend(
+        f"Writer '{entry.name}' deviates from the plan by {entry.error:.2g}, more than the {entry.allowed:.2g} that"
+        f" rounding to {entry.dtype} can cost; {entry.share_left:.1%} of the direction is left."
+        for entry in edited
+        if not entry.passed
+    )
+    identical = _compare_others(before, after, plan, model_map, apart, unchanged, problems)
+    return Certificate(tuple(edited), plan.left, identical, tuple(problems), plan.leaks, boundaries, tuple(dropped))
+
+
+def _pairs(
+    before: Mapping[str, Place],
+    after: Mapping[str, Place],
+    plan: EditPlan,
+    names: tuple[str, str],
+    problems: list[str],
+) -> tuple[list[_Pair], set[str]]:
+    """Find each planned tensor in both checkpoints; what cannot be measured goes to `problems`.
+
+    Returns:
+        The pairs, and the names of all tensors that belong to the plan.
+    """
     planned: set[str] = set()
+    pairs: list[_Pair] = []
     for entry in plan.entries:
         if not entry.on_disk:
             problems.append(f"Writer '{entry.parameter}' is to be edited and its name on disk is unknown.")
@@ -155,11 +211,11 @@ def certify(
             blocks = find_block_tensor(tensor.name, before), find_block_tensor(tensor.name, after)
             if blocks[0] is not None and blocks[1] is not None and blocks[0].shape == blocks[1].shape:
                 planned.update(blocks[0].names)
-                edited.append(_writer(entry, tensor, blocks[0], blocks[1], plan.variant))
+                pairs.append(_Pair(entry, tensor, blocks[0], blocks[1]))
                 continue
             if tensor.name not in before or tensor.name not in after:
-                where = base if tensor.name not in before else directory
-                problems.append(f"Writer '{tensor.name}' is to be edited and is missing in {where.name}.")
+                where = names[0] if tensor.name not in before else names[1]
+                problems.append(f"Writer '{tensor.name}' is to be edited and is missing in {where}.")
                 continue
             original, saved = before[tensor.name], after[tensor.name]
             if saved[1].shape != original[1].shape:
@@ -168,22 +224,13 @@ def certify(
                 continue
             whole = plan.variant == "row-norm"
             first, second = (PlainTensor(place, tensor.axis, whole) for place in (original, saved))
-            edited.append(_writer(entry, tensor, first, second, plan.variant))
-    problems.extend(
-        f"Writer '{entry.name}' deviates from the plan by {entry.error:.2g}, more than the {entry.allowed:.2g} that"
-        f" rounding to {entry.dtype} can cost; {entry.share_left:.1%} of the direction is left."
-        for entry in edited
-        if not entry.passed
-    )
-    dropped = sorted(before.keys() - after.keys() - model_map.stored) if model_map.stored else []
-    identical = _compare_others(before, after, plan, model_map, planned | set(dropped), problems)
-    return Certificate(tuple(edited), plan.left, identical, tuple(problems), plan.leaks, boundaries, tuple(dropped))
+            pairs.append(_Pair(entry, tensor, first, second))
+    return pairs, planned
 
 
-def _writer(
-    entry: PlanEntry, tensor: DiskTensor, original: Readable, saved: Readable, variant: Variant
-) -> WriterCertificate:
-    found = deviation(original, saved, entry, variant)
+def _writer(pair: _Pair, variant: Variant, memory: int) -> WriterCertificate:
+    entry, tensor, saved = pair.entry, pair.tensor, pair.saved
+    found = deviation(pair.original, saved, entry, variant, memory)
     # The edit itself is computed in float32, whose errors add up along the axis.
     arithmetic = 4 * ROUNDING[torch.float32] * max(found.original, found.planned) ** 0.5
     quantised = isinstance(saved, BlockTensor)
@@ -209,9 +256,10 @@ def _compare_others(
     plan: EditPlan,
     model_map: ModelMap,
     apart: set[str],
+    unchanged: set[str],
     problems: list[str],
 ) -> int:
-    """Compare the bytes of every tensor but those set apart; what differs goes to `problems`."""
+    """Count the tensors whose bytes are as they should be, those set apart left out; others go to `problems`."""
     kept: list[Place] = []
     if plan.untie:
         embedding = next(entry for entry in plan.entries if entry.parameter == model_map.input_embedding)
@@ -222,7 +270,6 @@ def _compare_others(
         # Where nothing is tied any more, what was one tensor under several names is several with the same bytes.
         kept += [after[name] for name in (before.keys() & after.keys()) - names]
     identical = 0
-    # In the order of the files, so that the disk is read from front to back.
     for name in dict.fromkeys((*before, *after)):
         if name in apart:
             continue
@@ -230,7 +277,7 @@ def _compare_others(
             problems.append(f"Tensor '{name}' of the base is missing.")
         elif name not in before and not any(same_bytes(after[name], place) for place in kept):
             problems.append(f"Tensor '{name}' is not in the base.")
-        elif name in before and not same_bytes(after[name], before[name]):
+        elif name in before and name not in unchanged:
             problems.append(f"Tensor '{name}' is not to be edited and its bytes differ from the base's.")
         else:
             identical += 1

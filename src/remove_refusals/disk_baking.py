@@ -154,7 +154,7 @@ def bake_on_disk(
             on_progress=None if on_progress is None else lambda done, total: on_progress("files", done, total),
         )
         _carry_along(checkpoint, directory, untie=plan.untie)
-        certificate = _certificate(checkpoint, directory, plan) if certified else None
+        certificate = _certificate(checkpoint, directory, plan, memory, jobs) if certified else None
         save_directions(intervention.directions, directory / DIRECTIONS)
         dtype = saved_dtype(str(checkpoint.directory), _config(checkpoint.directory))
         base = base_record(checkpoint.source, checkpoint.revision, model_map.model_type, dtype, hashes)
@@ -242,9 +242,10 @@ def _config(directory: Path) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def _certificate(checkpoint: Checkpoint, directory: Path, plan: EditPlan) -> Certificate:
+def _certificate(checkpoint: Checkpoint, directory: Path, plan: EditPlan, memory: int, jobs: int | None) -> Certificate:
     """Measure the saved files; of files that do not hold what they should nothing is kept."""
-    certificate = certify(directory, checkpoint.directory, plan, checkpoint.model_map)
+    source, model_map = checkpoint.directory, checkpoint.model_map
+    certificate = certify(directory, source, plan, model_map, memory=memory, jobs=jobs)
     try:
         check_passed(certificate)
     except CertificateError:

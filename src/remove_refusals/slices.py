@@ -5,7 +5,7 @@ Nothing is mapped into memory. A slice holds the axis of width d_model whole, si
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ Place = tuple[Path, TensorEntry]
 """A file and where in it a tensor lies."""
 
 COPY_BYTES = 1 << 23
-"""How much is read and written at once where bytes are only copied or compared."""
+"""How much is read and written at once: enough for the disk to work on several requests at a time."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,15 @@ def write_from(descriptor: int, buffer: memoryview, offset: int) -> None:
         done += os.pwrite(descriptor, buffer[done:], offset + done)
 
 
-def read_slice(descriptor: int, start: int, part: TensorSlice, dtype: torch.dtype) -> torch.Tensor:
+def read_slice(
+    descriptor: int,
+    start: int,
+    part: TensorSlice,
+    dtype: torch.dtype,
+    *,
+    room: torch.Tensor | None = None,
+    seen: Callable[[memoryview], object] | None = None,
+) -> torch.Tensor:
     """Read a part of a tensor.
 
     Args:
@@ -129,6 +137,8 @@ def read_slice(descriptor: int, start: int, part: TensorSlice, dtype: torch.dtyp
         start: The tensor's first byte in the file.
         part: The part.
         dtype: The tensor's data type.
+        room: `[at least the part's bytes]`, uint8: memory to use, so that it need not be asked for each time.
+        seen: Called with the bytes in the order in which they are read, as soon as they are.
 
     Returns:
         `[outer, d_model, inner]`, contiguous.
@@ -136,11 +146,17 @@ def read_slice(descriptor: int, start: int, part: TensorSlice, dtype: torch.dtyp
     Raises:
         CheckpointError: If the file cannot be read or ends too early.
     """
-    raw = torch.empty(part.run * part.runs, dtype=torch.uint8)
+    size = part.run * part.runs
+    raw = torch.empty(size, dtype=torch.uint8) if room is None else room[:size]
     view = raw.numpy().data
     for index in range(part.runs):
-        place = index * part.run
-        read_into(descriptor, view[place : place + part.run], start + part.offset + index * part.stride)
+        offset = start + part.offset + index * part.stride
+        for done in range(0, part.run, COPY_BYTES):
+            count = min(COPY_BYTES, part.run - done)
+            place = index * part.run + done
+            read_into(descriptor, view[place : place + count], offset + done)
+            if seen is not None:
+                seen(view[place : place + count])
     return raw.view(dtype).view(part.shape)
 
 

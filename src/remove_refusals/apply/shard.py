@@ -16,7 +16,6 @@ from remove_refusals.linalg import Variant, project_out_in_place
 from remove_refusals.slices import (
     COPY_BYTES,
     TensorSlice,
-    bytes_of,
     float_dtype,
     opened,
     read_into,
@@ -134,6 +133,7 @@ class _Writer:
     def __post_init__(self) -> None:
         size = min(COPY_BYTES, max(4096, self.memory // 8))
         self.buffer = torch.empty(size, dtype=torch.uint8).numpy().data
+        self.room = torch.empty(0, dtype=torch.uint8)
 
     def write(self, file: FilePlan) -> None:
         """Go through the base's file from its first byte to its last."""
@@ -190,9 +190,12 @@ class _Writer:
         axis = edit.axis if self.variant == "row-norm" else 1
         for part in parts:
             self.heed()
-            values = read_slice(self.source, tensor.start, part, dtype)
-            if together:
-                self.digest.update(bytes_of(values))
+            if self.room.numel() < part.run * part.runs:
+                # The smaller room is given back first, so that there are never two.
+                self.room = torch.empty(0, dtype=torch.uint8)
+                self.room = torch.empty(part.run * part.runs, dtype=torch.uint8)
+            hashed = self.digest.update if together else None
+            values = read_slice(self.source, tensor.start, part, dtype, room=self.room, seen=hashed)
             seen = values.view(tensor.shape) if self.variant == "row-norm" else values
             project_out_in_place(seen, entry.basis, entry.strength, axis, self.variant, entry.offset)
             write_slice(self.target, self.place, part, values)

@@ -4,12 +4,9 @@ import errno
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, wait
 from pathlib import Path
-
-import torch
 
 from remove_refusals.apply.ledger import Ledger
 from remove_refusals.apply.shard import StoppedError, can_clone, check_memory, write_shard
@@ -17,21 +14,12 @@ from remove_refusals.apply.streamplan import FilePlan, StreamPlan
 from remove_refusals.checkpoint import INDEX_FILE
 from remove_refusals.errors import OutputError
 from remove_refusals.records import write_json
+from remove_refusals.workers import shares, workers
 
 DEFAULT_MEMORY = 1 << 30
 """How much a process takes beside what Python and its packages take."""
 
-LEAST_MEMORY = 64 << 20
-"""Below this a worker's slices would be so small that the edit crawls."""
-
 _LARGEST_SHARE = 288 << 20
-# What the plan, the headers and the certificate take comes out of the budget too.
-_FOR_WORKERS = 0.75
-
-
-def default_jobs() -> int:
-    """How many shards are written at once if nothing is said: more than four add nothing but load on the disk."""
-    return min(4, os.cpu_count() or 1)
 
 
 def stream_edited(
@@ -65,8 +53,8 @@ def stream_edited(
         OutputError: If the output was begun from something else, or the disk has no room for it.
         OSError: If a file cannot be written.
     """
-    jobs = max(1, min(jobs or default_jobs(), memory // LEAST_MEMORY, len(stream.files)))
-    share = min(int(memory * _FOR_WORKERS) // jobs, _LARGEST_SHARE)
+    jobs, share = shares(memory, jobs, len(stream.files))
+    share = min(share, _LARGEST_SHARE)
     for file in stream.files:
         check_memory(file, stream.plan.variant, share)
     ledger = Ledger(directory, stream.made_from(), force=force)
@@ -86,7 +74,7 @@ def stream_edited(
             ended.set()
             raise
 
-    with _workers(jobs) as pool:
+    with workers(jobs) as pool:
         futures = [pool.submit(write, file) for file in left]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
@@ -101,18 +89,6 @@ def stream_edited(
     if index is not None:
         write_json(directory / INDEX_FILE, index, force=True)
     return {name: str(record["base_sha256"]) for name, record in ledger.whole.items()}, ledger
-
-
-@contextmanager
-def _workers(jobs: int) -> Iterator[ThreadPoolExecutor]:
-    """Give threads that compute on one core each, since there are several of them."""
-    threads = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool
-    finally:
-        # The last setting holds for threads that are made later, too.
-        torch.set_num_threads(threads)
 
 
 def _check_room(left: list[FilePlan], directory: Path) -> None:
