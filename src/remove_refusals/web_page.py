@@ -10,7 +10,7 @@ from typing import Any
 from remove_refusals.errors import ModelError
 from remove_refusals.types import SITE_KINDS
 from remove_refusals.web import Messages, Page
-from remove_refusals.web_parts import Controls, command_line, front_drawing
+from remove_refusals.web_parts import Controls, command_line, front_drawing, legend
 
 LOOPBACK = "127.0.0.1"
 
@@ -56,6 +56,7 @@ def build_page(page: Page) -> Any:
                 with gradio.Column(min_width=320):
                     talk = gradio.Chatbot(label=name, height=360, buttons=["copy"], feedback_options=None)
                     sides.append((talk, gradio.HTML(elem_classes="strips")))
+        gradio.HTML(legend())
         prompt = gradio.Textbox(label="Message", placeholder="Ask both", autofocus=True, elem_id="message")
         with gradio.Row():
             send = gradio.Button("Send", variant="primary", elem_id="send")

@@ -87,6 +87,14 @@ def strip(tokens: Sequence[str], values: Sequence[float], largest: float) -> str
     return f'<div class="strip" aria-label="Projection of each token on the direction">{"".join(pieces)}</div>'
 
 
+def legend() -> str:
+    """Say in HTML what the colours of the strips mean."""
+    return (
+        '<div class="legend">Each token by its projection on the direction, at about 60% of the depth: '
+        '<span class="towards">towards it</span> <span class="away">away from it</span></div>'
+    )
+
+
 def front_drawing(candidates: Sequence[Mapping[str, Any]], kept: Sequence[str], chosen: str | None) -> str:
     """Draw the candidates of a search by damage and refusal; those that can be tried are buttons.
 
