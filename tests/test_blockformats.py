@@ -227,6 +227,20 @@ def test_compressed_tensors_reads_the_same_numbers(tmp_path):
         torch.testing.assert_close(loaded(**inputs).logits, plain(**inputs).logits, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+def test_rotations_around_the_tensors_are_refused_by_name(key, tmp_path):
+    quantised(tmp_path, "mistral")
+    path = tmp_path / "base" / "config.json"
+    config = json.loads(path.read_text())
+    config[key] = {**config["quantization_config"], "transform_config": {"config_groups": {"R1": {"type": "hadamard"}}}}
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=f"{key}.transform_config \\(R1\\)"):
+        streamed(tmp_path, taken_out())
+    config[key]["transform_config"] = {"config_groups": {}}
+    path.write_text(json.dumps(config))
+    assert streamed(tmp_path, taken_out()).certificate.passed
+
+
 @pytest.mark.parametrize("part", ["zero_point", "g_idx", "scale", "shape", "packed"])
 def test_integers_packed_otherwise_are_refused_by_name(part, tmp_path):
     quantised(tmp_path, "mistral")

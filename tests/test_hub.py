@@ -132,6 +132,12 @@ class TestFromTheHub:
         assert found.returncode == 2 and "maker/tiny" in found.stderr and "Traceback" not in found.stderr
         assert found.stderr.count("\n") == 1
 
+    def test_the_map_is_that_of_the_revision(self, hub: Hub, made: Path, home: Path) -> None:
+        env = environment(home, hub.endpoint)
+        found = command("inspect", "maker/tiny", "--revision", "v1", "--json", env=env)
+        assert found.returncode == 0 and all("dtype" in row for row in json.loads(found.stdout)["writers"])
+        assert command("inspect", "maker/tiny", "--revision", "v9", env=env).returncode == 2
+
     def test_an_edit_on_disk_is_pinned_too(self, hub: Hub, made: Path, home: Path, tmp_path: Path) -> None:
         direction = made / "directions" / "direction.safetensors"
         options = ("bake", "maker/tiny", "--revision", "v1", "--direction", direction, "-o", tmp_path / "out")

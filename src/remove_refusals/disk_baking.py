@@ -89,10 +89,30 @@ def open_checkpoint(source: str, *, revision: str | None = None, trust_remote_co
     if not hasattr(os, "preadv"):
         raise NotStreamedError("This system has no positioned reads, expected Linux, macOS or another Unix.")
     checkpoint_tensors(directory)
+    _check_not_rotated(directory)
     model = skeleton_of(directory, trust_remote_code=trust_remote_code)
     name = model_source(source)
     commit = None if Path(name).is_dir() else directory.name
     return Checkpoint(name, commit, directory, model, map_model(model))
+
+
+def _check_not_rotated(directory: Path) -> None:
+    """Check that no rotation is applied around what layers compute, as compressed-tensors can: it is in no tensor.
+
+    Raises:
+        CheckpointError: If the configuration names one.
+    """
+    config = _config(directory)
+    for key in ("quantization_config", "compression_config"):
+        part = config.get(key)
+        transforms = part.get("transform_config") if isinstance(part, dict) else None
+        groups = transforms.get("config_groups") if isinstance(transforms, dict) else None
+        if groups:
+            raise CheckpointError(
+                f"The checkpoint {directory} has rotations in {key}.transform_config ({', '.join(map(str, groups))}), "
+                "expected none: a tensor's own output is not what reaches the residual stream; use an unquantised "
+                "checkpoint of this model."
+            )
 
 
 def bake_on_disk(

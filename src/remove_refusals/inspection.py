@@ -17,11 +17,12 @@ from remove_refusals.sources import local_directory
 from remove_refusals.types import ChannelStep, ModelMap
 
 
-def inspect(source: str, *, trust_remote_code: bool = False) -> dict[str, Any]:
+def inspect(source: str, *, revision: str | None = None, trust_remote_code: bool = False) -> dict[str, Any]:
     """Describe what an edit of a model would touch, from its configuration and the headers of its files alone.
 
     Args:
         source: A directory or a hub id.
+        revision: The hub's branch, tag or commit.
         trust_remote_code: Run Python code that comes with the checkpoint.
 
     Returns:
@@ -34,9 +35,9 @@ def inspect(source: str, *, trust_remote_code: bool = False) -> dict[str, Any]:
         ArchitectureError: If the model cannot be mapped.
         CheckpointError: If its files are at hand and corrupt.
     """
-    model = skeleton_of(source, trust_remote_code=trust_remote_code)
+    model = skeleton_of(source, revision=revision, trust_remote_code=trust_remote_code)
     model_map = map_model(model)
-    directory = local_directory(source)
+    directory = local_directory(source, revision)
     headers = by_stored_name(_headers(directory), model_map)
     writers = []
     for site in model_map.sites:

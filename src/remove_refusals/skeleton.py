@@ -39,11 +39,12 @@ def skeleton(model: PreTrainedModel, *, dtype: torch.dtype | None = None, tied: 
     return _without_weights(built)
 
 
-def skeleton_of(source: str | Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
+def skeleton_of(source: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
     """Build a model without weights from a checkpoint's configuration alone.
 
     Args:
         source: A directory, a hub id, or `demo`.
+        revision: The hub's branch, tag or commit.
         trust_remote_code: Run Python code that comes with the checkpoint.
 
     Returns:
@@ -55,8 +56,8 @@ def skeleton_of(source: str | Path, *, trust_remote_code: bool = False) -> PreTr
     """
     try:
         name = model_source(str(source))
-        check_trust(name, PretrainedConfig.get_config_dict(name)[0], trust_remote_code)
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        check_trust(name, PretrainedConfig.get_config_dict(name, revision=revision)[0], trust_remote_code)
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             built: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:

@@ -154,7 +154,9 @@ def _edited_gguf(
 ) -> None:
     from remove_refusals import console, gguf_baking, modelmap, skeleton
 
-    model_map = modelmap.map_model(skeleton.skeleton_of(model, trust_remote_code=loading.trust_remote_code))
+    model_map = modelmap.map_model(
+        skeleton.skeleton_of(model, revision=loading.revision, trust_remote_code=loading.trust_remote_code)
+    )
     baked = gguf_baking.bake_gguf(file, model_map, intervene(model_map), output, **_options(edit), force=force)
     kinds = ", ".join(sorted({writer.type for writer in baked.writers}))
     left = baked.record["certificate"]["largest_share_beyond_plan"]
@@ -182,7 +184,9 @@ def _control_vector(
 ) -> None:
     from remove_refusals import carriers, console, modelmap, skeleton
 
-    model_map = modelmap.map_model(skeleton.skeleton_of(model, trust_remote_code=loading.trust_remote_code))
+    model_map = modelmap.map_model(
+        skeleton.skeleton_of(model, revision=loading.revision, trust_remote_code=loading.trust_remote_code)
+    )
     layers = carriers.bake_control_vector(
         given, model_map, output, strength=edit.strength, layers=edit.layers, force=force
     )

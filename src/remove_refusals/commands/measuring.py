@@ -34,6 +34,7 @@ from remove_refusals.options import (
     NTest,
     Plain,
     RemoteCode,
+    Revision,
     Split,
     SystemPrompt,
     TemplateFile,
@@ -125,11 +126,12 @@ def inspect(
     model: ModelArgument,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     trust_remote_code: RemoteCode = False,
+    revision: Revision = None,
 ) -> None:
     """What an edit would touch and what it would leave, from the configuration alone."""
     from remove_refusals import console, inspection
 
-    found = inspection.inspect(model, trust_remote_code=trust_remote_code)
+    found = inspection.inspect(model, revision=revision, trust_remote_code=trust_remote_code)
     if as_json:
         console.say_json(found)
     else:
