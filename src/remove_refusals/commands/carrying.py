@@ -152,11 +152,9 @@ def _edited_gguf(
     *,
     force: bool,
 ) -> None:
-    from remove_refusals import console, gguf_baking, modelmap, skeleton
+    from remove_refusals import console, gguf_baking
 
-    model_map = modelmap.map_model(
-        skeleton.skeleton_of(model, revision=loading.revision, trust_remote_code=loading.trust_remote_code)
-    )
+    model_map = _map_of(model, loading)
     baked = gguf_baking.bake_gguf(file, model_map, intervene(model_map), output, **_options(edit), force=force)
     kinds = ", ".join(sorted({writer.type for writer in baked.writers}))
     left = baked.record["certificate"]["largest_share_beyond_plan"]
@@ -182,11 +180,9 @@ def _control_vector(
     *,
     force: bool,
 ) -> None:
-    from remove_refusals import carriers, console, modelmap, skeleton
+    from remove_refusals import carriers, console
 
-    model_map = modelmap.map_model(
-        skeleton.skeleton_of(model, revision=loading.revision, trust_remote_code=loading.trust_remote_code)
-    )
+    model_map = _map_of(model, loading)
     layers = carriers.bake_control_vector(
         given, model_map, output, strength=edit.strength, layers=edit.layers, force=force
     )
@@ -218,3 +214,11 @@ def _with_base(model: str, loading: "LoadSettings", write: "Callable[[BaseModel]
         loaded = stages.load_model(model, loading)
         model_map = modelmap.map_model(loaded.model)
         return write(carriers.base_in_memory(loaded, model_map)), model_map
+
+
+def _map_of(model: str, loading: "LoadSettings") -> "ModelMap":
+    """Map a model from its configuration."""
+    from remove_refusals import modelmap, skeleton
+
+    trusted = loading.trust_remote_code
+    return modelmap.map_model(skeleton.skeleton_of(model, revision=loading.revision, trust_remote_code=trusted))
