@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import tiny
-from remove_refusals.atomic import atomic_directory, atomic_file
+from remove_refusals.atomic import atomic_directory, atomic_file, resumable_directory
 from remove_refusals.errors import OutputError
 
 NOBODY = 65534
@@ -230,6 +230,21 @@ def test_parent_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="Not a directory"), atomic_directory(tmp_path / "file" / "model"):
         pass
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no /proc")
+def test_place_where_nothing_can_be_made(tmp_path: Path) -> None:
+    for writer in (atomic_directory, resumable_directory):
+        with (
+            pytest.raises(OutputError, match="expected a place that this user can write to"),
+            writer(Path("/proc/out")),
+        ):
+            pass
+
+
+def test_a_missing_file_of_the_caller_is_not_blamed_on_the_output(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), resumable_directory(tmp_path / "out") as directory:
+        (directory / "not there").read_text()
 
 
 def test_unreadable_input_is_not_blamed_on_the_output(tmp_path: Path) -> None:

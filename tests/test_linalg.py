@@ -157,3 +157,10 @@ def test_row_norms_put_the_direction_back(shape):
     edited = linalg.project_out(weight, basis, 1.0, -2, "row-norm")
     torch.testing.assert_close(edited.norm(dim=-1), weight.norm(dim=-1))
     assert linalg.share_left(edited, weight, basis, -2) > 0.05
+
+
+@pytest.mark.parametrize("variant", linalg.VARIANTS)
+@pytest.mark.parametrize(("shape", "axis"), [((4, 0), 0), ((0, 4), 1)])
+def test_a_tensor_without_numbers_stays_without(variant, shape, axis):
+    basis = linalg.orthonormal_basis(torch.ones(4, 1))
+    assert linalg.project_out(torch.empty(shape), basis, 1.0, axis, variant).shape == shape

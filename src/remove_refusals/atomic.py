@@ -259,12 +259,18 @@ def _explain(error: BaseException, staging: Path, target: Path) -> str | None:
             f"The output {target} could not be written ({os.strerror(number)}), expected a disk with room for all of "
             "it; free some space or choose another path."
         )
-    if number in _FORBIDDEN and about_output:
+    if (number in _FORBIDDEN and about_output) or (number == errno.ENOENT and _could_not_be_made(error, staging)):
         return (
             f"The output {target} could not be written ({os.strerror(number)}), expected a place that this user can "
             "write to; choose another path or change its permissions."
         )
     return None
+
+
+def _could_not_be_made(error: BaseException, staging: Path) -> bool:
+    """Whether what is missing is the output's place itself or a directory above it, as where the system allows none."""
+    name = error.filename if isinstance(error, OSError) else None
+    return name is not None and staging.is_relative_to(os.path.realpath(str(name)))
 
 
 def _concerns(name: str, staging: Path, target: Path) -> bool:

@@ -16,6 +16,7 @@ DEFAULT_MEMORY = 1 << 26
 """How many bytes of two tensors are held at once if nothing is said."""
 
 _SCRATCH_BYTES = 16 << 20
+_ROW = 4096
 # More would not be quicker: tables of indices and floats come to many times a quantised number's own size.
 _QUANTISED_NUMBERS = 1 << 21
 
@@ -44,11 +45,16 @@ class PlainTensor:
         """The axis of width d_model in what `floats` gives."""
         return self.along if self.whole else 1
 
-    def parts(self, memory: int) -> Iterator[torch.Tensor]:
+    @property
+    def itemsize(self) -> int:
+        """How many bytes a number has."""
+        return float_dtype(*self.place).itemsize
+
+    def parts(self, numbers: int) -> Iterator[torch.Tensor]:
         """Read it part by part: `[outer, d_model, inner]` in its own data type; a part holds until the next is read."""
         path, entry = self.place
         dtype = float_dtype(path, entry)
-        most = math.prod(entry.shape) if self.whole else self._whole_blocks(memory // dtype.itemsize)
+        most = math.prod(entry.shape) if self.whole else self._whole_blocks(numbers)
         room: torch.Tensor | None = None
         with opened(path) as file:
             for part in tensor_slices(entry.shape, self.along, dtype.itemsize, max(1, most)):
@@ -94,7 +100,15 @@ class Deviation:
     def add(self, **squares: torch.Tensor) -> None:
         """Add the squares of tensors."""
         for name, tensor in squares.items():
-            setattr(self, name, getattr(self, name) + float(torch.linalg.vector_norm(tensor)) ** 2)
+            setattr(self, name, getattr(self, name) + _sum_of_squares(tensor))
+
+
+def _sum_of_squares(tensor: torch.Tensor) -> float:
+    """Sum in float64 over rows that are short enough for float32, which loses its digits over millions of numbers."""
+    numbers = tensor.reshape(-1)
+    whole = len(numbers) // _ROW * _ROW
+    rows = torch.linalg.vector_norm(numbers[:whole].view(-1, _ROW), dim=1)
+    return float(rows.to(torch.float64).square().sum() + numbers[whole:].to(torch.float64).square().sum())
 
 
 def deviation(
@@ -120,9 +134,11 @@ def deviation(
         CheckpointError: If a tensor cannot be read or is not of a data type to compute with.
     """
     found, room = Deviation(), _Room()
-    room_left = max(memory - _SCRATCH_BYTES, memory // 2) // 2
+    # Both are cut alike, whatever their data types.
+    a_number = sum(tensor.itemsize for tensor in (original, saved) if isinstance(tensor, PlainTensor)) or 1
+    numbers = max(memory - _SCRATCH_BYTES, memory // 2) // a_number
     first_parts, second_parts = (
-        tensor.floats(_QUANTISED_NUMBERS) if isinstance(tensor, BlockTensor) else tensor.parts(room_left)
+        tensor.floats(_QUANTISED_NUMBERS) if isinstance(tensor, BlockTensor) else tensor.parts(numbers)
         for tensor in (original, saved)
     )
     for base, values in zip(first_parts, second_parts, strict=True):

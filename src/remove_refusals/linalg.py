@@ -102,7 +102,7 @@ def project_out_in_place(
         variant: What else the edit does.
         offset: What is added along `basis`.
     """
-    if strength == 0 and not offset:
+    if (strength == 0 and not offset) or tensor.numel() == 0:
         return
     axis %= tensor.dim()
     columns = [column.reshape(1, -1, 1) for column in basis.to(tensor.device).unbind(1)]

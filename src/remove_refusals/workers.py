@@ -40,7 +40,11 @@ def workers(jobs: int) -> Iterator[ThreadPoolExecutor]:
     threads = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool
+            try:
+                yield pool
+            finally:
+                # What has not begun is not waited for when something fails.
+                pool.shutdown(cancel_futures=True)
     finally:
         # The last setting holds for threads that are made later, too.
         torch.set_num_threads(threads)

@@ -80,7 +80,6 @@ def stream_edited(
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:
             ended.set()
-            pool.shutdown(cancel_futures=True)
     failures = [future.exception() for future in futures if not future.cancelled()]
     for failure in failures:
         if failure is not None and not isinstance(failure, StoppedError):
