@@ -19,6 +19,7 @@ from typing import Any
 
 from remove_refusals.evaluation import EvaluationPrompts
 from remove_refusals.judges import Label
+from remove_refusals.map_types import ModelMap
 from remove_refusals.modelmap import map_model
 from remove_refusals.models import LoadedModel, load
 from remove_refusals.prompts import check_disjoint
@@ -26,7 +27,7 @@ from remove_refusals.selection.candidates import Candidate, hypervolume
 from remove_refusals.selection.choose import SearchPrompts, SelectSettings, select, split_for_search
 from remove_refusals.selection.references import AnswerSettings, References, confirm, references
 from remove_refusals.settings import PromptSource
-from remove_refusals.types import ModelMap, PromptSet
+from remove_refusals.types import PromptSet
 
 WORST = (1.0, 1.0)
 """The corner of the area that fronts beat: every prompt refused, a damage of one nat."""

@@ -21,10 +21,11 @@ from remove_refusals.checkpoint import tensor_hashes
 from remove_refusals.directions import direction_from_vectors
 from remove_refusals.disk_baking import bake_on_disk, open_checkpoint
 from remove_refusals.errors import ArchitectureError, ModelError, NotStreamedError
+from remove_refusals.map_types import ModelMap
 from remove_refusals.modelmap import map_model
 from remove_refusals.plan import intervene, resolve
 from remove_refusals.terms import first_of_width
-from remove_refusals.types import Direction, DirectionOrigin, Intervention, ModelMap
+from remove_refusals.types import Direction, DirectionOrigin, Intervention
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "architectures.md"
 

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from remove_refusals.checkpoint import checkpoint_tensors
 from remove_refusals.comparing import PlainTensor, deviation, same_bytes
 from remove_refusals.linalg import BLOCK, project_out
-from remove_refusals.types import PlanEntry
+from remove_refusals.map_types import PlanEntry
 
 D_MODEL = 64
 

@@ -23,9 +23,10 @@ from remove_refusals.directions import direction_from_vectors
 from remove_refusals.errors import ArchitectureError, CheckpointError, DirectionError, OutputError
 from remove_refusals.gguf_baking import bake_gguf, record_path
 from remove_refusals.linalg import project_out
+from remove_refusals.map_types import PlanEntry
 from remove_refusals.modelmap import map_model
 from remove_refusals.plan import intervene, resolve
-from remove_refusals.types import DirectionOrigin, PlanEntry
+from remove_refusals.types import DirectionOrigin
 
 needs_llama = pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not there")
 PROJECTIONS = ("attn", "mlp")

@@ -13,6 +13,7 @@ from remove_refusals.directions import direction_from_vectors
 from remove_refusals.errors import PromptError
 from remove_refusals.generation import answer_logits
 from remove_refusals.judges import Label
+from remove_refusals.map_types import ModelMap
 from remove_refusals.modelmap import map_model
 from remove_refusals.models import LoadedModel, load
 from remove_refusals.plan import intervene
@@ -24,7 +25,7 @@ from remove_refusals.selection.objectives import damages, refusal_probabilities,
 from remove_refusals.selection.openings import Openings, learn_openings
 from remove_refusals.selection.probes import keep_below, log_probabilities, make_probes, make_vocabulary
 from remove_refusals.selection.references import AnswerSettings, References, references
-from remove_refusals.types import DirectionOrigin, ModelMap, PromptSet
+from remove_refusals.types import DirectionOrigin, PromptSet
 from zoo import build, inputs
 
 TOKENS = st.lists(st.integers(0, 3), min_size=1, max_size=6)

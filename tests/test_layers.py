@@ -15,6 +15,7 @@ from remove_refusals.directions import direction_from_vectors
 from remove_refusals.errors import NumericalError, SelectionError
 from remove_refusals.generation import Answer
 from remove_refusals.judges import Label
+from remove_refusals.map_types import ModelMap
 from remove_refusals.modelmap import map_model
 from remove_refusals.models import LoadedModel, load
 from remove_refusals.options import select_settings
@@ -25,7 +26,7 @@ from remove_refusals.selection.layers import LayerRule, LayerSettings, narrow_do
 from remove_refusals.selection.openings import Openings
 from remove_refusals.selection.recipes import RECIPES, Option, make_options, make_vector, tail_positions
 from remove_refusals.selection.references import AnswerSettings, References, references
-from remove_refusals.types import Activations, ChatFormat, DirectionOrigin, ModelMap, PromptSet
+from remove_refusals.types import Activations, ChatFormat, DirectionOrigin, PromptSet
 from zoo import build, inputs
 
 N = 20

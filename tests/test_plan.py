@@ -6,9 +6,10 @@ import torch
 import zoo
 from remove_refusals.directions import direction_from_vectors
 from remove_refusals.errors import ArchitectureError, DirectionError
+from remove_refusals.map_types import ChannelStep
 from remove_refusals.modelmap import map_model
 from remove_refusals.plan import intervene, pull_back, resolve
-from remove_refusals.types import ChannelStep, DirectionOrigin, Intervention, SiteEdit
+from remove_refusals.types import DirectionOrigin, Intervention, SiteEdit
 
 
 def direction(d_model=zoo.D_MODEL, seed=0):

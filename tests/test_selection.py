@@ -12,13 +12,14 @@ from remove_refusals.directions import mean_difference
 from remove_refusals.errors import PromptError
 from remove_refusals.generation import generate
 from remove_refusals.judges import Label
+from remove_refusals.map_types import ModelMap
 from remove_refusals.modelmap import map_model
 from remove_refusals.models import LoadedModel, load
 from remove_refusals.plan import intervene
 from remove_refusals.prompts import draw, embedded_prompts
 from remove_refusals.selection.candidates import Rule, by_rule, front, hypervolume
 from remove_refusals.selection.references import AnswerSettings, References, confirm, references
-from remove_refusals.types import ChatFormat, Direction, ModelMap, PromptSet
+from remove_refusals.types import ChatFormat, Direction, PromptSet
 
 SETTINGS = AnswerSettings(max_new_tokens=40, kl_tokens=4)
 

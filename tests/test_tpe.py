@@ -14,6 +14,7 @@ from remove_refusals.activations import collect_activations
 from remove_refusals.directions import direction_from_vectors, mean_difference_per_layer
 from remove_refusals.errors import DirectionError, ModelError, NumericalError, OutputError, PromptError
 from remove_refusals.judges import Label
+from remove_refusals.map_types import ModelMap
 from remove_refusals.modelmap import map_model
 from remove_refusals.models import LoadedModel, load
 from remove_refusals.prompts import draw, embedded_prompts
@@ -23,7 +24,7 @@ from remove_refusals.selection.kernels import Kernel, Parameters, build, interpo
 from remove_refusals.selection.references import AnswerSettings, References, confirm, references
 from remove_refusals.selection.tpe import TpeSettings, select_tpe
 from remove_refusals.selection.trials import Outcome, Scores, Trials
-from remove_refusals.types import Direction, DirectionOrigin, ModelMap, PromptSet
+from remove_refusals.types import Direction, DirectionOrigin, PromptSet
 
 ANSWERS = AnswerSettings(max_new_tokens=12, kl_tokens=1)
 # A seed with which trials differ in what they free: the demo model, without layer 0, mostly refuses on.

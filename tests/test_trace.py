@@ -14,11 +14,12 @@ import zoo
 from remove_refusals.directions import direction_from_vectors
 from remove_refusals.errors import ArchitectureError
 from remove_refusals.linalg import orthonormal_basis, project_out
+from remove_refusals.map_types import ChannelStep
 from remove_refusals.modelmap import map_model
 from remove_refusals.plan import intervene, pull_back, resolve
 from remove_refusals.terms import CONSTANT, Term
 from remove_refusals.trace import trace_forward
-from remove_refusals.types import ChannelStep, DirectionOrigin
+from remove_refusals.types import DirectionOrigin
 
 D = 8
 N_IN = 6

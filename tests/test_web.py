@@ -19,12 +19,13 @@ from remove_refusals.apply.hooks import ablated
 from remove_refusals.chat_template import render
 from remove_refusals.directions import mean_difference
 from remove_refusals.generation import generate
+from remove_refusals.map_types import ModelMap
 from remove_refusals.modelmap import map_model
 from remove_refusals.models import LoadedModel, load
 from remove_refusals.plan import intervene
 from remove_refusals.projections import middle_direction, project_tokens
 from remove_refusals.prompts import draw, embedded_prompts
-from remove_refusals.types import SITE_KINDS, Intervention, ModelMap, PromptSet
+from remove_refusals.types import SITE_KINDS, Intervention, PromptSet
 from remove_refusals.web import Page
 from remove_refusals.web_parts import Controls, Source, command_line, front_drawing, strip
 

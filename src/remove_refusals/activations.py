@@ -9,9 +9,10 @@ import torch
 from remove_refusals.batching import MOST_PROMPTS, accepts, fitting_pass, left_pad, longest_first, with_backoff
 from remove_refusals.chat_template import render
 from remove_refusals.errors import ArchitectureError, DirectionError
+from remove_refusals.map_types import ModelMap
 from remove_refusals.modelmap import map_model
 from remove_refusals.models import LoadedModel
-from remove_refusals.types import Activations, ChatFormat, Direction, ModelMap, PromptSet
+from remove_refusals.types import Activations, ChatFormat, Direction, PromptSet
 
 _N_PROBE_TOKENS = 16
 

@@ -10,10 +10,11 @@ import numpy.typing as npt
 from remove_refusals.activations import collect_activations
 from remove_refusals.directions import hidden_at, largest_coordinate_share
 from remove_refusals.errors import DirectionError
+from remove_refusals.map_types import ModelMap
 from remove_refusals.models import LoadedModel
 from remove_refusals.prompts import draw
 from remove_refusals.roc import Auroc, auroc, auroc_interval
-from remove_refusals.types import Activations, ChatFormat, ModelMap, PromptSet
+from remove_refusals.types import Activations, ChatFormat, PromptSet
 
 MOST_PROMPTS = 128
 """So many prompts of a set are looked at: each layer of each prompt is kept until the end."""

@@ -7,8 +7,9 @@ from typing import Any
 from remove_refusals.apply.hooks import ablated
 from remove_refusals.chat_template import render
 from remove_refusals.generation import generate
+from remove_refusals.map_types import ModelMap
 from remove_refusals.models import LoadedModel
-from remove_refusals.types import ChatFormat, Intervention, ModelMap, PromptSet
+from remove_refusals.types import ChatFormat, Intervention, PromptSet
 
 
 def answer_rows(

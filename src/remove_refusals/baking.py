@@ -16,6 +16,7 @@ from remove_refusals.checkpoint import INDEX_FILE, SINGLE_FILE, checkpoint_tenso
 from remove_refusals.direction_files import DIRECTIONS, describe_direction, save_directions
 from remove_refusals.errors import CertificateError, OutputError
 from remove_refusals.linalg import Variant
+from remove_refusals.map_types import EditPlan, ModelMap
 from remove_refusals.modelmap import map_model
 from remove_refusals.models import LoadedModel, load
 from remove_refusals.plan import Tied, check_fit, offset_of, resolve
@@ -23,7 +24,7 @@ from remove_refusals.records import versions, write_json
 from remove_refusals.skeleton import by_stored_name, disk_names
 from remove_refusals.slices import FLOAT_DTYPES
 from remove_refusals.sources import licence_fields, local_directory
-from remove_refusals.types import EditPlan, Intervention, ModelMap
+from remove_refusals.types import Intervention
 
 FORMAT = 1
 """The version of the layout of `ablation.json`."""

@@ -22,12 +22,13 @@ from remove_refusals.direction_files import DIRECTIONS, save_directions
 from remove_refusals.disk_baking import Checkpoint
 from remove_refusals.errors import NotStreamedError
 from remove_refusals.linalg import Variant
+from remove_refusals.map_types import EditPlan, ModelMap
 from remove_refusals.models import LoadedModel, saved_dtype
 from remove_refusals.plan import Tied, check_fit, offset_of, resolve
 from remove_refusals.records import read_json, write_json
 from remove_refusals.skeleton import by_stored_name, disk_tensors
 from remove_refusals.slices import read_tensor
-from remove_refusals.types import Direction, EditPlan, Intervention, ModelMap
+from remove_refusals.types import Direction, Intervention
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,9 +17,9 @@ from remove_refusals.checkpoint import checkpoint_tensors
 from remove_refusals.comparing import PlainTensor, deviation, same_bytes
 from remove_refusals.errors import CheckpointError
 from remove_refusals.linalg import Variant
+from remove_refusals.map_types import DiskTensor, EditPlan, ModelMap, PlanEntry
 from remove_refusals.skeleton import by_stored_name
 from remove_refusals.slices import Place, read_tensor
-from remove_refusals.types import DiskTensor, EditPlan, ModelMap, PlanEntry
 from remove_refusals.workers import shares, workers
 
 DEFAULT_MEMORY = 1 << 28

@@ -10,9 +10,10 @@ from remove_refusals.apply.hooks import ablated
 from remove_refusals.chat_template import render, render_conversation
 from remove_refusals.errors import DirectionError, RemoveRefusalsError
 from remove_refusals.generation import stream
+from remove_refusals.map_types import ModelMap
 from remove_refusals.models import LoadedModel
 from remove_refusals.records import write_jsonl
-from remove_refusals.types import ChatFormat, Intervention, ModelMap
+from remove_refusals.types import ChatFormat, Intervention
 
 Sides = Literal["ablated", "original", "compare"]
 

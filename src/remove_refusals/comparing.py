@@ -9,8 +9,8 @@ import torch
 
 from remove_refusals.blockformats import BlockTensor
 from remove_refusals.linalg import BLOCK, Variant, blocks, project_out_in_place
+from remove_refusals.map_types import PlanEntry
 from remove_refusals.slices import COPY_BYTES, Place, float_dtype, opened, read_into, read_slice, tensor_slices
-from remove_refusals.types import PlanEntry
 
 DEFAULT_MEMORY = 1 << 26
 """How many bytes of two tensors are held at once if nothing is said."""

@@ -14,10 +14,10 @@ from remove_refusals.calibration import Calibration, accuracy_rows, confusion_ro
 from remove_refusals.certify import Certificate
 from remove_refusals.evaluation import Evaluation
 from remove_refusals.judges import Label
+from remove_refusals.map_types import EditPlan, ModelMap
 from remove_refusals.output import StageLog, current, write_log
 from remove_refusals.score_table import table, table_key
 from remove_refusals.selection.candidates import Selection
-from remove_refusals.types import EditPlan, ModelMap
 
 _MOST_ROWS = 12
 """With more candidates than this, only the front and what was confirmed are shown."""

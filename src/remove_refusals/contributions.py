@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from scipy.stats import ttest_ind
 
+from remove_refusals.map_types import ModelMap, Site
 from remove_refusals.models import LoadedModel
 from remove_refusals.taps import Tap, collect_at
-from remove_refusals.types import ChatFormat, Direction, ModelMap, PromptSet, Site, SiteKind
+from remove_refusals.types import ChatFormat, Direction, PromptSet, SiteKind
 
 _MULTIPLIER_TOLERANCE = 0.02
 """How far what a layer adds may be off its sites' outputs times one number: beyond the rounding of bfloat16."""

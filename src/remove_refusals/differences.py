@@ -12,12 +12,13 @@ from remove_refusals.certify import disk_reader
 from remove_refusals.checkpoint import checkpoint_tensors
 from remove_refusals.comparing import same_bytes
 from remove_refusals.errors import ArchitectureError, CheckpointError, DirectionError, ModelError
+from remove_refusals.map_types import ModelMap
 from remove_refusals.modelmap import map_model
 from remove_refusals.plan import pull_back
 from remove_refusals.skeleton import by_stored_name, disk_names, skeleton_of
 from remove_refusals.slices import FLOAT_DTYPES, Place, opened, read_slice, tensor_slices
 from remove_refusals.sources import local_directory
-from remove_refusals.types import Direction, ModelMap
+from remove_refusals.types import Direction
 
 _NUMBERS = 1 << 21
 

@@ -21,13 +21,14 @@ from remove_refusals.comparing import same_bytes
 from remove_refusals.direction_files import DIRECTIONS, save_directions
 from remove_refusals.errors import CertificateError, CheckpointError, NotStreamedError
 from remove_refusals.linalg import Variant
+from remove_refusals.map_types import DiskTensor, EditPlan, ModelMap
 from remove_refusals.modelmap import map_model
 from remove_refusals.models import saved_dtype
 from remove_refusals.plan import Tied, check_exact, check_fit, offset_of, resolve
 from remove_refusals.records import read_json, write_json
 from remove_refusals.skeleton import by_stored_name, disk_names, skeleton, skeleton_of
 from remove_refusals.sources import model_source, weights_directory
-from remove_refusals.types import DiskTensor, EditPlan, Intervention, ModelMap
+from remove_refusals.types import Intervention
 
 OnProgress = Callable[[str, int, int], None]
 

@@ -16,6 +16,7 @@ from remove_refusals.directions import mean_difference
 from remove_refusals.errors import ArchitectureError, DirectionError
 from remove_refusals.evaluation import Evaluation, EvaluationPrompts, evaluate
 from remove_refusals.experts import ExpertChoice, WriterShare, expert_choices, writer_shares
+from remove_refusals.map_types import ModelMap
 from remove_refusals.modelmap import map_model
 from remove_refusals.models import LoadedModel
 from remove_refusals.plan import intervene
@@ -24,7 +25,7 @@ from remove_refusals.records import versions, write_json, write_jsonl
 from remove_refusals.report_page.page import write_html_report
 from remove_refusals.settings import RunSettings, published_name
 from remove_refusals.stages import OnProgress, load_model, measure_settings, stage_progress, test_prompts
-from remove_refusals.types import Activations, ChatFormat, Direction, ModelMap, PromptSet
+from remove_refusals.types import Activations, ChatFormat, Direction, PromptSet
 
 MOST_POSITIONS = 8
 """So many tokens of the chat template's tail are looked at, from the end."""

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 import torch
 
+from remove_refusals.map_types import ModelMap, Writer
 from remove_refusals.models import LoadedModel
 from remove_refusals.plan import pull_back
 from remove_refusals.taps import Tap, collect_at
-from remove_refusals.types import ChatFormat, Direction, ModelMap, PromptSet, SiteKind, Writer
+from remove_refusals.types import ChatFormat, Direction, PromptSet, SiteKind
 
 _TOP_K = ("num_experts_per_tok", "moe_topk", "num_experts_per_token", "moe_k", "top_k")
 """What configurations call the number of experts that a token goes through."""

@@ -19,9 +19,10 @@ from remove_refusals.atomic import atomic_file, check_target
 from remove_refusals.baking import ablation_record
 from remove_refusals.errors import ArchitectureError, OutputError
 from remove_refusals.linalg import Variant
+from remove_refusals.map_types import EditPlan, ModelMap
 from remove_refusals.plan import Tied, check_fit, offset_of, resolve
 from remove_refusals.records import write_json
-from remove_refusals.types import EditPlan, Intervention, ModelMap
+from remove_refusals.types import Intervention
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,12 +9,12 @@ from remove_refusals.checkpoint import checkpoint_tensors
 from remove_refusals.errors import CheckpointError
 from remove_refusals.interventions import load_intervention
 from remove_refusals.linalg import VARIANTS, Variant
+from remove_refusals.map_types import ChannelStep, ModelMap
 from remove_refusals.modelmap import map_model
 from remove_refusals.plan import Tied, resolve
 from remove_refusals.records import read_json
 from remove_refusals.skeleton import by_stored_name, disk_names, skeleton_of
 from remove_refusals.sources import local_directory
-from remove_refusals.types import ChannelStep, ModelMap
 
 
 def inspect(source: str, *, revision: str | None = None, trust_remote_code: bool = False) -> dict[str, Any]:

@@ -16,11 +16,12 @@ import torch
 from transformers import PreTrainedModel
 
 from remove_refusals.errors import ArchitectureError
+from remove_refusals.map_types import HookPoint, ModelMap, Site, Writer
 from remove_refusals.segments import Segment, find_layers, find_segments, outermost, unseen_writers
 from remove_refusals.skeleton import disk_tensors, skeleton, stored_names
 from remove_refusals.terms import Term, Terms
 from remove_refusals.trace import ModuleCall, Trace, trace_forward
-from remove_refusals.types import HookPoint, ModelMap, Site, SiteKind, Writer
+from remove_refusals.types import SiteKind
 
 # The kind of a site changes nothing but which strength applies to it, so names may decide it.
 _MLP = re.compile(r"mlp|ffn|ff\b|fc|feed_?forward|moe|expert|dense_h_to|intermediate|lin2|w_out|^output")

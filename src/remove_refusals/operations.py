@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from remove_refusals.map_types import ChannelStep
 from remove_refusals.terms import CONSTANT, ZERO, Knowledge, Terms, tensors_in
-from remove_refusals.types import ChannelStep
 
 Rule = Callable[[Knowledge, Sequence[Any], Any], Terms | None]
 """From what is known, an operation's positional arguments and its output to the output's terms."""

@@ -10,10 +10,11 @@ from remove_refusals import completion
 from remove_refusals.errors import DirectionError, PromptError, SelectionError
 
 if TYPE_CHECKING:
+    from remove_refusals.map_types import ModelMap
     from remove_refusals.models import LoadedModel
     from remove_refusals.selection.choose import SelectSettings
     from remove_refusals.settings import DirectionSettings, EditSettings
-    from remove_refusals.types import ChatFormat, Direction, Intervention, ModelMap
+    from remove_refusals.types import ChatFormat, Direction, Intervention
 
 MODEL, PROMPTS, EDIT, MEASURE = "Model", "Direction", "Edit", "Measurement"
 CHOICE, DISK = "Choice", "Edit on disk"

@@ -14,6 +14,7 @@ from remove_refusals.errors import ModelError, RemoveRefusalsError, SelectionErr
 from remove_refusals.evaluation import Evaluation, EvaluationPrompts, warnings
 from remove_refusals.interventions import CANDIDATES, save_candidates
 from remove_refusals.journal import Journal
+from remove_refusals.map_types import ModelMap
 from remove_refusals.modelmap import map_model
 from remove_refusals.models import LoadedModel
 from remove_refusals.plan import check_exact
@@ -42,7 +43,7 @@ from remove_refusals.stages import (
     test_text,
     training_prompts,
 )
-from remove_refusals.types import Direction, Intervention, ModelMap, PromptSet
+from remove_refusals.types import Direction, Intervention, PromptSet
 
 OUTLIER_SHARE = 0.5
 """From here on a single coordinate is called an outlier: it holds more than all others together."""

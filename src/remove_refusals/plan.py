@@ -13,17 +13,8 @@ import torch
 
 from remove_refusals.errors import ArchitectureError, DirectionError
 from remove_refusals.linalg import Variant, orthonormal_basis
-from remove_refusals.types import (
-    SITE_KINDS,
-    ChannelStep,
-    Direction,
-    EditPlan,
-    Intervention,
-    ModelMap,
-    PlanEntry,
-    SiteEdit,
-    SiteKind,
-)
+from remove_refusals.map_types import ChannelStep, EditPlan, ModelMap, PlanEntry
+from remove_refusals.types import SITE_KINDS, Direction, Intervention, SiteEdit, SiteKind
 
 Tied = Literal["untie", "both"]
 """What happens to an embedding that is also the unembedding: `untie` leaves the unembedding as it was, which is what

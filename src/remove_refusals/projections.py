@@ -6,8 +6,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from remove_refusals.activations import token_states
+from remove_refusals.map_types import ModelMap
 from remove_refusals.models import LoadedModel
-from remove_refusals.types import Direction, Intervention, ModelMap
+from remove_refusals.types import Direction, Intervention
 
 
 def project_tokens(

@@ -20,8 +20,9 @@ from remove_refusals.apply.hooks import ablated
 from remove_refusals.batching import contiguous_head
 from remove_refusals.errors import ModelError
 from remove_refusals.loading import quiet
+from remove_refusals.map_types import ModelMap
 from remove_refusals.models import LoadedModel
-from remove_refusals.types import Intervention, ModelMap
+from remove_refusals.types import Intervention
 
 LOOPBACK = "127.0.0.1"
 PORT = 8000

@@ -11,8 +11,8 @@ from transformers.configuration_utils import PretrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from remove_refusals.errors import ModelError
+from remove_refusals.map_types import DiskTensor, ModelMap
 from remove_refusals.sources import check_trust, model_source
-from remove_refusals.types import DiskTensor, ModelMap
 
 T = TypeVar("T")
 

@@ -17,6 +17,7 @@ from remove_refusals.harness import run_tasks
 from remove_refusals.journal import Journal
 from remove_refusals.judges import Judge
 from remove_refusals.judges.choosing import make_judge
+from remove_refusals.map_types import ModelMap
 from remove_refusals.modelmap import map_model
 from remove_refusals.models import LoadedModel, load
 from remove_refusals.plan import check_fit, intervene, intervene_per_layer
@@ -31,7 +32,7 @@ from remove_refusals.settings import (
     published_name,
 )
 from remove_refusals.text_scores import read_text, score_text
-from remove_refusals.types import Activations, ChatFormat, Direction, Intervention, ModelMap, PromptSet
+from remove_refusals.types import Activations, ChatFormat, Direction, Intervention, PromptSet
 
 OnProgress = Callable[[str, int, int], None]
 """Called with the stage's name, how much of it is done and how much there is."""

@@ -9,9 +9,10 @@ import torch
 from remove_refusals.activations import run_decoder
 from remove_refusals.batching import MOST_PROMPTS, fitting_pass, longest_first, with_backoff
 from remove_refusals.chat_template import render
+from remove_refusals.map_types import ModelMap
 from remove_refusals.models import LoadedModel
 from remove_refusals.terms import first_of_width
-from remove_refusals.types import ChatFormat, ModelMap, PromptSet
+from remove_refusals.types import ChatFormat, PromptSet
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ from typing import Any
 from remove_refusals.apply.hooks import ablated
 from remove_refusals.chat_template import render, render_conversation
 from remove_refusals.generation import stream
+from remove_refusals.map_types import ModelMap
 from remove_refusals.models import LoadedModel
 from remove_refusals.plan import scaled
 from remove_refusals.projections import middle_direction, project_tokens
-from remove_refusals.types import ChatFormat, Intervention, ModelMap
+from remove_refusals.types import ChatFormat, Intervention
 from remove_refusals.web_parts import Controls, Source, strip
 
 Messages = list[dict[str, str]]

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from remove_refusals.apply.factors import LowRank, check_low_rank, is_bias, low_rank
 from remove_refusals.errors import ArchitectureError
 from remove_refusals.linalg import project_out
-from remove_refusals.types import EditPlan, ModelMap, PlanEntry
+from remove_refusals.map_types import EditPlan, ModelMap, PlanEntry
 
 PREFIX = "base_model.model."
 """What PEFT puts before the names of the base model."""

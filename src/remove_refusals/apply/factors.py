@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from remove_refusals.errors import ArchitectureError, ModelError
-from remove_refusals.types import EditPlan, PlanEntry
+from remove_refusals.map_types import EditPlan, PlanEntry
 
 _NUMBERS_AT_ONCE = 1 << 24
 """How many float32 numbers are held beside a tensor (64 MiB)."""

@@ -14,7 +14,7 @@ import torch
 from remove_refusals.apply.factors import LowRank, check_low_rank, low_rank
 from remove_refusals.apply.gguf_names import GgufNames, gguf_package
 from remove_refusals.errors import ArchitectureError
-from remove_refusals.types import EditPlan, ModelMap, PlanEntry
+from remove_refusals.map_types import EditPlan, ModelMap, PlanEntry
 
 EMBEDDING = "token_embd.weight"
 _LOOKED_UP = ("position_embd.weight", "token_types.weight")

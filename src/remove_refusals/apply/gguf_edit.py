@@ -17,8 +17,8 @@ from remove_refusals.apply.gguf_file import GgufFile, GgufTensor, decoded, encod
 from remove_refusals.apply.gguf_names import GgufNames
 from remove_refusals.errors import ArchitectureError, CertificateError, CheckpointError
 from remove_refusals.linalg import project_out
+from remove_refusals.map_types import EditPlan, ModelMap, PlanEntry
 from remove_refusals.slices import COPY_BYTES
-from remove_refusals.types import EditPlan, ModelMap, PlanEntry
 
 EMBEDDING, UNEMBEDDING = "token_embd.weight", "output.weight"
 _LOOKED_UP = (EMBEDDING, "position_embd.weight", "token_types.weight")

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from remove_refusals.errors import ArchitectureError, OutputError
-from remove_refusals.types import DiskTensor, ModelMap, Writer
+from remove_refusals.map_types import DiskTensor, ModelMap, Writer
 
 # Read in the converter and the graphs of llama.cpp as of 2026; the architecture has the model type's name in most.
 ARCHITECTURES = {

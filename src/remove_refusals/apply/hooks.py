@@ -16,9 +16,10 @@ from remove_refusals.apply.scales import embedding_scale, stream_scale
 from remove_refusals.apply.streams import with_stream
 from remove_refusals.errors import ArchitectureError
 from remove_refusals.linalg import project_out
+from remove_refusals.map_types import HookPoint, ModelMap, Site, Writer
 from remove_refusals.modelmap import map_model
 from remove_refusals.plan import check_fit, pull_back
-from remove_refusals.types import Direction, HookPoint, Intervention, ModelMap, Site, SiteEdit, Writer
+from remove_refusals.types import Direction, Intervention, SiteEdit
 
 Placement = Literal["writers", "residual"]
 """Where a norm lies between a writer and the residual stream: `writers` acts before it, as an edit of the weights does;

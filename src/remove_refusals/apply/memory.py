@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 from remove_refusals.errors import ModelError
 from remove_refusals.linalg import project_out
 from remove_refusals.loading import quiet
+from remove_refusals.map_types import EditPlan, ModelMap
 from remove_refusals.skeleton import skeleton
-from remove_refusals.types import EditPlan, ModelMap
 
 
 def edited_tensors(

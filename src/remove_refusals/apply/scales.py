@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import PreTrainedModel
 
 from remove_refusals.errors import ArchitectureError
+from remove_refusals.map_types import ModelMap
 from remove_refusals.terms import first_of_width
-from remove_refusals.types import ModelMap
 
 _N_TOKENS = 8
 _TOLERANCE = 0.02

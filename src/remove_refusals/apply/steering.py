@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from remove_refusals.apply.streams import with_stream
 from remove_refusals.errors import ArchitectureError
-from remove_refusals.types import ChannelStep, HookPoint, ModelMap, SiteKind
+from remove_refusals.map_types import ChannelStep, HookPoint, ModelMap
+from remove_refusals.types import SiteKind
 
 SiteKey = tuple[SiteKind, int | None]
 """A kind of site and its layer; None for the embedding."""

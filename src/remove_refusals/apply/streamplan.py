@@ -12,10 +12,10 @@ from remove_refusals.blockformats import BlockTensor
 from remove_refusals.blocktensors import find_block_tensor
 from remove_refusals.checkpoint import INDEX_FILE, SINGLE_FILE, ShardHeader, TensorEntry, checkpoint_files, read_header
 from remove_refusals.errors import CheckpointError
+from remove_refusals.map_types import EditPlan, ModelMap, PlanEntry
 from remove_refusals.records import read_json, versions
 from remove_refusals.skeleton import by_stored_name
 from remove_refusals.slices import float_dtype
-from remove_refusals.types import EditPlan, ModelMap, PlanEntry
 
 
 @dataclass(frozen=True, eq=False)

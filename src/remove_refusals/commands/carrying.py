@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from remove_refusals.carriers import BaseModel
+    from remove_refusals.map_types import ModelMap
     from remove_refusals.settings import EditSettings, LoadSettings
-    from remove_refusals.types import Direction, Intervention, ModelMap
+    from remove_refusals.types import Direction, Intervention
 
 As = Annotated[
     str,

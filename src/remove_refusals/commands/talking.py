@@ -35,9 +35,10 @@ from remove_refusals.options import (
 
 if TYPE_CHECKING:
     from remove_refusals.chat import Sides
+    from remove_refusals.map_types import ModelMap
     from remove_refusals.models import LoadedModel
     from remove_refusals.settings import EditSettings
-    from remove_refusals.types import Direction, Intervention, ModelMap
+    from remove_refusals.types import Direction, Intervention
 
 
 Run = Annotated[Path | None, typer.Option("--run", help="Take out what this run chose, a directory of `run`.")]

@@ -9,6 +9,7 @@ import torch
 from remove_refusals.apply.hooks import ablated
 from remove_refusals.apply.steering import Steer, added, is_steerable, steered
 from remove_refusals.batching import MOST_PROMPTS, fitting_pass, longest_first, with_backoff
+from remove_refusals.map_types import ModelMap
 from remove_refusals.models import LoadedModel
 from remove_refusals.selection.material import GradientSettings, Material, gather
 from remove_refusals.selection.objectives import damages, refusal_probabilities
@@ -16,7 +17,6 @@ from remove_refusals.selection.openings import N_OPENING_TOKENS, Openings, learn
 from remove_refusals.selection.probes import Probe, frozen, log_probabilities, make_probes
 from remove_refusals.selection.recipes import Option
 from remove_refusals.selection.references import References
-from remove_refusals.types import ModelMap
 
 _SMALLEST_ODDS = 1e-6
 

@@ -12,6 +12,7 @@ from remove_refusals.directions import mean_difference_per_layer
 from remove_refusals.errors import SelectionError
 from remove_refusals.journal import Journal, fingerprint
 from remove_refusals.judges import Label
+from remove_refusals.map_types import ModelMap
 from remove_refusals.modelmap import map_model
 from remove_refusals.models import LoadedModel
 from remove_refusals.prompts import split_by_size
@@ -23,7 +24,7 @@ from remove_refusals.selection.pick import OnProgress, pick, stage
 from remove_refusals.selection.recipes import tail_positions
 from remove_refusals.selection.references import AnswerSettings, References, references
 from remove_refusals.selection.tpe import TpeSettings, select_tpe
-from remove_refusals.types import Activations, Direction, ModelMap, PromptSet
+from remove_refusals.types import Activations, Direction, PromptSet
 
 _FEWEST = 8
 """How many prompts each part of a search needs at least, and how many refusals and answers there have to be."""

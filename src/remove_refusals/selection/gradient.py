@@ -15,12 +15,13 @@ from remove_refusals.apply.steering import SiteKey, Steer, steered
 from remove_refusals.directions import direction_from_vectors
 from remove_refusals.generation import Answer
 from remove_refusals.journal import Journal
+from remove_refusals.map_types import ModelMap
 from remove_refusals.models import LoadedModel
 from remove_refusals.selection.candidates import Candidate
 from remove_refusals.selection.material import GradientSettings, Material, first_words, score, with_new_refusals
 from remove_refusals.selection.objectives import damages, refusal_probabilities, unlikelihood
 from remove_refusals.selection.probes import frozen, log_probabilities
-from remove_refusals.types import SITE_KINDS, Direction, DirectionOrigin, Intervention, ModelMap, SiteEdit
+from remove_refusals.types import SITE_KINDS, Direction, DirectionOrigin, Intervention, SiteEdit
 
 Report = Callable[[int, int], None]
 

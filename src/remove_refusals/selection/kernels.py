@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 
 from remove_refusals.directions import direction_from_vectors
-from remove_refusals.types import Direction, Intervention, ModelMap, SiteEdit
+from remove_refusals.map_types import ModelMap
+from remove_refusals.types import Direction, Intervention, SiteEdit
 
 Scope = Literal["global", "per layer"]
 SCOPES: tuple[Scope, ...] = ("global", "per layer")

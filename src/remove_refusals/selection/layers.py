@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from math import ceil
 
 from remove_refusals.errors import SelectionError
+from remove_refusals.map_types import ModelMap
 from remove_refusals.models import LoadedModel
 from remove_refusals.selection.bench import Bench, LayerScore
 from remove_refusals.selection.candidates import Candidate, Rule
 from remove_refusals.selection.recipes import Option, make_options
 from remove_refusals.selection.references import References
-from remove_refusals.types import Activations, ModelMap
+from remove_refusals.types import Activations
 
 MAX_KL = 0.1
 """The paper's limit on the damage."""

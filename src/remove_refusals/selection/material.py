@@ -8,6 +8,7 @@ import torch
 from remove_refusals.apply.steering import SiteKey, Steer, steered
 from remove_refusals.generation import Answer, generate
 from remove_refusals.judges import Label, judge_phrases
+from remove_refusals.map_types import ModelMap
 from remove_refusals.models import LoadedModel
 from remove_refusals.selection.objectives import damages, likely_tokens, refusal_probabilities
 from remove_refusals.selection.openings import N_OPENING_TOKENS, Openings, learn_openings
@@ -21,7 +22,6 @@ from remove_refusals.selection.probes import (
     make_vocabulary,
 )
 from remove_refusals.selection.references import References
-from remove_refusals.types import ModelMap
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ from typing import Any
 
 from remove_refusals.journal import Journal
 from remove_refusals.judges import Label
+from remove_refusals.map_types import ModelMap
 from remove_refusals.models import LoadedModel
 from remove_refusals.selection.candidates import Candidate, Confirmation, Method, Rule, Selection, by_rule
 from remove_refusals.selection.references import AnswerSettings, References, confirm
-from remove_refusals.types import Intervention, ModelMap
+from remove_refusals.types import Intervention
 
 OnProgress = Callable[[str, int, int], None]
 """Called with the stage's name, how much of it is done and how much there is."""

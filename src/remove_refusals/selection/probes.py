@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from remove_refusals.batching import accepts, left_pad, longest_first
+from remove_refusals.map_types import ModelMap
 from remove_refusals.models import LoadedModel
-from remove_refusals.types import ModelMap
 
 _TOLERANCE = 1e-3
 

@@ -10,9 +10,10 @@ import torch
 from remove_refusals.chat_template import template_tail_length
 from remove_refusals.directions import direction_from_vectors
 from remove_refusals.errors import NumericalError
+from remove_refusals.map_types import ModelMap
 from remove_refusals.models import LoadedModel
 from remove_refusals.plan import intervene
-from remove_refusals.types import Activations, ChatFormat, Direction, DirectionOrigin, Intervention, ModelMap
+from remove_refusals.types import Activations, ChatFormat, Direction, DirectionOrigin, Intervention
 
 Recipe = Literal["plain", "projected", "winsorised", "scaled"]
 """What is done to the difference of the means; `winsorised` is projected as well."""

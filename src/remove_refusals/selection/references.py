@@ -9,10 +9,11 @@ from remove_refusals.chat_template import render
 from remove_refusals.distances import distances_along
 from remove_refusals.generation import Answer, generate
 from remove_refusals.judges import Label, judge_phrases
+from remove_refusals.map_types import ModelMap
 from remove_refusals.metrics import mean_with_interval, wilson_rate
 from remove_refusals.models import LoadedModel
 from remove_refusals.selection.candidates import Confirmation
-from remove_refusals.types import ChatFormat, Intervention, ModelMap, PromptSet
+from remove_refusals.types import ChatFormat, Intervention, PromptSet
 
 
 @dataclass(frozen=True, eq=False)

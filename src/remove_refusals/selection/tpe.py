@@ -22,13 +22,14 @@ from remove_refusals.distances import distances_along
 from remove_refusals.errors import DirectionError, ModelError, NumericalError, PromptError
 from remove_refusals.generation import answer_logits, generate
 from remove_refusals.judges import Label, judge_phrases
+from remove_refusals.map_types import ModelMap
 from remove_refusals.metrics import kl_divergence
 from remove_refusals.models import LoadedModel
 from remove_refusals.selection.candidates import Candidate, Rule, Selection, by_rule
 from remove_refusals.selection.kernels import build
 from remove_refusals.selection.references import AnswerSettings, References
 from remove_refusals.selection.trials import Outcome, Scores, Trials
-from remove_refusals.types import Direction, Intervention, ModelMap
+from remove_refusals.types import Direction, Intervention
 
 # Up to 4 GB of log-probabilities are kept on the CPU; beyond that the base model is run again in each trial.
 _MOST_KEPT = 2**30
