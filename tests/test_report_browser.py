@@ -148,6 +148,8 @@ def test_a_flipped_prompt_leads_to_its_answers(page):
     page.get_by_text("Refused by the base model alone: 3").click()
     page.locator(".prompts a").nth(1).click()
     target = page.locator("article:target")
+    # The page shows it only after it has heard of the new address.
+    target.locator(".side.edited").wait_for()
     assert target.locator(".side.edited").is_visible() and "number 1" in target.text_content()
 
 

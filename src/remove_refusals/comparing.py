@@ -8,12 +8,9 @@ import numpy as np
 import torch
 
 from remove_refusals.blockformats import BlockTensor
-from remove_refusals.linalg import BLOCK, Variant, blocks, project_out_in_place
+from remove_refusals.linalg import Variant, blocks, project_out_in_place, whole_blocks
 from remove_refusals.map_types import PlanEntry
 from remove_refusals.slices import COPY_BYTES, Place, float_dtype, opened, read_into, read_slice, tensor_slices
-
-DEFAULT_MEMORY = 1 << 26
-"""How many bytes of two tensors are held at once if nothing is said."""
 
 _SCRATCH_BYTES = 16 << 20
 _ROW = 4096
@@ -42,7 +39,7 @@ class PlainTensor:
 
     @property
     def axis(self) -> int:
-        """The axis of width d_model in what `floats` gives."""
+        """The axis of width d_model in what `parts` gives."""
         return self.along if self.whole else 1
 
     @property
@@ -54,7 +51,8 @@ class PlainTensor:
         """Read it part by part: `[outer, d_model, inner]` in its own data type; a part holds until the next is read."""
         path, entry = self.place
         dtype = float_dtype(path, entry)
-        most = math.prod(entry.shape) if self.whole else self._whole_blocks(numbers)
+        # Parts end where blocks do: then what is measured does not depend on the memory.
+        most = math.prod(entry.shape) if self.whole else whole_blocks(entry.shape, self.along, numbers)
         room: torch.Tensor | None = None
         with opened(path) as file:
             for part in tensor_slices(entry.shape, self.along, dtype.itemsize, max(1, most)):
@@ -63,14 +61,6 @@ class PlainTensor:
                     room = torch.empty(part.run * part.runs, dtype=torch.uint8)
                 values = read_slice(file, entry.start, part, dtype, room=room)
                 yield values.view(entry.shape) if self.whole else values
-
-    def _whole_blocks(self, numbers: int) -> int:
-        """Round so that parts end where blocks do: then what is measured does not depend on the memory."""
-        shape = self.place[1].shape
-        inner = max(1, math.prod(shape[self.along + 1 :]))
-        at_once = max(1, BLOCK // max(1, shape[self.along]))
-        unit = shape[self.along] * (at_once if inner > at_once else at_once // inner * inner)
-        return max(1, numbers // max(1, unit)) * unit
 
 
 @dataclass
@@ -116,7 +106,7 @@ def deviation(
     saved: PlainTensor | BlockTensor,
     entry: PlanEntry,
     variant: Variant,
-    memory: int = DEFAULT_MEMORY,
+    memory: int,
 ) -> Deviation:
     """Measure a saved tensor against what its plan makes of the original.
 
@@ -135,8 +125,8 @@ def deviation(
     """
     found, room = Deviation(), _Room()
     # Both are cut alike, whatever their data types.
-    a_number = sum(tensor.itemsize for tensor in (original, saved) if isinstance(tensor, PlainTensor)) or 1
-    numbers = max(memory - _SCRATCH_BYTES, memory // 2) // a_number
+    pair_bytes = sum(tensor.itemsize for tensor in (original, saved) if isinstance(tensor, PlainTensor))
+    numbers = max(memory - _SCRATCH_BYTES, memory // 2) // max(1, pair_bytes)
     first_parts, second_parts = (
         tensor.floats(_QUANTISED_NUMBERS) if isinstance(tensor, BlockTensor) else tensor.parts(numbers)
         for tensor in (original, saved)
@@ -210,7 +200,7 @@ def same_bytes(first: Place, second: Place) -> bool:
             part = room[:, : min(COPY_BYTES, size - start)]
             read_into(one, part[0].data, first[1].start + start)
             read_into(other, part[1].data, second[1].start + start)
-            # Eight times as quick as torch.equal on bytes.
+            # Seven times as quick as torch.equal on bytes.
             if not np.array_equal(part[0], part[1]):
                 return False
     return True

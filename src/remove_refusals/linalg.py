@@ -151,6 +151,23 @@ def blocks(tensor: torch.Tensor, axis: int) -> Iterator[torch.Tensor]:
             yield view[start : start + group, :, left : left + at_once]
 
 
+def whole_blocks(shape: Sequence[int], axis: int, numbers: int) -> int:
+    """Say how many numbers a part of a tensor may have so that it ends where one of its `blocks` does.
+
+    Args:
+        shape: The tensor's shape.
+        axis: The axis of width d_model.
+        numbers: How many numbers are wanted at most.
+
+    Returns:
+        The largest such number up to that one, at least one block.
+    """
+    d_model, inner = max(1, shape[axis]), max(1, math.prod(shape[axis + 1 :]))
+    at_once = max(1, BLOCK // d_model)
+    block = d_model * (at_once if inner > at_once else at_once // inner * inner)
+    return max(1, numbers // block) * block
+
+
 def _project(
     values: torch.Tensor,
     product: torch.Tensor,

@@ -50,14 +50,18 @@ def check_installed() -> None:
     except ImportError:
         known = False
     else:
-        parameters = inspect.signature(build_server).parameters
-        known = set(parameters) - {"enable_cors"} == _PARTS | _LEFT_OUT and hasattr(ModelManager, "process_model_name")
+        known = is_known_form(build_server) and hasattr(ModelManager, "process_model_name")
     if not known:
         version = importlib.metadata.version("transformers")
         raise ModelError(
             f"Transformers {version} has no server of a known form, expected that of 5.20 or a little later; run "
             "`pip install 'remove-refusals[serve]'`, or bake the edit and serve the files."
         )
+
+
+def is_known_form(build_server: Callable[..., Any]) -> bool:
+    """Say whether a function that builds Transformers' server takes the parts that it is given here, and no other."""
+    return set(inspect.signature(build_server).parameters) - {"enable_cors"} == _PARTS | _LEFT_OUT
 
 
 @contextmanager
