@@ -14,11 +14,11 @@ from collections.abc import Callable
 
 import torch
 
-from remove_refusals.batching import first_batch_size, left_pad, longest_first
-from remove_refusals.chat_template import render
-from remove_refusals.evaluation import EvaluationPrompts, EvaluationSettings, evaluate
-from remove_refusals.models import LoadedModel, load
-from remove_refusals.settings import PromptSource
+from remove_refusals.measure.evaluate import EvaluationPrompts, evaluate
+from remove_refusals.models.batches import first_batch_size, left_pad, longest_first
+from remove_refusals.models.chat_template import render
+from remove_refusals.models.load import LoadedModel, load
+from remove_refusals.settings import EvaluationSettings, PromptSource
 from remove_refusals.types import PromptSet
 
 

@@ -26,13 +26,13 @@ from itertools import cycle, islice
 
 import torch
 
-from remove_refusals.activations import collect_activations
-from remove_refusals.batching import accepts, left_pad, longest_first
-from remove_refusals.chat_template import render
-from remove_refusals.directions import layer_index
-from remove_refusals.map_types import ModelMap
-from remove_refusals.modelmap import map_model
-from remove_refusals.models import LoadedModel, load
+from remove_refusals.directions.activations import collect_activations
+from remove_refusals.directions.direction import layer_index
+from remove_refusals.modelmap.derive import map_model
+from remove_refusals.modelmap.types import ModelMap
+from remove_refusals.models.batches import accepts, left_pad, longest_first
+from remove_refusals.models.chat_template import render
+from remove_refusals.models.load import LoadedModel, load
 from remove_refusals.prompts import embedded_prompts, load_prompts
 from remove_refusals.types import PromptSet
 

@@ -22,19 +22,16 @@ import numpy as np
 import torch
 from llama_cpp import Llama
 
-from remove_refusals.apply.gguf_names import GgufNames
-from remove_refusals.carriers import bake_gguf_lora, base_on_disk
-from remove_refusals.chat_template import render
-from remove_refusals.checkpoint import checkpoint_tensors
-from remove_refusals.disk_baking import open_checkpoint
-from remove_refusals.generation import generate
-from remove_refusals.gguf_baking import bake_gguf
-from remove_refusals.interventions import load_intervention
-from remove_refusals.judges import judge_phrases
-from remove_refusals.modelmap import map_model
-from remove_refusals.models import LoadedModel, load
-from remove_refusals.skeleton import skeleton_of
-from remove_refusals.slices import read_tensor
+from remove_refusals.baking.base import base_on_disk, open_checkpoint
+from remove_refusals.baking.gguf import GgufNames, bake_gguf_lora
+from remove_refusals.directions.intervention import load_intervention
+from remove_refusals.measure.judges.phrases import judge_phrases
+from remove_refusals.modelmap.derive import map_model
+from remove_refusals.modelmap.skeleton import skeleton_of
+from remove_refusals.models.chat_template import render
+from remove_refusals.models.checkpoint import checkpoint_tensors, read_tensor
+from remove_refusals.models.generate import generate
+from remove_refusals.models.load import LoadedModel, load
 
 Q8_0 = gguf.GGMLQuantizationType.Q8_0
 

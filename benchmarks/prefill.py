@@ -14,9 +14,9 @@ from collections.abc import Callable
 
 import torch
 
-from remove_refusals.batching import left_pad
-from remove_refusals.generation import generate
-from remove_refusals.models import LoadedModel, load
+from remove_refusals.models.batches import left_pad
+from remove_refusals.models.generate import generate
+from remove_refusals.models.load import LoadedModel, load
 
 SENTENCE = "Explain in a few words how a rainforest works, and what lives in it. "
 

@@ -17,16 +17,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from remove_refusals.evaluation import EvaluationPrompts
-from remove_refusals.judges import Label
-from remove_refusals.map_types import ModelMap
-from remove_refusals.modelmap import map_model
-from remove_refusals.models import LoadedModel, load
+from remove_refusals.measure.evaluate import EvaluationPrompts
+from remove_refusals.measure.judges.labels import Label
+from remove_refusals.modelmap.derive import map_model
+from remove_refusals.modelmap.types import ModelMap
+from remove_refusals.models.load import LoadedModel, load
 from remove_refusals.prompts import check_disjoint
-from remove_refusals.selection.candidates import Candidate, hypervolume
-from remove_refusals.selection.choose import SearchPrompts, SelectSettings, select, split_for_search
-from remove_refusals.selection.references import AnswerSettings, References, confirm, references
-from remove_refusals.settings import PromptSource
+from remove_refusals.search.candidates import Candidate, hypervolume
+from remove_refusals.search.references import References, confirm, references
+from remove_refusals.search.search import SearchPrompts, select, split_for_search
+from remove_refusals.settings import AnswerSettings, PromptSource, SelectSettings
 from remove_refusals.types import PromptSet
 
 WORST = (1.0, 1.0)

@@ -9,14 +9,23 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from remove_refusals.baking import bake
-from remove_refusals.evaluation import EvaluationPrompts, EvaluationSettings, evaluate
-from remove_refusals.modelmap import map_model
-from remove_refusals.models import load
-from remove_refusals.plan import Tied
-from remove_refusals.settings import DirectionSettings, EditSettings, MeasureSettings, PromptSource
-from remove_refusals.stages import find_direction, make_intervention, test_prompts
-from remove_refusals.types import SITE_KINDS, ChatFormat, Intervention
+from remove_refusals.baking.memory import bake
+from remove_refusals.directions.direction import find_direction
+from remove_refusals.directions.intervention import make_intervention
+from remove_refusals.measure.evaluate import EvaluationPrompts, evaluate, test_prompts
+from remove_refusals.modelmap.derive import map_model
+from remove_refusals.models.load import load
+from remove_refusals.settings import (
+    SITE_KINDS,
+    ChatFormat,
+    DirectionSettings,
+    EditSettings,
+    EvaluationSettings,
+    MeasureSettings,
+    PromptSource,
+    Tied,
+)
+from remove_refusals.types import Intervention
 
 
 def main() -> None:

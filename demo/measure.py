@@ -5,13 +5,20 @@ python demo/measure.py src/remove_refusals/data/demo
 
 import argparse
 
-from remove_refusals.apply.hooks import ablated
-from remove_refusals.evaluation import Evaluation, EvaluationSettings, evaluate
-from remove_refusals.modelmap import map_model
-from remove_refusals.models import LoadedModel, load
-from remove_refusals.settings import DirectionSettings, EditSettings, MeasureSettings
-from remove_refusals.stages import find_direction, make_intervention, test_prompts
-from remove_refusals.types import ChatFormat
+from remove_refusals.directions.hooks import ablated
+from remove_refusals.measure.scores import Evaluation
+from remove_refusals.settings import EvaluationSettings
+from remove_refusals.measure.evaluate import evaluate
+from remove_refusals.modelmap.derive import map_model
+from remove_refusals.models.load import LoadedModel
+from remove_refusals.models.load import load
+from remove_refusals.settings import DirectionSettings
+from remove_refusals.settings import EditSettings
+from remove_refusals.settings import MeasureSettings
+from remove_refusals.directions.direction import find_direction
+from remove_refusals.directions.intervention import make_intervention
+from remove_refusals.measure.evaluate import test_prompts
+from remove_refusals.settings import ChatFormat
 
 DRAWS = ((32, 0), (32, 1), (32, 2), (32, 3), (32, 4), (8, 0), (128, 0))
 """How many prompts of each kind, and the seed that draws them."""

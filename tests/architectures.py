@@ -14,17 +14,19 @@ import torch
 import transformers
 
 import zoo
-from remove_refusals.apply.hooks import ablated
-from remove_refusals.apply.memory import edited_tensors, save_edited
-from remove_refusals.certify import Certificate, certify
-from remove_refusals.checkpoint import tensor_hashes
-from remove_refusals.directions import direction_from_vectors
-from remove_refusals.disk_baking import bake_on_disk, open_checkpoint
+from remove_refusals.baking.base import open_checkpoint
+from remove_refusals.baking.certificate import Certificate, certify
+from remove_refusals.baking.disk import bake_on_disk
+from remove_refusals.baking.memory import edited_tensors, save_edited
+from remove_refusals.directions.direction import direction_from_vectors
+from remove_refusals.directions.hooks import ablated
+from remove_refusals.directions.intervention import intervene
+from remove_refusals.directions.plan import resolve
 from remove_refusals.errors import ArchitectureError, ModelError, NotStreamedError
-from remove_refusals.map_types import ModelMap
-from remove_refusals.modelmap import map_model
-from remove_refusals.plan import intervene, resolve
-from remove_refusals.terms import first_of_width
+from remove_refusals.modelmap.derive import map_model
+from remove_refusals.modelmap.knowledge import first_of_width
+from remove_refusals.modelmap.types import ModelMap
+from remove_refusals.models.checkpoint import tensor_hashes
 from remove_refusals.types import Direction, DirectionOrigin, Intervention
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "architectures.md"

@@ -5,7 +5,7 @@ import resource
 
 import torch
 
-from remove_refusals.disk_baking import bake_on_disk
+from remove_refusals.baking.disk import bake_on_disk
 from remove_refusals.errors import OutputError
 
 MEMORY = 1 << 16

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
-from remove_refusals.models import LoadedModel
+from remove_refusals.models.load import LoadedModel
 from remove_refusals.types import PromptSet
 
 N_VERBS, N_NOUNS, N_ANSWERS = 80, 20, 5

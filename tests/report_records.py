@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from remove_refusals.analysis import separation
-from remove_refusals.metrics import mcnemar, mean_with_interval, wilson_rate
+from remove_refusals.directions.separation import separation
+from remove_refusals.measure.statistics import mcnemar, mean_with_interval, wilson_rate
 from remove_refusals.types import Activations, PromptSet
 
 SETS = {"harmful": 3, "harmless": 3, "alarming": 2}

@@ -4,10 +4,11 @@ import torch
 
 import tiny
 import zoo
-from remove_refusals.directions import direction_from_vectors
-from remove_refusals.disk_baking import bake_on_disk, open_checkpoint
-from remove_refusals.models import LoadedModel
-from remove_refusals.plan import intervene
+from remove_refusals.baking.base import open_checkpoint
+from remove_refusals.baking.disk import bake_on_disk
+from remove_refusals.directions.direction import direction_from_vectors
+from remove_refusals.directions.intervention import intervene
+from remove_refusals.models.load import LoadedModel
 from remove_refusals.types import DirectionOrigin
 
 

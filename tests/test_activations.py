@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 
 import tiny
 import zoo
-from remove_refusals.activations import collect_activations
-from remove_refusals.batching import MOST_PROMPTS, fitting_pass
-from remove_refusals.chat_template import render
-from remove_refusals.directions import largest_coordinate_share, layer_index, mean_difference
+from remove_refusals.directions.activations import collect_activations
+from remove_refusals.directions.direction import largest_coordinate_share, layer_index, mean_difference
 from remove_refusals.errors import DirectionError, NumericalError
-from remove_refusals.modelmap import map_model
-from remove_refusals.models import LoadedModel
+from remove_refusals.modelmap.derive import map_model
+from remove_refusals.models.batches import MOST_PROMPTS, fitting_pass
+from remove_refusals.models.chat_template import render
+from remove_refusals.models.load import LoadedModel
 from remove_refusals.types import Activations, PromptSet
 
 PROMPTS = PromptSet("some", ("Hello", "How do I bake bread?", "x", "Name three rivers in Europe, please."), "test")

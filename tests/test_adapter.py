@@ -13,18 +13,16 @@ from transformers import AutoModelForCausalLM
 import tiny
 import zoo
 from architectures import entry
-from remove_refusals.apply.adapter import peft_adapter, save_peft_adapter
-from remove_refusals.apply.adapter_check import check_loads
-from remove_refusals.apply.adapter_loading import is_adapter, with_adapter
-from remove_refusals.apply.memory import edited_tensors
-from remove_refusals.direction_files import save_direction
-from remove_refusals.directions import direction_from_vectors
-from remove_refusals.disk_baking import bake_on_disk, open_checkpoint
+from remove_refusals.baking.base import open_checkpoint
+from remove_refusals.baking.disk import bake_on_disk
+from remove_refusals.baking.lora import check_loads, is_adapter, peft_adapter, save_peft_adapter, with_adapter
+from remove_refusals.baking.memory import edited_tensors
+from remove_refusals.directions.direction import direction_from_vectors, save_direction
+from remove_refusals.directions.intervention import intervene, load_intervention
+from remove_refusals.directions.plan import resolve
 from remove_refusals.errors import ArchitectureError, DirectionError, ModelError
-from remove_refusals.interventions import load_intervention
-from remove_refusals.modelmap import map_model
-from remove_refusals.models import load
-from remove_refusals.plan import intervene, resolve
+from remove_refusals.modelmap.derive import map_model
+from remove_refusals.models.load import load
 from remove_refusals.types import DirectionOrigin, Intervention, SiteEdit
 
 # Plain, with gains behind the writers and a scaled tied embedding, Conv1D with biases, biases on the input side only,

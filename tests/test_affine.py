@@ -8,18 +8,16 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 import zoo
-from remove_refusals.activations import measure_boundaries
-from remove_refusals.apply.hooks import ablated
-from remove_refusals.apply.scales import embedding_scale
-from remove_refusals.baking import bake
-from remove_refusals.certify import certify
-from remove_refusals.direction_files import load_direction, save_direction
-from remove_refusals.directions import direction_from_vectors, mean_difference
+from remove_refusals.baking.certificate import certify, certify_directory
+from remove_refusals.baking.memory import bake
+from remove_refusals.directions.activations import measure_boundaries
+from remove_refusals.directions.direction import direction_from_vectors, load_direction, mean_difference, save_direction
+from remove_refusals.directions.hooks import ablated
+from remove_refusals.directions.intervention import intervene
+from remove_refusals.directions.plan import resolve
 from remove_refusals.errors import ArchitectureError, DirectionError
-from remove_refusals.inspection import certify_directory
-from remove_refusals.modelmap import map_model
-from remove_refusals.models import LoadedModel
-from remove_refusals.plan import intervene, resolve
+from remove_refusals.modelmap.derive import map_model
+from remove_refusals.models.load import LoadedModel
 from remove_refusals.types import Activations, DirectionOrigin, Intervention, PromptSet, SiteEdit
 
 MODEL_TYPES = ["llama", "qwen3", "gemma3_text", "granite", "gpt2", "mixtral"]

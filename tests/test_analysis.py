@@ -9,13 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from remove_refusals.activations import collect_activations
-from remove_refusals.analysis import MOST_PROMPTS, measure_separation, separation
-from remove_refusals.directions import mean_difference
+from remove_refusals.directions.activations import collect_activations
+from remove_refusals.directions.direction import mean_difference
+from remove_refusals.directions.separation import MOST_PROMPTS, auroc, auroc_interval, measure_separation, separation
 from remove_refusals.errors import DirectionError, NumericalError
-from remove_refusals.models import load
+from remove_refusals.models.load import load
 from remove_refusals.prompts import embedded_prompts
-from remove_refusals.roc import auroc, auroc_interval
 from remove_refusals.types import Activations, PromptSet
 
 SCORES = st.lists(st.integers(-5, 5), min_size=1, max_size=20)

@@ -8,16 +8,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
 import zoo
-from remove_refusals.apply.hooks import ablated
-from remove_refusals.apply.memory import edited_tensors, save_edited
-from remove_refusals.baking import bake
-from remove_refusals.direction_files import load_direction
-from remove_refusals.directions import direction_from_vectors
+from remove_refusals.baking.memory import bake, edited_tensors, save_edited
+from remove_refusals.directions.direction import direction_from_vectors, load_direction
+from remove_refusals.directions.hooks import ablated
+from remove_refusals.directions.intervention import intervene
+from remove_refusals.directions.plan import resolve
 from remove_refusals.errors import DirectionError, OutputError
-from remove_refusals.linalg import share_left
-from remove_refusals.modelmap import map_model
-from remove_refusals.models import load
-from remove_refusals.plan import intervene, resolve
+from remove_refusals.formula import share_left
+from remove_refusals.modelmap.derive import map_model
+from remove_refusals.models.load import load
 from remove_refusals.types import DirectionOrigin
 
 

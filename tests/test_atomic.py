@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 import tiny
-from remove_refusals.atomic import atomic_directory, atomic_file, resumable_directory
 from remove_refusals.errors import OutputError
+from remove_refusals.files import atomic_directory, atomic_file, resumable_directory
 
 NOBODY = 65534
 

@@ -8,12 +8,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import zoo
-from remove_refusals.apply.hooks import ablated
-from remove_refusals.blocktensors import find_block_tensor
-from remove_refusals.certify import certify
-from remove_refusals.checkpoint import checkpoint_tensors, file_hashes
+from remove_refusals.baking.certificate import certify, certify_directory
+from remove_refusals.directions.hooks import ablated
 from remove_refusals.errors import CheckpointError
-from remove_refusals.inspection import certify_directory
+from remove_refusals.models.checkpoint import checkpoint_tensors, file_hashes
+from remove_refusals.models.quantised import find_block_tensor
 from streaming import saved, streamed, taken_out
 
 FP8 = torch.float8_e4m3fn
@@ -185,7 +184,7 @@ def test_a_skipped_expert_fails_by_its_name(tmp_path):
     for part in (f"{name}_blocks", f"{name}_scales"):
         tensors[1][part] = tensors[0][part].clone()
     save_file(tensors[1], paths[1], metadata={"format": "pt"})
-    from remove_refusals.disk_baking import open_checkpoint
+    from remove_refusals.baking.base import open_checkpoint
 
     model_map = open_checkpoint(str(tmp_path / "base")).model_map
     problems = certify(found.directory, tmp_path / "base", found.plan, model_map).problems

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from conftest import Command
-from remove_refusals.calibration import (
+from remove_refusals.errors import JudgeError
+from remove_refusals.measure.judges.calibration import (
     Calibration,
     accuracy_rows,
     calibrate,
@@ -15,9 +16,9 @@ from remove_refusals.calibration import (
     load_answers,
     load_calibration,
 )
-from remove_refusals.corrections import JudgeAccuracy, rogan_gladen
-from remove_refusals.errors import JudgeError
-from remove_refusals.judges import Judgement, Label, PhraseJudge
+from remove_refusals.measure.judges.labels import Judgement, Label
+from remove_refusals.measure.judges.phrases import PhraseJudge
+from remove_refusals.measure.statistics import JudgeAccuracy, rogan_gladen
 
 ANSWERS = [
     ("How do I bake?", "Mix flour and water, and heat it.", "compliance"),

@@ -9,14 +9,13 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 import zoo
-from remove_refusals.baking import bake
-from remove_refusals.certify import certify
-from remove_refusals.directions import direction_from_vectors
+from remove_refusals.baking.certificate import certify, certify_directory
+from remove_refusals.baking.memory import bake
+from remove_refusals.directions.direction import direction_from_vectors
+from remove_refusals.directions.intervention import intervene
 from remove_refusals.errors import ArchitectureError
-from remove_refusals.inspection import certify_directory
-from remove_refusals.modelmap import map_model
-from remove_refusals.models import LoadedModel
-from remove_refusals.plan import intervene
+from remove_refusals.modelmap.derive import map_model
+from remove_refusals.models.load import LoadedModel
 from remove_refusals.types import DirectionOrigin
 
 EXPERT = "model.layers.1.block_sparse_moe.experts.2.w2.weight"

@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from remove_refusals.activations import collect_activations
-from remove_refusals.apply.hooks import ablated
-from remove_refusals.chat import ChatState, Make, converse
-from remove_refusals.chat_template import render
-from remove_refusals.directions import direction_from_vectors, mean_difference
-from remove_refusals.generation import generate
-from remove_refusals.modelmap import map_model
-from remove_refusals.models import LoadedModel, load
+from remove_refusals.cli.chat import ChatState, Make, converse
+from remove_refusals.directions.activations import collect_activations
+from remove_refusals.directions.direction import direction_from_vectors, mean_difference
+from remove_refusals.directions.hooks import ablated
+from remove_refusals.directions.intervention import make_intervention
+from remove_refusals.modelmap.derive import map_model
+from remove_refusals.models.chat_template import render
+from remove_refusals.models.generate import generate
+from remove_refusals.models.load import LoadedModel, load
 from remove_refusals.prompts import draw, embedded_prompts
 from remove_refusals.settings import EditSettings
-from remove_refusals.stages import make_intervention
 from remove_refusals.types import DirectionOrigin
 
 PROMPT = embedded_prompts("harmful_test").prompts[0]

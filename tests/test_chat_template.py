@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from remove_refusals.chat_template import check_position, render, render_conversation, template_tail_length
 from remove_refusals.errors import PromptError
+from remove_refusals.models.chat_template import check_position, render, render_conversation, template_tail_length
 
 LLAMA = (
     "{{ bos_token }}{% for message in messages %}<|start|>{{ message['role'] }}<|end|>\n\n"

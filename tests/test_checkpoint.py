@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from remove_refusals.checkpoint import (
+from remove_refusals.errors import CheckpointError
+from remove_refusals.models.checkpoint import (
     INDEX_FILE,
     checkpoint_files,
     checkpoint_tensors,
@@ -18,7 +19,6 @@ from remove_refusals.checkpoint import (
     read_header,
     tensor_hashes,
 )
-from remove_refusals.errors import CheckpointError
 
 TENSORS = {
     "a": torch.arange(6, dtype=torch.float32).reshape(2, 3),

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
 from conftest import Command, Inputs, Outcome
-from remove_refusals import cli
-from remove_refusals.direction_files import load_direction, load_directions
+from remove_refusals.cli import main as cli
+from remove_refusals.directions.direction import load_direction, load_directions
 from remove_refusals.prompts import draw, load_prompts
 
 COMMANDS = sorted(typer.main.get_command(cli.app).commands)

@@ -4,10 +4,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from remove_refusals.checkpoint import checkpoint_tensors
-from remove_refusals.comparing import PlainTensor, deviation, same_bytes
-from remove_refusals.linalg import BLOCK, project_out
-from remove_refusals.map_types import PlanEntry
+from remove_refusals.baking.certificate import PlainTensor, deviation
+from remove_refusals.directions.plan import PlanEntry
+from remove_refusals.formula import BLOCK, project_out
+from remove_refusals.models.checkpoint import checkpoint_tensors, same_bytes
 
 D_MODEL = 64
 

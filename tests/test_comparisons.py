@@ -6,9 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from remove_refusals.comparisons import Verdict, holm, paired_difference, paired_rates, verdict
 from remove_refusals.errors import NumericalError
-from remove_refusals.metrics import McNemar
+from remove_refusals.measure.statistics import McNemar, Verdict, holm, paired_difference, paired_rates, verdict
 
 
 def test_a_clear_difference_is_decided_both_ways() -> None:

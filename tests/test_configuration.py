@@ -13,10 +13,10 @@ import typer
 from safetensors.torch import load_file, save_file
 
 import tiny
-from remove_refusals.cli import app
-from remove_refusals.configuration import default_configuration, read_configuration
+from remove_refusals.cli.main import app
+from remove_refusals.cli.options import default_configuration, read_configuration
 from remove_refusals.errors import ConfigurationError, RecordError
-from remove_refusals.reproduction import reproduce
+from remove_refusals.pipeline import reproduce
 
 WORDS = {
     "a": "rob hack lie",

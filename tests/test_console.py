@@ -10,10 +10,8 @@ from pathlib import Path
 import pytest
 
 from conftest import Command, Inputs
-from remove_refusals import completion
-from remove_refusals.linalg import VARIANTS
-from remove_refusals.selection.candidates import METHODS
-from remove_refusals.types import SITE_KINDS
+from remove_refusals.cli import options as completion
+from remove_refusals.settings import METHODS, SITE_KINDS, VARIANTS
 
 
 class TestCompletion:

@@ -7,12 +7,11 @@ from scipy.stats import ttest_ind
 
 import tiny
 import zoo
-from remove_refusals.activations import collect_activations
-from remove_refusals.contributions import site_contributions
-from remove_refusals.directions import mean_difference
-from remove_refusals.experts import expert_choices, writer_shares
-from remove_refusals.modelmap import map_model
-from remove_refusals.models import LoadedModel, load
+from remove_refusals.directions.activations import collect_activations
+from remove_refusals.directions.attribution import expert_choices, site_contributions, writer_shares
+from remove_refusals.directions.direction import mean_difference
+from remove_refusals.modelmap.derive import map_model
+from remove_refusals.models.load import LoadedModel, load
 from remove_refusals.prompts import draw, embedded_prompts
 from remove_refusals.types import PromptSet
 

@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from remove_refusals.corrections import JudgeAccuracy, rogan_gladen
 from remove_refusals.errors import JudgeError
+from remove_refusals.measure.statistics import JudgeAccuracy, rogan_gladen
 
 
 def test_reference_values_worked_by_hand() -> None:

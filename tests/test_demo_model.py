@@ -8,16 +8,18 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from remove_refusals.apply.hooks import ablated
-from remove_refusals.evaluation import Evaluation, EvaluationPrompts, EvaluationSettings, evaluate
-from remove_refusals.judges import Label, judge_phrases
-from remove_refusals.modelmap import map_model
-from remove_refusals.models import LoadedModel, load
-from remove_refusals.settings import DirectionSettings, EditSettings, MeasureSettings
-from remove_refusals.sources import model_source
-from remove_refusals.stages import find_direction, make_intervention
-from remove_refusals.stages import test_prompts as measuring_prompts
-from remove_refusals.types import ChatFormat
+from remove_refusals.directions.direction import find_direction
+from remove_refusals.directions.hooks import ablated
+from remove_refusals.directions.intervention import make_intervention
+from remove_refusals.measure.evaluate import EvaluationPrompts, evaluate
+from remove_refusals.measure.evaluate import test_prompts as measuring_prompts
+from remove_refusals.measure.judges.labels import Label
+from remove_refusals.measure.judges.phrases import judge_phrases
+from remove_refusals.measure.scores import Evaluation
+from remove_refusals.modelmap.derive import map_model
+from remove_refusals.models.load import LoadedModel, load
+from remove_refusals.models.source import model_source
+from remove_refusals.settings import ChatFormat, DirectionSettings, EditSettings, EvaluationSettings, MeasureSettings
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "demo"))
 

@@ -10,17 +10,22 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 import zoo
-from remove_refusals.activations import measure_boundaries
-from remove_refusals.apply.hooks import ablated
-from remove_refusals.baking import bake
-from remove_refusals.direction_files import load_direction, load_directions, save_direction
-from remove_refusals.directions import mean_difference, mean_difference_per_layer
+from remove_refusals.baking.certificate import certify_directory
+from remove_refusals.baking.memory import bake
+from remove_refusals.directions.activations import measure_boundaries
+from remove_refusals.directions.direction import (
+    load_direction,
+    load_directions,
+    mean_difference,
+    mean_difference_per_layer,
+    save_direction,
+)
+from remove_refusals.directions.hooks import ablated
+from remove_refusals.directions.intervention import intervene, intervene_per_layer
 from remove_refusals.errors import ArchitectureError, DirectionError
-from remove_refusals.inspection import certify_directory
-from remove_refusals.linalg import share_left
-from remove_refusals.modelmap import map_model
-from remove_refusals.models import LoadedModel
-from remove_refusals.plan import intervene, intervene_per_layer
+from remove_refusals.formula import share_left
+from remove_refusals.modelmap.derive import map_model
+from remove_refusals.models.load import LoadedModel
 from remove_refusals.types import Activations, PromptSet
 
 POSITIONS = (-1, -2, -4)

@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 
 from remove_refusals.errors import JudgeError
-from remove_refusals.judges import Label, PhraseJudge
-from remove_refusals.judges.choosing import make_judge
-from remove_refusals.judges.endpoint import KEY_VARIABLE, EndpointJudge
-from remove_refusals.judges.rubric import RUBRIC, read_label
-from remove_refusals.judges.transport import Patience
+from remove_refusals.measure.judges.choose import make_judge
+from remove_refusals.measure.judges.endpoint import KEY_VARIABLE, RUBRIC, EndpointJudge, Patience, read_label
+from remove_refusals.measure.judges.labels import Label
+from remove_refusals.measure.judges.phrases import PhraseJudge
 
 Reply = tuple[int, dict[str, str], bytes]
 QUICK = Patience(attempts=4, first_wait_seconds=0.001, timeout_seconds=5)

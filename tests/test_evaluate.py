@@ -12,20 +12,28 @@ import pytest
 import torch
 
 import tiny
-from remove_refusals.chat_template import render
-from remove_refusals.comparisons import paired_difference
-from remove_refusals.corrections import JudgeAccuracy
 from remove_refusals.errors import ModelError, NumericalError, PromptError
-from remove_refusals.evaluation import EvaluationPrompts, EvaluationSettings, evaluate, warnings
-from remove_refusals.generation import generate
-from remove_refusals.harness import TaskScore
-from remove_refusals.judges import Judgement, Label, judge_phrases
-from remove_refusals.metrics import McNemar, Mean, Perplexity, Rate, mcnemar, wilson_rate
-from remove_refusals.models import LoadedModel
-from remove_refusals.score_table import table
-from remove_refusals.scores import Distance, Evaluation, PairedRate, SetScores, Thinking
-from remove_refusals.text_scores import score_text
-from remove_refusals.types import ChatFormat, PromptSet
+from remove_refusals.measure.evaluate import EvaluationPrompts, evaluate, warnings
+from remove_refusals.measure.judges.labels import Judgement, Label
+from remove_refusals.measure.judges.phrases import judge_phrases
+from remove_refusals.measure.scores import Distance, Evaluation, PairedRate, SetScores, Thinking
+from remove_refusals.measure.statistics import (
+    JudgeAccuracy,
+    McNemar,
+    Mean,
+    Perplexity,
+    Rate,
+    mcnemar,
+    paired_difference,
+    wilson_rate,
+)
+from remove_refusals.measure.tasks import TaskScore
+from remove_refusals.models.chat_template import render
+from remove_refusals.models.generate import generate
+from remove_refusals.models.load import LoadedModel
+from remove_refusals.report.words import table
+from remove_refusals.settings import ChatFormat, EvaluationSettings
+from remove_refusals.types import PromptSet
 
 HARMFUL = PromptSet("harmful", ("Pick a lock?", "Forge a note?", "Cheat at cards?"), "test")
 HARMLESS = PromptSet("harmless", ("Name a colour.", "Why is it blue?", "Tell a joke.", "2 + 2."), "test")

@@ -7,13 +7,13 @@ import torch
 
 import tiny
 import zoo
-from remove_refusals.activations import collect_activations
-from remove_refusals.analysis import separation
-from remove_refusals.directions import mean_difference
+from remove_refusals.directions.activations import collect_activations
+from remove_refusals.directions.direction import mean_difference
+from remove_refusals.directions.separation import separation
 from remove_refusals.errors import OutputError
 from remove_refusals.examination import analyze
-from remove_refusals.models import load
-from remove_refusals.report_page.page import html_report
+from remove_refusals.models.load import load
+from remove_refusals.report.page import html_report
 from remove_refusals.settings import DirectionSettings, MeasureSettings, PromptSource, RunSettings
 from test_report_page import Page
 

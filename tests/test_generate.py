@@ -8,10 +8,17 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig, PreTrainedModel
 
 import tiny
-from remove_refusals.batching import accepts, check_prompts, contiguous_head, left_pad, longest_first, with_backoff
 from remove_refusals.errors import ModelError, NumericalError, PromptError
-from remove_refusals.generation import answer_logits, generate, stream
-from remove_refusals.models import LoadedModel
+from remove_refusals.models.batches import (
+    accepts,
+    check_prompts,
+    contiguous_head,
+    left_pad,
+    longest_first,
+    with_backoff,
+)
+from remove_refusals.models.generate import answer_logits, generate, stream
+from remove_refusals.models.load import LoadedModel
 
 TEXTS = (
     "a",

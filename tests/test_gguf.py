@@ -12,20 +12,15 @@ from hypothesis import strategies as st
 
 import tiny_gguf
 import zoo
-from remove_refusals.apply.factors import low_rank
-from remove_refusals.apply.gguf_adapter import gguf_lora, write_gguf_lora
-from remove_refusals.apply.gguf_control import control_vector
-from remove_refusals.apply.gguf_file import decoded, encoded, open_gguf
-from remove_refusals.apply.gguf_names import ARCHITECTURES, GgufNames
-from remove_refusals.apply.memory import edited_tensors
-from remove_refusals.direction_files import save_direction
-from remove_refusals.directions import direction_from_vectors
+from remove_refusals.baking.gguf import ARCHITECTURES, GgufNames, gguf_lora, write_gguf_lora
+from remove_refusals.baking.lora import low_rank
+from remove_refusals.baking.memory import edited_tensors
+from remove_refusals.directions.direction import direction_from_vectors, save_direction
+from remove_refusals.directions.intervention import intervene
+from remove_refusals.directions.plan import PlanEntry, resolve
 from remove_refusals.errors import ArchitectureError, CheckpointError, DirectionError, OutputError
-from remove_refusals.gguf_baking import bake_gguf, record_path
-from remove_refusals.linalg import project_out
-from remove_refusals.map_types import PlanEntry
-from remove_refusals.modelmap import map_model
-from remove_refusals.plan import intervene, resolve
+from remove_refusals.formula import project_out
+from remove_refusals.modelmap.derive import map_model
 from remove_refusals.types import DirectionOrigin
 
 needs_llama = pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not there")

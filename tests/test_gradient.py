@@ -7,24 +7,28 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from remove_refusals.apply.hooks import ablated
-from remove_refusals.apply.steering import Steer, is_steerable, steered
-from remove_refusals.directions import direction_from_vectors
+from remove_refusals.directions.direction import direction_from_vectors
+from remove_refusals.directions.hooks import Steer, ablated, is_steerable, steered
+from remove_refusals.directions.intervention import intervene
 from remove_refusals.errors import PromptError
-from remove_refusals.generation import answer_logits
-from remove_refusals.judges import Label
-from remove_refusals.map_types import ModelMap
-from remove_refusals.modelmap import map_model
-from remove_refusals.models import LoadedModel, load
-from remove_refusals.plan import intervene
+from remove_refusals.measure.judges.labels import Label
+from remove_refusals.modelmap.derive import map_model
+from remove_refusals.modelmap.types import ModelMap
+from remove_refusals.models.generate import answer_logits
+from remove_refusals.models.load import LoadedModel, load
 from remove_refusals.prompts import embedded_prompts
-from remove_refusals.selection.candidates import Rule
-from remove_refusals.selection.choose import SelectSettings, select, split_for_search
-from remove_refusals.selection.material import GradientSettings, gather
-from remove_refusals.selection.objectives import damages, refusal_probabilities, unlikelihood
-from remove_refusals.selection.openings import Openings, learn_openings
-from remove_refusals.selection.probes import keep_below, log_probabilities, make_probes, make_vocabulary
-from remove_refusals.selection.references import AnswerSettings, References, references
+from remove_refusals.search.continuations import keep_below, log_probabilities, make_probes, make_vocabulary
+from remove_refusals.search.material import (
+    Openings,
+    damages,
+    gather,
+    learn_openings,
+    refusal_probabilities,
+    unlikelihood,
+)
+from remove_refusals.search.references import References, references
+from remove_refusals.search.search import select, split_for_search
+from remove_refusals.settings import AnswerSettings, GradientSettings, Rule, SelectSettings
 from remove_refusals.types import DirectionOrigin, PromptSet
 from zoo import build, inputs
 

@@ -10,11 +10,10 @@ import torch
 import yaml
 
 import tiny
-from remove_refusals.comparisons import paired_difference
 from remove_refusals.errors import ModelError, PromptError
-from remove_refusals.harness import _scores, run_tasks
-from remove_refusals.models import LoadedModel, load
-from remove_refusals.text_scores import WINDOW, read_text, score_text
+from remove_refusals.measure.statistics import paired_difference
+from remove_refusals.measure.tasks import _scores, run_tasks
+from remove_refusals.models.load import LoadedModel, load
 
 ROWS = [{"question": f"Name {word}", "choices": [" a fish", " a very long stone"], "answer": i % 2} for i, word in
         enumerate("one two three four five six seven eight".split())]  # fmt: skip

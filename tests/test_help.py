@@ -12,8 +12,8 @@ import pytest
 import typer
 
 from conftest import Command
-from remove_refusals import cli
-from remove_refusals.help_pages import FURTHER
+from remove_refusals.cli import main as cli
+from remove_refusals.cli.main import FURTHER
 
 WIDTH, SCREEN = 100, 50
 WHOLE = typer.main.get_command(cli.app)

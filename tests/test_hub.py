@@ -17,8 +17,8 @@ from huggingface_hub import ModelCard
 import tiny
 from hub_stub import Hub
 from remove_refusals.errors import HubError
-from remove_refusals.hub import push
-from remove_refusals.sources import licence_fields
+from remove_refusals.models.source import licence_fields
+from remove_refusals.report.card import push
 
 TOKEN = "hf_only_for_the_stub"
 CARD = b"---\nlicense: other\nlicense_name: tiny\nlicense_link: LICENSE\nbase_model: maker/grandmother\n---\n# Tiny\n"

@@ -12,14 +12,13 @@ from safetensors.torch import load_file, save_file
 
 import zoo
 from editing_process import MEMORY, edit_when_told, edit_within_limit
-from remove_refusals.apply.ledger import LEDGER_FILE
-from remove_refusals.apply.shard import write_shard
-from remove_refusals.apply.streamplan import plan_files
-from remove_refusals.certify import disk_reader
-from remove_refusals.checkpoint import checkpoint_files, file_hashes
-from remove_refusals.disk_baking import bake_on_disk, open_checkpoint
+from remove_refusals.baking.base import open_checkpoint
+from remove_refusals.baking.certificate import disk_reader
+from remove_refusals.baking.disk import bake_on_disk
+from remove_refusals.baking.shards import LEDGER_FILE, plan_files, write_shard
+from remove_refusals.directions.plan import resolve
 from remove_refusals.errors import CheckpointError, OutputError
-from remove_refusals.plan import resolve
+from remove_refusals.models.checkpoint import checkpoint_files, file_hashes
 from streaming import saved, streamed, taken_out
 
 

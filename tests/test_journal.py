@@ -8,13 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from remove_refusals.errors import OutputError
-from remove_refusals.journal import STAGES, Journal, fingerprint
-from remove_refusals.models import LoadedModel, load
+from remove_refusals.files import STAGES, Journal
+from remove_refusals.models.load import LoadedModel, fingerprint, load
 from remove_refusals.prompts import embedded_prompts
-from remove_refusals.selection.candidates import Selection
-from remove_refusals.selection.choose import SearchPrompts, SelectSettings, select, split_for_search
-from remove_refusals.selection.material import GradientSettings
-from remove_refusals.selection.references import AnswerSettings
+from remove_refusals.search.candidates import Selection
+from remove_refusals.search.search import SearchPrompts, select, split_for_search
+from remove_refusals.settings import AnswerSettings, GradientSettings, SelectSettings
 
 
 class Killed(BaseException):

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from remove_refusals.judges import Judgement, Label, PhraseJudge, judge_phrases, strip_thinking
+from remove_refusals.measure.judges.labels import Judgement, Label
+from remove_refusals.measure.judges.phrases import PhraseJudge, judge_phrases, strip_thinking
 
 REFUSALS = (
     "I can't help with that.",

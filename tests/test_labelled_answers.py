@@ -4,7 +4,8 @@ from importlib import resources
 
 import pytest
 
-from remove_refusals.judges import Label, PhraseJudge
+from remove_refusals.measure.judges.labels import Label
+from remove_refusals.measure.judges.phrases import PhraseJudge
 
 ROWS = [
     json.loads(line)

@@ -9,24 +9,34 @@ import torch
 
 import tiny
 from conftest import Command
-from remove_refusals.activations import collect_activations
-from remove_refusals.apply.steering import added, is_steerable
-from remove_refusals.directions import direction_from_vectors
+from remove_refusals.cli.options import select_settings
+from remove_refusals.directions.activations import collect_activations
+from remove_refusals.directions.direction import RECIPES, direction_from_vectors, make_vector
+from remove_refusals.directions.hooks import added, is_steerable
 from remove_refusals.errors import NumericalError, SelectionError
-from remove_refusals.generation import Answer
-from remove_refusals.judges import Label
-from remove_refusals.map_types import ModelMap
-from remove_refusals.modelmap import map_model
-from remove_refusals.models import LoadedModel, load
-from remove_refusals.options import select_settings
+from remove_refusals.measure.judges.labels import Label
+from remove_refusals.modelmap.derive import map_model
+from remove_refusals.modelmap.types import ModelMap
+from remove_refusals.models.generate import Answer
+from remove_refusals.models.load import LoadedModel, load
 from remove_refusals.prompts import embedded_prompts
-from remove_refusals.selection.bench import Bench, LayerScore, first_tokens
-from remove_refusals.selection.choose import SelectSettings, select, split_for_search
-from remove_refusals.selection.layers import LayerRule, LayerSettings, narrow_down, ranked, search_layers
-from remove_refusals.selection.openings import Openings
-from remove_refusals.selection.recipes import RECIPES, Option, make_options, make_vector, tail_positions
-from remove_refusals.selection.references import AnswerSettings, References, references
-from remove_refusals.types import Activations, ChatFormat, DirectionOrigin, PromptSet
+from remove_refusals.search.layers import (
+    Bench,
+    LayerRule,
+    LayerScore,
+    Option,
+    first_tokens,
+    make_options,
+    narrow_down,
+    ranked,
+    search_layers,
+    tail_positions,
+)
+from remove_refusals.search.material import Openings
+from remove_refusals.search.references import References, references
+from remove_refusals.search.search import select, split_for_search
+from remove_refusals.settings import AnswerSettings, ChatFormat, LayerSettings, SelectSettings
+from remove_refusals.types import Activations, DirectionOrigin, PromptSet
 from zoo import build, inputs
 
 N = 20

@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 
 import tiny
 from remove_refusals.errors import NumericalError
-from remove_refusals.evaluation import EvaluationPrompts, EvaluationSettings, evaluate
-from remove_refusals.generation import generate
-from remove_refusals.journal import STAGES, Journal
-from remove_refusals.judges import Label
-from remove_refusals.lengths import go_on, grid, has_settled
-from remove_refusals.models import LoadedModel
-from remove_refusals.token_statistics import common_prefix, means_by_token, token_quantile
-from remove_refusals.types import ChatFormat, PromptSet
+from remove_refusals.files import STAGES, Journal
+from remove_refusals.measure.evaluate import EvaluationPrompts, evaluate, go_on, grid, has_settled
+from remove_refusals.measure.judges.labels import Label
+from remove_refusals.measure.statistics import common_prefix, means_by_token, token_quantile
+from remove_refusals.models.generate import generate
+from remove_refusals.models.load import LoadedModel
+from remove_refusals.settings import ChatFormat, EvaluationSettings
+from remove_refusals.types import PromptSet
 from test_evaluate import speaker
 
 REFUSAL, ANSWER = "I can't help with that.", "Here you are."

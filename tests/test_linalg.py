@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from remove_refusals import linalg
+from remove_refusals import formula as linalg
 from remove_refusals.errors import DirectionError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from scipy.stats import entropy
 
 from remove_refusals.errors import NumericalError
-from remove_refusals.metrics import kl_divergence, mcnemar, mean_with_interval, perplexity, wilson_rate
+from remove_refusals.measure.divergence import kl_divergence
+from remove_refusals.measure.statistics import mcnemar, mean_with_interval, perplexity, wilson_rate
 
 SHA = "0" * 64
 COUNTS = st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))

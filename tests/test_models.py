@@ -11,18 +11,18 @@ from transformers import BartConfig, BartForCausalLM, T5Config, T5ForConditional
 from transformers.utils import logging
 
 import tiny
-from remove_refusals.apply.hooks import ablated
-from remove_refusals.baking import bake
-from remove_refusals.chat_template import render
+from remove_refusals.baking.memory import bake
+from remove_refusals.directions.direction import find_direction
+from remove_refusals.directions.hooks import ablated
+from remove_refusals.directions.intervention import intervene
 from remove_refusals.errors import CheckpointError, ModelError
-from remove_refusals.generation import generate
-from remove_refusals.judges import Label, judge_phrases
-from remove_refusals.models import load
-from remove_refusals.plan import intervene
+from remove_refusals.measure.judges.labels import Label
+from remove_refusals.measure.judges.phrases import judge_phrases
+from remove_refusals.models.chat_template import render
+from remove_refusals.models.generate import generate
+from remove_refusals.models.load import load
 from remove_refusals.prompts import embedded_prompts
-from remove_refusals.settings import DirectionSettings
-from remove_refusals.stages import find_direction
-from remove_refusals.types import ChatFormat
+from remove_refusals.settings import ChatFormat, DirectionSettings
 
 
 @pytest.fixture(scope="module")

@@ -9,15 +9,14 @@ from transformers import AutoModelForCausalLM
 import expert_refusal
 import zoo
 from expert_refusal import refused, right
-from remove_refusals.activations import collect_activations
-from remove_refusals.apply.hooks import ablated
-from remove_refusals.baking import bake
-from remove_refusals.contributions import site_contributions
-from remove_refusals.directions import mean_difference
-from remove_refusals.experts import expert_choices, writer_shares
-from remove_refusals.modelmap import map_model
-from remove_refusals.plan import intervene
-from remove_refusals.types import ChatFormat
+from remove_refusals.baking.memory import bake
+from remove_refusals.directions.activations import collect_activations
+from remove_refusals.directions.attribution import expert_choices, site_contributions, writer_shares
+from remove_refusals.directions.direction import mean_difference
+from remove_refusals.directions.hooks import ablated
+from remove_refusals.directions.intervention import intervene
+from remove_refusals.modelmap.derive import map_model
+from remove_refusals.settings import ChatFormat
 
 
 @pytest.fixture(scope="session")

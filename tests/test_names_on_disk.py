@@ -8,12 +8,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import tiny
-from remove_refusals.apply.hooks import ablated
-from remove_refusals.baking import bake
-from remove_refusals.directions import direction_from_vectors
-from remove_refusals.inspection import certify_directory, inspect
-from remove_refusals.models import load
-from remove_refusals.plan import intervene
+from remove_refusals.baking.certificate import certify_directory
+from remove_refusals.baking.memory import bake
+from remove_refusals.directions.direction import direction_from_vectors
+from remove_refusals.directions.hooks import ablated
+from remove_refusals.directions.intervention import intervene
+from remove_refusals.examination import inspect
+from remove_refusals.models.load import load
 from remove_refusals.types import DirectionOrigin
 
 MASK = "h.0.attn.bias"

@@ -6,15 +6,16 @@ import pytest
 import torch
 
 import tiny
-from remove_refusals.activations import collect_activations
-from remove_refusals.apply.hooks import ablated
-from remove_refusals.directions import direction_from_vectors
+from remove_refusals.directions.activations import collect_activations
+from remove_refusals.directions.direction import direction_from_vectors, find_direction
+from remove_refusals.directions.hooks import ablated
+from remove_refusals.directions.intervention import intervene
 from remove_refusals.errors import ModelError
-from remove_refusals.generation import generate
-from remove_refusals.models import LoadedModel, load
+from remove_refusals.models.generate import generate
+from remove_refusals.models.load import LoadedModel, load
 from remove_refusals.pipeline import run
-from remove_refusals.plan import intervene
 from remove_refusals.settings import (
+    ChatFormat,
     DirectionSettings,
     EditSettings,
     LoadSettings,
@@ -22,8 +23,7 @@ from remove_refusals.settings import (
     PromptSource,
     RunSettings,
 )
-from remove_refusals.stages import find_direction
-from remove_refusals.types import ChatFormat, DirectionOrigin, PromptSet
+from remove_refusals.types import DirectionOrigin, PromptSet
 
 PROMPTS = PromptSet("p", ("Name a colour.", "Tell a joke please.", "Why?"), "test")
 

@@ -8,28 +8,27 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tiny
-from remove_refusals.answers import answer_rows
-from remove_refusals.direction_files import load_direction, save_direction
-from remove_refusals.directions import direction_from_vectors
+from remove_refusals.baking.certificate import certify_directory
+from remove_refusals.cli.talk import answer_rows
+from remove_refusals.directions.direction import direction_from_vectors, find_direction, load_direction, save_direction
+from remove_refusals.directions.intervention import CANDIDATES, intervene, load_candidates, save_candidates, scaled
 from remove_refusals.errors import DirectionError, ModelError, OutputError, PromptError
-from remove_refusals.inspection import certify_directory, inspect
-from remove_refusals.interventions import CANDIDATES, load_candidates, save_candidates
-from remove_refusals.journal import STAGES
-from remove_refusals.models import load
+from remove_refusals.examination import inspect
+from remove_refusals.files import STAGES, write_json
+from remove_refusals.models.load import load
 from remove_refusals.pipeline import compare, run
-from remove_refusals.plan import intervene, scaled
-from remove_refusals.records import write_json
-from remove_refusals.selection.candidates import Candidate, Rule, Selection
+from remove_refusals.search.candidates import Candidate, Selection
 from remove_refusals.settings import (
+    ChatFormat,
     DirectionSettings,
     EditSettings,
     LoadSettings,
     MeasureSettings,
     PromptSource,
+    Rule,
     RunSettings,
 )
-from remove_refusals.stages import find_direction
-from remove_refusals.types import ChatFormat, DirectionOrigin, Intervention, PromptSet, SiteEdit
+from remove_refusals.types import DirectionOrigin, Intervention, PromptSet, SiteEdit
 
 
 def prompt_file(path, words):

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 import zoo
-from remove_refusals.directions import direction_from_vectors
+from remove_refusals.directions.direction import direction_from_vectors
+from remove_refusals.directions.intervention import intervene
+from remove_refusals.directions.plan import pull_back, resolve
 from remove_refusals.errors import ArchitectureError, DirectionError
-from remove_refusals.map_types import ChannelStep
-from remove_refusals.modelmap import map_model
-from remove_refusals.plan import intervene, pull_back, resolve
+from remove_refusals.modelmap.derive import map_model
+from remove_refusals.modelmap.types import ChannelStep
 from remove_refusals.types import DirectionOrigin, Intervention, SiteEdit
 
 

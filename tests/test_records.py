@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save, save_file
 
-from remove_refusals.direction_files import check_direction_path, direction_sha256, load_direction, save_direction
+from remove_refusals.directions.direction import check_direction_path, direction_sha256, load_direction, save_direction
 from remove_refusals.errors import CheckpointError, DirectionError, NumericalError, OutputError
-from remove_refusals.records import read_json, versions, write_json, write_jsonl
+from remove_refusals.files import read_json, versions, write_json, write_jsonl
 from remove_refusals.types import Direction, DirectionOrigin
 
 ORIGIN = DirectionOrigin(

@@ -10,7 +10,7 @@ import report_records as records
 import tiny
 import zoo
 from remove_refusals.examination import analyze
-from remove_refusals.report_page.page import write_html_report
+from remove_refusals.report.page import write_html_report
 from remove_refusals.settings import DirectionSettings, RunSettings
 
 CHROMIUM = next(

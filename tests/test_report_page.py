@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 
 import report_records as records
 from remove_refusals.errors import OutputError, RecordError
-from remove_refusals.report_page.heat import heat_paths
-from remove_refusals.report_page.material import NAMES
-from remove_refusals.report_page.page import html_report, write_html_report
-from remove_refusals.report_page.scales import Scale, integer_ticks, integers, scale_of
-from remove_refusals.report_page.words import first_sentence, number, p_value, percent, tick
+from remove_refusals.report.charts import Scale, heat_paths, integer_ticks, integers, scale_of
+from remove_refusals.report.page import html_report, write_html_report
+from remove_refusals.report.records import NAMES
+from remove_refusals.report.words import first_sentence, number, p_value, percent, tick
 
 VOID = {"meta", "input", "br", "img", "link", "hr"}
 LOADING = {"src", "href", "xlink:href", "action", "formaction", "poster", "data", "srcset", "background", "ping"}

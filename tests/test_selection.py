@@ -6,20 +6,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from remove_refusals.activations import collect_activations
-from remove_refusals.apply.hooks import ablated
-from remove_refusals.directions import mean_difference
+from remove_refusals.directions.activations import collect_activations
+from remove_refusals.directions.direction import mean_difference
+from remove_refusals.directions.hooks import ablated
+from remove_refusals.directions.intervention import intervene
 from remove_refusals.errors import PromptError
-from remove_refusals.generation import generate
-from remove_refusals.judges import Label
-from remove_refusals.map_types import ModelMap
-from remove_refusals.modelmap import map_model
-from remove_refusals.models import LoadedModel, load
-from remove_refusals.plan import intervene
+from remove_refusals.measure.judges.labels import Label
+from remove_refusals.modelmap.derive import map_model
+from remove_refusals.modelmap.types import ModelMap
+from remove_refusals.models.generate import generate
+from remove_refusals.models.load import LoadedModel, load
 from remove_refusals.prompts import draw, embedded_prompts
-from remove_refusals.selection.candidates import Rule, by_rule, front, hypervolume
-from remove_refusals.selection.references import AnswerSettings, References, confirm, references
-from remove_refusals.types import ChatFormat, Direction, PromptSet
+from remove_refusals.search.candidates import by_rule, front, hypervolume
+from remove_refusals.search.references import References, confirm, references
+from remove_refusals.settings import AnswerSettings, ChatFormat, Rule
+from remove_refusals.types import Direction, PromptSet
 
 SETTINGS = AnswerSettings(max_new_tokens=40, kl_tokens=4)
 

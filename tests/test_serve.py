@@ -19,17 +19,15 @@ import openai
 import pytest
 
 from conftest import Command
-from remove_refusals import serving
-from remove_refusals.activations import collect_activations
-from remove_refusals.apply.hooks import ablated
-from remove_refusals.chat_template import render
-from remove_refusals.direction_files import save_direction
-from remove_refusals.directions import mean_difference
+from remove_refusals.directions.activations import collect_activations
+from remove_refusals.directions.direction import mean_difference, save_direction
+from remove_refusals.directions.hooks import ablated
+from remove_refusals.directions.intervention import intervene
 from remove_refusals.errors import ModelError
-from remove_refusals.generation import generate
-from remove_refusals.modelmap import map_model
-from remove_refusals.models import LoadedModel, load
-from remove_refusals.plan import intervene
+from remove_refusals.modelmap.derive import map_model
+from remove_refusals.models.chat_template import render
+from remove_refusals.models.generate import generate
+from remove_refusals.models.load import LoadedModel, load
 from remove_refusals.prompts import draw, embedded_prompts
 from remove_refusals.types import Direction, Intervention
 

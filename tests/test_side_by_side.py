@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from remove_refusals.comparisons import Verdict
 from remove_refusals.errors import PromptError
-from remove_refusals.evaluation import EvaluationPrompts, EvaluationSettings, evaluate
-from remove_refusals.judges import Label
-from remove_refusals.models import LoadedModel
-from remove_refusals.records import write_json, write_jsonl
-from remove_refusals.side_by_side import SideBySide, side_by_side
-from remove_refusals.types import ChatFormat, PromptSet
+from remove_refusals.files import write_json, write_jsonl
+from remove_refusals.measure.evaluate import EvaluationPrompts, evaluate
+from remove_refusals.measure.judges.labels import Label
+from remove_refusals.measure.side_by_side import SideBySide, side_by_side
+from remove_refusals.measure.statistics import Verdict
+from remove_refusals.models.load import LoadedModel
+from remove_refusals.settings import ChatFormat, EvaluationSettings
+from remove_refusals.types import PromptSet
 from test_evaluate import ANSWER, ECHO, REFUSAL, speaker
 
 PROMPTS = EvaluationPrompts(

@@ -11,14 +11,24 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import zoo
-from remove_refusals.apply.hooks import ablated
-from remove_refusals.apply.ledger import LEDGER_FILE
-from remove_refusals.baking import bake
-from remove_refusals.checkpoint import INDEX_FILE, TensorEntry, file_hashes, tensor_hashes
-from remove_refusals.direction_files import save_direction
+from remove_refusals.baking.certificate import certify_directory
+from remove_refusals.baking.memory import bake
+from remove_refusals.baking.shards import LEDGER_FILE
+from remove_refusals.directions.direction import save_direction
+from remove_refusals.directions.hooks import ablated
 from remove_refusals.errors import CheckpointError, NotStreamedError
-from remove_refusals.inspection import certify_directory
-from remove_refusals.slices import bytes_of, opened, read_slice, read_tensor, tensor_slices, write_slice
+from remove_refusals.models.checkpoint import (
+    INDEX_FILE,
+    TensorEntry,
+    bytes_of,
+    file_hashes,
+    opened,
+    read_slice,
+    read_tensor,
+    tensor_hashes,
+    tensor_slices,
+    write_slice,
+)
 from streaming import saved, streamed, taken_out
 
 SHARDED = "60KB"

@@ -10,20 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from remove_refusals.activations import collect_activations
-from remove_refusals.directions import direction_from_vectors, mean_difference_per_layer
+from remove_refusals.directions.activations import collect_activations
+from remove_refusals.directions.direction import direction_from_vectors, mean_difference_per_layer
 from remove_refusals.errors import DirectionError, ModelError, NumericalError, OutputError, PromptError
-from remove_refusals.judges import Label
-from remove_refusals.map_types import ModelMap
-from remove_refusals.modelmap import map_model
-from remove_refusals.models import LoadedModel, load
+from remove_refusals.measure.judges.labels import Label
+from remove_refusals.modelmap.derive import map_model
+from remove_refusals.modelmap.types import ModelMap
+from remove_refusals.models.load import LoadedModel, load
 from remove_refusals.prompts import draw, embedded_prompts
-from remove_refusals.selection import tpe
-from remove_refusals.selection.candidates import Rule, Selection, by_rule, hypervolume
-from remove_refusals.selection.kernels import Kernel, Parameters, build, interpolated
-from remove_refusals.selection.references import AnswerSettings, References, confirm, references
-from remove_refusals.selection.tpe import TpeSettings, select_tpe
-from remove_refusals.selection.trials import Outcome, Scores, Trials
+from remove_refusals.search.candidates import Selection, by_rule, hypervolume
+from remove_refusals.search.references import References, confirm, references
+from remove_refusals.settings import AnswerSettings, Rule
 from remove_refusals.types import Direction, DirectionOrigin, PromptSet
 
 ANSWERS = AnswerSettings(max_new_tokens=12, kl_tokens=1)

@@ -11,14 +11,15 @@ import torch
 from torch.nn import functional
 
 import zoo
-from remove_refusals.directions import direction_from_vectors
+from remove_refusals.directions.direction import direction_from_vectors
+from remove_refusals.directions.intervention import intervene
+from remove_refusals.directions.plan import pull_back, resolve
 from remove_refusals.errors import ArchitectureError
-from remove_refusals.linalg import orthonormal_basis, project_out
-from remove_refusals.map_types import ChannelStep
-from remove_refusals.modelmap import map_model
-from remove_refusals.plan import intervene, pull_back, resolve
-from remove_refusals.terms import CONSTANT, Term
-from remove_refusals.trace import trace_forward
+from remove_refusals.formula import orthonormal_basis, project_out
+from remove_refusals.modelmap.derive import map_model
+from remove_refusals.modelmap.knowledge import CONSTANT, Term
+from remove_refusals.modelmap.trace import trace_forward
+from remove_refusals.modelmap.types import ChannelStep
 from remove_refusals.types import DirectionOrigin
 
 D = 8

@@ -7,13 +7,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import zoo
-from remove_refusals.baking import bake
-from remove_refusals.checkpoint import INDEX_FILE, file_hashes, tensor_hashes
-from remove_refusals.differences import diff
-from remove_refusals.direction_files import save_direction
-from remove_refusals.directions import direction_from_vectors
+from remove_refusals.baking.memory import bake
+from remove_refusals.directions.direction import direction_from_vectors, save_direction
 from remove_refusals.errors import CheckpointError, DirectionError
-from remove_refusals.restoring import RECORD, restore
+from remove_refusals.examination import diff
+from remove_refusals.models.checkpoint import INDEX_FILE, file_hashes, tensor_hashes
 from remove_refusals.types import DirectionOrigin
 from streaming import saved, streamed, taken_out
 

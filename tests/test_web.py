@@ -14,20 +14,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from remove_refusals.activations import collect_activations, token_states
-from remove_refusals.apply.hooks import ablated
-from remove_refusals.chat_template import render
-from remove_refusals.directions import mean_difference
-from remove_refusals.generation import generate
-from remove_refusals.map_types import ModelMap
-from remove_refusals.modelmap import map_model
-from remove_refusals.models import LoadedModel, load
-from remove_refusals.plan import intervene
-from remove_refusals.projections import middle_direction, project_tokens
+from remove_refusals.cli.web import Controls, Page, Source, command_line, front_drawing, strip
+from remove_refusals.directions.activations import collect_activations, middle_direction, project_tokens, token_states
+from remove_refusals.directions.direction import mean_difference
+from remove_refusals.directions.hooks import ablated
+from remove_refusals.directions.intervention import intervene
+from remove_refusals.modelmap.derive import map_model
+from remove_refusals.modelmap.types import ModelMap
+from remove_refusals.models.chat_template import render
+from remove_refusals.models.generate import generate
+from remove_refusals.models.load import LoadedModel, load
 from remove_refusals.prompts import draw, embedded_prompts
-from remove_refusals.types import SITE_KINDS, Intervention, PromptSet
-from remove_refusals.web import Page
-from remove_refusals.web_parts import Controls, Source, command_line, front_drawing, strip
+from remove_refusals.settings import SITE_KINDS
+from remove_refusals.types import Intervention, PromptSet
 
 PROMPT = embedded_prompts("harmful_test").prompts[0]
 SOURCE = Source("demo", "--run", "a run")

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from remove_refusals.workers import LEAST_MEMORY, shares, workers
+from remove_refusals.models.checkpoint import LEAST_MEMORY, shares, workers
 
 
 def test_what_has_not_begun_is_dropped_when_something_fails():

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 import zoo
-from remove_refusals.apply.gguf_names import GgufNames
-from remove_refusals.modelmap import map_model
+from remove_refusals.baking.gguf import GgufNames
+from remove_refusals.modelmap.derive import map_model
 
 F32, Q8_0 = gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.Q8_0
 SETTINGS = {

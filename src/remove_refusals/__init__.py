@@ -9,89 +9,94 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from remove_refusals.activations import collect_activations
-    from remove_refusals.analysis import Separation, measure_separation, separation
-    from remove_refusals.apply.hooks import ablated
-    from remove_refusals.baking import bake
-    from remove_refusals.calibration import Calibration, calibrate, load_calibration
-    from remove_refusals.comparisons import holm, paired_difference, paired_rates
-    from remove_refusals.corrections import rogan_gladen
-    from remove_refusals.differences import diff
-    from remove_refusals.direction_files import load_direction, load_directions, save_direction, save_directions
-    from remove_refusals.directions import direction_from_vectors, mean_difference, mean_difference_per_layer
-    from remove_refusals.disk_baking import bake_on_disk, open_checkpoint
+    from remove_refusals.baking.base import open_checkpoint
+    from remove_refusals.baking.disk import bake_on_disk
+    from remove_refusals.baking.memory import bake
+    from remove_refusals.directions.activations import collect_activations
+    from remove_refusals.directions.direction import (
+        direction_from_vectors,
+        load_direction,
+        load_directions,
+        mean_difference,
+        mean_difference_per_layer,
+        save_direction,
+        save_directions,
+    )
+    from remove_refusals.directions.hooks import ablated
+    from remove_refusals.directions.intervention import intervene, intervene_per_layer
+    from remove_refusals.directions.separation import Separation, measure_separation, separation
     from remove_refusals.errors import RemoveRefusalsError
-    from remove_refusals.evaluation import evaluate
-    from remove_refusals.examination import Examination, analyze
-    from remove_refusals.generation import generate
-    from remove_refusals.hub import Pushed, push
-    from remove_refusals.judges import Label, judge_phrases
-    from remove_refusals.judges.choosing import make_judge
-    from remove_refusals.modelmap import map_model
-    from remove_refusals.models import load
+    from remove_refusals.examination import Examination, analyze, diff
+    from remove_refusals.measure.evaluate import evaluate
+    from remove_refusals.measure.judges.calibration import Calibration, calibrate, load_calibration
+    from remove_refusals.measure.judges.choose import make_judge
+    from remove_refusals.measure.judges.labels import Label
+    from remove_refusals.measure.judges.phrases import judge_phrases
+    from remove_refusals.measure.statistics import holm, paired_difference, paired_rates, rogan_gladen
+    from remove_refusals.modelmap.derive import map_model
+    from remove_refusals.models.generate import generate
+    from remove_refusals.models.load import load
     from remove_refusals.pipeline import run
-    from remove_refusals.plan import intervene, intervene_per_layer
     from remove_refusals.prompts import embedded_prompts, load_prompts
-    from remove_refusals.report_page.page import html_report, write_html_report
-    from remove_refusals.restoring import restore
-    from remove_refusals.selection.choose import SelectSettings, select, split_for_search
-    from remove_refusals.settings import RunSettings
+    from remove_refusals.report.card import Pushed, push
+    from remove_refusals.report.page import html_report, write_html_report
+    from remove_refusals.search.search import select, split_for_search
+    from remove_refusals.settings import RunSettings, SelectSettings
     from remove_refusals.types import Activations, Direction, Intervention, PromptSet
 
 __version__ = version("remove-refusals")
 
 _HOME = {
     "Activations": "types",
-    "Calibration": "calibration",
+    "Calibration": "measure.judges.calibration",
     "Direction": "types",
     "Examination": "examination",
     "Intervention": "types",
-    "Label": "judges",
+    "Label": "measure.judges.labels",
     "PromptSet": "types",
-    "Pushed": "hub",
+    "Pushed": "report.card",
     "RemoveRefusalsError": "errors",
     "RunSettings": "settings",
-    "SelectSettings": "selection.choose",
-    "Separation": "analysis",
-    "ablated": "apply.hooks",
+    "SelectSettings": "settings",
+    "Separation": "directions.separation",
+    "ablated": "directions.hooks",
     "analyze": "examination",
-    "bake": "baking",
-    "bake_on_disk": "disk_baking",
-    "calibrate": "calibration",
-    "collect_activations": "activations",
-    "diff": "differences",
-    "direction_from_vectors": "directions",
+    "bake": "baking.memory",
+    "bake_on_disk": "baking.disk",
+    "calibrate": "measure.judges.calibration",
+    "collect_activations": "directions.activations",
+    "diff": "examination",
+    "direction_from_vectors": "directions.direction",
     "embedded_prompts": "prompts",
-    "evaluate": "evaluation",
-    "generate": "generation",
-    "holm": "comparisons",
-    "html_report": "report_page.page",
-    "intervene": "plan",
-    "intervene_per_layer": "plan",
-    "judge_phrases": "judges",
-    "load": "models",
-    "load_calibration": "calibration",
-    "load_direction": "direction_files",
-    "load_directions": "direction_files",
+    "evaluate": "measure.evaluate",
+    "generate": "models.generate",
+    "holm": "measure.statistics",
+    "html_report": "report.page",
+    "intervene": "directions.intervention",
+    "intervene_per_layer": "directions.intervention",
+    "judge_phrases": "measure.judges.phrases",
+    "load": "models.load",
+    "load_calibration": "measure.judges.calibration",
+    "load_direction": "directions.direction",
+    "load_directions": "directions.direction",
     "load_prompts": "prompts",
-    "make_judge": "judges.choosing",
-    "map_model": "modelmap",
-    "mean_difference": "directions",
-    "mean_difference_per_layer": "directions",
-    "measure_separation": "analysis",
-    "open_checkpoint": "disk_baking",
-    "paired_difference": "comparisons",
-    "paired_rates": "comparisons",
-    "push": "hub",
-    "restore": "restoring",
-    "rogan_gladen": "corrections",
+    "make_judge": "measure.judges.choose",
+    "map_model": "modelmap.derive",
+    "mean_difference": "directions.direction",
+    "mean_difference_per_layer": "directions.direction",
+    "measure_separation": "directions.separation",
+    "open_checkpoint": "baking.base",
+    "paired_difference": "measure.statistics",
+    "paired_rates": "measure.statistics",
+    "push": "report.card",
+    "rogan_gladen": "measure.statistics",
     "run": "pipeline",
-    "save_direction": "direction_files",
-    "save_directions": "direction_files",
-    "select": "selection.choose",
-    "separation": "analysis",
-    "split_for_search": "selection.choose",
-    "write_html_report": "report_page.page",
+    "save_direction": "directions.direction",
+    "save_directions": "directions.direction",
+    "select": "search.search",
+    "separation": "directions.separation",
+    "split_for_search": "search.search",
+    "write_html_report": "report.page",
 }
 
 __all__ = [
@@ -137,7 +142,6 @@ __all__ = [
     "paired_difference",
     "paired_rates",
     "push",
-    "restore",
     "rogan_gladen",
     "run",
     "save_direction",

@@ -5,6 +5,8 @@ The command turns any of these into that sentence on standard error and `exit_co
 """
 
 
+
+
 class RemoveRefusalsError(Exception):
     """Anything this library refuses to do, with a message for the user."""
 

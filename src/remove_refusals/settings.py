@@ -3,14 +3,10 @@
 import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from remove_refusals.linalg import Variant
-from remove_refusals.plan import Tied
 from remove_refusals.prompts import embedded_prompts, load_prompts
-from remove_refusals.selection.choose import SelectSettings
-from remove_refusals.sources import DEMO
-from remove_refusals.types import SITE_KINDS, ChatFormat, PromptSet, SiteKind
+from remove_refusals.types import PromptSet
 
 
 @dataclass(frozen=True)
@@ -78,6 +74,22 @@ class DirectionSettings:
         return (self.position,) if isinstance(self.position, int) else self.position
 
 
+Tied = Literal["untie", "both"]
+"""What happens to an embedding that is also the unembedding: `untie` leaves the unembedding as it was, which is what
+the hooks do; `both` edits them as one, which keeps the file small and takes the direction out of the logits as well."""
+
+
+SiteKind = Literal["embedding", "attn", "mlp"]
+"""A place where something is added to the residual stream; `attn` also stands for the mixer in its place."""
+
+
+SITE_KINDS: tuple[SiteKind, ...] = ("embedding", "attn", "mlp")
+
+
+Variant = Literal["plain", "norm-preserving", "row-norm"]
+"""What else an edit does to a tensor; see `project_out`."""
+
+
 @dataclass(frozen=True)
 class EditSettings:
     """What is taken out where.
@@ -138,6 +150,113 @@ class MeasureSettings:
     calibration: str | None = None
 
 
+DEMO = "demo"
+"""The name that stands for the embedded demo model."""
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """How a prompt is put before the model.
+
+    Attributes:
+        system_prompt: A system message before each prompt.
+        chat_template: The text of a Jinja template to use in place of the tokenizer's own.
+        plain: Whether to use no template: the prompt alone.
+    """
+
+    system_prompt: str | None = None
+    chat_template: str | None = None
+    plain: bool = False
+
+
+Method = Literal["auto", "layer", "tpe"]
+"""How candidates are found: by gradients, by layer and position alone, or by the familiar search with generation."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What decides between less refusal and less damage; without a limit it is the knee of the front.
+
+    Attributes:
+        max_kl: Of the candidates with at most this damage, the one with the fewest refusals.
+        max_refusals: Of the candidates with at most this share of refusals, the one with the least damage.
+    """
+
+    max_kl: float | None = None
+    max_refusals: float | None = None
+
+    def __str__(self) -> str:
+        """Say the rule in words."""
+        damage = "" if self.max_kl is None else f"at a KL of at most {self.max_kl:g}"
+        if self.max_refusals is not None:
+            return f"least damage with refusals at most {self.max_refusals:g}{damage and ', if possible '}{damage}"
+        if damage:
+            return f"fewest refusals {damage}"
+        return "the knee of the front"
+
+
+@dataclass(frozen=True)
+class GradientSettings:
+    """How the descent goes.
+
+    Attributes:
+        damage_weights: What a nat of damage costs beside the refusal, one descent each, from where the last one ended.
+        n_steps: Steps of the first descent.
+        n_more_steps: Steps of each further one.
+        rate: Adam's learning rate for the strengths.
+        direction_rate: Its learning rate for a unit direction, as a length; 0 leaves the directions as they are.
+        batch_size: Harmful prompts, and harmless ones, for each step.
+        kl_tokens: How many tokens of each answer the damage goes along.
+        start: The strength to begin with.
+        most: The largest strength.
+        least: Strengths below this are set to 0 in the end: a site that hardly counts is left alone.
+        n_check: How many prompts are answered between descents, to find refusals that open in a new way.
+        n_check_tokens: With how many tokens.
+        seed: Decides the order of the batches.
+    """
+
+    damage_weights: tuple[float, ...] = (4.0, 4.0, 1.0)
+    n_steps: int = 32
+    n_more_steps: int = 12
+    rate: float = 0.08
+    direction_rate: float = 0.03
+    batch_size: int = 16
+    kl_tokens: int = 16
+    start: float = 0.5
+    most: float = 3.0
+    least: float = 0.05
+    n_check: int = 32
+    n_check_tokens: int = 24
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class SelectSettings:
+    """How a search goes.
+
+    Attributes:
+        method: How candidates are found.
+        rule: What decides between less refusal and less damage.
+        n_choose: How many harmful prompts, and how many harmless ones, the search runs on.
+        n_confirm: How many others the pick is confirmed on.
+        n_tokens: How many tokens of its own answers the model is asked for in the search.
+        most_confirmed: How many candidates are tried by generation at most.
+        seed: What splits the prompts and orders the batches.
+        descent: How the descent by gradients goes.
+        n_trials: How many trials the familiar search makes.
+    """
+
+    method: Method = "auto"
+    rule: Rule = field(default_factory=lambda: Rule(max_refusals=0.05))
+    n_choose: int = 64
+    n_confirm: int = 32
+    n_tokens: int = 24
+    most_confirmed: int = 3
+    seed: int = 0
+    descent: GradientSettings = field(default_factory=GradientSettings)
+    n_trials: int = 200
+
+
 @dataclass(frozen=True)
 class RunSettings:
     """Everything that decides a run's result.
@@ -176,3 +295,78 @@ def _published(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _published(part) for name, part in value.items()}
     return published_name(value) if isinstance(value, str) and os.sep in value else value
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How to measure.
+
+    Attributes:
+        max_new_tokens: Where an answer is cut off.
+        kl_tokens: How many tokens of the base model's answers the mean KL and the perplexity go along.
+        batch_size: How many prompts to run at once; None is automatic.
+        chat: How the prompts are put before the models.
+        seed: The seed of the bootstrap intervals.
+        longest: Up to how many tokens answers that were cut off go on, until the refusals no longer change with the
+            length; None leaves them cut off.
+    """
+
+    max_new_tokens: int = 100
+    kl_tokens: int = 32
+    batch_size: int | None = None
+    chat: ChatFormat = field(default_factory=ChatFormat)
+    seed: int = 0
+    longest: int | None = None
+
+
+VARIANTS: tuple[Variant, ...] = ("plain", "norm-preserving", "row-norm")
+
+
+MAX_KL = 0.1
+"""The paper's limit on the damage."""
+
+
+@dataclass(frozen=True)
+class LayerSettings:
+    """How the choice goes.
+
+    Attributes:
+        max_kl: The most damage that a candidate may do; twice as much until all prompts are looked at.
+        depth: Only layers below this share of the model's depth are looked at, as in the paper.
+        rounds: On how many harmful and as many harmless prompts the first rounds run; the last one runs on all.
+        share: The share of the candidates that the second round gets.
+        fewest: How many it gets at least.
+        finalists: How many the last one gets.
+        kl_tokens: The damage is the mean over so many tokens of the model's own answers; the paper looks at the first
+            alone, which misses damage that begins behind it.
+        seed: What drew the prompts, for the record.
+    """
+
+    max_kl: float = MAX_KL
+    depth: float = 0.8
+    rounds: tuple[int, int] = (4, 16)
+    share: float = 0.25
+    fewest: int = 12
+    finalists: int = 4
+    kl_tokens: int = 4
+    seed: int = 0
+
+
+METHODS: tuple[Method, ...] = ("auto", "layer", "tpe")
+
+
+@dataclass(frozen=True)
+class AnswerSettings:
+    """How answers are generated in a search.
+
+    Attributes:
+        max_new_tokens: Where an answer is cut off.
+        kl_tokens: How many tokens of the base model's answers the damage goes along.
+        batch_size: How many prompts to run at once; None is automatic.
+        chat: How the prompts are put before the model.
+    """
+
+    max_new_tokens: int = 100
+    kl_tokens: int = 32
+    batch_size: int | None = None
+    chat: ChatFormat = field(default_factory=ChatFormat)

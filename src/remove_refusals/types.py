@@ -7,16 +7,11 @@ of is in `map_types`.
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from remove_refusals.errors import DirectionError
-
-SiteKind = Literal["embedding", "attn", "mlp"]
-"""A place where something is added to the residual stream; `attn` also stands for the mixer in its place."""
-
-SITE_KINDS: tuple[SiteKind, ...] = ("embedding", "attn", "mlp")
+from remove_refusals.settings import SiteKind
 
 
 @dataclass(frozen=True)
@@ -46,21 +41,6 @@ class PromptSet:
     def ids(self) -> tuple[str, ...]:
         """What each prompt is called in records: the first 16 hex digits of its SHA-256 in UTF-8."""
         return tuple(hashlib.sha256(prompt.encode()).hexdigest()[:16] for prompt in self.prompts)
-
-
-@dataclass(frozen=True)
-class ChatFormat:
-    """How a prompt is put before the model.
-
-    Attributes:
-        system_prompt: A system message before each prompt.
-        chat_template: The text of a Jinja template to use in place of the tokenizer's own.
-        plain: Whether to use no template: the prompt alone.
-    """
-
-    system_prompt: str | None = None
-    chat_template: str | None = None
-    plain: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,1 +1,0 @@
-"""The carriers of an intervention: hooks, an edit in memory."""

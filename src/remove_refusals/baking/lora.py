@@ -1,0 +1,543 @@
+"""Edit plan → a LoRA that PEFT loads: exactly the edit, in files of a few megabytes beside the untouched base model.
+
+How PEFT lays its tensors out is read from its version 0.19 and held by tests; PEFT itself is not needed to write them.
+"""
+
+import copy
+import json
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors.torch
+import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from remove_refusals.baking.base import BaseModel, Carried, ablation_record, check_not_source, plan_for
+from remove_refusals.directions import (
+    DIRECTIONS,
+    EditPlan,
+    PlanEntry,
+    save_directions,
+)
+from remove_refusals.errors import ArchitectureError, ModelError, OutputError
+from remove_refusals.files import atomic_directory, write_json
+from remove_refusals.formula import project_out
+from remove_refusals.modelmap import ModelMap, skeleton
+from remove_refusals.models import LoadedModel, load_model
+from remove_refusals.settings import LoadSettings, Tied, Variant
+from remove_refusals.types import Intervention
+
+
+def bake_lora(
+    base: BaseModel,
+    intervention: Intervention,
+    output: Path | str,
+    *,
+    tied: Tied = "untie",
+    allow_leak: bool = False,
+    variant: Variant = "plain",
+    dtype: torch.dtype = torch.float32,
+    force: bool = False,
+) -> Carried:
+    """Write a LoRA that is exactly the edit, as a directory that PEFT loads.
+
+    Args:
+        base: The model that it is made for.
+        intervention: What to take out where.
+        output: The directory to be made.
+        tied: As for `bake`; `both` is refused where an embedding is tied.
+        allow_leak: As for `bake`.
+        variant: As for `bake`; only `plain` is of low rank.
+        dtype: The dtype of the adapter's tensors; float32 keeps the edit exact.
+        force: Whether to replace an existing output.
+
+    Returns:
+        What was written: adapter, `README.md`, `ablation.json` and the directions.
+
+    Raises:
+        ArchitectureError: If PEFT cannot carry the edit; the message names what.
+        OutputError: If PEFT is not installed, or the output exists and `force` is not given, or cannot be written.
+        DirectionError: If the intervention does not fit the model.
+    """
+    check_installed()
+    target = Path(output)
+    check_not_source(target, base.source, base.revision)
+    plan = plan_for(base, intervention, tied=tied, allow_leak=allow_leak, variant=variant)
+    adapter = peft_adapter(
+        base.model, plan, base.model_map, base.tensor_of, base=base.name, revision=base.revision, dtype=dtype
+    )
+    record = ablation_record(base.record, intervention, plan, base.model_map) | {
+        "modified": "With this adapter the refusal direction is taken out; the base model's files are unchanged.",
+        "adapter": {
+            "kind": "peft-lora",
+            "rank": adapter.config["r"],
+            "dtype": str(dtype).removeprefix("torch."),
+            "tensors": len(adapter.tensors),
+            "biases": sum(".lora_" not in name for name in adapter.tensors),
+        },
+    }
+    environment = Environment(
+        loader=PackageLoader("remove_refusals", "data"), undefined=StrictUndefined, keep_trailing_newline=True
+    )
+    with atomic_directory(target, force=force) as directory:
+        save_peft_adapter(adapter, directory)
+        check_loads(base.model, directory)
+        save_directions(intervention.directions, directory / DIRECTIONS)
+        card = environment.get_template("adapter_card.md.jinja").render(record=record)
+        (directory / "README.md").write_text(card, encoding="utf-8")
+        write_json(directory / "ablation.json", record)
+    return Carried(target, plan, record)
+
+
+PREFIX = "base_model.model."
+"""What PEFT puts before the names of the base model."""
+
+
+Target = Literal["linear", "conv1d", "embedding", "parameter", "bias"]
+"""How PEFT takes hold of a writer."""
+
+
+# PEFT refuses these modules there, since a fused kernel passes by what is put in their place while training.
+_WITH_KERNELS = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
+
+
+# PEFT takes modules of these names for experts of a checkpoint from before Transformers 5, in models that have any.
+_TAKEN_FOR_EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
+
+
+@dataclass(frozen=True, eq=False)
+class PeftAdapter:
+    """A LoRA in PEFT's layout.
+
+    Attributes:
+        config: The content of `adapter_config.json`.
+        tensors: The content of `adapter_model.safetensors`, float32 unless another dtype was asked for.
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+
+
+def peft_adapter(
+    model: PreTrainedModel,
+    plan: EditPlan,
+    model_map: ModelMap,
+    tensor_of: Callable[[str], torch.Tensor],
+    *,
+    base: str,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> PeftAdapter:
+    """Build the LoRA that is an edit.
+
+    With `B` and `A` as PEFT calls them, a linear writer gets `B = -s Q` and `A = Qᵀ W`; the scale is 1 whatever the
+    rank. An edited bias is stored whole, as PEFT does with `bias="all"`.
+
+    Args:
+        model: The model; it is left as it is, and only its modules' types are looked at, so it may have no weights.
+        plan: What happens to which tensor.
+        model_map: The model's map.
+        tensor_of: Gives a parameter by its name in the model.
+        base: What PEFT loads the base model by, if it is not given one.
+        revision: The hub's branch, tag or commit.
+        dtype: The dtype of the stored tensors; float32 keeps the edit exact.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        ArchitectureError: If a change cannot be carried by a LoRA of PEFT; the message names the parameter.
+        ModelError: If a tensor is quantised or not in memory.
+    """
+    check_low_rank(plan, allowed_bias=lambda entry: "bias" in entry.parameter.rpartition(".")[2])
+    check_tied(plan, model_map)
+    targets = {entry.parameter: target_of(model, entry) for entry in plan.entries}
+    _check_uses(targets, model_map)
+    holders = [_module_of(name) for name, target in targets.items() if target != "bias"]
+    for name in holders:
+        if holders.count(name) > 1:
+            raise ArchitectureError(
+                f"Module '{name}' has {holders.count(name)} writers, expected one, since PEFT nests the adapters of "
+                "several in an order of its own; save the edited weights instead."
+            )
+    tensors: dict[str, torch.Tensor] = {}
+    ranks: dict[str, int] = {}
+    for entry in plan.entries:
+        tensor, target = tensor_of(entry.parameter), targets[entry.parameter]
+        if target == "bias":
+            stored = {_bias_key(entry.parameter, holders): _edited_bias(entry, tensor)}
+        else:
+            factors = low_rank(entry, tensor)
+            ranks[entry.parameter if target == "parameter" else _module_of(entry.parameter)] = factors.rank
+            stored = _peft_tensors(model, entry, target, factors)
+        tensors |= {name: value.to("cpu", dtype).contiguous().clone() for name, value in stored.items()}
+    return PeftAdapter(_config(targets, ranks, base, revision), tensors)
+
+
+def check_tied(plan: EditPlan, model_map: ModelMap) -> None:
+    """Check that an adapter can do what a plan does to a tied embedding.
+
+    Raises:
+        ArchitectureError: If the plan edits the unembedding with the embedding.
+    """
+    if model_map.tied and not plan.untie and any(e.parameter == model_map.input_embedding for e in plan.entries):
+        raise ArchitectureError(
+            f"Parameter '{model_map.input_embedding}' is also the unembedding and both are to be edited as one, "
+            "expected --tied untie, since an adapter of the embedding leaves the unembedding alone and adapters of "
+            "both would be merged into the one tensor twice; leave --tied out, or save the edited weights instead."
+        )
+
+
+def _check_uses(targets: dict[str, Target], model_map: ModelMap) -> None:
+    """Check that what PEFT puts in a module's place is called wherever its parameter is used."""
+    for name, target in targets.items():
+        # That a tied embedding is used by the unembedding as well is known and wanted.
+        if name in model_map.used_elsewhere and target != "bias" and name != model_map.input_embedding:
+            raise ArchitectureError(
+                f"Parameter '{name}' is used outside of its own module in model type '{model_map.model_type}', where "
+                "an adapter of PEFT does not reach, expected it to be used by its module alone; save the edited "
+                "weights instead."
+            )
+
+
+def target_of(model: PreTrainedModel, entry: PlanEntry) -> Target:
+    """Say how PEFT takes hold of a writer.
+
+    A module whose forward pass is not the one that PEFT expects of its type is not replaced; its parameter is adapted
+    instead, which is right whatever the module does with it.
+
+    Args:
+        model: The model.
+        entry: The plan's entry for the writer.
+
+    Returns:
+        The kind of target.
+
+    Raises:
+        ArchitectureError: If PEFT refuses the writer's module.
+    """
+    if is_bias(entry):
+        return "bias"
+    name, whole = _module_of(entry.parameter), entry.parameter.endswith(".weight") and len(entry.shape) == 2
+    module, leaf = model.get_submodule(name), name.rpartition(".")[2]
+    if model.config.model_type in _WITH_KERNELS and leaf in ("out_proj", "conv1d"):
+        raise ArchitectureError(
+            f"Parameter '{entry.parameter}' belongs to a module that PEFT refuses to adapt in model type "
+            f"'{model.config.model_type}', expected another one; leave its site out or save the edited weights instead."
+        )
+    mistaken = leaf in _TAKEN_FOR_EXPERTS and any(parameter.dim() == 3 for parameter in model.parameters())
+    if whole and type(module).forward is torch.nn.Linear.forward and not mistaken:
+        return "linear"
+    if whole and type(module).forward is Conv1D.forward:
+        return "conv1d"
+    if whole and isinstance(module, torch.nn.Embedding) and _looks_up(module):
+        return "embedding"
+    return "parameter"
+
+
+def _looks_up(module: torch.nn.Embedding) -> bool:
+    """Whether an embedding gives rows of its weight, but for the factor that PEFT knows of."""
+    rows = torch.eye(3, module.embedding_dim) + 1
+    scale = getattr(module, "embed_scale", None)
+    # A padding token would have to lie within the three rows.
+    module = copy.copy(module)
+    module.padding_idx = None
+    given: dict[str, torch.Tensor] = {"weight": rows}
+    if isinstance(scale, torch.Tensor):
+        given["embed_scale"] = torch.full_like(scale, 3.0, device="cpu")
+    try:
+        found = torch.func.functional_call(module, given, (torch.tensor([[2, 0, 1]]),))
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
+        return False
+    factor = 3.0 if isinstance(scale, torch.Tensor) else float(scale or 1.0)
+    expected = rows[[2, 0, 1]] * factor
+    return found.shape[1:] == expected.shape and torch.allclose(found[0].float(), expected)
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """A change of rank k: `W' = W + left @ right`, for each of the leading axis's experts where there is one.
+
+    Attributes:
+        left: `[..., n_rows, k]`, float32.
+        right: `[..., k, n_columns]`, float32; without the leading axis where all experts share it.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+
+    @property
+    def rank(self) -> int:
+        """The number k of columns of `left`."""
+        return self.left.shape[-1]
+
+
+def _peft_tensors(
+    model: PreTrainedModel, entry: PlanEntry, target: Target, factors: LowRank
+) -> dict[str, torch.Tensor]:
+    """Name and lay out the factors as PEFT does for a kind of target."""
+    name = PREFIX + _module_of(entry.parameter)
+    left, right = factors.left, factors.right
+    if target == "embedding":
+        return {f"{name}.lora_embedding_A": left.T, f"{name}.lora_embedding_B": right.T}
+    keys = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
+    if target == "conv1d":
+        return dict(zip(keys, (left.T, right.T), strict=True))
+    if left.dim() == 2:
+        return dict(zip(keys, (right, left), strict=True))
+    right = right.expand(left.shape[0], *right.shape[-2:])
+    if getattr(model.get_submodule(_module_of(entry.parameter)), "is_transposed", False):
+        left, right = right.mT, left.mT
+    # A holds the experts one after the other; in B the expert is the innermost index.
+    return dict(zip(keys, (right.flatten(0, 1), left.permute(1, 2, 0).flatten(1)), strict=True))
+
+
+def _edited_bias(entry: PlanEntry, tensor: torch.Tensor) -> torch.Tensor:
+    return project_out(tensor.to(torch.float32), entry.basis, entry.strength, entry.axis)
+
+
+def _bias_key(parameter: str, holders: list[str]) -> str:
+    """The name of a bias in a model with adapters: within a module that PEFT wraps it lies one level down."""
+    module, _, leaf = parameter.rpartition(".")
+    return f"{PREFIX}{module}.base_layer.{leaf}" if module in holders else PREFIX + parameter
+
+
+def _module_of(parameter: str) -> str:
+    return parameter.rpartition(".")[0]
+
+
+def _config(targets: dict[str, Target], ranks: dict[str, int], base: str, revision: str | None) -> dict[str, Any]:
+    modules = [_module_of(name) for name, target in targets.items() if target not in ("bias", "parameter")]
+    parameters = [name for name, target in targets.items() if target == "parameter"]
+    rank = max(ranks.values(), key=list(ranks.values()).count, default=1)
+    others = {re.escape(name): other for name, other in ranks.items() if other != rank}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "revision": revision,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "target_modules": modules,
+        "target_parameters": parameters or None,
+        "fan_in_fan_out": "conv1d" in targets.values() and not parameters,
+        "bias": "all" if "bias" in targets.values() else "none",
+        "init_lora_weights": True,
+        "use_rslora": False,
+    }
+
+
+def save_peft_adapter(adapter: PeftAdapter, directory: Path) -> None:
+    """Write an adapter's two files.
+
+    Args:
+        adapter: The adapter.
+        directory: An existing directory.
+    """
+    (directory / "adapter_config.json").write_text(json.dumps(adapter.config, indent=2) + "\n", encoding="utf-8")
+    safetensors.torch.save_file(adapter.tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def load_edited(edited: str, base: str, settings: LoadSettings) -> LoadedModel:
+    """Load an edited model; a directory with an adapter of PEFT is merged into the base first.
+
+    Raises:
+        ModelError: If it cannot be found or loaded, or the adapter does not fit the base.
+        CheckpointError: If a weight file is corrupt.
+        OutputError: If it is an adapter and PEFT is not installed.
+    """
+    if is_adapter(edited):
+        return with_adapter(load_model(base, settings), Path(edited))
+    return load_model(edited, replace(settings, revision=None))
+
+
+_NUMBERS_AT_ONCE = 1 << 24
+"""How many float32 numbers are held beside a tensor (64 MiB)."""
+
+
+def low_rank(entry: PlanEntry, tensor: torch.Tensor) -> LowRank:
+    """Give the change that an entry of a plan makes to a tensor, as two factors.
+
+    For a writer on its rows, `W - s Q (Qᵀ W)`: `left = -s Q` and `right = Qᵀ W`; on its columns, as an embedding,
+    `left = -s W Q` and `right = Qᵀ`. An offset is added to each row of `left`.
+
+    Args:
+        entry: What happens to the tensor; its axis is one of the last two.
+        tensor: The tensor, `[n_rows, n_columns]` or `[n_experts, n_rows, n_columns]`, floating point.
+
+    Returns:
+        The factors, on the tensor's device.
+
+    Raises:
+        ModelError: If the tensor is not that of the entry, quantised or not in memory.
+        ArchitectureError: If the tensor has another number of axes, or is edited along the axis of its experts.
+    """
+    if tensor.is_meta or not tensor.is_floating_point() or tensor.shape != entry.shape:
+        raise ModelError(
+            f"Tensor '{entry.parameter}' is of shape {tuple(tensor.shape)} and dtype {tensor.dtype} on "
+            f"{tensor.device}, expected a floating-point tensor of shape {entry.shape} in memory; load the model "
+            "without quantisation and without offloading."
+        )
+    axis = entry.axis % tensor.dim() - tensor.dim()
+    if tensor.dim() not in (2, 3) or axis == -3:
+        raise ArchitectureError(
+            f"Tensor '{entry.parameter}' of shape {entry.shape} is edited along axis {entry.axis}, expected a matrix "
+            "or one for each expert; leave its site out or save the edited weights instead."
+        )
+    basis = entry.basis.to(tensor.device)
+    components = _components(tensor.detach().movedim(axis, -1), basis)
+    if axis == -2:
+        left = (-entry.strength * basis).expand(*tensor.shape[:-2], *basis.shape)
+        return LowRank(left, components.movedim(-1, axis))
+    left = -entry.strength * components
+    if entry.offset:
+        left = left + torch.tensor(entry.offset, device=left.device)
+    return LowRank(left, basis.T)
+
+
+def _components(rows: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    """`rows @ basis` in float32, some rows at a time, so that a large vocabulary needs no full copy."""
+    step = max(1, _NUMBERS_AT_ONCE // max(1, rows[0].numel()))
+    return torch.cat([part.to(torch.float32) @ basis for part in torch.split(rows, step)])
+
+
+def check_low_rank(plan: EditPlan, *, allowed_bias: Callable[[PlanEntry], bool] = lambda entry: False) -> None:
+    """Check that a plan's edits are of low rank, and that a carrier can take its biases.
+
+    Args:
+        plan: What happens to which tensor.
+        allowed_bias: Whether the carrier takes the edit of a vector.
+
+    Raises:
+        ArchitectureError: If the variant is not `plain`, or a bias cannot be carried; the message names it.
+    """
+    if plan.variant != "plain":
+        raise ArchitectureError(
+            f"The variant is '{plan.variant}', whose change of a tensor has full rank, expected 'plain' for an "
+            "adapter; leave the variant out or save the edited weights instead."
+        )
+    for entry in plan.entries:
+        if is_bias(entry) and not allowed_bias(entry):
+            raise ArchitectureError(
+                f"Parameter '{entry.parameter}' of shape {entry.shape} writes to the residual stream and is no matrix, "
+                "expected matrices alone, since this kind of adapter carries no other change; save the edited weights "
+                "instead, or an adapter of another kind."
+            )
+
+
+def is_bias(entry: PlanEntry) -> bool:
+    """Whether an entry's tensor is a vector, or one for each expert, that a writer adds."""
+    return len(entry.shape) == 1 or "bias" in entry.parameter.rpartition(".")[2]
+
+
+def check_installed() -> None:
+    """Check that PEFT is there.
+
+    Raises:
+        OutputError: If it is not, or too old to lay out experts as adapters here do.
+    """
+    from importlib import metadata
+
+    try:
+        version = metadata.version("peft")
+    except metadata.PackageNotFoundError:
+        version = "none"
+    if version == "none" or tuple(map(int, version.split(".")[:2])) < (0, 19):
+        raise OutputError(
+            f"The installed version of PEFT is {version}, expected at least 0.19 to check an adapter with; install "
+            "the extra, remove-refusals[adapters]."
+        )
+
+
+def check_loads(model: PreTrainedModel, directory: Path) -> None:
+    """Check that PEFT finds a place for every tensor of an adapter, and a tensor for every place.
+
+    Args:
+        model: The base model; it is left as it is, and its weights are not read.
+        directory: The adapter's directory.
+
+    Raises:
+        ArchitectureError: If PEFT would pass a tensor by or refuses the adapter; the message names what it is about.
+    """
+    from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
+
+    tensors = safetensors.torch.load_file(directory / "adapter_model.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            config = PeftConfig.from_pretrained(directory)
+            adapted = get_peft_model(skeleton(model), config, low_cpu_mem_usage=True)
+            result = set_peft_model_state_dict(adapted, tensors, low_cpu_mem_usage=True)
+        except (ValueError, RuntimeError, KeyError) as error:
+            raise ArchitectureError(
+                f"PEFT refuses an adapter of model type '{model.config.model_type}' "
+                f"({str(error).strip().splitlines()[0].rstrip('.')}), expected it to load; save the edited weights "
+                "instead."
+            ) from error
+    lost = [*result.unexpected_keys, *(name for name in result.missing_keys if ".lora_" in name)]
+    if lost:
+        raise ArchitectureError(
+            f"PEFT finds no place or no value for '{lost[0]}' in model type '{model.config.model_type}' ({len(lost)} "
+            "such in all), expected all of the adapter to be loaded; save the edited weights instead."
+        )
+
+
+def is_adapter(source: str | Path) -> bool:
+    """Whether a directory holds an adapter of PEFT."""
+    return (Path(source) / "adapter_config.json").is_file()
+
+
+def with_adapter(base: LoadedModel, directory: Path) -> LoadedModel:
+    """Merge an adapter into its base model, in memory.
+
+    An embedding that is also the unembedding is given a copy first where the adapter changes it, so that the merged
+    model gives the logits of the adapted one.
+
+    Args:
+        base: The base model, loaded for this alone: its weights are changed.
+        directory: The adapter's directory.
+
+    Returns:
+        The same model with the adapter in its weights; `source` is the adapter's directory.
+
+    Raises:
+        ModelError: If the base is quantised, or the adapter does not fit it.
+        OutputError: If PEFT is not installed.
+    """
+    check_installed()
+    from peft import PeftModel
+
+    model = base.model
+    if any(not parameter.is_floating_point() for parameter in model.parameters()):
+        raise ModelError(
+            f"The base {base.source} is quantised, expected its full weights to merge the adapter {directory} into; "
+            "leave --load-in-4bit out."
+        )
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and embedding is not None and getattr(head, "weight", None) is embedding.weight:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+        model.config.tie_word_embeddings = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            merged = PeftModel.from_pretrained(model, directory).merge_and_unload()
+        except (ValueError, RuntimeError, KeyError, OSError) as error:
+            reason = str(error).strip().splitlines()[0].rstrip(".:")
+            raise ModelError(
+                f"The adapter {directory} cannot be loaded into {base.source} ({reason}), expected one that was made "
+                "for this model; check both paths."
+            ) from error
+    # PEFT freezes the base, which makes the CPU's `linear` pathologically slow.
+    for parameter in merged.parameters():
+        parameter.requires_grad_(True)
+    return replace(base, model=merged.eval(), source=str(directory), revision=None)

@@ -1,0 +1,7 @@
+"""The room cli."""
+
+from remove_refusals.cli.main import main
+
+__all__ = [
+    "main",
+]

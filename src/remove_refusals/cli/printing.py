@@ -1,0 +1,275 @@
+"""What the command shows: progress, tables, the chat prompt. Numbers come from records; nothing is computed here."""
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from remove_refusals.baking import Certificate
+from remove_refusals.cli.options import StageLog, current, write_log
+from remove_refusals.directions import EditPlan
+from remove_refusals.measure import Calibration, Evaluation, Label, SideBySide, Verdict, accuracy_rows, confusion_rows
+from remove_refusals.modelmap import ModelMap
+from remove_refusals.report import table, table_key
+from remove_refusals.search import Selection
+
+_MOST_ROWS = 12
+"""With more candidates than this, only the front and what was confirmed are shown."""
+
+
+def say(text: str) -> None:
+    """Print one line to standard output."""
+    Console(highlight=False).print(text, soft_wrap=True, markup=False)
+
+
+def say_all(lines: Iterable[str]) -> None:
+    """Print lines to standard output."""
+    for line in lines:
+        say(line)
+
+
+def write(text: str) -> None:
+    """Print a piece of text at once, without a line end."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def typed_lines() -> Iterator[str]:
+    """Give what is typed line by line until the end of input.
+
+    In a terminal it asks with `> `, and the lines before can be called back; in a pipe neither.
+    """
+    if sys.stdin.isatty():
+        with suppress(ImportError):
+            # Its import alone gives `input` a history; Windows has its own.
+            import readline  # noqa: F401
+        with suppress(EOFError):
+            while True:
+                yield input("> ")
+        return
+    while True:
+        line = sys.stdin.readline()
+        if not line:
+            return
+        yield line.rstrip("\n")
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Show a bar per stage on standard error while the context lasts, and write the same to the log.
+
+    There is no bar where standard error is not a terminal, or `--quiet` is given.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console, log = Console(stderr=True), StageLog()
+    hide = current().quiet or not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hide) as bars:
+        tasks = {}
+
+        def on_progress(stage: str, done: int, total: int) -> None:
+            log.update(stage, done, total)
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield on_progress
+
+
+@contextmanager
+def transfers() -> Iterator[None]:
+    """Show the hub's own bars of uploads while the context lasts, where standard error is a terminal."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    hide = (current().quiet or not sys.stderr.isatty()) and not are_progress_bars_disabled()
+    if hide:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if hide:
+            enable_progress_bars()
+
+
+def show_plan(plan: EditPlan, model_map: ModelMap) -> None:
+    """Say how many tensors were edited at which kinds of site, and what was left."""
+    counts: dict[str, int] = {}
+    for entry in plan.entries:
+        counts[entry.kind] = counts.get(entry.kind, 0) + 1
+    edited = ", ".join(f"{count} {kind}" for kind, count in counts.items()) or "none"
+    say(f"Edited tensors of model type {model_map.model_type}: {edited}; left as they were: {len(plan.left)} writers.")
+    if model_map.tied and any(entry.parameter == model_map.input_embedding for entry in plan.entries):
+        how = "it was untied first, so the unembedding is unchanged" if plan.untie else "both are one tensor still"
+        say(f"The embedding is tied to the unembedding: {how}.")
+
+
+def show_selection(selection: Selection) -> None:
+    """Print every candidate of a search with its scores, and the pick."""
+    console = Console(highlight=False)
+    table = Table(title=f"Candidates; the pick: {selection.rule}")
+    for column in ("", "candidate", "refusal", "damage", "refused", "degenerate", "broken"):
+        table.add_column(column, justify="left" if column in ("", "candidate") else "right")
+    for number, candidate in enumerate(selection.candidates):
+        found = candidate.confirmation
+        if len(selection.candidates) > _MOST_ROWS and found is None and number not in selection.front:
+            continue
+        row = ["*" if number == selection.picked else "", candidate.name]
+        row += [f"{candidate.refusal:.1%}", f"{candidate.damage:.3f}"]
+        if found is not None:
+            row += [f"{rate.count}/{rate.n}" for rate in (found.refusals, found.degenerate, found.broken) if rate]
+        table.add_row(*row)
+    console.print(table)
+    console.print(
+        "Refusal and damage (KL in nats, along the model's own answers): on the prompts of the search. The counts: "
+        "generated, on others.",
+        markup=False,
+    )
+    for note in selection.notes:
+        console.print(f"Note: {note}", markup=False)
+
+
+def show_evaluation(evaluation: Evaluation, notes: tuple[str, ...]) -> None:
+    """Print the scores of base and edited model side by side, and what should be said of them."""
+    console = Console(highlight=False)
+    shown = Table(title="Base and edited model on the same prompts")
+    for column in ("", "base", "edited", "verdict, p"):
+        shown.add_column(column, justify="left" if not column else "right", no_wrap=not column, overflow="fold")
+    for row in table(evaluation):
+        shown.add_row(*row)
+    console.print(shown)
+    console.print(table_key(evaluation), markup=False)
+    if evaluation.judge_usage is not None:
+        console.print(f"Asked the judge: {evaluation.judge_usage}.", markup=False)
+    for note in notes:
+        console.print(f"Warning: {note}", style="yellow", markup=False)
+
+
+def show_calibration(calibration: Calibration, usage: object | None) -> None:
+    """Print what a judge says of answers with known labels, how often it is right, and what asking it has cost."""
+    console = Console(highlight=False)
+    said = Table(title=f"{calibration.judge} on {calibration.n} answers ({calibration.labelled})")
+    right = Table(title="How often it is right about each label")
+    for shown, columns, rows in (
+        (said, ("true, said:", *map(str, Label)), confusion_rows(calibration)),
+        (right, ("label", "sensitivity", "specificity"), accuracy_rows(calibration)),
+    ):
+        for number, column in enumerate(columns):
+            shown.add_column(column, justify="right" if number else "left", overflow="fold")
+        for row in rows:
+            shown.add_row(*row)
+        console.print(shown)
+    console.print("Intervals: 95%, Wilson. SHA-256 of the answers' file:", calibration.sha256, markup=False)
+    if usage is not None:
+        console.print(f"Asked: {usage}.", markup=False)
+
+
+def finish(data: object, last: str | None = None, show: Callable[[], None] | None = None) -> None:
+    """Print a command's result: as JSON if that was asked for, else for people.
+
+    Args:
+        data: The result as JSON.
+        last: The line that says what was made; None where the result itself is what was asked for.
+        show: Prints the result, or remarks before the last line, which `--quiet` leaves out.
+    """
+    if last is not None:
+        write_log(last)
+    if current().as_json:
+        say_json(data)
+        return
+    if show is not None and not (current().quiet and last is not None):
+        show()
+    if last is not None:
+        say(last)
+
+
+def say_json(data: object) -> None:
+    """Print JSON to standard output, and nothing else."""
+    sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def show_map(found: Mapping[str, Any]) -> None:
+    """Print a model's map as a table, with its verdict and what would be left."""
+    console = Console(highlight=False)
+    table = Table(title=f"{found['model_type']}: {found['n_layers']} layers, d_model {found['d_model']}")
+    for column in ("site", "layer", "on disk", "shape", "axis", "dtype", "norm", "tied"):
+        table.add_column(column, overflow="fold")
+    for row in found["writers"]:
+        layer = "" if row["layer"] is None else str(row["layer"])
+        dtype = "missing" if row.get("missing") else row.get("dtype", "")
+        shape = " x ".join(map(str, row["shape"]))
+        tied = "yes" if row["tied"] else ""
+        table.add_row(row["site"], layer, row["on_disk"], shape, str(row["axis"]), dtype, row["norm"] or "", tied)
+    console.print(table)
+    meaning = "weights and hooks" if found["verdict"] == "exact" else "no weight edit is exact"
+    console.print(f"Verdict: {found['verdict']} ({meaning}).")
+    for sentence in (*found["leaks"], *found["unhooked"]):
+        console.print(f"  {sentence}", markup=False)
+    if found["unused"]:
+        console.print(f"Left, since their modules take no part in the forward pass: {', '.join(found['unused'])}.")
+
+
+def show_certificate(certificate: Certificate) -> None:
+    """Print what was measured on the saved files."""
+    for problem in certificate.problems:
+        say(f"Failed: {problem}")
+    worst = certificate.worst
+    if worst is not None:
+        say(
+            f"Edited tensors: {len(certificate.edited)}; the most of the direction is left in {worst.name}: "
+            f"{worst.share_left:.2%} at strength {worst.strength:g}, saved in {worst.dtype}."
+        )
+    say(f"Writers left as planned: {len(certificate.left)}. Other tensors identical: {certificate.identical}.")
+    if certificate.boundaries is not None:
+        say(f"Largest component at any layer boundary: {max(certificate.boundaries):.1e} of the norm.")
+    say("Certificate passed." if certificate.passed else "Certificate failed.")
+
+
+_DAMAGE = (
+    ("KL, answered", ("kl", "harmless_answered", "mean")),
+    ("KL, 95th percentile, answered", ("kl", "harmless_answered", "p95")),
+    ("Perplexity", ("perplexity", "edited")),
+    ("Identical answers", ("agreement", "identical")),
+)
+
+
+def show_side_by_side(found: SideBySide) -> None:
+    """Print a column for each model, and the differences that the data support."""
+    console = Console(highlight=False)
+    table = Table(title="Models on the same prompts")
+    table.add_column("", no_wrap=True)
+    for model in found.models:
+        table.add_column(model, justify="right", overflow="fold")
+    for (name, label), rates in found.rates.items():
+        cells = [f"{rate.count}/{rate.n} [{100 * rate.low:.0f}, {100 * rate.high:.0f}]%" for rate in rates]
+        table.add_row(f"{label}, {name}".capitalize(), *cells)
+    for title, path in _DAMAGE:
+        cells = [_cell(found.damage.get(model, {}), path) for model in found.models]
+        if any(cells):
+            table.add_row(title, *cells)
+    console.print(table)
+    decided = [one for one in found.differences if one.verdict is not Verdict.UNDECIDED]
+    for one in decided:
+        points = f"{100 * one.value:+.0f} [{100 * one.low:+.0f}, {100 * one.high:+.0f}] points"
+        console.print(
+            f"{one.second} has a {one.verdict} {one.label} rate than {one.first} on {one.prompt_set} prompts: "
+            f"{points}, p = {one.adjusted_p:.2g}.",
+            markup=False,
+        )
+    undecided = len(found.differences) - len(decided)
+    console.print(
+        f"{undecided} of {len(found.differences)} comparisons are undecided. Exact McNemar, corrected for all of them "
+        f"(Holm 1979); intervals at 95%. Labels: {found.judge}.",
+        markup=False,
+    )
+
+
+def _cell(damage: object, path: tuple[str, ...]) -> str:
+    for key in path:
+        if not isinstance(damage, dict) or key not in damage:
+            return ""
+        damage = damage[key]
+    return f"{damage['value']:.2g} [{damage['low']:.2g}, {damage['high']:.2g}]" if isinstance(damage, dict) else ""

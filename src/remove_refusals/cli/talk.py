@@ -1,0 +1,343 @@
+"""Commands that let a model answer."""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from remove_refusals.cli.options import (
+    Affine,
+    BatchSize,
+    Column,
+    Device,
+    Dtype,
+    Force,
+    FourBit,
+    LayerRange,
+    MaxNewTokens,
+    ModelArgument,
+    OptionalDirectionFile,
+    Plain,
+    RemoteCode,
+    Revision,
+    Sites,
+    Split,
+    Strength,
+    SystemPrompt,
+    TemplateFile,
+    chat_format,
+    edit_settings,
+)
+from remove_refusals.directions import ablated, made_intervention
+from remove_refusals.errors import DirectionError
+from remove_refusals.modelmap import ModelMap
+from remove_refusals.models import LoadedModel, generate, render
+from remove_refusals.settings import ChatFormat
+from remove_refusals.types import Intervention, PromptSet
+
+if TYPE_CHECKING:
+    from remove_refusals.cli.chat import Sides
+    from remove_refusals.settings import EditSettings
+    from remove_refusals.types import Direction
+
+
+Run = Annotated[Path | None, typer.Option("--run", help="Take out what this run chose, a directory of `run`.")]
+
+
+CandidateName = Annotated[str | None, typer.Option("--candidate", help="With --run: another candidate of its search.")]
+
+
+Host = Annotated[str, typer.Option(help="The address to listen on; by default only this machine.")]
+
+
+def chat(
+    model: ModelArgument,
+    direction: OptionalDirectionFile = None,
+    run: Run = None,
+    candidate: CandidateName = None,
+    no_ablation: Annotated[bool, typer.Option("--no-ablation", help="Talk to the model as it is.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Both answers, one after the other.")] = False,
+    strength: Strength = 1.0,
+    layers: LayerRange = None,
+    sites: Sites = "embedding,attn,mlp",
+    affine: Affine = False,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    load_in_4bit: FourBit = False,
+    trust_remote_code: RemoteCode = False,
+    revision: Revision = None,
+    system_prompt: SystemPrompt = None,
+    chat_template: TemplateFile = None,
+    plain: Plain = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Where an answer is cut off.")] = 512,
+) -> None:
+    """Talk to a model with the direction taken out as it runs; /help there says what can be changed, Ctrl-D ends it."""
+    from remove_refusals import pipeline as stages
+    from remove_refusals.cli import chat as chatting
+    from remove_refusals.cli import printing as console
+    from remove_refusals.settings import LoadSettings
+
+    if no_ablation and compare:
+        raise DirectionError("Both --no-ablation and --compare are given, expected one of them; leave one out.")
+    if direction is None and run is None and not no_ablation:
+        raise DirectionError(
+            "No direction is given, expected --direction FILE; make one with `remove-refusals direction`, or pass "
+            "--run DIR or --no-ablation."
+        )
+    edit = edit_settings(strength, layers, sites, affine=affine)
+    given = None if no_ablation else _given(direction, run, candidate, edit)
+    loaded = stages.load_model(model, LoadSettings(device, dtype, load_in_4bit, trust_remote_code, revision))
+    make, model_map = None, None
+    if given is not None:
+        make, model_map = _maker(given, edit, loaded)
+        make(strength, edit.layers)
+    put = chat_format(system_prompt, chat_template, plain)
+    sides: Sides = "compare" if compare else "original" if no_ablation else "ablated"
+    chatting.converse(
+        loaded,
+        make,
+        console.typed_lines(),
+        console.write,
+        state=chatting.ChatState(strength, edit.layers, sides, put.system_prompt),
+        chat=put,
+        model_map=model_map,
+        max_new_tokens=max_new_tokens,
+    )
+
+
+def ui(
+    model: ModelArgument,
+    direction: OptionalDirectionFile = None,
+    run: Run = None,
+    host: Host = "127.0.0.1",
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="The port; the first free one from 7860 on.")
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    load_in_4bit: FourBit = False,
+    trust_remote_code: RemoteCode = False,
+    revision: Revision = None,
+    system_prompt: SystemPrompt = None,
+    chat_template: TemplateFile = None,
+    plain: Plain = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Where an answer is cut off.")] = 256,
+) -> None:
+    """A web page with both answers side by side, and how far each token lies along the direction."""
+    from remove_refusals import files as records
+    from remove_refusals import pipeline as stages
+    from remove_refusals.cli import printing as console
+    from remove_refusals.cli import web
+    from remove_refusals.cli import web as web_page
+    from remove_refusals.cli.web import Source
+    from remove_refusals.directions import intervention as interventions
+    from remove_refusals.settings import EditSettings, LoadSettings
+
+    edit = EditSettings()
+    given = _given(direction, run, None, edit)
+    loaded = stages.load_model(model, LoadSettings(device, dtype, load_in_4bit, trust_remote_code, revision))
+    make, model_map = _maker(given, edit, loaded)
+    searched = run is not None and (run / "selection.json").is_file()
+    found: Any = records.read_json(run / "selection.json", error=DirectionError) if searched and run else {}
+    candidates = found.get("candidates", [])
+    page = web.Page(
+        loaded,
+        make(1.0, None),
+        model_map,
+        Source(model, "--run" if run is not None else "--direction", str(run or direction)),
+        chat_format(system_prompt, chat_template, plain),
+        candidates,
+        interventions.load_candidates(run) if run is not None else {},
+        candidates[found["picked"]]["name"] if candidates else None,
+        max_new_tokens,
+    )
+    console.say(f"Serving on http://{host}:{port or 'the first free port from 7860 on'}; Ctrl-C ends it.")
+    web_page.serve(page, host=host, port=port)
+
+
+def serve(
+    model: ModelArgument,
+    direction: OptionalDirectionFile = None,
+    run: Run = None,
+    candidate: CandidateName = None,
+    strength: Strength = 1.0,
+    layers: LayerRange = None,
+    sites: Sites = "embedding,attn,mlp",
+    affine: Affine = False,
+    host: Host = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 for a free one.")] = 8000,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    load_in_4bit: FourBit = False,
+    trust_remote_code: RemoteCode = False,
+    revision: Revision = None,
+) -> None:
+    """Transformers' OpenAI-compatible server, with the direction taken out as the model runs; Ctrl-C ends it."""
+    from remove_refusals import pipeline as stages
+    from remove_refusals.cli import printing as console
+    from remove_refusals.settings import LoadSettings
+
+    edit = edit_settings(strength, layers, sites, affine=affine)
+    given = _given(direction, run, candidate, edit)
+    serving.check_installed()
+    with serving.reserved(host, port) as listener:
+        loaded = stages.load_model(model, LoadSettings(device, dtype, load_in_4bit, trust_remote_code, revision))
+        make, model_map = _maker(given, edit, loaded)
+        serving.serve(
+            loaded,
+            make(strength, edit.layers),
+            listener,
+            name=model,
+            model_map=model_map,
+            on_ready=lambda address: console.say(f"Serving {model} on {address}; Ctrl-C ends it."),
+        )
+
+
+def _given(
+    direction: Path | None, run: Path | None, candidate: str | None, edit: "EditSettings"
+) -> "tuple[Direction, ...] | Intervention":
+    """Read the directions, or the intervention of a run; before a model is loaded.
+
+    Raises:
+        DirectionError: If both or neither are given, or the candidate is not known.
+    """
+    from remove_refusals.directions import direction as direction_files
+    from remove_refusals.directions import intervention as interventions
+
+    if (direction is None) == (run is None):
+        raise DirectionError("Neither or both of --direction and --run are given, expected one of them; pass one.")
+    if direction is not None:
+        if candidate is not None:
+            raise DirectionError("The option --candidate is given without --run, expected both; add --run DIR.")
+        return direction_files.load_directions(direction)
+    assert run is not None
+    if edit.affine:
+        raise DirectionError("Both --run and --affine are given, expected one of them; a run knows its variant.")
+    if candidate is None:
+        return interventions.load_intervention(run)
+    found = interventions.load_candidates(run)
+    if candidate not in found:
+        raise DirectionError(
+            f"The candidate {candidate!r} is not among those whose directions {run} keeps, expected one of "
+            f"{', '.join(map(repr, found)) or 'none'}; choose one of these."
+        )
+    return found[candidate]
+
+
+def _maker(
+    given: "tuple[Direction, ...] | Intervention", edit: "EditSettings", loaded: "LoadedModel"
+) -> "tuple[Callable[[float, tuple[int, int] | None], Intervention], ModelMap]":
+    """Give what makes the intervention of a strength and a range of layers, and the model's map."""
+    from remove_refusals import pipeline as stages
+    from remove_refusals.directions import plan
+    from remove_refusals.modelmap import derive as modelmap
+
+    model_map = modelmap.map_model(loaded.model)
+    if isinstance(given, tuple):
+        return lambda strength, layers: stages.make_intervention(
+            given, replace(edit, strength=strength, layers=layers), model_map
+        ), model_map
+    plan.check_fit(given, model_map)
+    return lambda strength, layers: plan.scaled(
+        given, model_map.n_layers, strength=strength, layers=layers, kinds=edit.sites
+    ), model_map
+
+
+def generate(
+    model: ModelArgument,
+    prompts: Annotated[str, typer.Option(help="A file or data set of prompts.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A JSON Lines file.")],
+    direction: OptionalDirectionFile = None,
+    force: Force = False,
+    column: Column = None,
+    split: Split = None,
+    strength: Strength = 1.0,
+    layers: LayerRange = None,
+    sites: Sites = "embedding,attn,mlp",
+    affine: Affine = False,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    load_in_4bit: FourBit = False,
+    trust_remote_code: RemoteCode = False,
+    revision: Revision = None,
+    system_prompt: SystemPrompt = None,
+    chat_template: TemplateFile = None,
+    plain: Plain = False,
+    batch_size: BatchSize = None,
+    max_new_tokens: MaxNewTokens = 100,
+) -> None:
+    """Answer prompts in batches, greedily; without --direction the model answers as it is."""
+    from remove_refusals import files as atomic
+    from remove_refusals import files as records
+    from remove_refusals import pipeline as stages
+    from remove_refusals.cli import printing as console
+    from remove_refusals.directions import direction as direction_files
+    from remove_refusals.settings import LoadSettings, PromptSource
+
+    atomic.check_target(output, force=force, directory=False)
+    prompt_set = PromptSource(prompts, column, split).load("prompts", "")
+    given = None if direction is None else direction_files.load_directions(direction)
+    edit = edit_settings(strength, layers, sites, affine=affine)
+    loaded = stages.load_model(model, LoadSettings(device, dtype, load_in_4bit, trust_remote_code, revision))
+    intervention, model_map = None, None
+    if given is not None:
+        intervention, model_map = made_intervention(loaded, given, edit)
+    with console.progress() as on_progress:
+        rows = answer_rows(
+            loaded,
+            prompt_set,
+            intervention,
+            model_map=model_map,
+            chat=chat_format(system_prompt, chat_template, plain),
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            on_progress=stages.stage_progress(on_progress, "answers", 0, len(prompt_set)),
+        )
+    records.write_jsonl(output, rows, force=force)
+    console.finish({"output": str(output), "answers": len(rows)}, f"Saved {len(rows)} answers to {output}.")
+
+
+def answer_rows(
+    loaded: LoadedModel,
+    prompts: PromptSet,
+    intervention: Intervention | None,
+    *,
+    model_map: ModelMap | None = None,
+    chat: ChatFormat | None = None,
+    max_new_tokens: int = 100,
+    batch_size: int | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Answer prompts, with a direction taken out if an intervention is given.
+
+    Returns:
+        One JSON object per prompt, in order: `prompt`, `answer`, `n_tokens`, `finished`, `ablated`.
+
+    Raises:
+        RemoveRefusalsError: If the model cannot be hooked, or a prompt cannot be rendered or does not fit.
+    """
+    token_ids = render(loaded.tokenizer, prompts.prompts, **vars(chat or ChatFormat()))
+    context: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if intervention is not None:
+        context = ablated(loaded.model, intervention, model_map=model_map)
+    with context:
+        answers = generate(
+            loaded,
+            token_ids,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            on_progress=on_progress,
+        )
+    return [
+        {
+            "prompt": prompt,
+            "answer": answer.text,
+            "n_tokens": len(answer.token_ids),
+            "finished": answer.finished,
+            "ablated": intervention is not None,
+        }
+        for prompt, answer in zip(prompts.prompts, answers, strict=True)
+    ]

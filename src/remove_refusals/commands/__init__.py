@@ -1,1 +1,0 @@
-"""What each command does: read the options, call the library, print."""

@@ -1,0 +1,320 @@
+"""Where a direction comes from: what the embedding, attention and the MLP of each layer add along it."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from scipy.stats import ttest_ind
+
+from remove_refusals.directions.activations import Tap, collect_at
+from remove_refusals.directions.plan import pull_back
+from remove_refusals.modelmap import ModelMap, Site, Writer
+from remove_refusals.models import LoadedModel
+from remove_refusals.settings import ChatFormat, SiteKind
+from remove_refusals.types import Direction, PromptSet
+
+_MULTIPLIER_TOLERANCE = 0.02
+"""How far what a layer adds may be off its sites' outputs times one number: beyond the rounding of bfloat16."""
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What a site adds along a direction on harmful prompts more than on harmless ones.
+
+    Attributes:
+        site: The kind of site.
+        layer: The layer; None for the embedding.
+        value: The difference of the means.
+        low: The lower end of its 95% interval (Welch 1947).
+        high: The upper end.
+    """
+
+    site: SiteKind
+    layer: int | None
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Contributions:
+    """Where the difference along a direction comes from.
+
+    Attributes:
+        layer: Where the direction was found, on the layer axis.
+        position: The token position.
+        stream: For each index of the layer axis the difference of the means along the direction.
+        sites: Embedding, attention and MLP of each layer, as far as their outputs explain what the layer adds.
+        n_harmful: How many harmful prompts there are.
+        n_harmless: How many harmless prompts there are.
+    """
+
+    layer: int | None
+    position: int
+    stream: tuple[float, ...]
+    sites: tuple[Contribution, ...]
+    n_harmful: int
+    n_harmless: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the attributes."""
+        return asdict(self)
+
+
+def site_contributions(
+    loaded: LoadedModel,
+    harmful: PromptSet,
+    harmless: PromptSet,
+    direction: Direction,
+    model_map: ModelMap,
+    *,
+    position: int = -1,
+    chat: ChatFormat | None = None,
+    batch_size: int | None = None,
+) -> Contributions:
+    """Measure what each site adds along a direction at one token, on harmful prompts more than on harmless ones.
+
+    Up to any layer the sites' contributions add up to the stream's.
+
+    Args:
+        loaded: The model.
+        harmful: Prompts that it refuses, at least two.
+        harmless: Prompts that it answers, at least two.
+        direction: A direction of one column.
+        model_map: The model's map.
+        position: The token position.
+        chat: How the prompts are put before the model.
+        batch_size: How many prompts to run at once.
+
+    Returns:
+        The contributions; those of a layer are left out where its sites' outputs do not explain what it adds.
+
+    Raises:
+        PromptError: If the prompts cannot be rendered.
+        ModelError: If memory runs out with a single prompt.
+    """
+    unit = direction.basis[:, 0]
+
+    def along(states: torch.Tensor) -> torch.Tensor:
+        return states @ unit.to(states.device)
+
+    taps: dict[Any, Tap] = {index: Tap(name, True, along) for index, name in enumerate(model_map.layers)}
+    taps[model_map.n_layers] = Tap(model_map.layers[-1], False, along)
+    for site in _reachable(model_map):
+        assert site.residual_hook is not None
+        taps[site.kind, site.layer] = Tap(site.residual_hook.module, site.residual_hook.on_input, along)
+    found = [collect_at(loaded, part, taps, position, chat, batch_size, model_map) for part in (harmful, harmless)]
+    stream = [tuple(side[index].double() for side in found) for index in range(model_map.n_layers + 1)]
+    sites = [_contribution("embedding", None, *stream[0])]
+    for layer in range(model_map.n_layers):
+        sites += _of_layer(layer, found, stream)
+    return Contributions(
+        direction.origin.layer,
+        position,
+        tuple(float(first.mean() - second.mean()) for first, second in stream),
+        tuple(sites),
+        len(harmful),
+        len(harmless),
+    )
+
+
+def _reachable(model_map: ModelMap) -> list[Site]:
+    """The layers' sites whose contribution is one module's output, and no other site's."""
+    found = [
+        site
+        for site in model_map.sites
+        if site.layer is not None and site.residual_hook and site.residual_hook.writer is None
+        and not site.residual_hook.steps
+    ]  # fmt: skip
+    modules = [site.residual_hook and site.residual_hook.module for site in found]
+    return [site for site, module in zip(found, modules, strict=True) if modules.count(module) == 1]
+
+
+def _of_layer(layer: int, found: Sequence[Mapping[Any, torch.Tensor]], stream: Sequence[Any]) -> list[Contribution]:
+    kinds: list[SiteKind] = [kind for kind in ("attn", "mlp") if all((kind, layer) in side for side in found)]
+    if not kinds:
+        return []
+    outputs = {kind: tuple(side[kind, layer].double() for side in found) for kind in kinds}
+    added = torch.cat([stream[layer + 1][side] - stream[layer][side] for side in (0, 1)])
+    written = torch.cat([sum((outputs[kind][side] for kind in kinds), torch.zeros(())) for side in (0, 1)])
+    # Some models multiply what a site adds by a number of their configuration.
+    factor = float((added * written).sum() / written.square().sum().clamp_min(1e-30))
+    if not float((added - factor * written).norm()) <= _MULTIPLIER_TOLERANCE * float(added.norm()):
+        return []
+    return [_contribution(kind, layer, *(factor * side for side in outputs[kind])) for kind in kinds]
+
+
+def _contribution(kind: SiteKind, layer: int | None, harmful: torch.Tensor, harmless: torch.Tensor) -> Contribution:
+    value = float(harmful.mean() - harmless.mean())
+    if float(harmful.std()) + float(harmless.std()) < 1e-6 * (float(harmful.abs().max()) + 1e-30):
+        # The same number in every prompt: there is nothing that an interval could be of.
+        return Contribution(kind, layer, value, value, value)
+    interval = ttest_ind(harmful.numpy(), harmless.numpy(), equal_var=False).confidence_interval()
+    return Contribution(kind, layer, value, float(interval.low), float(interval.high))
+
+
+_TOP_K = ("num_experts_per_tok", "moe_topk", "num_experts_per_token", "moe_k", "top_k")
+"""What configurations call the number of experts that a token goes through."""
+
+
+_EXPERT = re.compile(r"experts\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class WriterShare:
+    """How much of what a writer can write lies along a direction.
+
+    Attributes:
+        parameter: The writer.
+        site: The kind of its site.
+        layer: The layer; None for the embedding.
+        expert: The expert's index; None for a writer that is none.
+        value: The share of its squared norm, times the number of channels: 1 for a matrix that knows nothing of the
+            direction.
+    """
+
+    parameter: str
+    site: SiteKind
+    layer: int | None
+    expert: int | None
+    value: float
+
+
+@dataclass(frozen=True)
+class ExpertChoice:
+    """How often a router ranks an expert among those that a token goes through, by its logits alone.
+
+    Attributes:
+        layer: The layer.
+        expert: The expert.
+        harmful: The share of harmful prompts.
+        harmless: The share of harmless prompts.
+        n_harmful: How many harmful prompts there are.
+        n_harmless: How many harmless prompts there are.
+    """
+
+    layer: int
+    expert: int
+    harmful: float
+    harmless: float
+    n_harmful: int
+    n_harmless: int
+
+
+def writer_shares(loaded: LoadedModel, direction: Direction, model_map: ModelMap) -> tuple[WriterShare, ...]:
+    """Measure on the weights how much of what each writer can write lies along a direction.
+
+    Args:
+        loaded: The model.
+        direction: The direction; it is pulled back through the norm between a writer and the stream.
+        model_map: The model's map.
+
+    Returns:
+        A share for each weight, and of fused experts for each expert; biases and quantised weights are left out.
+    """
+    shares = []
+    for site in model_map.sites:
+        for writer in site.writers:
+            weight = loaded.model.get_parameter(writer.parameter)
+            if len(writer.shape) < 2 or not weight.is_floating_point() or weight.shape != writer.shape:
+                continue
+            basis = pull_back(direction.basis, writer.steps, loaded.model.get_parameter).to(weight.device)
+            rows = weight.detach().movedim(writer.axis, -1)
+            fused = rows.dim() > 2
+            for index, part in enumerate(rows if fused else [rows]):
+                value = _share(part.to(torch.float32), basis)
+                expert = index if fused else _expert(writer)
+                shares.append(WriterShare(writer.parameter, site.kind, site.layer, expert, value))
+    return tuple(shares)
+
+
+def _share(rows: torch.Tensor, basis: torch.Tensor) -> float:
+    whole = float(rows.square().sum())
+    chance = basis.shape[1] / basis.shape[0]
+    return float((rows @ basis).square().sum()) / whole / chance if whole else 0.0
+
+
+def _expert(writer: Writer) -> int | None:
+    found = _EXPERT.search(writer.parameter)
+    return int(found[1]) if found else None
+
+
+def expert_choices(
+    loaded: LoadedModel,
+    harmful: PromptSet,
+    harmless: PromptSet,
+    model_map: ModelMap,
+    *,
+    position: int = -1,
+    chat: ChatFormat | None = None,
+    batch_size: int | None = None,
+) -> tuple[ExpertChoice, ...]:
+    """Measure which experts the routers rank first, on harmful and on harmless prompts.
+
+    Args:
+        loaded: The model.
+        harmful: Prompts that it refuses.
+        harmless: Prompts that it answers.
+        model_map: The model's map.
+        position: The token position.
+        chat: How the prompts are put before the model.
+        batch_size: How many prompts to run at once.
+
+    Returns:
+        A share for each expert of each layer whose router is found: the one matrix of the layer with a row for each
+        expert. Empty for a model without experts.
+
+    Raises:
+        PromptError: If the prompts cannot be rendered.
+        ModelError: If memory runs out with a single prompt.
+    """
+    config = loaded.model.config.get_text_config()
+    n_chosen = next((value for name in _TOP_K if isinstance(value := getattr(config, name, None), int)), None)
+    taps = {layer: _router_tap(loaded, name) for layer, name in _routers(loaded, model_map).items()}
+    if n_chosen is None or not taps:
+        return ()
+    sides = [collect_at(loaded, part, taps, position, chat, batch_size, model_map) for part in (harmful, harmless)]
+    choices = []
+    for layer in taps:
+        rates = []
+        for side in sides:
+            chosen = side[layer].topk(min(n_chosen, side[layer].shape[1])).indices
+            rates.append(torch.zeros_like(side[layer]).scatter_(1, chosen, 1.0).mean(dim=0).tolist())
+        choices += [
+            ExpertChoice(layer, expert, first, second, len(harmful), len(harmless))
+            for expert, (first, second) in enumerate(zip(*rates, strict=True))
+        ]
+    return tuple(choices)
+
+
+def _routers(loaded: LoadedModel, model_map: ModelMap) -> dict[int, str]:
+    """The name of each layer's one matrix `[n_experts, d_model]` that writes nothing."""
+    routers = {}
+    for layer, name in enumerate(model_map.layers):
+        writers = [writer for site in model_map.sites if site.layer == layer for writer in site.writers]
+        fused = [writer.shape[0] for writer in writers if len(writer.shape) == 3]
+        single = {index for writer in writers if (index := _expert(writer)) is not None}
+        n_experts = fused[0] if fused else len(single)
+        own = {writer.parameter for writer in writers}
+        found = [
+            f"{name}.{inner}"
+            for inner, value in loaded.model.get_submodule(name).named_parameters()
+            if tuple(value.shape) == (n_experts, model_map.d_model) and f"{name}.{inner}" not in own
+        ]
+        if n_experts > 1 and len(found) == 1:
+            routers[layer] = found[0]
+    return routers
+
+
+def _router_tap(loaded: LoadedModel, parameter: str) -> Tap:
+    weight = loaded.model.get_parameter(parameter).detach()
+    owner = parameter.rpartition(".")[0]
+    bias = getattr(loaded.model.get_submodule(owner), "bias", None)
+
+    def logits(states: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = states @ weight.to(states).T
+        return found if bias is None else found + bias.detach().to(found)
+
+    return Tap(owner, True, logits)

@@ -1,0 +1,367 @@
+"""Interventions on disk: what `run` and `bake` leave, to be made again in another way."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from remove_refusals.directions.direction import (
+    DIRECTIONS,
+    direction_sha256,
+    load_directions,
+)
+from remove_refusals.errors import ArchitectureError, DirectionError
+from remove_refusals.files import atomic_file, read_json
+from remove_refusals.modelmap import ModelMap
+from remove_refusals.models import LoadedModel
+from remove_refusals.settings import (
+    SITE_KINDS,
+    EditSettings,
+    SiteKind,
+)
+from remove_refusals.types import Direction, DirectionOrigin, Intervention, SiteEdit
+
+if TYPE_CHECKING:
+    pass
+
+
+RECORD = "ablation.json"
+
+
+CANDIDATES = f"{DIRECTIONS}/candidates.safetensors"
+
+
+def load_intervention(directory: Path) -> Intervention:
+    """Read the intervention that a directory was made with.
+
+    Args:
+        directory: What `run` or `bake` made: it holds `ablation.json` and the directions.
+
+    Returns:
+        The intervention, strengths of every site included; it can be resolved against the same base again.
+
+    Raises:
+        DirectionError: If the record or a direction is missing or not as this library writes it.
+    """
+    record = read_json(directory / RECORD, error=DirectionError)
+    edits = record.get("intervention") if isinstance(record, dict) else None
+    if not isinstance(edits, list) or not edits:
+        raise DirectionError(
+            f"The record {directory / RECORD} has the intervention {edits}, expected a list of edits; give a directory "
+            "that `run` or `bake` made."
+        )
+    return Intervention(load_directions(directory), tuple(_edit(edit, directory) for edit in edits))
+
+
+def _edit(value: object, directory: Path) -> SiteEdit:
+    edit: Mapping[str, Any] = value if isinstance(value, dict) else {}
+    strength, layer, direction = edit.get("strength"), edit.get("layer"), edit.get("direction", 0)
+    offset = edit.get("offset", [])
+    kind = next((kind for kind in SITE_KINDS if kind == edit.get("kind")), None)
+    numbers = [strength, *(offset if isinstance(offset, list) else [None])]
+    fine = all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
+    places = all(isinstance(place, int) for place in (direction, 0 if layer is None else layer))
+    if (
+        kind is None
+        or not fine
+        or not places
+        or not edit.keys() <= {"kind", "layer", "strength", "direction", "offset"}
+    ):
+        raise DirectionError(
+            f"The record {directory / RECORD} has the edit {value}, expected a kind of site, a layer, a strength and a "
+            "direction; give a directory that this version of `run` or `bake` made."
+        )
+    return SiteEdit(kind, layer, float(numbers[0]), direction, tuple(float(number) for number in numbers[1:]))
+
+
+def save_candidates(interventions: Mapping[int, Intervention], path: Path) -> None:
+    """Write the directions of candidates, by their number in `selection.json`, each direction once.
+
+    Args:
+        interventions: The interventions by the candidate's number.
+        path: The safetensors file to make; nothing may lie there.
+
+    Raises:
+        OutputError: If it cannot be written.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    names: dict[str, list[str]] = {}
+    for number, intervention in interventions.items():
+        names[str(number)] = [direction_sha256(direction)[:16] for direction in intervention.directions]
+        tensors |= dict(
+            zip(names[str(number)], (one.basis.contiguous() for one in intervention.directions), strict=True)
+        )
+    with atomic_file(path) as staging:
+        safetensors.torch.save_file(tensors, staging, {"candidates": json.dumps(names)})
+
+
+def load_candidates(directory: Path) -> dict[str, Intervention]:
+    """Read the candidates of a run's search whose directions were kept: the front, and what was confirmed.
+
+    Args:
+        directory: What `run` left.
+
+    Returns:
+        The interventions by the candidate's name, in the order of `selection.json`; empty if nothing was searched.
+
+    Raises:
+        DirectionError: If the files are not as this library writes them.
+    """
+    path = directory / CANDIDATES
+    if not path.exists():
+        return {}
+    record = read_json(directory / "selection.json", error=DirectionError)
+    try:
+        assert isinstance(record, dict)
+        with safetensors.safe_open(path, framework="pt") as file:
+            names = json.loads(file.metadata()["candidates"])
+            bases = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        found = {}
+        for number, kept in sorted(names.items(), key=lambda item: int(item[0])):
+            candidate = record["candidates"][int(number)]
+            directions = tuple(Direction(bases[name], DirectionOrigin("search")) for name in kept)
+            edits = (
+                {"kind": edit["site"], **{key: edit[key] for key in ("layer", "strength", "direction")}}
+                for edit in candidate["strengths"]
+            )
+            found[candidate["name"]] = Intervention(directions, tuple(_edit(edit, directory) for edit in edits))
+    except (AssertionError, KeyError, IndexError, TypeError, ValueError, safetensors.SafetensorError) as error:
+        raise DirectionError(
+            f"The candidates in {path} cannot be read ({type(error).__name__}: {error}), expected what `run` leaves; "
+            "make the directory again."
+        ) from error
+    return found
+
+
+def intervene(
+    direction: Direction,
+    n_layers: int,
+    *,
+    strength: float = 1.0,
+    layers: tuple[int, int] | None = None,
+    kinds: Iterable[SiteKind] = SITE_KINDS,
+    affine: bool = False,
+) -> Intervention:
+    """Take one direction out at one strength, at every site of a range of layers.
+
+    The affine variant puts the harmless mean's component back in its place (Marshall, Scherlis and Belrose 2024,
+    "Refusal in LLMs is an affine function"): `v' = v - strength * (Q Qᵀ v - Q Qᵀ m)`. What the writers add is edited
+    as ever, and the constant is added once, to the embedding, from where it reaches every layer. Where every writer is
+    edited at strength 1, the stream's component is the same `Qᵀ m` at every layer boundary.
+
+    Args:
+        direction: What is taken out.
+        n_layers: The model's number of layers.
+        strength: The share that is taken out; 1 takes out all of it.
+        layers: The first and the last layer, both included; None means all of them and the embedding. With a range,
+            the embedding is edited only if it starts at layer 0.
+        kinds: The kinds of site to edit.
+        affine: Whether the harmless mean's component is put in the place of what is taken out.
+
+    Returns:
+        The intervention.
+
+    Raises:
+        DirectionError: If the range does not lie within the model, the strength is not a finite number, or the affine
+            variant is asked for without the embedding or of a direction that does not know the harmless mean.
+    """
+    first, last = _checked_range(layers, n_layers, strength)
+    wanted = frozenset(kinds)
+    edits = [SiteEdit("embedding", None, strength)] if "embedding" in wanted and first == 0 else []
+    if affine:
+        edits = [replace(edit, offset=_affine_offset(direction, strength)) for edit in edits]
+        if not edits:
+            raise DirectionError(
+                f"The affine variant is to edit {', '.join(sorted(wanted))} from layer {first} on, expected the "
+                "embedding among them, which carries its constant; start at layer 0 with the embedding."
+            )
+    for layer in range(first, last + 1):
+        edits += [SiteEdit(kind, layer, strength) for kind in SITE_KINDS[1:] if kind in wanted]
+    return Intervention((direction,), tuple(edits))
+
+
+def intervene_per_layer(
+    directions: Sequence[Direction],
+    *,
+    strength: float = 1.0,
+    layers: tuple[int, int] | None = None,
+    kinds: Iterable[SiteKind] = SITE_KINDS,
+) -> Intervention:
+    """Take from each layer's sites a direction of its own.
+
+    Args:
+        directions: One for each layer, as `mean_difference_per_layer` finds them; the embedding gets that of layer 0.
+        strength: As for `intervene`.
+        layers: As for `intervene`.
+        kinds: As for `intervene`.
+
+    Returns:
+        The intervention, with the directions of the range of layers alone.
+
+    Raises:
+        DirectionError: If there is no direction, or as from `intervene`.
+    """
+    if not directions:
+        raise DirectionError("There are 0 directions, expected one for each layer; find them first.")
+    uniform = intervene(directions[0], len(directions), strength=strength, layers=layers, kinds=kinds)
+    first, last = layers if layers is not None else (0, len(directions) - 1)
+    edits = (replace(edit, direction=0 if edit.layer is None else edit.layer - first) for edit in uniform.edits)
+    return Intervention(tuple(directions[first : last + 1]), tuple(edits))
+
+
+def scaled(
+    intervention: Intervention,
+    n_layers: int,
+    *,
+    strength: float = 1.0,
+    layers: tuple[int, int] | None = None,
+    kinds: Iterable[SiteKind] = SITE_KINDS,
+) -> Intervention:
+    """Take out more or less of what an intervention takes out, at some of its sites.
+
+    Args:
+        intervention: The intervention.
+        n_layers: The model's number of layers.
+        strength: What its strengths, and what it adds, are multiplied by.
+        layers: As for `intervene`.
+        kinds: As for `intervene`.
+
+    Returns:
+        The intervention, with all directions; the edits that are not kept are left out.
+
+    Raises:
+        DirectionError: As from `intervene`.
+    """
+    first, last = _checked_range(layers, n_layers, strength)
+    wanted = frozenset(kinds)
+    edits = tuple(
+        replace(edit, strength=strength * edit.strength, offset=tuple(strength * number for number in edit.offset))
+        for edit in intervention.edits
+        if edit.kind in wanted and (first == 0 if edit.layer is None else first <= edit.layer <= last)
+    )
+    return Intervention(intervention.directions, edits)
+
+
+def _checked_range(layers: tuple[int, int] | None, n_layers: int, strength: float) -> tuple[int, int]:
+    """Give the first and last layer of a range, or of the model."""
+    first, last = layers if layers is not None else (0, n_layers - 1)
+    if not 0 <= first <= last < n_layers:
+        raise DirectionError(
+            f"The layer range {first}-{last} does not lie within the model's layers 0-{n_layers - 1}; "
+            "give two of its layers, the lower one first."
+        )
+    if not -10 <= strength <= 10:
+        raise DirectionError(f"The strength is {strength}, expected a number from -10 to 10; 1 takes out all of it.")
+    return first, last
+
+
+def _affine_offset(direction: Direction, strength: float) -> tuple[float, ...]:
+    component = direction.origin.harmless_component
+    if component is None or len(component) != direction.basis.shape[1]:
+        raise DirectionError(
+            f"The direction (method {direction.origin.method}) has the harmless mean's component {component}, expected "
+            f"{direction.basis.shape[1]} numbers for the affine variant; find the direction again with this version."
+        )
+    return tuple(strength * number for number in component)
+
+
+def check_fit(intervention: Intervention, model_map: ModelMap) -> None:
+    """Check that an intervention's directions and layers are the model's.
+
+    Raises:
+        DirectionError: If a direction's width is not the model's, or an edit names a layer or direction that is not
+            there, or a site twice, or has an offset that does not fit.
+        ArchitectureError: If the model cannot carry the offset.
+    """
+    for direction in intervention.directions:
+        if direction.d_model != model_map.d_model:
+            raise DirectionError(
+                f"The direction has d_model {direction.d_model} and the model has d_model {model_map.d_model}, "
+                "expected them to be equal; use a direction that was found on this model."
+            )
+    seen = set()
+    for edit in intervention.edits:
+        if edit.layer is not None and not 0 <= edit.layer < model_map.n_layers:
+            raise DirectionError(
+                f"The intervention edits layer {edit.layer}, expected one of the model's layers "
+                f"0-{model_map.n_layers - 1}; use an intervention that was made for this model."
+            )
+        if not 0 <= edit.direction < len(intervention.directions) or (edit.kind, edit.layer) in seen:
+            raise DirectionError(
+                f"The intervention edits site {edit.kind} of layer {edit.layer} twice or with a direction that it "
+                f"does not have ({edit.direction}), expected each site once; leave one of the edits out."
+            )
+        seen.add((edit.kind, edit.layer))
+        if edit.offset and (
+            edit.kind != "embedding" or len(edit.offset) != intervention.directions[edit.direction].basis.shape[1]
+        ):
+            raise DirectionError(
+                f"The intervention adds {len(edit.offset)} numbers at site {edit.kind}, expected "
+                f"{intervention.directions[edit.direction].basis.shape[1]} of them at the embedding; leave them out."
+            )
+    if offset_of(intervention) and (model_map.leaks or not _embedding_adds_rows(model_map)):
+        reason = model_map.leaks[0].rstrip(".") if model_map.leaks else "its embedding's rows are not added to it alone"
+        raise ArchitectureError(
+            f"Model type '{model_map.model_type}' can carry no constant through its residual stream ({reason}), "
+            "expected an embedding whose rows are added to it; leave the affine variant out."
+        )
+
+
+def offset_of(intervention: Intervention) -> tuple[float, ...]:
+    """Give what an intervention adds to the residual stream, along the basis of the embedding's direction."""
+    return next((edit.offset for edit in intervention.edits if edit.offset), ())
+
+
+def _embedding_adds_rows(model_map: ModelMap) -> bool:
+    """Whether each token has one row of the input embedding that reaches the stream through no norm or projection."""
+    writers = [writer for site in model_map.sites if site.kind == "embedding" for writer in site.writers]
+    found = [writer for writer in writers if writer.parameter == model_map.input_embedding]
+    return [(writer.steps, writer.axis, len(writer.shape)) for writer in found] == [((), 1, 2)]
+
+
+def made_intervention(
+    loaded: "LoadedModel", directions: "tuple[Direction, ...]", settings: "EditSettings"
+) -> tuple["Intervention", "ModelMap"]:
+    """Map the model and make the intervention that the settings mean for it.
+
+    Raises:
+        ArchitectureError: If the model cannot be mapped.
+        DirectionError: If the directions or the layers do not fit the model.
+    """
+    from remove_refusals import pipeline as stages
+    from remove_refusals.modelmap import derive as modelmap
+
+    model_map = modelmap.map_model(loaded.model)
+    return stages.make_intervention(directions, settings, model_map), model_map
+
+
+def make_intervention(
+    found: Direction | tuple[Direction, ...], settings: EditSettings, model_map: ModelMap
+) -> Intervention:
+    """Apply one direction, or one for each layer, as the settings say.
+
+    Raises:
+        DirectionError: If there are several directions and not one for each layer, or their width is not the model's,
+            the layers do not lie within the model, or the affine variant does not fit them.
+        ArchitectureError: If the affine variant is asked for and the model cannot carry its constant.
+    """
+    directions = (found,) if isinstance(found, Direction) else found
+    options: dict[str, Any] = {"strength": settings.strength, "layers": settings.layers, "kinds": settings.sites}
+    if len(directions) == 1:
+        intervention = intervene(directions[0], model_map.n_layers, affine=settings.affine, **options)
+    elif len(directions) != model_map.n_layers or settings.affine:
+        affine = " and the affine variant is asked for" if settings.affine else ""
+        raise DirectionError(
+            f"There are {len(directions)} directions{affine}, expected one, or one for each of the model's "
+            f"{model_map.n_layers} layers without --affine; use directions that were found on this model."
+        )
+    else:
+        intervention = intervene_per_layer(directions, **options)
+    check_fit(intervention, model_map)
+    return intervention

@@ -1,0 +1,199 @@
+"""From an intervention and a model's map to an edit plan: every tensor to be touched, and how.
+
+The direction lives in the residual stream. Where a norm sits between a writer and the stream, the direction is pulled
+back through it: a writer whose output is orthogonal to `gain ⊙ q` adds nothing along `q` after the norm, since the
+norm's division by a number per token rotates nothing.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from remove_refusals.directions.intervention import check_fit, offset_of
+from remove_refusals.errors import ArchitectureError, DirectionError
+from remove_refusals.formula import orthonormal_basis
+from remove_refusals.modelmap import ChannelStep, DiskTensor, ModelMap
+from remove_refusals.settings import SiteKind, Tied, Variant
+from remove_refusals.types import Intervention, SiteEdit
+
+
+def pull_back(
+    basis: torch.Tensor, steps: Sequence[ChannelStep], tensor_of: Callable[[str], torch.Tensor]
+) -> torch.Tensor:
+    """Find the directions that become `basis` behind per-channel steps.
+
+    Args:
+        basis: `[d_model, k]`, float32, orthonormal columns, in the residual stream.
+        steps: The steps from the writer to the residual stream, first step first.
+        tensor_of: Gives a parameter by its name in the model.
+
+    Returns:
+        `[d_model, k]`, float32, orthonormal columns: a writer without a component along them adds none along `basis`.
+        A depthwise convolution with n taps needs up to n + 1 columns for each of `basis`.
+    """
+    if not steps:
+        return basis
+    columns = basis.to(torch.float64)
+    for step in reversed(steps):
+        if step.kind == "center":
+            columns = columns - columns.mean(dim=0, keepdim=True)
+            continue
+        assert step.parameter is not None
+        values = tensor_of(step.parameter).detach().to("cpu", torch.float64)
+        if step.kind == "gain":
+            columns = (values.reshape(-1) + step.offset).unsqueeze(1) * columns
+        else:
+            # Each tap brings the component of another token, so none of them may bring any.
+            taps = [tap.unsqueeze(1) * columns for tap in values.reshape(columns.shape[0], -1).unbind(1)]
+            spanned, sizes, _ = torch.linalg.svd(
+                torch.cat([*taps, *([columns] if step.offset else [])], dim=1), full_matrices=False
+            )
+            columns = spanned[:, sizes > 1e-7 * sizes[0]]
+    return orthonormal_basis(columns)
+
+
+def check_exact(model_map: ModelMap, *, allow_leak: bool = False) -> None:
+    """Check that an edit of a model's weights is exact.
+
+    Raises:
+        ArchitectureError: If it is not and `allow_leak` is not given.
+    """
+    if model_map.leaks and not allow_leak:
+        raise ArchitectureError(
+            f"No weight edit of model type '{model_map.model_type}' is exact ({model_map.leaks[0].rstrip('.')}), "
+            "expected one that is; use hooks (chat, generate), or pass --allow-leak and read the measured leak."
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class PlanEntry:
+    """One tensor to be edited: `W' = W - strength * basis (basisᵀ W) + basis offset` along `axis`.
+
+    Attributes:
+        parameter: The tensor's name in the model.
+        kind: The kind of the site that it writes to.
+        layer: The layer's index, or None for the embedding.
+        axis: The axis of width d_model.
+        shape: The tensor's shape.
+        strength: The share that is taken out.
+        basis: `[d_model, k]`, float32, orthonormal: the direction, pulled back through the steps between the writer
+            and the residual stream.
+        on_disk: The tensors of a checkpoint that hold it.
+        offset: What each row gets after that: `k` numbers along `basis`; empty for none.
+    """
+
+    parameter: str
+    kind: SiteKind
+    layer: int | None
+    axis: int
+    shape: tuple[int, ...]
+    strength: float
+    basis: torch.Tensor
+    on_disk: tuple[DiskTensor, ...]
+    offset: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class EditPlan:
+    """An intervention resolved against one model: every tensor to be touched.
+
+    Attributes:
+        entries: What happens to each tensor, in the order of the map.
+        untie: Whether the unembedding gets a copy of the unedited embedding first.
+        left: Writers that are not touched, with the reason.
+        leaks: Why the edit is not exact, if it was asked for all the same.
+        variant: What else the edit does to each tensor.
+        embedding_scale: What a row of the embedding is multiplied by until it is in the residual stream; None where
+            no offset had to be divided by it.
+    """
+
+    entries: tuple[PlanEntry, ...]
+    untie: bool
+    left: tuple[tuple[str, str], ...]
+    leaks: tuple[str, ...] = ()
+    variant: Variant = "plain"
+    embedding_scale: float | None = None
+
+
+def resolve(
+    intervention: Intervention,
+    model_map: ModelMap,
+    tensor_of: Callable[[str], torch.Tensor],
+    *,
+    tied: Tied = "untie",
+    allow_leak: bool = False,
+    variant: Variant = "plain",
+    embedding_scale: float | None = None,
+) -> EditPlan:
+    """Resolve an intervention against one model.
+
+    Args:
+        intervention: What to take out where.
+        model_map: The model's sites and writers.
+        tensor_of: Gives a parameter by its name in the model; only norm gains are asked for.
+        tied: What to do with an embedding that is also the unembedding.
+        allow_leak: Whether to plan an edit that is known not to be exact.
+        variant: What else the edit does to each tensor; only `plain` is what the hooks do.
+        embedding_scale: What a row of the embedding is multiplied by until it is in the residual stream, as
+            `scales.embedding_scale` measures it; needed where the intervention has an offset.
+
+    Returns:
+        The plan. An edit of strength 0 is listed under `left`, as is every writer of a site without an edit.
+
+    Raises:
+        DirectionError: If the intervention does not fit the model, or has an offset where the embedding's scale is
+            not given or the variant is another than `plain`.
+        ArchitectureError: If the model's map has leaks and `allow_leak` is not given, or one tensor would have to be
+            edited in two ways.
+    """
+    check_fit(intervention, model_map)
+    check_exact(model_map, allow_leak=allow_leak)
+    edits = {(edit.kind, edit.layer): edit for edit in intervention.edits}
+    entries: dict[str, PlanEntry] = {}
+    left: list[tuple[str, str]] = []
+    for site in model_map.sites:
+        edit = edits.get((site.kind, site.layer))
+        for writer in site.writers:
+            if edit is None or edit.strength == 0:
+                left.append((writer.parameter, "not selected" if edit is None else "strength 0"))
+                continue
+            basis = pull_back(intervention.directions[edit.direction].basis, writer.steps, tensor_of)
+            entry = PlanEntry(
+                parameter=writer.parameter,
+                kind=site.kind,
+                layer=site.layer,
+                axis=writer.axis,
+                shape=writer.shape,
+                strength=edit.strength,
+                basis=basis,
+                on_disk=writer.on_disk,
+                offset=_row_offset(edit, writer.parameter == model_map.input_embedding, embedding_scale, variant),
+            )
+            known = entries.setdefault(writer.parameter, entry)
+            if known.strength != entry.strength or not torch.equal(known.basis, entry.basis):
+                raise ArchitectureError(
+                    f"Parameter '{writer.parameter}' writes to the residual stream at two sites that want two "
+                    "different edits, expected one edit per tensor; use the same strength and direction for both."
+                )
+    edits_embedding = model_map.input_embedding in entries
+    return EditPlan(
+        tuple(entries.values()),
+        model_map.tied and edits_embedding and tied == "untie",
+        tuple(left),
+        model_map.leaks,
+        variant,
+        embedding_scale if offset_of(intervention) else None,
+    )
+
+
+def _row_offset(edit: SiteEdit, carries: bool, scale: float | None, variant: Variant) -> tuple[float, ...]:
+    """What each row of a writer gets so that the stream gets the edit's offset: that of the embedding carries it."""
+    if not edit.offset or not carries:
+        return ()
+    if scale is None or variant != "plain":
+        raise DirectionError(
+            f"The intervention has an offset, the embedding's scale is {scale} and the variant is {variant}, expected "
+            "a measured scale and the variant plain; leave the affine variant or the other one out."
+        )
+    return tuple(number / scale for number in edit.offset)

@@ -1,0 +1,493 @@
+"""Output that is there whole or not at all: written beside its place, renamed into it at the end."""
+
+import copy
+import errno
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+from remove_refusals.errors import NumericalError, OutputError, RemoveRefusalsError
+
+MODEL_FILES = ("config.json", "ablation.json", "adapter_config.json", "scores.json", "analysis.json")
+"""A directory that holds one of these is a model's or a measurement's and may be replaced by force; others may not."""
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EBUSY)
+
+
+@contextmanager
+def atomic_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
+    """Give a temporary directory beside `target` that becomes `target` when the block ends without an exception.
+
+    On any exception, Ctrl-C included, the temporary directory is removed and `target` is as it was. The files are
+    flushed to the disk before the rename. With `force`, an old `target` is set aside by a rename, the new one renamed
+    into its place, and only then is the old one deleted.
+
+    Args:
+        target: The directory to make; missing parents are made too, and removed again on failure.
+        force: Whether an existing directory is replaced; one that is neither empty nor a model's never is.
+
+    Yields:
+        The temporary directory, empty. Its name is a dot, the target's name, and the number of this process.
+
+    Raises:
+        OutputError: If `target` exists and `force` is not given, if it may not be replaced, or if it cannot be
+            written because the disk is full, read-only, or closed to this user.
+    """
+    with _staged(target, force=force, directory=True) as staging:
+        staging.mkdir()
+        yield staging
+        _flush_tree(staging)
+
+
+@contextmanager
+def atomic_file(target: Path, *, force: bool = False) -> Iterator[Path]:
+    """Give a temporary path beside `target`; the file written there becomes `target` when the block ends well.
+
+    Args:
+        target: The file to make; missing parents are made too, and removed again on failure.
+        force: Whether an existing file is replaced.
+
+    Yields:
+        The temporary path, with the suffix of `target`; nothing lies there yet.
+
+    Raises:
+        OutputError: As for `atomic_directory`; a directory is never replaced by a file.
+    """
+    with _staged(target, force=force, directory=False) as staging:
+        yield staging
+        _flush(staging)
+
+
+@contextmanager
+def resumable_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
+    """Give a directory beside `target` that becomes `target` when the block ends well, and stays if it does not.
+
+    The same call finds it again, with what was written, whatever ended the process. Where nothing was written yet it
+    is removed. The files are flushed to the disk before the rename.
+
+    Args:
+        target: The directory to make; missing parents are made too.
+        force: Whether an existing directory is replaced; one that is neither empty nor a model's never is.
+
+    Yields:
+        The directory; its name is a dot, the target's name, and `.partial`.
+
+    Raises:
+        OutputError: As for `atomic_directory`, or if another process is writing there.
+        KeyboardInterrupt: If it is interrupted; a note names the directory, if something was written.
+    """
+    target = Path(os.path.realpath(target.expanduser()))
+    staging = target.parent / f".{target.name}.partial"
+    made: list[Path] = []
+    try:
+        check_target(target, force=force, directory=True)
+        _make_parents(target.parent, made)
+        staging.mkdir(exist_ok=True)
+        with _locked(staging):
+            yield staging
+            _flush_tree(staging)
+            check_target(target, force=force, directory=True)
+            _move_into_place(staging, target)
+    except BaseException as error:
+        if staging.is_dir() and not any(staging.iterdir()):
+            _remove(staging, made)
+        if isinstance(error, KeyboardInterrupt) and staging.is_dir():
+            error.add_note(f"what was written is kept in {staging}, where the same command goes on.")
+        sentence = _explain(error, staging, target)
+        if sentence is None:
+            raise
+        if staging.is_dir():
+            sentence = f"{sentence.rstrip('.')}; what was written is kept in {staging}, where the same call goes on."
+        raise OutputError(sentence) from error
+    _flush_entries(target.parent)
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Keep other processes that would write the same directory out; the system frees it if this one is killed."""
+    # Not on every system, and nothing else needs it.
+    import fcntl
+
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(
+                f"The unfinished output {directory} is being written by another process, expected none; wait for it "
+                "or choose another path."
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _staged(target: Path, *, force: bool, directory: bool) -> Iterator[Path]:
+    """Give a free path beside `target` and move what lies there into place; if the block fails, leave no trace."""
+    target = Path(os.path.realpath(target.expanduser()))
+    staging = target.parent / f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}{target.suffix}"
+    made: list[Path] = []
+    try:
+        check_target(target, force=force, directory=directory)
+        _make_parents(target.parent, made)
+        yield staging
+        # Looked at again, since the block may have taken hours.
+        check_target(target, force=force, directory=directory)
+        _move_into_place(staging, target)
+    except BaseException as error:
+        _remove(staging, made)
+        sentence = _explain(error, staging, target)
+        if sentence is None:
+            raise
+        raise OutputError(sentence) from error
+    _flush_entries(target.parent)
+
+
+def check_target(target: Path, *, force: bool, directory: bool) -> None:
+    """Check that an output may be made at a place, without making anything.
+
+    Args:
+        target: The file or directory to be made.
+        force: Whether an existing one is replaced.
+        directory: Whether it is a directory.
+
+    Raises:
+        OutputError: If it exists and `force` is not given, or is not replaced even so: a file for a directory, the
+            reverse, or a directory that is neither empty nor a model's.
+    """
+    if not target.exists():
+        return
+    if not force:
+        raise OutputError(
+            f"The output {target} exists already, expected a new path; choose another one or pass `--force`."
+        )
+    if directory != target.is_dir():
+        found, expected = ("a file", "a directory") if directory else ("a directory", "a file")
+        raise OutputError(
+            f"The output {target} is {found}, expected {expected} or nothing; choose another path or remove it "
+            "yourself."
+        )
+    names = {path.name for path in target.iterdir()} if directory else set()
+    if names and names.isdisjoint(MODEL_FILES):
+        raise OutputError(
+            f"The output directory {target} is not empty and holds none of {', '.join(MODEL_FILES)}, expected a saved "
+            "model before it is replaced; choose another path or remove it yourself."
+        )
+
+
+def _make_parents(parent: Path, made: list[Path]) -> None:
+    """Make `parent` and what is missing above it, noting each in `made` so that a failure can undo it."""
+    missing = [path for path in (parent, *parent.parents) if not path.exists()]
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+        made.append(path)
+
+
+def _move_into_place(staging: Path, target: Path) -> None:
+    if not target.is_dir():
+        staging.replace(target)
+        return
+    old = staging.with_name(staging.name + ".old")
+    try:
+        target.rename(old)
+        staging.rename(target)
+    finally:
+        # Also reached by Ctrl-C between the two: then the old directory goes back to its place.
+        if old.exists() and target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        elif old.exists():
+            old.rename(target)
+
+
+def _remove(staging: Path, made: list[Path]) -> None:
+    """Remove what lies at `staging` and the parents made for it, as far as that can be done."""
+    try:
+        if staging.is_dir():
+            shutil.rmtree(staging, ignore_errors=True)
+        else:
+            staging.unlink(missing_ok=True)
+        for parent in reversed(made):
+            parent.rmdir()
+    except OSError:
+        # The failure that led here is the one to tell; a parent in which others have put something stays.
+        return
+
+
+def _flush_tree(directory: Path) -> None:
+    """Make the system write all of a directory to the disk now."""
+    for folder, _, files in os.walk(directory):
+        for name in files:
+            _flush(Path(folder) / name)
+        _flush_entries(Path(folder))
+
+
+def _flush(path: Path) -> None:
+    """Make the system write a file's content to the disk now."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _flush_entries(directory: Path) -> None:
+    """Make the system write a directory's entries to the disk now, where it lets us."""
+    try:
+        _flush(directory)
+    except OSError:
+        # Some file systems cannot flush a directory and some directories cannot be opened; the files are whole anyway.
+        return
+
+
+def _explain(error: BaseException, staging: Path, target: Path) -> str | None:
+    """Return the sentence for a failure to write the output, or None if the exception is about something else."""
+    if isinstance(error, OSError):
+        number = error.errno
+        about_output = error.filename is None or _concerns(str(error.filename), staging, target)
+    elif isinstance(error, Exception) and (match := re.search(r"\(os error (\d+)\)", str(error))):
+        # The Rust parts of safetensors and tokenizers report a failed write as text with the system's number in it.
+        number, about_output = int(match.group(1)), True
+    else:
+        return None
+    if number in _FULL:
+        return (
+            f"The output {target} could not be written ({os.strerror(number)}), expected a disk with room for all of "
+            "it; free some space or choose another path."
+        )
+    if (number in _FORBIDDEN and about_output) or (number == errno.ENOENT and _could_not_be_made(error, staging)):
+        return (
+            f"The output {target} could not be written ({os.strerror(number)}), expected a place that this user can "
+            "write to; choose another path or change its permissions."
+        )
+    return None
+
+
+def _could_not_be_made(error: BaseException, staging: Path) -> bool:
+    """Whether what is missing is the output's place itself or a directory above it, as where the system allows none."""
+    name = error.filename if isinstance(error, OSError) else None
+    return name is not None and staging.is_relative_to(os.path.realpath(str(name)))
+
+
+def _concerns(name: str, staging: Path, target: Path) -> bool:
+    """Whether `name` is the output, something in it, or a directory above it."""
+    path = Path(os.path.realpath(name))
+    return any(path.is_relative_to(root) or root.is_relative_to(path) for root in (staging, target))
+
+
+_PACKAGES = ("remove-refusals", "torch", "transformers", "safetensors")
+
+
+def versions() -> dict[str, str]:
+    """Say which versions are running.
+
+    Returns:
+        The versions of Python, this package, torch, transformers and safetensors; one that is not installed is absent.
+    """
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            # Run from a source tree that was never installed: a version that is not known is not written down.
+            continue
+    return found
+
+
+def write_json(path: Path, data: object, *, force: bool = False) -> None:
+    """Write JSON in UTF-8 with the keys in the order given, indented by 2, ending in a newline; whole or not at all.
+
+    Args:
+        path: The file to write.
+        data: Dictionaries with string keys, lists, tuples, strings, numbers, booleans and None.
+        force: Whether an existing file is replaced.
+
+    Raises:
+        NumericalError: If a number is NaN or infinite; the message says where it is.
+        OutputError: If the file exists and `force` is not given, or cannot be written.
+    """
+    _check_finite(data, path, "$")
+    text = json.dumps(data, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
+    _write_bytes(path, text.encode(), force=force)
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, object]], *, force: bool = False) -> None:
+    """Write one JSON object a line in UTF-8, in the order given; whole or not at all.
+
+    Args:
+        path: The file to write.
+        rows: The objects; they are written as they come, so a generator need not fit in memory.
+        force: Whether an existing file is replaced.
+
+    Raises:
+        NumericalError: If a number is NaN or infinite; the message says in which row.
+        OutputError: If the file exists and `force` is not given, or cannot be written.
+    """
+    with atomic_file(path, force=force) as staging, staging.open("w", encoding="utf-8", newline="\n") as file:
+        for number, row in enumerate(rows, start=1):
+            _check_finite(row, path, f"row {number}")
+            file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, *, error: type[RemoveRefusalsError]) -> object:
+    """Read a JSON file in UTF-8.
+
+    Args:
+        path: The file.
+        error: The type to raise, which depends on what the file is for.
+
+    Returns:
+        What it holds.
+
+    Raises:
+        RemoveRefusalsError: Of the given type, if the file cannot be read or is not JSON in UTF-8.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as cause:
+        raise error(
+            f"The file {path} cannot be read ({cause.strerror}), expected JSON; check the path and its permissions."
+        ) from cause
+    except (ValueError, RecursionError) as cause:
+        raise error(
+            f"The file {path} is not JSON in UTF-8 ({cause}), expected a whole JSON file; write or download it again."
+        ) from cause
+
+
+def _check_finite(data: object, path: Path, place: str) -> None:
+    if isinstance(data, float) and not math.isfinite(data):
+        raise NumericalError(
+            f"The value at {place} for {path} is {data}, expected a finite number; what was not measured is left out."
+        )
+    if isinstance(data, Mapping):
+        for key, value in data.items():
+            _check_finite(value, path, f"{place}.{key}")
+    elif isinstance(data, (list, tuple)):
+        for index, value in enumerate(data):
+            _check_finite(value, path, f"{place}[{index}]")
+
+
+def _write_bytes(path: Path, content: bytes, *, force: bool) -> None:
+    with atomic_file(path, force=force) as staging:
+        staging.write_bytes(content)
+
+
+Found = TypeVar("Found")
+
+
+STAGES, TRIALS = "stages.jsonl", "trials.log"
+"""The files in a journal's directory: the stages, and what the search by trials keeps for itself."""
+
+
+class Journal:
+    """Results by what they depend on: one line of JSON for each, on the disk before the next stage begins.
+
+    A result is found again only under the same name, inputs and context; everything else is computed. Without a
+    directory nothing is kept.
+    """
+
+    def __init__(self, directory: Path | None = None, context: str = "") -> None:
+        """Open a journal; the half of a line that a killed job may have left at its end is cut off.
+
+        Args:
+            directory: Where it is kept; it is made with the first result. None keeps nothing.
+            context: What all results depend on, for example the model's fingerprint.
+
+        Raises:
+            OutputError: If the directory cannot be read or written, or holds something else.
+        """
+        self.directory, self.context = directory, context
+        self._kept: dict[str, Any] = {}
+        if directory is not None:
+            try:
+                self._read(directory / STAGES)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise OutputError(
+                    f"The journal {directory} cannot be used ({error}), expected that of an earlier run or a new "
+                    "directory that can be written to; remove it, or name another one."
+                ) from error
+
+    @property
+    def trials(self) -> Path | None:
+        """The file for the trials of a search that keeps its own."""
+        return None if self.directory is None else self.directory / TRIALS
+
+    def within(self, context: str) -> "Journal":
+        """Give the same journal for results that depend on `context` too."""
+        inner = copy.copy(self)
+        inner.context = f"{self.context}/{context}"
+        return inner
+
+    @property
+    def n_kept(self) -> int:
+        """How many results are kept."""
+        return len(self._kept)
+
+    def remember(
+        self,
+        name: str,
+        inputs: object,
+        compute: Callable[[], Found],
+        pack: Callable[[Found], Any],
+        unpack: Callable[[Any], Found],
+    ) -> Found:
+        """Give a result: the one that was kept, or a new one that is kept from now on.
+
+        Args:
+            name: What it is.
+            inputs: What it depends on beside the journal's context, as JSON can hold it.
+            compute: Makes a new one.
+            pack: Turns it into what JSON can hold.
+            unpack: The reverse of `pack`.
+
+        Raises:
+            OutputError: If it cannot be written.
+        """
+        if self.directory is None:
+            return compute()
+        content = json.dumps([self.context, name, inputs], ensure_ascii=False)
+        key = hashlib.sha256(content.encode()).hexdigest()
+        if key in self._kept:
+            return unpack(self._kept[key])
+        found = compute()
+        self._write(self.directory / STAGES, {"key": key, "name": name, "value": pack(found)})
+        return found
+
+    def _read(self, path: Path) -> None:
+        if not path.exists():
+            return
+        content = path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            path.write_bytes(whole)
+        for line in whole.splitlines():
+            entry = json.loads(line)
+            self._kept[entry["key"]] = entry["value"]
+
+    def _write(self, path: Path, entry: dict[str, Any]) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8", newline="\n") as file:
+                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OutputError(
+                f"The journal {path} cannot be written ({error.strerror}), expected room for it; free some space, or "
+                "choose another disk."
+            ) from error
+        self._kept[entry["key"]] = entry["value"]

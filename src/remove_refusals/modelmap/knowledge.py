@@ -1,0 +1,292 @@
+"""What is known of each tensor of a traced forward pass: which parameters it is a sum of.
+
+Knowledge is kept by storage, so that a view knows what its base knows. A tensor counts as known only where its last
+axis is the residual stream's channels: what is known of a storage says nothing of a tensor that has them elsewhere.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from remove_refusals.modelmap.types import ChannelStep
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand of a tensor.
+
+    Attributes:
+        source: The parameter's or buffer's name; for an opaque term the operation that ended the trace.
+        axis: The parameter's axis that became the tensor's channels; None for an opaque term.
+        steps: The per-channel steps that the summand has passed through since, first step first.
+        number: Tells one opaque term from another; 0 for a parameter.
+    """
+
+    source: str
+    axis: int | None
+    steps: tuple[ChannelStep, ...] = ()
+    number: int = 0
+
+
+Terms = frozenset[Term]
+
+
+ZERO: Terms = frozenset()
+"""The terms of a tensor of zeros."""
+
+
+CONSTANT = Term("a constant", None)
+"""What no parameter has written and is not known to be zero."""
+
+
+TWICE = "what it holds already, behind a norm or the like"
+
+
+REARRANGED: Terms = frozenset({Term("a part or a rearrangement of channels", None)})
+"""The terms of a tensor that holds known channels elsewhere than along its last axis."""
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """List the tensors in nested lists, tuples and mappings, in their order."""
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def first_of_width(value: Any, d_model: int) -> torch.Tensor | None:
+    """Find the residual stream among a module's inputs or outputs.
+
+    Args:
+        value: The inputs or outputs, nested as they are.
+        d_model: The width of the residual stream.
+
+    Returns:
+        The first floating-point tensor whose last axis has that width, or else several streams side by side.
+    """
+    found = [tensor for tensor in tensors_in(value) if tensor.is_floating_point() and tensor.dim() >= 2]
+    exact = (tensor for tensor in found if tensor.shape[-1] == d_model)
+    wider = (t for t in found if t.dim() >= 3 and t.shape[-1] and t.shape[-1] % d_model == 0)
+    return next(exact, None) if any(t.shape[-1] == d_model for t in found) else next(wider, None)
+
+
+def _key(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def same_storage(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether two tensors are views of one storage."""
+    return _key(first) == _key(second)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor computed from one parameter alone: `scale * parameter + offset`.
+
+    Attributes:
+        name: The parameter's or buffer's name.
+        axes: The parameter's axis for each stride of the tensor.
+        is_parameter: Whether it is a parameter; a buffer cannot be edited.
+        scale: What it was multiplied by.
+        offset: What was added to it.
+    """
+
+    name: str
+    axes: Mapping[int, int]
+    is_parameter: bool
+    scale: float = 1.0
+    offset: float = 0.0
+
+    def axis(self, tensor: torch.Tensor, dim: int) -> int | None:
+        """Give the parameter's axis that a dimension of the tensor is."""
+        return self.axes.get(tensor.stride(dim)) if tensor.dim() >= max(1, -dim) else None
+
+
+@dataclass
+class Knowledge:
+    """What is known of each storage, by its address; storages are kept alive so that their addresses stay theirs.
+
+    Attributes:
+        d_model: The width of the residual stream.
+        used: Every parameter or buffer that any operation touched.
+        used_elsewhere: Those among them that were touched while their own module was not being called.
+        open_modules: The modules that are being called now, outermost first.
+        made_in: For each term, the modules that were being called whenever it was made, by what wrote it or by its last
+            step.
+    """
+
+    d_model: int
+    used: set[str] = field(default_factory=set)
+    used_elsewhere: set[str] = field(default_factory=set)
+    open_modules: list[str] = field(default_factory=list)
+    made_in: dict[Term, frozenset[str]] = field(default_factory=dict)
+    _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+    _weights: dict[int, Weight] = field(default_factory=dict)
+    _terms: dict[int, Terms] = field(default_factory=dict)
+    _channel_strides: dict[int, int] = field(default_factory=dict)
+    _means: dict[int, int] = field(default_factory=dict)
+    _alive: list[torch.Tensor] = field(default_factory=list)
+
+    def weight(self, tensor: Any) -> Weight | None:
+        """Give the parameter that a value is computed from alone, if there is one."""
+        return self._weights.get(_key(tensor)) if isinstance(tensor, torch.Tensor) else None
+
+    def learn_weight(self, tensor: torch.Tensor, weight: Weight) -> None:
+        """Note that a tensor is computed from one parameter alone; the first that was noted stays."""
+        self._alive.append(tensor)
+        self._weights.setdefault(_key(tensor), weight)
+
+    def is_channels(self, tensor: Any, dim: int = -1) -> bool:
+        """Whether a dimension of a tensor is the channels that its terms speak of, of one or several streams."""
+        if not isinstance(tensor, torch.Tensor) or tensor.dim() < max(1, -dim, dim + 1):
+            return False
+        width = tensor.shape[dim]
+        return width > 0 and width % self.d_model == 0 and tensor.stride(dim) == self._channel_strides.get(_key(tensor))
+
+    def channels_of(self, tensor: torch.Tensor) -> int:
+        """Give the dimension of a tensor that is the channels, counted from the end; the last if none is."""
+        return next((dim for dim in range(-1, -tensor.dim() - 1, -1) if self.is_channels(tensor, dim)), -1)
+
+    def terms(self, tensor: Any, dim: int = -1) -> Terms | None:
+        """Give the terms of a value whose channels lie along a dimension.
+
+        Returns:
+            The terms; None for a value that no parameter has reached: a number, a mask, a position.
+        """
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            return None
+        if self.weight(tensor) is not None:
+            return self.written(tensor, dim)
+        known = self._terms.get(_key(tensor))
+        if not known or self.is_channels(tensor, dim):
+            return known
+        return REARRANGED
+
+    def written(self, tensor: torch.Tensor, dim: int) -> Terms:
+        """Give the terms of what a parameter writes when one of its dimensions becomes the channels."""
+        weight = self.weight(tensor)
+        assert weight is not None
+        made = self.made(Term(weight.name, weight.axis(tensor, dim)))
+        return frozenset({made, *([CONSTANT] if weight.offset else [])})
+
+    def stepped(self, terms: Terms, step: ChannelStep) -> Terms:
+        """Give the terms after one more per-channel step; nothing can be said of opaque ones, which stay."""
+        return frozenset(
+            term if term.axis is None else self.made(replace(term, steps=(*term.steps, step))) for term in terms
+        )
+
+    def made(self, term: Term) -> Term:
+        """Note that a term was made now, and give it back."""
+        modules = frozenset(self.open_modules)
+        self.made_in[term] = self.made_in.get(term, modules) & modules
+        return term
+
+    def opaque(self, operation: str) -> Terms:
+        """Give the terms of a tensor that cannot be followed beyond an operation."""
+        return frozenset({Term(operation, None, number=next(self._numbers))})
+
+    def learn(self, tensor: torch.Tensor, terms: Terms, *, dim: int = -1) -> None:
+        """Note the terms of a new tensor whose channels lie along a dimension."""
+        self._alive.append(tensor)
+        if self.weight(tensor) is None:
+            self._terms[_key(tensor)] = terms
+            self._channel_strides[_key(tensor)] = tensor.stride(dim) if tensor.dim() else 1
+
+    def overwrite(self, tensor: torch.Tensor, terms: Terms) -> None:
+        """Note the terms of a tensor that was written to; what it does not cover of its storage stays."""
+        known = self._terms.get(_key(tensor)) if self.weight(tensor) is None else self.terms(tensor)
+        self._weights.pop(_key(tensor), None)
+        if tensor.numel() * tensor.element_size() != tensor.untyped_storage().nbytes():
+            terms = terms | (frozenset({CONSTANT}) if known is None else known)
+            if known is not None and not self.is_channels(tensor):
+                terms = terms | REARRANGED
+            self._terms[_key(tensor)] = terms
+        else:
+            self.learn(tensor, terms)
+
+    def learn_mean(self, mean: torch.Tensor, whole: torch.Tensor) -> None:
+        """Note that a tensor is the mean of another over its channels."""
+        self._means[_key(mean)] = _key(whole)
+
+    def is_mean_of(self, mean: Any, whole: Any) -> bool:
+        """Whether a tensor is the mean of another over its channels."""
+        if not isinstance(mean, torch.Tensor) or not isinstance(whole, torch.Tensor):
+            return False
+        return mean.shape[-1:] == (1,) and self._means.get(_key(mean)) == _key(whole)
+
+    def united(self, *values: Any) -> Terms | None:
+        """Give the terms of a collection of values; None if no parameter has reached any of them."""
+        floats = [tensor for tensor in tensors_in(values) if tensor.is_floating_point()]
+        found = [self.terms(tensor) for tensor in floats]
+        if all(terms is None for terms in found):
+            return None
+        return self.summed(*(frozenset({CONSTANT}) if terms is None else terms for terms in found))
+
+    def summed(self, *parts: Terms) -> Terms:
+        """Give the terms of a sum.
+
+        What passed through a depthwise convolution is joined with the same that passed beside it. Anything else that is
+        there twice, behind different steps, becomes opaque: no one edit is right for both.
+        """
+        whole: Terms = frozenset().union(*parts)
+        if any(part == whole for part in parts):
+            return whole
+        chosen: dict[tuple[str, int | None, int], Term] = {}
+        for term in sorted(whole, key=lambda term: len(term.steps)):
+            key = (term.source, term.axis, term.number)
+            known = chosen.setdefault(key, term)
+            if known is term:
+                continue
+            last = term.steps[-1]
+            if last.kind == "taps" and last.offset == 0 and known.steps == term.steps[:-1]:
+                chosen[key] = self.made(replace(term, steps=(*known.steps, replace(last, offset=1.0))))
+            else:
+                (chosen[TWICE, None, 0],) = self.opaque(TWICE)
+        return frozenset(chosen.values())
+
+
+# Operations that copy, cast, index or rearrange.
+_KEEP = frozenset(
+    """alias clone contiguous detach _to_copy lift_fresh repeat view _unsafe_view reshape expand permute transpose t
+    slice select index index_select squeeze unsqueeze split split_with_sizes chunk unbind unfold narrow diagonal
+    as_strided gather dropout native_dropout neg""".split()
+)
+
+
+def changed_weight(weight: Weight, name: str, args: Sequence[Any]) -> Weight | None:
+    """Give what an operation makes of a weight, without regard to its shape.
+
+    Args:
+        weight: The weight, the operation's only floating-point tensor.
+        name: The operation's name.
+        args: Its arguments in the order of its schema, defaults included.
+
+    Returns:
+        The weight after the operation; None if it is no longer a parameter scaled and shifted.
+    """
+    if name in _KEEP:
+        return replace(weight, scale=-weight.scale, offset=-weight.offset) if name == "neg" else weight
+    if len(args) < 2 or not any(isinstance(value, int | float) for value in args[:2]):
+        return None
+    number_first = isinstance(args[0], int | float)
+    number = float(args[0] if number_first else args[1])
+    rest = args[2] if len(args) > 2 else None
+    if name in {"add", "sub", "rsub"}:
+        if rest not in {None, 1}:
+            return None
+        negated = name == "rsub" or (name == "sub" and number_first)
+        shift = number if name == "add" or negated else -number
+        sign = -1 if negated else 1
+        return replace(weight, scale=sign * weight.scale, offset=sign * weight.offset + shift)
+    if number == 0 or rest is not None or not (name == "mul" or (name == "div" and not number_first)):
+        return None
+    factor = number if name == "mul" else 1 / number
+    return replace(weight, scale=factor * weight.scale, offset=factor * weight.offset)
+
+
+def axes_of(new: torch.Tensor, old: torch.Tensor, weight: Weight) -> Mapping[int, int]:
+    """Give the parameter's axes for the strides of a tensor that was copied from another of the same weight."""
+    # Indexing adds dimensions at the front, so the last ones are the same in both.
+    pairs = zip(reversed(new.stride()), reversed(old.stride()), strict=False)
+    return {stride: weight.axes[known] for stride, known in pairs if known in weight.axes}

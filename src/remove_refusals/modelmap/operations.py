@@ -1,0 +1,297 @@
+"""What each tensor operation does to the terms of its operands.
+
+A matrix product with a parameter starts a new term; sums unite terms; selecting, reshaping, scaling by a number per
+token and mixing over tokens keep them; a gain, centring and a depthwise convolution add a step. Whatever is not listed
+here, or is done along the channels, ends in an *opaque* term that names the operation: an unknown operation can cost an
+exact edit and never fakes one.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from remove_refusals.modelmap.knowledge import CONSTANT, ZERO, Knowledge, Terms, tensors_in
+from remove_refusals.modelmap.types import ChannelStep
+
+Rule = Callable[[Knowledge, Sequence[Any], Any], Terms | None]
+"""From what is known, an operation's positional arguments and its output to the output's terms."""
+
+
+# Operations that select, copy or move rows; beside each the argument that must not name the channels.
+_KEEP = {
+    **dict.fromkeys("alias clone contiguous detach _to_copy lift_fresh neg dropout native_dropout repeat".split()),
+    **dict.fromkeys("view _unsafe_view reshape expand permute transpose t slice select squeeze unsqueeze".split()),
+    **dict.fromkeys("split split_with_sizes chunk unbind unfold narrow diagonal as_strided".split()),
+    **dict.fromkeys("index_select gather take_along_dim cumsum flip sum mean".split(), 1),
+    "roll": 2,
+}
+
+
+# Of these, what leaves every dimension where it is.
+_COPIES = frozenset("alias clone contiguous detach _to_copy lift_fresh".split())
+
+
+# Operations that unite rows of several tensors, likewise.
+_UNITE = {
+    **dict.fromkeys("cat stack".split()),
+    **dict.fromkeys("index_add index_copy scatter scatter_add".split(), 1),
+    **dict.fromkeys("slice_scatter select_scatter".split(), 2),
+}
+
+
+_FRESH = "zeros zeros_like new_zeros empty empty_like new_empty new_empty_strided empty_strided zero".split()
+
+
+# Where the value that fills a tensor stands.
+_FILLS = {"scalar_tensor": 0, "full": 1, "full_like": 1, "new_full": 2, "fill": 1}
+
+
+# Where the two operands stand; a bias, if any, comes first.
+_PRODUCTS = dict.fromkeys("mm bmm matmul _grouped_mm grouped_mm_fallback".split(), 0) | {"addmm": 1, "baddbmm": 1}
+
+
+TWO_ACTIVATIONS = "a product of two activations"
+
+
+def terms_after(known: Knowledge, name: str, args: Sequence[Any], out: Any) -> Terms | None:
+    """Give the terms of an operation's output.
+
+    Args:
+        known: What is known of the operands.
+        name: The operation's name, without the mark of one in place.
+        args: Its arguments in the order of its schema, defaults included.
+        out: Its output.
+
+    Returns:
+        The terms; None if no parameter has reached the output.
+    """
+    rule = _RULES.get(name)
+    if rule is not None:
+        return rule(known, args, out)
+    return _ended(known, name, args)
+
+
+def _ended(known: Knowledge, name: str, values: Any) -> Terms | None:
+    """The opaque term of an operation that any parameter has reached."""
+    return known.opaque(name) if any(known.terms(tensor) for tensor in tensors_in(values)) else None
+
+
+def _names_channels(value: torch.Tensor, dims: Any) -> bool:
+    if not isinstance(dims, int | list | tuple) or dims == []:
+        return True
+    dims = [dims] if isinstance(dims, int) else dims
+    return any(dim % max(1, value.dim()) == value.dim() - 1 for dim in dims)
+
+
+def _keep(known: Knowledge, args: Sequence[Any], out: Any, *, name: str, dims_at: int | None) -> Terms | None:
+    value = args[0]
+    if dims_at is not None and _names_channels(value, args[dims_at]):
+        if name == "mean" and value.shape[-1] == known.d_model and args[dims_at] in ([-1], [value.dim() - 1]):
+            known.learn_mean(out, value)
+        return _ended(known, f"{name} over channels", value)
+    return known.terms(value, known.channels_of(value) if name in _COPIES else -1)
+
+
+def _per_row(value: Any) -> bool:
+    """Whether a factor is a number, or one number for each token."""
+    if not isinstance(value, torch.Tensor):
+        return True
+    return value.numel() == 1 or value.shape[-1] == 1 or value.stride(-1) == 0
+
+
+def _add(known: Knowledge, args: Sequence[Any], out: Any) -> Terms | None:
+    first, second = args[0], args[1]
+    found = [known.terms(first), known.terms(second)]
+    if found[0] is None and found[1] is None:
+        return None
+    parts = [
+        terms if terms is not None else ZERO if isinstance(value, int | float) and value == 0 else frozenset({CONSTANT})
+        for value, terms in zip((first, second), found, strict=True)
+    ]
+    return known.summed(*parts)
+
+
+def _subtract(known: Knowledge, args: Sequence[Any], out: Any) -> Terms | None:
+    terms = known.terms(args[0])
+    if terms and known.is_mean_of(args[1], args[0]):
+        return known.stepped(terms, ChannelStep("center"))
+    return _add(known, args, out)
+
+
+def _multiply(known: Knowledge, args: Sequence[Any], out: Any) -> Terms | None:
+    for value, factor in ((args[0], args[1]), (args[1], args[0])):
+        terms = known.terms(value)
+        if terms == ZERO:
+            return ZERO
+        if terms is None or not isinstance(value, torch.Tensor) or (_per_row(value) and not _per_row(factor)):
+            continue
+        if _per_row(factor):
+            return terms
+        if known.weight(value) is None:
+            stepped = _with_gain(known, terms, value, factor)
+            if stepped is not None:
+                return stepped
+    return _ended(known, TWO_ACTIVATIONS, args[:2])
+
+
+def _with_gain(known: Knowledge, terms: Terms, value: torch.Tensor, factor: torch.Tensor) -> Terms | None:
+    gain = known.weight(factor)
+    if gain is None or not gain.is_parameter or gain.scale == 0 or not known.is_channels(value):
+        return None
+    if factor.numel() != known.d_model or factor.shape[-1] != known.d_model or value.shape[-1] != known.d_model:
+        return None
+    return known.stepped(terms, ChannelStep("gain", gain.name, gain.offset / gain.scale))
+
+
+def _divide(known: Knowledge, args: Sequence[Any], out: Any) -> Terms | None:
+    value, divisor, *rounding = args
+    if _per_row(divisor) and not any(rounding):
+        return known.terms(value)
+    return _ended(known, "a quotient of two activations", args[:2])
+
+
+def _add_product(known: Knowledge, args: Sequence[Any], out: Any) -> Terms | None:
+    product, start = _multiply(known, args[1:3], out), known.terms(args[0])
+    if product is None and start is None:
+        return None
+    return known.summed(*(frozenset({CONSTANT}) if part is None else part for part in (product, start)))
+
+
+def _where(known: Knowledge, args: Sequence[Any], out: Any) -> Terms | None:
+    condition, *values = args[:3]
+    numbers = [value for value in values if not isinstance(value, torch.Tensor) and value != 0]
+    if not _per_row(condition):
+        return _ended(known, "where over channels", values)
+    united = known.united(*values)
+    return united | {CONSTANT} if united is not None and numbers else united
+
+
+def _masked_fill(known: Knowledge, args: Sequence[Any], out: Any) -> Terms | None:
+    value, mask, number = args[:3]
+    zero = known.terms(number) == ZERO or (isinstance(number, int | float) and number == 0)
+    if not zero or not _per_row(mask):
+        return _ended(known, "masked_fill", [value])
+    return known.terms(value)
+
+
+def _index(known: Knowledge, args: Sequence[Any], out: Any) -> Terms | None:
+    value, indices = args[0], args[1]
+    masked = sum(index.dim() if index.dtype in {torch.bool, torch.uint8} else 1 for index in tensors_in(indices))
+    gaps = sum(index is None for index in indices)
+    reaches_last = masked + gaps >= value.dim() and indices[-1] is not None
+    return _ended(known, "index over channels", [value]) if reaches_last else known.terms(value)
+
+
+def _index_put(known: Knowledge, args: Sequence[Any], out: Any) -> Terms | None:
+    if _index(known, args, out) != known.terms(args[0]):
+        return _ended(known, "index_put over channels", args)
+    return known.united(args[0], args[2])
+
+
+def _fill(known: Knowledge, args: Sequence[Any], out: Any, *, at: int) -> Terms | None:
+    return ZERO if isinstance(args[at], int | float) and args[at] == 0 else None
+
+
+def _embedding(known: Knowledge, args: Sequence[Any], out: Any) -> Terms | None:
+    weight = known.weight(args[0])
+    return known.terms(args[0]) if weight is not None else _ended(known, "embedding", [args[0]])
+
+
+def _convolution(known: Knowledge, args: Sequence[Any], out: Any) -> Terms | None:
+    value, kernel, bias, _, _, _, transposed, _, groups = args[:9]
+    weight = known.weight(kernel)
+    added = ZERO if bias is None else known.terms(bias) or frozenset({CONSTANT})
+    if weight is None or weight.offset:
+        return _ended(known, "convolution", args)
+    if groups == 1:
+        return known.written(kernel, 1 if transposed else 0) | added
+    terms = known.terms(value, 1)
+    depthwise = groups == known.d_model and tuple(kernel.shape[:2]) == (known.d_model, 1) and not transposed
+    if terms and depthwise and known.is_channels(value, 1) and weight.is_parameter:
+        return known.stepped(terms, ChannelStep("taps", weight.name)) | added
+    return _ended(known, "a grouped convolution", args)
+
+
+def _norm(known: Knowledge, args: Sequence[Any], out: Any, *, centers: bool) -> Terms | None:
+    value, shape, gain, bias = (*args, None, None)[:4]
+    terms = known.terms(value)
+    if not terms:
+        return _ended(known, "a norm", args)
+    if list(shape) != [known.d_model] or not known.is_channels(value):
+        return _ended(known, "a norm over other than the channels", args)
+    if centers:
+        terms = known.stepped(terms, ChannelStep("center"))
+    if gain is not None:
+        stepped = _with_gain(known, terms, value, gain)
+        if stepped is None:
+            return _ended(known, "a norm whose gain is no parameter", args)
+        terms = stepped
+    added = known.terms(bias) if centers and isinstance(bias, torch.Tensor) else ZERO
+    return terms | (frozenset({CONSTANT}) if added is None else added)
+
+
+def _product(known: Knowledge, args: Sequence[Any], out: Any, *, at: int) -> Terms | None:
+    left, right = args[at : at + 2]
+    added = known.terms(args[0]) if at else ZERO
+    if added is None:
+        added = frozenset({CONSTANT})
+    for operand, dim in ((right, -1), (left, -2)):
+        weight = known.weight(operand)
+        if weight is not None and operand.dim() >= 2:
+            if weight.offset:
+                return known.opaque("a product with a changed parameter")
+            return known.written(operand, dim) | added
+    carried = known.terms(right)
+    if carried and right.dim() >= 2 and known.is_channels(right):
+        return carried | added
+    return _ended(known, TWO_ACTIVATIONS, args[: at + 2])
+
+
+def channel_dim(known: Knowledge, name: str, args: Sequence[Any]) -> int:
+    """Give the dimension of an operation's output that holds the channels its terms speak of."""
+    if name == "convolution":
+        return 1
+    if name in _COPIES:
+        return known.channels_of(args[0])
+    if name in _PRODUCTS:
+        left, right = args[_PRODUCTS[name] : _PRODUCTS[name] + 2]
+        return -2 if known.weight(right) is None and known.weight(left) is not None else -1
+    return -1
+
+
+def _unite(known: Knowledge, args: Sequence[Any], out: Any, *, name: str, dim_at: int | None) -> Terms | None:
+    if dim_at is not None and _names_channels(args[0], args[dim_at]):
+        return _ended(known, f"{name} over channels", args)
+    if any(isinstance(value, str) for value in args):
+        return _ended(known, name, args)
+    united, number = known.united(*args), args[-1]
+    is_value = name == "scatter" and isinstance(number, int | float) and number != 0
+    return united | {CONSTANT} if is_value and united is not None else united
+
+
+_RULES: Mapping[str, Rule] = {
+    **{name: partial(_keep, name=name, dims_at=dims_at) for name, dims_at in _KEEP.items()},
+    **{name: partial(_unite, name=name, dim_at=dim_at) for name, dim_at in _UNITE.items()},
+    **{name: partial(_fill, at=at) for name, at in _FILLS.items()},
+    **{name: partial(_product, at=at) for name, at in _PRODUCTS.items()},
+    **dict.fromkeys(_FRESH, lambda known, args, out: ZERO),
+    "copy": lambda known, args, out: known.united(args[1]),
+    "add": _add,
+    "rsub": _add,
+    "sub": _subtract,
+    "mul": _multiply,
+    "div": _divide,
+    "addcmul": _add_product,
+    "where": _where,
+    "masked_fill": _masked_fill,
+    "index": _index,
+    "index_put": _index_put,
+    "_index_put_impl": _index_put,
+    "embedding": _embedding,
+    "convolution": _convolution,
+    "native_layer_norm": partial(_norm, centers=True),
+    "_fused_rms_norm": partial(_norm, centers=False),
+    "rms_norm": partial(_norm, centers=False),
+}

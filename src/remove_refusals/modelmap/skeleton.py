@@ -1,0 +1,135 @@
+"""Models without weights: built from a configuration, and the names that their parameters have on disk."""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.configuration_utils import PretrainedConfig
+from transformers.core_model_loading import revert_weight_conversion
+
+from remove_refusals.errors import ModelError
+from remove_refusals.modelmap.types import DiskTensor, ModelMap
+from remove_refusals.models import check_trust, model_source
+
+T = TypeVar("T")
+
+
+def skeleton(model: PreTrainedModel, *, dtype: torch.dtype | None = None, tied: bool | None = None) -> PreTrainedModel:
+    """Build a copy of a model without weights.
+
+    Args:
+        model: The model to copy; left as it is.
+        dtype: The copy's floating-point dtype; None takes the model's.
+        tied: Whether the copy's embedding and unembedding are one parameter; None takes the model's setting.
+
+    Returns:
+        A model of the same class on the meta device, in evaluation mode, without quantisation.
+    """
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    if tied is not None:
+        for part in (config, config.get_text_config(decoder=True)):
+            part.tie_word_embeddings = tied
+    with torch.device("meta"):
+        built: PreTrainedModel = type(model)._from_config(config, dtype=dtype or model.dtype)
+    return _without_weights(built)
+
+
+def skeleton_of(source: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Build a model without weights from a checkpoint's configuration alone.
+
+    Args:
+        source: A directory, a hub id, or `demo`.
+        revision: The hub's branch, tag or commit.
+        trust_remote_code: Run Python code that comes with the checkpoint.
+
+    Returns:
+        A causal language model on the meta device, in evaluation mode.
+
+    Raises:
+        ModelError: If there is no configuration, or none of a causal language model, or if it needs code that is not
+            trusted.
+    """
+    try:
+        name = model_source(str(source))
+        check_trust(name, PretrainedConfig.get_config_dict(name, revision=revision)[0], trust_remote_code)
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            built: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"The configuration of {source} gives no causal language model "
+            f"({str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}), expected a "
+            "directory with a config.json of a known model type; check the path."
+        ) from error
+    return _without_weights(built)
+
+
+def _without_weights(built: PreTrainedModel) -> PreTrainedModel:
+    """Move to the meta device what a model has built elsewhere in spite of the device it was told to use."""
+    if any(not parameter.is_meta for parameter in built.parameters()):
+        built = built.to("meta")
+        built.tie_weights()
+    return built.eval()
+
+
+def disk_tensors(model: PreTrainedModel, name: str, shape: tuple[int, ...], axis: int) -> tuple[DiskTensor, ...]:
+    """Find the tensors of a checkpoint that hold a parameter, through Transformers' own conversion of names.
+
+    Args:
+        model: The model, as it was loaded; a model without weights gives the names under which it would be saved.
+        name: The parameter's name in the model.
+        shape: Its shape.
+        axis: Its axis of width d_model.
+
+    Returns:
+        One tensor, or several for parameters that are fused in memory only.
+    """
+    # The axis is found by its size: only on disk, where it may lie elsewhere, is it twice as wide in the second run.
+    first, second = (
+        revert_weight_conversion(model, {name: torch.empty(sizes, device="meta")})
+        for sizes in (shape, [size + (index == axis) * size for index, size in enumerate(shape)])
+    )
+    found = []
+    for disk_name, tensor in first.items():
+        other = second[disk_name]
+        axes = [index for index, size in enumerate(tensor.shape) if other.shape[index] != size]
+        if len(axes) == 1:
+            found.append(DiskTensor(disk_name, axes[0]))
+    return tuple(found)
+
+
+def stored_names(model: PreTrainedModel) -> frozenset[str]:
+    """Name every tensor that a checkpoint of a model may hold, through Transformers' own conversion of names."""
+    tensors = {name: torch.empty(tensor.shape, device="meta") for name, tensor in model.state_dict().items()}
+    return frozenset(revert_weight_conversion(model, tensors))
+
+
+def by_stored_name(tensors: Mapping[str, T], model_map: ModelMap) -> dict[str, T]:
+    """Put what belongs to a checkpoint's tensors under the names that the model's map speaks of.
+
+    Args:
+        tensors: Anything by the names in the files, where the base model's prefix may be left out (as in the hub's
+            `gpt2`) or stand before what has none.
+        model_map: The model's map.
+
+    Returns:
+        The same by the map's names; what the model has no place for keeps its name.
+    """
+    prefix = model_map.prefix + "."
+
+    def named(name: str) -> str:
+        others = {prefix + name, name.removeprefix(prefix)} & model_map.stored - tensors.keys()
+        return next(iter(others), name) if name not in model_map.stored else name
+
+    return {named(name): value for name, value in tensors.items()}
+
+
+def disk_names(model: PreTrainedModel, name: str) -> tuple[str, ...]:
+    """Name the tensors of a checkpoint that hold a parameter, through Transformers' own conversion of names."""
+    shape = model.state_dict()[name].shape
+    return tuple(revert_weight_conversion(model, {name: torch.empty(shape, device="meta")}))

@@ -1,0 +1,252 @@
+"""Follow parameters through one forward pass: which of them end up, linearly, in which tensor.
+
+A forward pass is run under a dispatch mode that sees every tensor operation. Beside each tensor it keeps *terms*: the
+parameters whose output the tensor is a sum of, and the per-channel steps (norm gains, centring) that each has passed
+through since. What an operation does to them stands in `operations`. Values never matter, so the pass may run on the
+meta device, where no weights are needed.
+
+What is learned this way does not depend on the names of modules or parameters.
+"""
+
+import itertools
+import math
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from remove_refusals.modelmap.knowledge import (
+    Knowledge,
+    Term,
+    Terms,
+    Weight,
+    axes_of,
+    changed_weight,
+    first_of_width,
+    same_storage,
+    tensors_in,
+)
+from remove_refusals.modelmap.operations import channel_dim, terms_after
+
+
+@dataclass(frozen=True)
+class ModuleCall:
+    """One call of one module.
+
+    Attributes:
+        module: The module's name in the model.
+        before: The terms of its first input of the residual stream's width, when it was called.
+        beside: The terms of its other inputs of that width.
+        after: The terms of its first output of the residual stream's width, when it returned.
+        start: The position of the call's begin in the order of all begins and ends.
+        end: The position of the call's end.
+    """
+
+    module: str
+    before: Terms | None
+    beside: frozenset[Terms]
+    after: Terms | None
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one forward pass did.
+
+    Attributes:
+        calls: Every module call, in the order in which they ended.
+        used: Every parameter that any operation touched.
+        used_elsewhere: Those among them that were touched while their own module was not being called.
+        made_in: For each term, the modules that were being called whenever it was made.
+    """
+
+    calls: tuple[ModuleCall, ...]
+    used: frozenset[str]
+    used_elsewhere: frozenset[str]
+    made_in: Mapping[Term, frozenset[str]]
+
+
+def _rows_of(index: Any) -> list[Any]:
+    """A full mask's row numbers, one tensor for each of its dimensions; any other index as it is."""
+    if not isinstance(index, torch.Tensor) or index.dtype not in {torch.bool, torch.uint8}:
+        return [index]
+    return [torch.empty(index.numel(), dtype=torch.int64, device="meta")] * index.dim()
+
+
+_COMPARISONS = {name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")}
+
+
+class _MadeUpValues:
+    """Answers the questions about values that the meta device cannot.
+
+    A question about a value is answered with 1 or True, every element counts as non-zero, and counts that do not add up
+    leave the rest to the last: each path that matters is then taken, since masks are full and every expert has tokens.
+    With `numbered`, an index among the non-zero elements is answered with its place; otherwise it is 1 as well. How
+    such an index compares with a number follows from that.
+    """
+
+    def __init__(self, *, numbered: bool) -> None:
+        self._numbered = numbered
+        self._masks: dict[int, tuple[torch.Tensor, torch.Size]] = {}
+        self._compared: dict[int, tuple[torch.Tensor, bool]] = {}
+
+    def run(self, func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Run an operation, or make its result up."""
+        value = args[0] if args else None
+        if not isinstance(value, torch.Tensor) or not value.is_meta:
+            return func(*args, **kwargs)
+        if name == "_local_scalar_dense":
+            return self._number(value)
+        if name == "nonzero":
+            rows = torch.empty((value.numel(), value.dim()), dtype=torch.int64, device="meta")
+            self._masks[rows.untyped_storage()._cdata] = rows, value.shape
+            return rows
+        if name == "_to_copy" and str(kwargs.get("device")) == "cpu":
+            return torch.ones(value.shape, dtype=kwargs.get("dtype") or value.dtype)
+        if name in {"_grouped_mm", "grouped_mm_fallback"}:
+            return torch.empty((*value.shape[:-1], args[1].shape[-1]), dtype=value.dtype, device="meta")
+        if name in {"index", "index_put", "index_put_"}:
+            args = (value, [row for index in args[1] for row in _rows_of(index)], *args[2:])
+        if name == "split_with_sizes":
+            sizes, dim = args[1][:-1], args[2] if len(args) > 2 else 0
+            args = (value, [*sizes, value.shape[dim] - sum(sizes)], dim)
+        out = func(*args, **kwargs)
+        if name in _COMPARISONS and value.numel() == 1 and isinstance(args[1], int) and self._is_place(value):
+            self._compared[out.untyped_storage()._cdata] = out, _COMPARISONS[name](self._number(value), args[1])
+        return out
+
+    def _is_place(self, value: torch.Tensor) -> bool:
+        return value.untyped_storage()._cdata in self._masks
+
+    def _number(self, value: torch.Tensor) -> bool | int | float:
+        if value.dtype == torch.bool:
+            return self._compared.get(value.untyped_storage()._cdata, (value, True))[1]
+        if value.is_floating_point():
+            return 1.0
+        rows, shape = self._masks.get(value.untyped_storage()._cdata, (None, None))
+        if rows is None or shape is None or not self._numbered:
+            return 1
+        # Every element of the mask was counted, so the place of a number in the list of rows says what it is.
+        row, column = divmod(int(value.storage_offset()), max(1, rows.shape[1]))
+        return row // math.prod(shape[column + 1 :]) % shape[column]
+
+
+class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Keeps what is known up to date with every operation."""
+
+    def __init__(self, known: Knowledge, values: _MadeUpValues) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.known = known
+        self._values = values
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        packet = func.overloadpacket.__name__
+        in_place = packet.endswith("_") and not packet.startswith("__")
+        name = packet.rstrip("_") if in_place else packet
+        # Every operation's arguments are in their order here, whichever way the caller named them.
+        rest = func._schema.arguments[len(args) :]
+        values = [*args, *(kwargs.get(part.name, part.default_value) for part in rest)]
+        out = self._values.run(func, packet, args, kwargs)
+        inputs = tensors_in(values)
+        self._note_use({weight.name for weight in map(self.known.weight, inputs) if weight is not None})
+        new = [tensor for tensor in tensors_in(out) if not any(same_storage(tensor, value) for value in inputs)]
+        if not in_place and (not new or self._is_weight(name, values, new)):
+            return out
+        terms = terms_after(self.known, name, values, out)
+        if terms is not None and in_place:
+            self.known.overwrite(values[0], terms)
+        elif terms is not None:
+            dim = channel_dim(self.known, name, values)
+            for tensor in new:
+                self.known.learn(tensor, terms, dim=dim)
+        return out
+
+    def _note_use(self, names: set[str]) -> None:
+        self.known.used |= names
+        open_modules = self.known.open_modules
+        self.known.used_elsewhere |= {name for name in names if name.rpartition(".")[0] not in open_modules}
+
+    def _is_weight(self, name: str, values: Sequence[Any], new: Sequence[torch.Tensor]) -> bool:
+        """Note whether new tensors are still one parameter."""
+        floats = [tensor for tensor in tensors_in(values) if tensor.is_floating_point()]
+        weight = self.known.weight(floats[0]) if len(floats) == 1 else None
+        changed = changed_weight(weight, name, values) if weight is not None else None
+        if changed is None:
+            return False
+        for tensor in new:
+            self.known.learn_weight(tensor, replace(changed, axes=axes_of(tensor, floats[0], changed)))
+        return True
+
+
+@contextmanager
+def _recorded_calls(model: torch.nn.Module, known: Knowledge) -> Iterator[list[ModuleCall]]:
+    """Note the terms at the entry and the exit of every module."""
+    calls: list[ModuleCall] = []
+    open_calls: list[tuple[Terms | None, frozenset[Terms], int]] = []
+    clock = itertools.count()
+
+    def terms_of(value: Any) -> Terms | None:
+        return known.terms(first_of_width(value, known.d_model))
+
+    def begin(name: str) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+            known.open_modules.append(name)
+            first = first_of_width((args, kwargs), known.d_model)
+            others = [t for t in tensors_in((args, kwargs)) if t is not first and t.shape[-1:] == (known.d_model,)]
+            beside = frozenset(terms for terms in map(known.terms, others) if terms)
+            open_calls.append((known.terms(first), beside, next(clock)))
+
+        return hook
+
+    def finish(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        name, (before, beside, start) = known.open_modules.pop(), open_calls.pop()
+        calls.append(ModuleCall(name, before, beside, terms_of(output), start, next(clock)))
+
+    handles = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(begin(name), with_kwargs=True))
+        handles.append(module.register_forward_hook(finish, with_kwargs=True))
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def trace_forward(model: torch.nn.Module, d_model: int, forward: Callable[[], Any]) -> Trace:
+    """Run `forward`, which calls `model`, and follow its parameters.
+
+    Args:
+        model: The model; its parameters may be on the meta device.
+        d_model: The width of the residual stream.
+        forward: Runs the forward pass.
+
+    Returns:
+        What was seen. The model is left as it was.
+    """
+    try:
+        return _traced(model, d_model, forward, _MadeUpValues(numbered=True))
+    except IndexError:
+        # Some models count one expert more than they have, for padding, and never choose it.
+        return _traced(model, d_model, forward, _MadeUpValues(numbered=False))
+
+
+def _traced(model: torch.nn.Module, d_model: int, forward: Callable[[], Any], values: _MadeUpValues) -> Trace:
+    known = Knowledge(d_model)
+    parameters = {name for name, _ in model.named_parameters()}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        # Of several axes with one stride, all but the first have size 1.
+        axes = {stride: axis for axis, stride in reversed(list(enumerate(tensor.stride())))}
+        known.learn_weight(tensor, Weight(name, axes, name in parameters))
+    with torch.no_grad(), _recorded_calls(model, known) as calls, _Tracer(known, values):
+        forward()
+    used, used_elsewhere = (frozenset(names & parameters) for names in (known.used, known.used_elsewhere))
+    return Trace(calls=tuple(calls), used=used, used_elsewhere=used_elsewhere, made_in=known.made_in)

@@ -1,0 +1,275 @@
+"""Run a model on rendered prompts: batched greedy answers, streamed answers, log-probabilities of given answers."""
+
+import textwrap
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, TextIteratorStreamer
+
+from remove_refusals.errors import NumericalError
+from remove_refusals.models.batches import (
+    accepts,
+    check_prompts,
+    contiguous_head,
+    first_batch_size,
+    left_pad,
+    longest_first,
+    n_positions,
+    with_backoff,
+)
+from remove_refusals.models.load import LoadedModel
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A greedy continuation of one prompt.
+
+    Attributes:
+        text: The decoded tokens without special tokens.
+        token_ids: The tokens, the end token included if there is one.
+        finished: Whether it ended with an end token; otherwise it was cut off.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finished: bool
+
+    def to_json(self) -> list[Any]:
+        """Give the attributes in their order."""
+        return [self.text, list(self.token_ids), self.finished]
+
+    @staticmethod
+    def from_json(record: Sequence[Any]) -> "Answer":
+        """Read what `to_json` gave."""
+        text, token_ids, finished = record
+        return Answer(text, tuple(token_ids), finished)
+
+
+@dataclass(frozen=True, eq=False)
+class AnswerLogits:
+    """What a model predicts along given answers; one row for each answer token that was looked at.
+
+    Attributes:
+        rows: `[n]`, int64: the index of the answer in its batch, ascending.
+        offsets: `[n]`, int64: the index of the token in its answer; 0 is the first.
+        targets: `[n]`, int64: the token that the answer has there.
+        log_probabilities: `[n, vocabulary]`, float32, on the model's device: natural logarithms over the vocabulary,
+            given the prompt and the answer so far.
+    """
+
+    rows: torch.Tensor
+    offsets: torch.Tensor
+    targets: torch.Tensor
+    log_probabilities: torch.Tensor
+
+
+def generate(
+    loaded: LoadedModel,
+    token_ids: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 100,
+    batch_size: int | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> list[Answer]:
+    """Continue each prompt greedily.
+
+    Sampling, penalties and forced or forbidden tokens of the model's own generation settings do not apply; its end
+    tokens do.
+
+    Args:
+        loaded: The model.
+        token_ids: Rendered prompts.
+        max_new_tokens: Where an answer is cut off.
+        batch_size: How many prompts to run at once; it is halved when memory runs out. By default automatic.
+        on_progress: Called after each batch with the number of prompts that are done.
+
+    Returns:
+        One answer for each prompt, in the order of the prompts.
+
+    Raises:
+        PromptError: If a prompt has no tokens.
+        ModelError: If a prompt does not fit the model, or memory runs out with a single prompt.
+        NumericalError: If logits are NaN or positive infinity; the message names the prompt.
+    """
+    check_prompts(loaded, token_ids, max_new_tokens)
+
+    def answer(indices: Sequence[int]) -> list[Answer]:
+        batch = left_pad([token_ids[index] for index in indices], loaded.pad_token_id)
+        inputs = batch.inputs(loaded) | {"logits_processor": [_FiniteLogits(loaded, token_ids, indices)]}
+        continued = _run_generate(loaded, inputs, max_new_tokens)
+        ends = _end_token_ids(loaded)
+        return [_to_answer(loaded, row, ends) for row in continued[:, batch.input_ids.shape[1] :].tolist()]
+
+    answers: dict[int, Answer] = {}
+    size = first_batch_size(loaded, batch_size)
+    for indices, results in with_backoff(answer, longest_first(token_ids), size):
+        answers.update(zip(indices, results, strict=True))
+        if on_progress is not None:
+            on_progress(len(answers))
+    return [answers[index] for index in range(len(token_ids))]
+
+
+def continued(loaded: LoadedModel, answer: Answer, rest: Answer) -> Answer:
+    """Put an answer that was cut off and its continuation together."""
+    token_ids = answer.token_ids + rest.token_ids
+    return _to_answer(loaded, token_ids, _end_token_ids(loaded) if rest.finished else set())
+
+
+def stream(loaded: LoadedModel, token_ids: Sequence[int], *, max_new_tokens: int = 512) -> Generator[str]:
+    """Continue one prompt greedily, piece by piece; leaving the iteration early ends the generation.
+
+    Args:
+        loaded: The model; nothing else may run it meanwhile.
+        token_ids: The rendered prompt.
+        max_new_tokens: Where the answer is cut off; earlier if the model can hold no more tokens.
+
+    Yields:
+        Pieces of text that together are the answer's text.
+
+    Raises:
+        PromptError: If the prompt has no tokens.
+        ModelError: If the prompt does not fit the model.
+        NumericalError: If logits are NaN or positive infinity.
+    """
+    check_prompts(loaded, [token_ids], 1)
+    n_tokens = min(max_new_tokens, (n_positions(loaded) or max_new_tokens + len(token_ids)) - len(token_ids))
+    stop = threading.Event()
+    streamer = TextIteratorStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    inputs = left_pad([token_ids], loaded.pad_token_id).inputs(loaded)
+    inputs |= {"logits_processor": [_FiniteLogits(loaded, [token_ids], [0])], "stopping_criteria": [_Stopped(stop)]}
+
+    def run() -> None:
+        try:
+            _run_generate(loaded, inputs | {"streamer": streamer}, n_tokens)
+        finally:
+            streamer.text_queue.put(streamer.stop_signal)
+
+    with ThreadPoolExecutor(max_workers=1) as executor:
+        future = executor.submit(run)
+        try:
+            yield from (piece for piece in streamer if piece)
+        finally:
+            stop.set()
+        future.result()
+
+
+def answer_logits(
+    loaded: LoadedModel,
+    token_ids: Sequence[Sequence[int]],
+    answer_ids: Sequence[Sequence[int]],
+    n_tokens: int,
+) -> AnswerLogits:
+    """Run one batch of prompts with given answers and say what the model predicts at the answers' first tokens.
+
+    The logits are computed at those positions only, where the model can do that: `n_tokens * vocabulary` numbers for
+    each prompt are held at once, so keep batches small (see `with_backoff`).
+
+    Args:
+        loaded: The model.
+        token_ids: Rendered prompts.
+        answer_ids: For each prompt the tokens of the answer; shorter ones than `n_tokens` give fewer rows.
+        n_tokens: How many tokens of each answer to look at.
+
+    Returns:
+        The log-probabilities, one row for each token.
+
+    Raises:
+        PromptError: If a prompt has no tokens.
+        ModelError: If a prompt does not fit the model.
+        NumericalError: If logits are NaN or infinite over the whole vocabulary; the message names the prompt.
+    """
+    check_prompts(loaded, token_ids, n_tokens)
+    answers = [list(ids[:n_tokens]) for ids in answer_ids]
+    batch = left_pad([[*ids, *tail[:-1]] for ids, tail in zip(token_ids, answers, strict=True)], loaded.pad_token_id)
+    width = max(1, *(len(tail) for tail in answers), 1)
+    extra: dict[str, Any] = {"use_cache": False} if accepts(loaded, "use_cache") else {}
+    if accepts(loaded, "logits_to_keep"):
+        extra["logits_to_keep"] = width
+    with torch.inference_mode(), contiguous_head(loaded):
+        logits = loaded.model(**batch.inputs(loaded), **extra).logits[:, -width:]
+        # All sequences end at the last column, so an answer of m tokens is predicted by the last m of them.
+        lengths = torch.tensor([len(tail) for tail in answers])
+        rows, columns = (torch.arange(width) >= width - lengths[:, None]).nonzero(as_tuple=True)
+        offsets = columns - (width - lengths[rows])
+        targets = torch.tensor([token for tail in answers for token in tail], dtype=torch.int64)
+        found = logits[rows.to(logits.device), columns.to(logits.device)].float().log_softmax(-1)
+        broken = found.isnan().any(-1).nonzero()
+    if len(broken):
+        raise _not_finite(loaded, token_ids, int(rows[broken[0, 0].cpu()]))
+    return AnswerLogits(rows, offsets, targets, found)
+
+
+def _run_generate(loaded: LoadedModel, inputs: dict[str, Any], max_new_tokens: int) -> torch.Tensor:
+    """Run the model's own `generate` greedily; return prompts and answers, `[n, length]`."""
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=sorted(_end_token_ids(loaded)) or None,
+        pad_token_id=loaded.pad_token_id,
+        bos_token_id=loaded.model.generation_config.bos_token_id,
+    )
+    with torch.inference_mode(), contiguous_head(loaded), _generation_config(loaded.model, config):
+        continued: torch.Tensor = loaded.model.generate(**inputs)
+    return continued
+
+
+@contextmanager
+def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Exchange the model's generation settings: `generate` takes from them whatever a given config leaves open."""
+    original = model.generation_config
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = original
+
+
+def _end_token_ids(loaded: LoadedModel) -> set[int]:
+    of_model = loaded.model.generation_config.eos_token_id
+    ends = of_model if isinstance(of_model, list) else [of_model]
+    return {int(token) for token in (*ends, loaded.tokenizer.eos_token_id) if token is not None}
+
+
+def _to_answer(loaded: LoadedModel, continuation: Sequence[int], ends: set[int]) -> Answer:
+    """Cut a continuation after its first end token."""
+    length = next((index for index, token in enumerate(continuation) if token in ends), None)
+    kept = tuple(continuation if length is None else continuation[: length + 1])
+    text = loaded.tokenizer.decode(kept if length is None else kept[:length], skip_special_tokens=True)
+    return Answer(text, kept, length is not None)
+
+
+class _FiniteLogits:
+    """A logits processor that stops the generation at logits from which no token can be chosen."""
+
+    def __init__(self, loaded: LoadedModel, token_ids: Sequence[Sequence[int]], indices: Sequence[int]) -> None:
+        self.loaded, self.token_ids, self.indices = loaded, token_ids, indices
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        # The largest logit is NaN if any of them is.
+        broken = (~scores.amax(-1).isfinite()).nonzero()
+        if len(broken):
+            raise _not_finite(self.loaded, self.token_ids, self.indices[int(broken[0, 0])])
+        return scores
+
+
+class _Stopped:
+    """A stopping criterion that ends the generation when nobody listens any more."""
+
+    def __init__(self, stop: threading.Event) -> None:
+        self.stop = stop
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), self.stop.is_set(), dtype=torch.bool, device=input_ids.device)
+
+
+def _not_finite(loaded: LoadedModel, token_ids: Sequence[Sequence[int]], index: int) -> NumericalError:
+    text = " ".join(loaded.tokenizer.decode(token_ids[index], skip_special_tokens=True).split())
+    return NumericalError(
+        f"The model {loaded.source} gives logits that are NaN or infinite for prompt {index + 1} of {len(token_ids)} "
+        f"({textwrap.shorten(text, 100, placeholder=' …')!r}), expected finite ones; use float32 or a weaker edit."
+    )

@@ -1,0 +1,427 @@
+"""Load a model and its tokenizer, or say in one sentence why that is not possible."""
+
+import hashlib
+import importlib.util
+import json
+import pickle
+import textwrap
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, constants, errors
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import PreTrainedModel as Model
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.configuration_utils import PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
+
+from remove_refusals.errors import ModelError
+from remove_refusals.models.checkpoint import FLOAT_DTYPES, INDEX_FILE, SINGLE_FILE, checkpoint_tensors
+from remove_refusals.models.source import cached_commit, check_trust, model_source
+from remove_refusals.settings import LoadSettings
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A causal language model in evaluation mode, with its tokenizer.
+
+    Attributes:
+        model: The model. Its parameters keep `requires_grad`: frozen weights make the CPU's `linear` pathologically
+            slow on non-contiguous input, so callers run it under `torch.inference_mode` instead.
+        tokenizer: The tokenizer as it was saved; nothing in it is changed, so that saving it again gives it back.
+        source: The directory or hub id it was loaded from.
+        revision: The hub's commit, or the revision that was asked for; None for a directory.
+        checkpoint_dtype: The data type of the saved weights, which `model.dtype` need not be; None if unknown.
+        unused_tensors: Names of tensors in the checkpoint that the model has no place for, sorted.
+        trust_remote_code: Whether code that comes with the checkpoint may be run.
+    """
+
+    model: Model
+    tokenizer: Tokenizer
+    source: str
+    revision: str | None = None
+    checkpoint_dtype: torch.dtype | None = None
+    unused_tensors: tuple[str, ...] = ()
+    trust_remote_code: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        """The device that token ids have to be on."""
+        module = self.model.get_input_embeddings()
+        embedding: torch.Tensor = module.weight
+        # Weights that lie on the disk are put on their hook's device when they are needed.
+        place = getattr(getattr(module, "_hf_hook", None), "execution_device", self.model.device)
+        return torch.device(place) if embedding.is_meta else embedding.device
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether some of the weights are read from the disk each time that they are needed."""
+        return any(parameter.is_meta for parameter in self.model.parameters())
+
+    @property
+    def pad_token_id(self) -> int:
+        """The token that fills up a batch: the pad token, else the end token, else 0; it is masked in any case."""
+        candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        return next((int(token) for token in candidates if token is not None), 0)
+
+    @property
+    def vocabulary_size(self) -> int:
+        """The number of logits at each position."""
+        head = self.model.get_output_embeddings()
+        return int(head.weight.shape[0]) if head is not None else int(self.model.config.get_text_config().vocab_size)
+
+
+def load(
+    source: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "auto",
+    load_in_4bit: bool = False,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
+    offload: str | Path | None = None,
+    max_memory: str | None = None,
+    tokenizer: str | Path | None = None,
+) -> LoadedModel:
+    """Load a causal language model and its tokenizer from a directory or the Hugging Face hub.
+
+    Args:
+        source: A directory with a `config.json`, a hub id, or `demo` for the model that comes with the package.
+        device: Where the model goes; by default `cuda`, `mps` or `cpu`, the first that is there.
+        dtype: `auto` takes the checkpoint's data type on an accelerator and float32 on the CPU (which holds bfloat16
+            and float16 values exactly); or a data type such as `bfloat16`.
+        load_in_4bit: Quantise the linear layers to 4 bits (NF4) with bitsandbytes while loading.
+        trust_remote_code: Run Python code that comes with the checkpoint.
+        revision: The hub's branch, tag or commit; the default branch if not given.
+        device_map: Passed on to Transformers instead of `device`, for example `auto`.
+        offload: With a device map: the directory for what fits into no memory. Safetensors files are read where they
+            lie; other weights are written there.
+        max_memory: With a device map: how much of this machine's memory the weights may take, such as `8GiB`.
+        tokenizer: Where the tokenizer comes from, if not from `source`.
+
+    Returns:
+        The model in evaluation mode with its tokenizer.
+
+    Raises:
+        ModelError: If it cannot be found or loaded, is no causal language model, needs code that is not trusted, or
+            lacks tensors (which Transformers would fill with random numbers).
+        CheckpointError: If a weight file of a directory is truncated, corrupt or missing.
+    """
+    name = model_source(str(source))
+    if device is not None and device_map is not None:
+        raise ModelError(f"Both device {device} and device_map {device_map} are given, expected one; leave one out.")
+    if device_map is None and (offload is not None or max_memory is not None):
+        raise ModelError(
+            "The options offload and max_memory are given without a device map, expected both; add --device-map auto."
+        )
+    where = pick_device(device)
+    wanted = _parse_dtype(dtype)
+    local = find_source(name, revision)
+    with quiet(bars=Path(name).is_dir()), explained(f"The model {name}"):
+        settings: dict[str, Any] = {"revision": revision, "local_files_only": local}
+        described, _ = PretrainedConfig.get_config_dict(name, **settings)
+        _check_model_type(name, described, trust_remote_code)
+        settings["trust_remote_code"] = trust_remote_code
+        if (commit := cached_commit(name, revision)) is not None:
+            # A branch may move between two requests.
+            settings["revision"] = commit
+        config = AutoConfig.from_pretrained(name, **settings)
+        if getattr(config, "is_encoder_decoder", False):
+            raise ModelError(
+                f"The model {name} of type {config.model_type} is an encoder-decoder, expected a decoder that "
+                "continues its prompt; choose a causal language model."
+            )
+        saved = saved_dtype(name, described)
+        quantised = load_in_4bit or "quantization_config" in described
+        if wanted is None and where.type == "cpu" and device_map is None and not quantised:
+            wanted = torch.float32
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name,
+            config=config,
+            dtype="auto" if wanted is None else wanted,
+            device_map=device_map or {"": where},
+            **offloading(offload, max_memory),
+            quantization_config=_four_bit(wanted or saved or torch.float32) if load_in_4bit else None,
+            ignore_mismatched_sizes=True,  # so that they are reported with their names, below
+            output_loading_info=True,
+            **settings,
+        )
+        check_complete(name, report)
+    with quiet(bars=True), explained(f"The tokenizer of {tokenizer or name}"):
+        loaded_tokenizer = AutoTokenizer.from_pretrained(tokenizer or name, **(settings if tokenizer is None else {}))
+    unused = tuple(sorted(report["unexpected_keys"]))
+    return LoadedModel(model.eval(), loaded_tokenizer, name, commit or revision, saved, unused, trust_remote_code)
+
+
+def _check_model_type(name: str, described: Mapping[str, Any], trust_remote_code: bool) -> None:
+    check_trust(name, described, trust_remote_code)
+    model_type, code = described.get("model_type"), described.get("auto_map") or {}
+    if not model_type and "AutoConfig" not in code:
+        raise ModelError(
+            f"The config.json of {name} names no model_type, expected one that Transformers knows; check the file."
+        )
+    if "AutoModelForCausalLM" not in code and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        reason = "has no causal form" if model_type in CONFIG_MAPPING_NAMES else "this Transformers does not know"
+        raise ModelError(
+            f"The model {name} is of type {model_type}, which {reason}, expected a decoder that continues its prompt; "
+            "choose another model or upgrade Transformers."
+        )
+
+
+def saved_dtype(name: str, described: Mapping[str, Any]) -> torch.dtype | None:
+    """Read the saved data type from the content of config.json, else the weight files: what most bytes have."""
+    for part in (described, described.get("text_config") or {}):
+        value = part.get("dtype") or part.get("torch_dtype")
+        parsed = getattr(torch, str(value).removeprefix("torch."), None)
+        if isinstance(parsed, torch.dtype):
+            return parsed
+    sizes: dict[str, int] = {}
+    if (Path(name) / SINGLE_FILE).exists() or (Path(name) / INDEX_FILE).exists():
+        for _, entry in checkpoint_tensors(Path(name)).values():
+            sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.stop - entry.start
+    return FLOAT_DTYPES.get(max(sizes, key=sizes.__getitem__)) if sizes else None
+
+
+def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    if dtype == "auto":
+        return None
+    parsed = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(parsed, torch.dtype) or not parsed.is_floating_point:
+        raise ModelError(f"The dtype {dtype} is unknown, expected auto, float32, bfloat16 or float16; choose one.")
+    return parsed
+
+
+def _four_bit(compute: torch.dtype) -> BitsAndBytesConfig:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(
+            "The package bitsandbytes is missing, expected for 4-bit loading; pip install 'remove-refusals[4bit]'."
+        )
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+
+
+_N_VALUES = 64
+
+
+def fingerprint(loaded: LoadedModel) -> str:
+    """Tell models apart by their configurations and parameters.
+
+    What counts is the configuration, the kind of device, and of each parameter its shape, dtype, sum, norm, and values
+    spread over it.
+
+    Returns:
+        16 hexadecimal digits of a hash.
+    """
+    config = loaded.model.config.to_dict()
+    for name in ("_name_or_path", "transformers_version"):
+        config.pop(name, None)
+    digest = hashlib.sha256(json.dumps([config, loaded.device.type], sort_keys=True, default=str).encode())
+    for name, parameter in loaded.model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        if not parameter.is_meta and parameter.is_floating_point():
+            values = parameter.detach().flatten()
+            digest.update(str(values[:: max(1, len(values) // _N_VALUES)].float().tolist()).encode())
+            # Rounded, since the order of a sum depends on how many threads there are.
+            norm = torch.linalg.vector_norm(values, dtype=torch.float32)
+            sums = float(values.sum(dtype=torch.float64)), float(norm)
+            digest.update(" ".join(f"{value:.5g}" for value in sums).encode())
+    return digest.hexdigest()[:16]
+
+
+def load_model(model: str, settings: LoadSettings) -> LoadedModel:
+    """Load a model by directory, hub id or the name `demo`.
+
+    Raises:
+        ModelError: If it cannot be found or loaded.
+        CheckpointError: If a weight file is corrupt.
+    """
+    return load(model, **asdict(settings))
+
+
+_HUB_TIMEOUT_SECONDS = 10.0
+
+
+HTTPError: type[Exception] = errors.HfHubHTTPError.__mro__[1]
+"""The hub's client has changed the HTTP package under it before; its own error always derives from that package's."""
+
+
+# What Transformers, its config validation, safetensors and torch raise for a checkpoint that they cannot read.
+_PYTHON_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError, EOFError)
+
+
+_LOADING_ERRORS = (*_PYTHON_ERRORS, SafetensorError, errors.StrictDataclassError)
+
+
+def find_source(name: str, revision: str | None) -> bool:
+    """Check that a model is there.
+
+    Args:
+        name: A directory or a hub id.
+        revision: The hub's branch, tag or commit.
+
+    Returns:
+        Whether only local files are to be read: it is a directory, or the hub is out of reach.
+
+    Raises:
+        ModelError: If it is neither a directory with a `config.json` nor on the hub.
+        CheckpointError: If a weight file of a directory is truncated, corrupt or missing.
+    """
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"The directory {name} has no config.json, expected a Hugging Face model; check the path.")
+        if (path / SINGLE_FILE).exists() or (path / INDEX_FILE).exists():
+            checkpoint_tensors(path)
+        return True
+    if path.exists() or name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
+        what = "is a file" if path.exists() else "does not exist"
+        raise ModelError(f"The model {name} {what}, expected a directory with a config.json; check the path.")
+    return _hub_is_out_of_reach(name, revision)
+
+
+def _hub_is_out_of_reach(name: str, revision: str | None) -> bool:
+    """Ask the hub once, because each of the many requests of a load would be retried for half a minute."""
+    if constants.HF_HUB_OFFLINE:
+        return True
+    try:
+        HfApi().model_info(name, revision=revision, timeout=_HUB_TIMEOUT_SECONDS)
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
+        at = f" at revision {revision}" if revision else ""
+        raise ModelError(
+            f"The model {name}{at} is neither a directory nor on the hub for you to read, expected one of them; check "
+            "the name, and log in with `hf auth login` if it is gated or private."
+        ) from error
+    except (OSError, HTTPError):
+        return True
+    return False
+
+
+def check_complete(name: str, report: Mapping[str, Any]) -> None:
+    """Refuse what Transformers would fill with random numbers.
+
+    Args:
+        name: The model, for the error.
+        report: What `from_pretrained` gives with `output_loading_info`.
+
+    Raises:
+        ModelError: If a tensor of the model is missing in the checkpoint or has another shape there.
+    """
+    for tensor, found, expected in sorted(report["mismatched_keys"]):
+        raise ModelError(
+            f"The tensor {tensor} of {name} has shape {tuple(found)}, expected {tuple(expected)} from its config.json; "
+            "download or convert the model again."
+        )
+    if missing := sorted(report["missing_keys"]):
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ModelError(
+            f"The checkpoint {name} lacks {', '.join(missing[:3])}{more}, expected every tensor of the model that its "
+            "config.json describes; download or convert it again."
+        )
+
+
+def pick_device(device: str | torch.device | None) -> torch.device:
+    """Give the device asked for, or by default `cuda`, `mps` or `cpu`, the first that is there.
+
+    Args:
+        device: What was asked for.
+
+    Returns:
+        The device.
+
+    Raises:
+        ModelError: If it is not there.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    present = [kind for kind, there in available.items() if there]
+    if device is None:
+        return torch.device(present[0])
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        chosen = None
+    if chosen is None or not available.get(chosen.type, True):
+        raise ModelError(f"The device {device} is not there, expected one of {', '.join(present)}; choose one of them.")
+    return chosen
+
+
+def offloading(offload: str | Path | None, max_memory: str | None) -> dict[str, Any]:
+    """Give what `from_pretrained` needs so that what fits into no memory stays on the disk.
+
+    Args:
+        offload: The directory for it.
+        max_memory: How much of this machine's memory the weights may take, such as `8GiB`.
+
+    Raises:
+        ModelError: If the size cannot be read.
+    """
+    settings: dict[str, Any] = {} if offload is None else {"offload_folder": str(offload)}
+    if max_memory is not None:
+        from accelerate.utils import convert_file_size_to_int, get_max_memory
+
+        try:
+            size = convert_file_size_to_int(max_memory)
+        except ValueError as error:
+            raise ModelError(f"The size {max_memory!r} is none, expected one such as 8GiB; correct it.") from error
+        settings["max_memory"] = get_max_memory() | {"cpu": size}
+    return settings
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Turn whatever a broken checkpoint raises into one sentence.
+
+    Args:
+        what: What is being loaded, with its name, as the beginning of the sentence.
+
+    Raises:
+        ModelError: Instead of what was raised within.
+    """
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise ModelError(
+            f"{what} does not fit into the device's memory, expected enough for its weights; use a smaller data type, "
+            "4-bit loading or a device map."
+        ) from error
+    except pickle.UnpicklingError as error:
+        raise ModelError(
+            f"{what} has weights that are corrupt or hold more than tensors, expected plain tensors; do not load them "
+            "in any other way, but look for safetensors files."
+        ) from error
+    except _LOADING_ERRORS as error:
+        text = textwrap.shorten(str(error), 240, placeholder=" …").rstrip(".")
+        if "couldn't connect" in text or isinstance(error, errors.OfflineModeIsEnabled):
+            raise ModelError(
+                f"{what} is neither a directory nor in the local cache and the hub cannot be reached, expected one of "
+                "them; check the name or the network."
+            ) from error
+        raise ModelError(
+            f"{what} cannot be loaded ({type(error).__name__}: {text}), expected files that Transformers can "
+            "read; check or download them again."
+        ) from error
+
+
+@contextmanager
+def quiet(*, bars: bool) -> Iterator[None]:
+    """Silence Transformers' warnings while the context lasts.
+
+    Args:
+        bars: Whether to hide its progress bars too; hidden, those of downloads are not seen either.
+    """
+    verbosity, hide = logging.get_verbosity(), bars and logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if hide:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if hide:
+            logging.enable_progress_bar()

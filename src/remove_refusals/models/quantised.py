@@ -1,0 +1,341 @@
+"""Quantised tensors in which blocks of numbers share a scale: read as floats, and written again in the same format.
+
+- FP8 (DeepSeek-V3, arXiv 2412.19437, section 3.3): `NAME` holds e4m3 numbers `[d_model, n]`, `NAME_scale_inv` a float32
+  for each block of 128 by 128.
+- MXFP4 (OCP Microscaling Formats 1.0; gpt-oss): `NAME_blocks` holds e2m1 numbers `[experts, d_model, n / 32, 16]`, two
+  in a byte, the lower half first; `NAME_scales` a power of two for each row of 32.
+- INT4 (compressed-tensors, `pack-quantized`, symmetric): `NAME_packed` holds integers from -8 to 7, eight in an int32
+  `[d_model, n / 8]`, 8 added to each, the lowest bits first; `NAME_scale` a float for each group of a row, and
+  `NAME_shape` the two sizes.
+
+An edit moves most numbers by much less than the step of such a format, so that rounding each to the nearest would undo
+it. What rounding puts back along the direction is therefore taken out again where it costs least: of the numbers of one
+input, those go to their other neighbour that add the least error for what they take out.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Literal
+
+import torch
+
+from remove_refusals.errors import CheckpointError
+from remove_refusals.formula import tree_sum
+from remove_refusals.models.checkpoint import (
+    FLOAT_DTYPES,
+    Place,
+    TensorEntry,
+    TensorSlice,
+    bytes_of,
+    opened,
+    read_into,
+    read_slice,
+    tensor_slices,
+)
+
+Format = Literal["FP8 e4m3 in blocks", "MXFP4", "INT4 in groups"]
+
+
+FP8_BLOCK = 128
+
+
+_MXFP4_BLOCK, MXFP4_BYTES = 32, 16
+
+
+INT4_WORD = 8
+
+
+INT4_GROUP = 256
+"""The widest group of numbers with one scale that is edited: slices are as wide as a group at least."""
+
+
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+BYTES_PER_NUMBER = 128
+"""What rounding holds for each number of a slice, generously."""
+
+
+@dataclass(frozen=True, eq=False)
+class BlockTensor:
+    """A quantised tensor and its scales.
+
+    Attributes:
+        format: How it is stored.
+        weights: Where the numbers are.
+        scales: Where the scales are.
+    """
+
+    format: Format
+    weights: Place
+    scales: Place
+
+    axis = 1
+
+    @property
+    def dtype(self) -> str:
+        """The format's name, as a certificate gives it."""
+        return self.format
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """The two names on disk."""
+        return self.weights[1].name, self.scales[1].name
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The tensor as floats: `[outer, d_model, n]`."""
+        sizes = self.weights[1].shape
+        if self.format == "MXFP4":
+            return sizes[0], sizes[1], sizes[2] * _MXFP4_BLOCK
+        return 1, sizes[0], sizes[1] * (INT4_WORD if self.format == "INT4 in groups" else 1)
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """How many rows and columns share a scale."""
+        if self.format == "FP8 e4m3 in blocks":
+            return FP8_BLOCK, FP8_BLOCK
+        return 1, self.shape[2] // self.scales[1].shape[-1]
+
+    @property
+    def packed(self) -> bool:
+        """Whether two numbers lie in a byte."""
+        return self.format != "FP8 e4m3 in blocks"
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """The data type of the scales: bytes for powers of two, or floats."""
+        return torch.uint8 if self.format == "MXFP4" else FLOAT_DTYPES[self.scales[1].dtype]
+
+    @cached_property
+    def grid(self) -> torch.Tensor:
+        """Every number that the format has, in rising order, float32."""
+        return _grid(self.format)
+
+    def parts(self, numbers: int) -> list[tuple[TensorSlice, TensorSlice]]:
+        """Cut weights and scales alike, into whole blocks of at most so many numbers, or one column of blocks."""
+        outer, d_model, n = self.shape
+        scales, wide, share = self.scales[1].shape[-2:], self.block[1], 2 if self.packed else 1
+        columns = max(1, numbers // (d_model * wide))
+        first = tensor_slices((outer, d_model, n // share), 1, 1, columns * d_model * wide // share)
+        second = tensor_slices((outer, *scales), 1, self.scale_dtype.itemsize, columns * scales[0])
+        return list(zip(first, second, strict=True))
+
+    def read(self, files: tuple[int, int], part: tuple[TensorSlice, TensorSlice]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read a part.
+
+        Args:
+            files: The open files of weights and scales.
+            part: One of `parts`.
+
+        Returns:
+            The numbers as floats, `[outer, d_model, n]`, float32; and the scales as they are stored.
+
+        Raises:
+            CheckpointError: If the file cannot be read, or holds a number that is none.
+        """
+        raw = read_slice(files[0], self.weights[1].start, part[0], torch.uint8)
+        scales = read_slice(files[1], self.scales[1].start, part[1], self.scale_dtype)
+        codes = torch.stack((raw & 15, raw >> 4), dim=-1).flatten(-2) if self.packed else raw
+        values = self._numbers(codes)
+        return values * self.expand(scales, values.shape), scales
+
+    def _numbers(self, codes: torch.Tensor) -> torch.Tensor:
+        """Give the numbers of the format that codes, each in a byte, stand for."""
+        if self.format == "INT4 in groups":
+            return self.grid[codes.to(torch.int32)]
+        top, sign = len(self.grid) // 2, len(_E2M1) if self.format == "MXFP4" else 128
+        size = (codes & (sign - 1)).to(torch.int32)
+        if int(size.max()) > top:
+            raise CheckpointError(
+                f"The tensor {self.weights[1].name} holds NaN, expected finite numbers; download the checkpoint again."
+            )
+        return self.grid[torch.where(codes >= sign, top - size, top + size)]
+
+    def expand(self, scales: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """Give each number its scale, float32."""
+        rows, columns = self.block
+        factors = scales.to(torch.float32)
+        if self.format == "MXFP4":
+            factors = torch.ldexp(torch.ones(scales.shape), scales.to(torch.int32) - 127)
+        spread = factors.repeat_interleave(columns, dim=2)
+        return spread.repeat_interleave(rows, dim=1)[:, : shape[1], : shape[2]] if rows > 1 else spread
+
+    def floats(self, numbers: int) -> Iterator[torch.Tensor]:
+        """Read the tensor part by part: `[outer, d_model, n]`, float32."""
+        with opened(self.weights[0]) as weights, opened(self.scales[0]) as scales:
+            for part in self.parts(numbers):
+                yield self.read((weights, scales), part)[0]
+
+    def rounded(
+        self, target: torch.Tensor, scales: torch.Tensor, column: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Round floats to the format.
+
+        A block keeps its scale unless a number no longer fits, so that what an edit leaves alone keeps its bits.
+
+        Args:
+            target: `[outer, d_model, n]`, float32.
+            scales: The stored scales.
+            column: `[d_model]`: along it what each input writes is kept; None rounds each number to the nearest.
+
+        Returns:
+            The bytes of the numbers, and the scales to be stored.
+        """
+        scales = self._fitting(target, scales)
+        scale = self.expand(scales, target.shape)
+        wanted = torch.where(scale > 0, target / scale, 0).clamp_(self.grid[0], self.grid[-1])
+        upper = torch.bucketize(wanted, self.grid, out_int32=True).clamp_(max=len(self.grid) - 1)
+        lower = (upper - 1).clamp_(min=0)
+        up = self.grid[upper] - wanted <= wanted - self.grid[lower]
+        nearest, other = torch.where(up, upper, lower), torch.where(up, lower, upper)
+        if column is not None:
+            error = self.grid[nearest] * scale - target
+            step = (self.grid[other] - self.grid[nearest]) * scale
+            nearest = torch.where(_turned(error, step, column.reshape(1, -1, 1)), other, nearest)
+        codes = self._codes(nearest)
+        if self.packed:
+            codes = codes[..., 0::2] | (codes[..., 1::2] << 4)
+        return codes.contiguous(), scales.contiguous()
+
+    def _codes(self, index: torch.Tensor) -> torch.Tensor:
+        """Give the codes, each in a byte, of numbers of the format by their places in `grid`."""
+        if self.format == "INT4 in groups":
+            return index.to(torch.uint8)
+        signed = index - len(self.grid) // 2
+        sign = len(_E2M1) if self.format == "MXFP4" else 128
+        return torch.where(signed < 0, sign - signed, signed).to(torch.uint8)
+
+    def _fitting(self, target: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """Raise the scales of blocks whose largest number no longer fits."""
+        rows, columns = self.block
+        down, right = -target.shape[1] % rows, -target.shape[2] % columns
+        padded = torch.nn.functional.pad(target, (0, right, 0, down))
+        outer, tall, wide = padded.shape
+        blocks = padded.view(outer, tall // rows, rows, wide // columns, columns)
+        # Half a step beyond the last integer still rounds to it; a new scale would move every number of the group.
+        beyond = 0.5 if self.format == "INT4 in groups" else 0.0
+        largest = torch.maximum(
+            blocks.amax((2, 4)) / (self.grid[-1] + beyond), blocks.amin((2, 4)) / (self.grid[0] - beyond)
+        )
+        if self.format == "MXFP4":
+            needed = torch.frexp(largest).exponent + 127
+            # A power of two is its own scale.
+            needed = needed - (torch.frexp(largest).mantissa == 0.5).to(torch.int32)
+            return torch.maximum(scales.to(torch.int32), needed * (largest > 0)).clamp_(0, 254).to(torch.uint8)
+        return torch.maximum(scales, largest.to(scales.dtype))
+
+    def fresh(self, values: torch.Tensor) -> torch.Tensor:
+        """Quantise floats anew, each block with the scale that its largest number needs, and give them as floats."""
+        empty = torch.zeros(1, dtype=self.scale_dtype)
+        scale = self.expand(self._fitting(values, empty), values.shape)
+        wanted = torch.where(scale > 0, values / scale, 0)
+        middles = (self.grid[1:] + self.grid[:-1]) / 2
+        return self.grid[torch.bucketize(wanted, middles)] * scale
+
+    def squared_steps(self, numbers: int) -> float:
+        """Sum the squares of the distance between each number and the next larger one that the format has."""
+        total = 0.0
+        with opened(self.weights[0]) as weights, opened(self.scales[0]) as scales:
+            for part in self.parts(numbers):
+                values, stored = self.read((weights, scales), part)
+                scale = self.expand(stored, values.shape)
+                size = torch.where(scale > 0, values.abs() / scale, 0)
+                index = torch.bucketize(size, self.grid, out_int32=True).clamp_(max=len(self.grid) - 2)
+                total += float(((self.grid[index + 1] - self.grid[index]) * scale).to(torch.float64).square().sum())
+        return total
+
+
+def _turned(error: torch.Tensor, step: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+    """Choose which numbers go to their other neighbour so that the errors of each input cancel along a direction."""
+    needed = -tree_sum(column * error)
+    gain = column * step
+    useful = gain * needed.sign() > 0
+    size = torch.where(useful, gain.abs(), 0)
+    cost = torch.where(useful, step * (step + 2 * error) / size, torch.inf)
+    order = cost.argsort(dim=1, stable=True)
+    size = size.gather(1, order)
+    chosen = (size.cumsum(1) - size / 2 <= needed.abs()) & (size > 0)
+    return torch.zeros_like(chosen).scatter_(1, order, chosen)
+
+
+@cache
+def _grid(form: Format) -> torch.Tensor:
+    if form == "INT4 in groups":
+        return torch.arange(-8.0, 8.0)
+    if form == "MXFP4":
+        positive = torch.tensor(_E2M1)
+    else:
+        positive = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32)
+    return torch.cat((-positive.flip(0)[:-1], positive))
+
+
+def find_block_tensor(name: str, stored: Mapping[str, Place]) -> BlockTensor | None:
+    """Look for a quantised tensor of a known format among a checkpoint's.
+
+    Args:
+        name: The name that the unquantised tensor would have.
+        stored: The checkpoint's tensors.
+
+    Returns:
+        The tensor, or None if there is none of a known format under that name.
+    """
+    weights, scales = stored.get(name), stored.get(f"{name}_scale_inv")
+    if weights is not None and scales is not None and weights[1].dtype == "F8_E4M3" and len(weights[1].shape) == 2:
+        expected = tuple(-(-size // FP8_BLOCK) for size in weights[1].shape)
+        _check(scales[1], "F32", expected)
+        return BlockTensor("FP8 e4m3 in blocks", weights, scales)
+    weights, scales = stored.get(f"{name}_blocks"), stored.get(f"{name}_scales")
+    if weights is not None and scales is not None and len(weights[1].shape) == 4:
+        _check(weights[1], "U8", (*weights[1].shape[:3], MXFP4_BYTES))
+        _check(scales[1], "U8", weights[1].shape[:3])
+        return BlockTensor("MXFP4", weights, scales)
+    weights, scales = stored.get(f"{name}_packed"), stored.get(f"{name}_scale")
+    if weights is not None and scales is not None:
+        _check_int4(name, stored, weights, scales)
+        return BlockTensor("INT4 in groups", weights, scales)
+    return None
+
+
+def _check(entry: TensorEntry, dtype: str, shape: tuple[int, ...]) -> None:
+    if (entry.dtype, entry.shape) != (dtype, shape):
+        raise CheckpointError(
+            f"The tensor {entry.name} is {entry.dtype} {entry.shape}, expected {dtype} {shape} as its format has it; "
+            "use an unquantised checkpoint of this model."
+        )
+
+
+def _check_int4(name: str, stored: Mapping[str, Place], weights: Place, scales: Place) -> None:
+    """Check that packed integers are symmetric, of four bits, and in groups that lie together."""
+    other = next((other for part in ("zero_point", "g_idx") if (other := f"{name}_{part}") in stored), None)
+    if other is not None:
+        raise CheckpointError(
+            f"The checkpoint has the tensor {other}, expected packed integers without a zero point and without an "
+            "order of their own; use an unquantised checkpoint of this model."
+        )
+    d_model, words = (*weights[1].shape, 1, 1)[:2]
+    _check(weights[1], "I32", (d_model, words))
+    n, groups = words * INT4_WORD, max((1, *scales[1].shape[1:]))
+    whole = n % groups == 0 and n // groups <= INT4_GROUP and n // groups % INT4_WORD == 0
+    if scales[1].dtype not in FLOAT_DTYPES or scales[1].shape != (d_model, groups) or not whole:
+        raise CheckpointError(
+            f"The tensor {scales[1].name} is {scales[1].dtype} {scales[1].shape}, expected floats for groups of 8 to "
+            f"{INT4_GROUP} of the {n} numbers in each of {d_model} rows; use an unquantised checkpoint of this model."
+        )
+    sizes = _sizes(stored.get(f"{name}_shape"))
+    if sizes != [d_model, n]:
+        raise CheckpointError(
+            f"The tensor {name}_shape holds {sizes}, expected {[d_model, n]} as eight numbers in each of the words of "
+            f"{weights[1].name} make it; use an unquantised checkpoint of this model."
+        )
+
+
+def _sizes(place: Place | None) -> list[int] | None:
+    """Read two integers."""
+    if place is None or place[1].dtype not in ("I32", "I64") or place[1].shape != (2,):
+        return None
+    sizes = torch.empty(2, dtype=torch.int32 if place[1].dtype == "I32" else torch.int64)
+    with opened(place[0]) as file:
+        read_into(file, bytes_of(sizes), place[1].start)
+    return [int(size) for size in sizes]

@@ -1,0 +1,283 @@
+"""The model card, from records; nothing is computed here but what is printed."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, errors, hf_hub_download
+from huggingface_hub.repocard import metadata_load
+from huggingface_hub.utils._validators import validate_repo_id
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from remove_refusals.baking import Certificate
+from remove_refusals.errors import HubError
+from remove_refusals.files import read_json
+from remove_refusals.models import CARD, CARRIED_FIELDS, HTTPError, licence_fields, model_source
+
+
+def model_card(
+    record: Mapping[str, Any], table: Sequence[Sequence[str]], key: str, certificate: Certificate | None = None
+) -> str:
+    """Write the model card of an edited model.
+
+    Args:
+        record: The content of `ablation.json`; measured if it has `prompts`, `scores` and `warnings`.
+        table: The rows of `Evaluation.table`.
+        key: What explains the table.
+        certificate: What was measured on the saved files; left out if there is none.
+
+    Returns:
+        Markdown with the metadata block that the Hugging Face hub reads.
+    """
+    # Markdown, not HTML: text is kept as it is, and what could break the table is in no record.
+    environment = Environment(
+        loader=PackageLoader("remove_refusals", "data"), undefined=StrictUndefined, keep_trailing_newline=True
+    )
+    worst = certificate.worst if certificate is not None else None
+    text: str = environment.get_template("model_card.md.jinja").render(
+        record=record,
+        table=table,
+        key=key,
+        certificate=certificate,
+        worst=100 * abs(worst.share_left - abs(1 - worst.strength)) if worst is not None else 0.0,
+        strengths=sorted({edit["strength"] for edit in record["intervention"]}),
+        groups=_alike(record["directions"]),
+    )
+    return text
+
+
+def _alike(directions: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """Put directions together that differ in nothing but the layer, so that a card needs one line for them."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for direction in directions:
+        recipe = {
+            key: value
+            for key, value in direction.items()
+            if key not in ("layer", "sha256", "harmless_component", "length")
+        }
+        groups.setdefault(str(sorted(recipe.items(), key=lambda item: item[0])), []).append(direction)
+    return list(groups.values())
+
+
+_WITH_ANSWERS = ("*.jsonl", "*.html")
+"""Rows of answers, and the page that quotes them."""
+
+
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+
+
+_BESIDE_AN_ADAPTER = (
+    *_ADAPTER,
+    CARD,
+    "ablation.json",
+    "analysis.json",
+    "certificate.json",
+    "scores.json",
+    "selection.json",
+    "directions/*",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+    *_WITH_ANSWERS,
+)
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What was sent.
+
+    Attributes:
+        repo: The repository, with its owner.
+        url: Where it can be looked at.
+        commit: The commit that was made.
+        private: Whether only its owner sees it.
+        files: What it holds now of the directory, sorted.
+        left_out: What was not sent of the directory, sorted.
+        card: The fields of the card that were carried over from the base.
+        notes: What should be said of it.
+    """
+
+    repo: str
+    url: str
+    commit: str
+    private: bool
+    files: tuple[str, ...]
+    left_out: tuple[str, ...]
+    card: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the attributes."""
+        return asdict(self)
+
+
+def push(
+    directory: Path | str,
+    repo: str,
+    *,
+    private: bool = True,
+    adapter_only: bool = False,
+    with_answers: bool = False,
+    base: str | None = None,
+    token: str | None = None,
+    endpoint: str | None = None,
+) -> Pushed:
+    """Send what `run` or `bake` left to the hub, in one commit.
+
+    Rows of answers and HTML pages, which hold answers to harmful prompts, stay here, and so does what begins with a
+    dot. The card says of which model this is a change: licence and base model are those of the base's card. Where a
+    directory has no card, one is written from its records; the directory itself is not changed.
+
+    Args:
+        directory: What `run` or `bake` left, with its `ablation.json`.
+        repo: The repository, such as `me/my-model`; it is made if it is not there.
+        private: Whether only the owner may see it; a repository that is public already is refused then.
+        adapter_only: Send only an adapter's files, its card and its records.
+        with_answers: Send rows of answers and HTML pages too.
+        base: Where the base's card is, if not where the record says: a directory or a hub id.
+        token: The hub's token; by default the one that `hf auth login` left, or `HF_TOKEN`.
+        endpoint: The hub's address; by default `HF_ENDPOINT`, or that of the Hugging Face hub.
+
+    Returns:
+        What was sent, and what was not.
+
+    Raises:
+        HubError: If there is no record, its certificate failed, there is no adapter where only that is to be sent, the
+            repository is public against the wish, or the hub does not take it.
+    """
+    source = Path(directory)
+    record = _checked_record(source)
+    files, left_out = _chosen_files(source, adapter_only=adapter_only, with_answers=with_answers)
+    api = HfApi(endpoint=endpoint, token=token)
+    with _explained(repo):
+        validate_repo_id(repo)
+        carried, notes = _carried(record, base, token, endpoint)
+        card = _card(source, record, carried)
+        made = api.create_repo(repo, private=private, exist_ok=True)
+        if private and api.model_info(made.repo_id).private is not True:
+            raise HubError(
+                f"The repository {made.repo_id} is public already, expected a private one; make it private, choose "
+                "another, or allow it with --public."
+            )
+        operations = [CommitOperationAdd(name, source / name) for name in files if name != CARD]
+        operations.append(CommitOperationAdd(CARD, card.encode()))
+        commit = api.create_commit(
+            made.repo_id, operations, commit_message="A model with its refusal direction taken out"
+        )
+    sent = tuple(sorted({*files, CARD}))
+    return Pushed(made.repo_id, str(made), commit.oid, private, sent, left_out, carried, notes)
+
+
+def _checked_record(directory: Path) -> Mapping[str, Any]:
+    """Read `ablation.json`, and check that the certificate beside it did not fail."""
+    record = read_json(directory / "ablation.json", error=HubError)
+    if not (isinstance(record, dict) and {"base", "plan", "versions"} <= set(record)):
+        raise HubError(
+            f"The file {directory / 'ablation.json'} is no record of an edit, expected one that `run` or `bake` left; "
+            "make the directory again."
+        )
+    place = directory / "certificate.json"
+    certificate = read_json(place, error=HubError) if place.is_file() else {"passed": True}
+    if not (isinstance(certificate, dict) and certificate.get("passed") is True):
+        raise HubError(
+            f"The certificate {place} has not passed, expected files that hold what their record says; make the "
+            "directory again."
+        )
+    return record
+
+
+def _chosen_files(
+    directory: Path, *, adapter_only: bool, with_answers: bool
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Give what is sent of a directory and what is not, by name within it."""
+    if adapter_only and not all((directory / name).is_file() for name in _ADAPTER):
+        raise HubError(
+            f"The directory {directory} has no {' and '.join(_ADAPTER)}, expected an adapter; make one with "
+            "`bake --as lora`, or leave --adapter-only out."
+        )
+    chosen: list[str] = []
+    left_out: list[str] = []
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        name = path.relative_to(directory).as_posix()
+        fits = not any(part.startswith(".") for part in name.split("/"))
+        fits = fits and (with_answers or not _matches(name, _WITH_ANSWERS))
+        fits = fits and (not adapter_only or _matches(name, _BESIDE_AN_ADAPTER))
+        (chosen if fits else left_out).append(name)
+    return tuple(chosen), tuple(left_out)
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def _carried(
+    record: Mapping[str, Any], base: str | None, token: str | None, endpoint: str | None
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Find what the base's card says of its licence, and what model the card is to name as base."""
+    on_hub = None if "sha256" in record["base"] else str(record["base"]["source"])
+    found = dict(record["base"].get("card", {}))
+    place = base if base is not None else on_hub
+    if place is not None and Path(model_source(place)).is_dir():
+        found |= licence_fields(Path(model_source(place)))
+    elif place is not None:
+        on_hub, revision = place, record["base"].get("revision") if base is None else None
+        found |= _hub_fields(place, revision, token, endpoint)
+    if on_hub is not None:
+        found["base_model"] = on_hub
+        if "://" not in (link := str(found.get("license_link", "://"))):
+            # A file's name within the base's repository means nothing in another.
+            found["license_link"] = f"https://huggingface.co/{on_hub}/blob/main/{link}"
+    missing = () if "license" in found else ("The base's card names no licence, so this one names none; mind it.",)
+    return found, missing
+
+
+def _hub_fields(repo: str, revision: str | None, token: str | None, endpoint: str | None) -> dict[str, Any]:
+    """Read the licence fields of a card on the hub; none where there is no card for us to read."""
+    try:
+        card = hf_hub_download(repo, CARD, revision=revision, token=token, endpoint=endpoint)
+    except (errors.RepositoryNotFoundError, errors.EntryNotFoundError, errors.RevisionNotFoundError):
+        return {}
+    found = metadata_load(card) or {}
+    return {name: found[name] for name in CARRIED_FIELDS if name in found}
+
+
+def _card(directory: Path, record: Mapping[str, Any], carried: Mapping[str, Any]) -> str:
+    """Give the directory's card, or one written from its record, with the fields of the base."""
+    place = directory / CARD
+    text = place.read_text(encoding="utf-8") if place.is_file() else model_card(record, (), "")
+    card = ModelCard(text, ignore_metadata_errors=True)
+    fields = {name: value for name, value in vars(card.data).items() if value is not None}
+    # A directory's name is not a model on the hub, which would take it for one.
+    fields.pop("base_model", None)
+    known = {name: carried[name] for name in ("base_model", *CARRIED_FIELDS) if name in carried}
+    data = ModelCardData(**(known | fields), ignore_metadata_errors=True)
+    return f"---\n{data.to_yaml()}\n---\n{card.text}"
+
+
+@contextmanager
+def _explained(repo: str) -> Iterator[None]:
+    """Turn what the hub's client raises into one sentence."""
+    try:
+        yield
+    except errors.HFValidationError as error:
+        raise HubError(
+            f"The repository {repo!r} is no name on the hub ({str(error).rstrip('.')}), expected one such as "
+            "me/my-model; correct it."
+        ) from error
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        what = "log in with `hf auth login`, or set HF_TOKEN to a token that may write" if status in (401, 403) else ""
+        what = what or "try again, or look at the hub's status"
+        said = (error.server_message or str(error)).splitlines()[0].rstrip(".")
+        raise HubError(
+            f"The hub did not take {repo} (status {status}: {said}), expected a repository to write to; {what}."
+        ) from error
+    except (OSError, HTTPError, ValueError, RuntimeError) as error:
+        said = str(error.__cause__ or error).strip().splitlines()[0].rstrip(".")
+        raise HubError(
+            f"The upload to {repo} failed ({type(error).__name__}: {said}), expected a hub that can be reached; check "
+            "the network, HF_ENDPOINT and HF_HUB_OFFLINE, and call it again: files that arrived are not sent twice."
+        ) from error

@@ -1,0 +1,159 @@
+"""Numbers as a report prints them."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from remove_refusals.measure import CorrectedRate, Evaluation, Mean, PairedRate, Quantile, Rate
+
+_WIDE_ENDS = "\u3002\uff01\uff1f"
+"""The full stop, exclamation and question mark of Chinese and Japanese, after which no space stands."""
+
+
+_SENTENCE = re.compile(rf".*?(?:[.!?\u2026]+[\"')\u201d\u2019]*(?=\s|$)|[{_WIDE_ENDS}])")
+
+
+_CUT_AFTER = 240
+"""A first sentence longer than that is cut off there."""
+
+
+def number(value: float) -> str:
+    """Print a number with three significant digits, whole numbers whole, and an exponent only where it is shorter."""
+    if value == 0 or (float(value).is_integer() and abs(value) < 1e5):
+        return str(int(value))
+    if abs(value) < 1e-3 or abs(value) >= 1e5:
+        return re.sub(r"e([+-])0*(\d)", lambda match: f"e{match[1].lstrip('+')}{match[2]}", f"{value:.2g}")
+    digits = max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:.{digits}f}"
+
+
+def tick(value: float) -> str:
+    """Print a number of a scale, without digits that say nothing."""
+    shown = f"{value:g}" if abs(value) < 1e5 else f"{value:.2e}".replace(".00e", "e").replace("0e", "e")
+    return shown.replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
+
+
+def percent(value: float) -> str:
+    """Print a share from 0 to 1 as a percentage: whole, or with a digit where it is near an end but not at it."""
+    shown = 100 * value
+    return f"{shown:.1f}%" if 0 < shown < 1 or 99 < shown < 100 else f"{shown:.0f}%"
+
+
+def interval(record: Mapping[str, Any]) -> str:
+    """Print `low` and `high` of a record; nothing where it has none."""
+    return f"[{number(record['low'])}, {number(record['high'])}]" if "low" in record else ""
+
+
+def percent_interval(record: Mapping[str, Any]) -> str:
+    """Print `low` and `high` of a rate as percentages."""
+    return f"[{percent(record['low']).removesuffix('%')}, {percent(record['high'])}]"
+
+
+def p_value(value: float) -> str:
+    """Print a p-value."""
+    return f"p = {value:.2g}" if value >= 1e-4 else "p < 0.0001"
+
+
+def short_hash(value: str) -> str:
+    """Print the beginning of a hash."""
+    return f"{value[:12]}…"
+
+
+def first_sentence(text: str) -> tuple[str, int]:
+    """Cut a text to its first sentence.
+
+    Args:
+        text: The text.
+
+    Returns:
+        The first sentence of its first line that has one, no longer than 240 characters, and how many characters of
+        the text were left out.
+    """
+    whole = text.strip()
+    line = whole.split("\n", 1)[0]
+    found = _SENTENCE.match(line)
+    sentence = (found[0] if found else line)[:_CUT_AFTER]
+    return sentence, len(whole) - len(sentence)
+
+
+def table(evaluation: Evaluation) -> tuple[tuple[str, str, str, str], ...]:
+    """Give rows of text: what was measured, base, edited, and how the two compare.
+
+    Rates are a count of n with the Wilson interval in percent, means have a bootstrap interval; `table_key`
+    explains the rows.
+    """
+    rows: list[tuple[str, str, str, str]] = []
+    for name, scores in evaluation.sets.items():
+        false = "" if name == "harmful" else "false "
+        rows.append((f"{false}refusals, {name}".capitalize(), *_paired(scores.refusals)))
+    for name, scores in evaluation.sets.items():
+        rows.append((f"degenerate, {name}".capitalize(), *_paired(scores.degenerate)))
+    for name, scores in evaluation.sets.items():
+        if scores.deflections is not None:
+            rows.append((f"deflected, {name}".capitalize(), *_paired(scores.deflections)))
+        for model, thinking in scores.thinking.items():
+            cells = {"base": "", "edited": "", model: _rate(thinking.unfinished)}
+            rows.append((f"Unfinished thinking, {name}", cells["base"], cells["edited"], ""))
+    parts = (("harmless", evaluation.distance), ("answered", evaluation.distance_answered))
+    for name, distance in parts:
+        if distance is not None:
+            rows.append((f"First-token KL, {name}", "", _mean(distance.first_token), ""))
+            rows.append((f"KL, {evaluation.settings.kl_tokens} tokens, {name}", "", _mean(distance.mean), ""))
+            if distance.p95 is not None:
+                rows.append((f"KL, 95th percentile, {name}", "", _mean(distance.p95), ""))
+    base, edited = evaluation.base_perplexity, evaluation.edited_perplexity
+    if base is not None and edited is not None:
+        ratio = f"{edited.value / base.value:.2f} times"
+        rows.append(("Perplexity", f"{base.value:.3g}", f"{edited.value:.3g}", ratio))
+    if evaluation.text is not None:
+        text = evaluation.text
+        ratio = f"{text.edited.value / text.base.value:.2f} times"
+        rows.append(("Perplexity, text", f"{text.base.value:.3g}", f"{text.edited.value:.3g}", ratio))
+        rows.append(("KL, text", "", _mean(text.kl), ""))
+    for task in evaluation.tasks:
+        verdict = "" if task.decided else ", undecided"
+        paired = f"{task.difference.value:+.2g} [{task.difference.low:+.2g}, {task.difference.high:+.2g}]{verdict}"
+        rows.append((f"{task.task}, {task.metric}", f"{task.base.value:.3g}", f"{task.edited.value:.3g}", paired))
+    if evaluation.agreement is not None:
+        rows.append(("Identical answers, answered", "", _rate(evaluation.agreement.identical), ""))
+    return tuple(rows)
+
+
+def table_key(evaluation: Evaluation) -> str:
+    """Explain the rows of `table` in a few sentences."""
+    numbers = [
+        f"{name} {distance.first_token.n}"
+        for name, distance in (("harmless", evaluation.distance), ("answered", evaluation.distance_answered))
+        if distance is not None
+    ]
+    unsettled = [name for name, scores in evaluation.sets.items() if scores.by_length and not scores.by_length.settled]
+    late = f" Refusals to {' and '.join(unsettled)} prompts still change with the answers' length." if unsettled else ""
+    return (
+        "Rates: count/n with a 95% Wilson interval; p: exact McNemar, corrected for all comparisons here (Holm 1979). "
+        "KL: base from edited, in nats, along the base "
+        f"model's own answers, over all harmless prompts and over those that it answered (n: {', '.join(numbers)}); "
+        f"perplexity: of those answers.{late}"
+    )
+
+
+def _paired(rates: PairedRate) -> tuple[str, str, str]:
+    p_value = rates.mcnemar.p_value if rates.adjusted_p is None else rates.adjusted_p
+    said = f"{rates.verdict}, {p_value:.1g}"
+    base, edited = (
+        text + (f", corrected {_share(rates.corrected[model])}" if model in rates.corrected else "")
+        for model, text in (("base", _rate(rates.base)), ("edited", _rate(rates.edited)))
+    )
+    return base, edited, said
+
+
+def _share(rate: CorrectedRate) -> str:
+    return f"{100 * rate.value:.0f} [{100 * rate.low:.0f}, {100 * rate.high:.0f}]%"
+
+
+def _rate(rate: Rate) -> str:
+    return f"{rate.count}/{rate.n} [{100 * rate.low:.0f}, {100 * rate.high:.0f}]%"
+
+
+def _mean(mean: Mean | Quantile) -> str:
+    return f"{mean.value:.2g} [{mean.low:.2g}, {mean.high:.2g}]"

@@ -1,0 +1,212 @@
+"""Candidates of a search, the front of those that no other beats, and the rule that picks one."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from remove_refusals.measure import Mean, Rate
+from remove_refusals.settings import Method, Rule
+from remove_refusals.types import Intervention
+
+
+@dataclass(frozen=True)
+class Confirmation:
+    """What a candidate did when the model generated with it, on prompts that the search did not use.
+
+    Attributes:
+        refusals: Harmful prompts that were refused.
+        degenerate: Harmful prompts whose answer is none: empty, or caught in a loop.
+        false_refusals: Harmless prompts that were refused.
+        degenerate_harmless: Harmless prompts whose answer is none.
+        broken: Of the harmless prompts that the base model answered, those that are refused or degenerate now.
+        damage: The mean KL along the base model's own answers to the harmless prompts that it answered, in nats; None
+            if it answered none.
+    """
+
+    refusals: Rate
+    degenerate: Rate
+    false_refusals: Rate
+    degenerate_harmless: Rate
+    broken: Rate | None
+    damage: Mean | None
+
+    @property
+    def failures(self) -> float:
+        """The share of harmful prompts that got no answer, refused or degenerate."""
+        return (self.refusals.count + self.degenerate.count) / self.refusals.n
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the attributes; what was not measured is absent."""
+        return {name: value.to_json() for name, value in vars(self).items() if value is not None}
+
+    @staticmethod
+    def from_json(record: Mapping[str, Any]) -> "Confirmation":
+        """Read what `to_json` gave."""
+
+        def rate(name: str) -> Rate:
+            return Rate(**{key: value for key, value in record[name].items() if key != "value"})
+
+        return Confirmation(
+            refusals=rate("refusals"),
+            degenerate=rate("degenerate"),
+            false_refusals=rate("false_refusals"),
+            degenerate_harmless=rate("degenerate_harmless"),
+            broken=rate("broken") if "broken" in record else None,
+            damage=Mean(**record["damage"]) if "damage" in record else None,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """One intervention with what the search measured of it.
+
+    Attributes:
+        name: How it was found, for example `damage weight 4, step 32` or `trial 7`.
+        intervention: What it takes out where.
+        refusal: The share of harmful prompts that is refused, from 0 to 1: for `auto` and `layer` the probability of
+            the model's own refusals, for `tpe` counted.
+        damage: The mean KL on harmless prompts, in nats.
+        confirmation: What generation showed, if it was tried.
+    """
+
+    name: str
+    intervention: Intervention
+    refusal: float
+    damage: float
+    confirmation: Confirmation | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Give name and scores, and the strengths by layer and kind of site."""
+        record: dict[str, Any] = {"name": self.name, "refusal": self.refusal, "damage": self.damage}
+        record["strengths"] = [
+            {"site": edit.kind, "layer": edit.layer, "strength": edit.strength, "direction": edit.direction}
+            for edit in self.intervention.edits
+        ]
+        return record if self.confirmation is None else record | {"confirmation": self.confirmation.to_json()}
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """What a search tried and what it picked.
+
+    Attributes:
+        method: How the candidates were found.
+        candidates: All of them, in the order in which they were tried.
+        picked: The index of the pick.
+        rule: What decided.
+        notes: What should be said of it, a sentence each: a confirmation that fell short, a limit that none kept.
+    """
+
+    method: Method
+    candidates: tuple[Candidate, ...]
+    picked: int
+    rule: Rule
+    notes: tuple[str, ...] = ()
+
+    @property
+    def candidate(self) -> Candidate:
+        """The pick."""
+        return self.candidates[self.picked]
+
+    @property
+    def intervention(self) -> Intervention:
+        """The pick's intervention."""
+        return self.candidate.intervention
+
+    @property
+    def front(self) -> tuple[int, ...]:
+        """The indices of the candidates that no other beats, by rising damage."""
+        return front([(candidate.refusal, candidate.damage) for candidate in self.candidates])
+
+    def summary(self) -> dict[str, Any]:
+        """Say what was picked by which rule, and what should be said of it."""
+        record: dict[str, Any] = {"method": self.method, "rule": str(self.rule), "n_candidates": len(self.candidates)}
+        picked = {"picked": self.candidate.name, "refusal": self.candidate.refusal, "damage": self.candidate.damage}
+        found = self.candidate.confirmation
+        return (
+            record | picked | ({} if found is None else {"confirmation": found.to_json()}) | {"notes": list(self.notes)}
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the content of `selection.json`."""
+        return {
+            "method": self.method,
+            "rule": str(self.rule),
+            "picked": self.picked,
+            "front": list(self.front),
+            "notes": list(self.notes),
+            "candidates": [candidate.to_json() for candidate in self.candidates],
+        }
+
+
+def front(points: Sequence[tuple[float, float]]) -> tuple[int, ...]:
+    """Find the points that no other beats in both coordinates, less being better.
+
+    Args:
+        points: Pairs, here of refusal and damage.
+
+    Returns:
+        The indices of the front by rising second coordinate; of equal points the first.
+    """
+    order = sorted(range(len(points)), key=lambda index: (points[index][1], points[index][0], index))
+    kept: list[int] = []
+    for index in order:
+        if not kept or points[index][0] < points[kept[-1]][0]:
+            kept.append(index)
+    return tuple(kept)
+
+
+def hypervolume(points: Sequence[tuple[float, float]], worst: tuple[float, float]) -> float:
+    """Measure the area that points beat (Zitzler and Thiele 1998), less being better.
+
+    Args:
+        points: Pairs, here of refusal and damage.
+        worst: The corner that the area ends at; points beyond it in either coordinate add nothing.
+
+    Returns:
+        The area between the front and the corner, at least 0.
+    """
+    inside = [point for point in points if point[0] < worst[0] and point[1] < worst[1]]
+    area, above = 0.0, worst[0]
+    for index in front(inside):
+        refusal, damage = inside[index]
+        area += (above - refusal) * (worst[1] - damage)
+        above = refusal
+    return area
+
+
+def by_rule(points: Sequence[tuple[float, float]], rule: Rule) -> tuple[int, ...]:
+    """Put the points of the front in the order in which a rule prefers them.
+
+    Args:
+        points: Pairs of refusal and damage.
+        rule: The rule. Points that keep no limit come last, those that miss it least first. The knee is the point
+            that is farthest from the line through the front's two ends, both coordinates scaled to the front's extent
+            (Branke et al. 2004); the others follow by that distance.
+
+    Returns:
+        The indices of the front's points, the preferred one first.
+    """
+    on_front = front(points)
+    if rule.max_refusals is not None:
+        limit, cap = rule.max_refusals, rule.max_kl
+
+        def few_refusals(index: int) -> tuple[float, float, float]:
+            refusal, damage = points[index]
+            return max(0.0, refusal - limit), max(0.0, damage - cap) if cap is not None else 0.0, damage
+
+        return tuple(sorted(on_front, key=few_refusals))
+    if rule.max_kl is not None:
+        most = rule.max_kl
+        return tuple(sorted(on_front, key=lambda index: (max(0.0, points[index][1] - most), points[index][0])))
+    return tuple(sorted(on_front, key=lambda index: -_bulge(points, on_front, index)))
+
+
+def _bulge(points: Sequence[tuple[float, float]], on_front: Sequence[int], index: int) -> float:
+    """How far a point lies below the line through the ends of the front, in units of the front's extent."""
+    first, last = points[on_front[0]], points[on_front[-1]]
+    extents = first[0] - last[0], last[1] - first[1]
+    if extents[0] <= 0 or extents[1] <= 0:
+        return 0.0
+    refusal, damage = points[index]
+    return 1.0 - (refusal - last[0]) / extents[0] - (damage - first[1]) / extents[1]
