@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tiny
-from remove_refusals.cli import main as cli
+from remove_refusals import cli
 
 
 @dataclass(frozen=True)

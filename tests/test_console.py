@@ -29,7 +29,7 @@ class TestCompletion:
                 [sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False
             ).stdout.split()
 
-        assert told("remove-refusals run --select ") == ["auto", "layer", "tpe", "none"]
+        assert told("remove-refusals run --select ") == ["auto", "layer", "none"]
         assert told("remove-refusals bake --variant n") == ["norm-preserving"]
         assert told("remove-refusals run --tied ") == ["untie", "both"]
 
@@ -48,6 +48,20 @@ class TestCompletion:
 
 
 class TestOutput:
+    def test_quiet_leaves_remarks_out_and_keeps_the_result(
+        self, command: Command, llama_directory: Path, inputs: Inputs, tmp_path: Path
+    ) -> None:
+        direction = tmp_path / "d.safetensors"
+        command("direction", llama_directory, "-o", direction, *inputs.train)
+        bake = ("bake", llama_directory, "--direction", direction, "-o", tmp_path / "whole")
+        loud, quiet = command(*bake), command(*bake, "--force", "--quiet")
+        assert quiet.out == f"Saved to {tmp_path / 'whole'}.\n"
+        assert loud.out.endswith(quiet.out) and "Edited tensors" in loud.out
+        # Where the result is what was asked for, it stays.
+        shown = command("inspect", llama_directory, "--quiet")
+        assert "Verdict" in shown.out and command("inspect", llama_directory).out == shown.out
+        assert command("inspect", tmp_path / "nowhere", "-q").err.startswith("Error: ")
+
     def test_a_result_as_json_and_nothing_else(
         self, command: Command, llama_directory: Path, inputs: Inputs, tmp_path: Path
     ) -> None:
@@ -64,22 +78,6 @@ class TestOutput:
         answers = tmp_path / "a.jsonl"
         said = command("generate", llama_directory, "--prompts", inputs.harmless, "-o", answers, "--json")
         assert json.loads(said.out) == {"output": str(answers), "answers": 4}
-        restored = json.loads(command("restore", whole, "--base", llama_directory, "--json").out)
-        assert restored["directory"] == str(whole) and restored["tensors"]
-
-    def test_quiet_leaves_remarks_out_and_keeps_the_result(
-        self, command: Command, llama_directory: Path, inputs: Inputs, tmp_path: Path
-    ) -> None:
-        direction = tmp_path / "d.safetensors"
-        command("direction", llama_directory, "-o", direction, *inputs.train)
-        bake = ("bake", llama_directory, "--direction", direction, "-o", tmp_path / "whole")
-        loud, quiet = command(*bake), command(*bake, "--force", "--quiet")
-        assert quiet.out == f"Saved to {tmp_path / 'whole'}.\n"
-        assert loud.out.endswith(quiet.out) and "Edited tensors" in loud.out
-        # Where the result is what was asked for, it stays.
-        shown = command("inspect", llama_directory, "--quiet")
-        assert "Verdict" in shown.out and command("inspect", llama_directory).out == shown.out
-        assert command("inspect", tmp_path / "nowhere", "-q").err.startswith("Error: ")
 
     def test_a_log_has_stages_results_and_errors(
         self, command: Command, llama_directory: Path, inputs: Inputs, tmp_path: Path

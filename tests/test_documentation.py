@@ -18,7 +18,7 @@ import pytest
 import typer
 from nbclient import NotebookClient
 
-from remove_refusals.cli import main as cli
+from remove_refusals import cli
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))

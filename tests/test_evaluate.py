@@ -377,7 +377,6 @@ def test_scores_keep_to_their_schema(careful: LoadedModel, base: LoadedModel, ed
     schema = json.loads((resources.files("remove_refusals") / "data" / "scores.schema.json").read_text())
     jsonschema.Draft202012Validator.check_schema(schema)
     accuracies = {label: JudgeAccuracy(90, 100, 80, 100) for label in Label}
-    text = score_text(base, edited, "a longer text than one word")
     mean = Mean(0.5, 0.4, 0.6, 9, 0, "0")
     difference = paired_difference([0.0, 1.0], [1.0, 1.0])
     assert difference is not None
@@ -387,7 +386,7 @@ def test_scores_keep_to_their_schema(careful: LoadedModel, base: LoadedModel, ed
     sets = {name: replace(part, thinking=thinking) for name, part in whole.sets.items()}
     for found in (
         evaluate(careful, careful, PROMPTS, PLAIN),
-        replace(whole, sets=sets, text=text, tasks=(task,)),
+        replace(whole, sets=sets, tasks=(task,)),
         evaluate(base, edited, EvaluationPrompts(HARMFUL, PromptSet("harmless", (), "test")), SETTINGS),
     ):
         record = json.loads(json.dumps(found.to_json()))

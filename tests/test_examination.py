@@ -13,6 +13,7 @@ from remove_refusals.directions.separation import separation
 from remove_refusals.errors import OutputError
 from remove_refusals.examination import analyze
 from remove_refusals.models.load import load
+from remove_refusals.prompts import prompts_from
 from remove_refusals.report.page import html_report
 from remove_refusals.settings import DirectionSettings, MeasureSettings, PromptSource, RunSettings
 from test_report_page import Page
@@ -61,7 +62,10 @@ def test_the_numbers_are_those_of_the_parts(settings):
     found = analyze(chosen, answers=False)
     assert found.evaluation is None
     loaded = load(chosen.model)
-    prompts = (chosen.direction.harmful.load("harmful", ""), chosen.direction.harmless.load("harmless", ""))
+    prompts = (
+        prompts_from(chosen.direction.harmful, "harmful", ""),
+        prompts_from(chosen.direction.harmless, "harmless", ""),
+    )
     for part in (found.separation, *found.elsewhere):
         collected = [collect_activations(loaded, each, positions=(part.position,)) for each in prompts]
         again = separation(*collected, position=part.position, seed=5)

@@ -2,15 +2,13 @@
 
 import copy
 import json
-import math
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-import tiny
-from remove_refusals.errors import ModelError, PromptError
+from remove_refusals.errors import ModelError
 from remove_refusals.measure.statistics import paired_difference
 from remove_refusals.measure.tasks import _scores, run_tasks
 from remove_refusals.models.load import LoadedModel, load
@@ -104,36 +102,3 @@ def test_a_task_whose_data_are_missing_is_refused_in_a_sentence(base: LoadedMode
 def test_a_task_that_is_not_known_is_refused_by_name(base: LoadedModel, tasks: Path) -> None:
     with pytest.raises(ModelError, match="'another_task' is not among"):
         run_tasks(base, base, ["own_task", "another_task"], directory=tasks)
-
-
-@pytest.mark.parametrize("length", [3, WINDOW, WINDOW + 1, 2 * WINDOW + 7])
-def test_the_perplexity_of_a_text_is_that_of_its_windows(length: int) -> None:
-    loaded = LoadedModel(tiny.llama(), tiny.tokenizer(), "tiny")
-    other = LoadedModel(tiny.llama(), tiny.tokenizer(), "other")
-    with torch.no_grad():
-        other.model.lm_head.weight.mul_(1.5)
-    text = "".join(chr(ord("a") + (i * i) % 23) for i in range(length))
-    tokens = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
-    start = loaded.tokenizer.bos_token_id
-    found = score_text(loaded, other, text)
-    for model, scores in ((loaded.model, found.base), (other.model, found.edited)):
-        loss, n = 0.0, 0
-        for place in range(0, len(tokens), WINDOW):
-            window = ([] if start is None else [start]) + tokens[place : place + WINDOW]
-            if len(window) > 1:
-                with torch.no_grad():
-                    logs = model(torch.tensor([window])).logits[0].double().log_softmax(-1)
-                loss -= sum(float(logs[index - 1, window[index]]) for index in range(1, len(window)))
-                n += len(window) - 1
-        assert scores.n_tokens == n
-        assert scores.value == pytest.approx(math.exp(loss / n), rel=1e-4)
-    assert found.kl.value > 0
-
-
-def test_a_text_that_says_nothing_is_refused(tmp_path: Path) -> None:
-    for name, content, words in (("empty", b" \n", "is empty"), ("latin", b"caf\xe9", "UTF-8")):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(PromptError, match=words):
-            read_text(tmp_path / name)
-    with pytest.raises(PromptError, match="cannot be read"):
-        read_text(tmp_path / "absent")

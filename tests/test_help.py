@@ -12,7 +12,7 @@ import pytest
 import typer
 
 from conftest import Command
-from remove_refusals.cli import main as cli
+from remove_refusals import cli
 from remove_refusals.cli.main import FURTHER
 
 WIDTH, SCREEN = 100, 50

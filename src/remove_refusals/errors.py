@@ -5,8 +5,6 @@ The command turns any of these into that sentence on standard error and `exit_co
 """
 
 
-
-
 class RemoveRefusalsError(Exception):
     """Anything this library refuses to do, with a message for the user."""
 

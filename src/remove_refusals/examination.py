@@ -46,7 +46,7 @@ from remove_refusals.models import (
     tensor_slices,
 )
 from remove_refusals.progress import OnProgress, stage_progress
-from remove_refusals.prompts import draw
+from remove_refusals.prompts import draw, prompts_from
 from remove_refusals.report import write_html_report
 from remove_refusals.settings import ChatFormat, RunSettings, published_name
 from remove_refusals.types import Activations, Direction, PromptSet
@@ -157,8 +157,8 @@ def _examine(settings: RunSettings, *, answers: bool, on_progress: OnProgress | 
     harmful, harmless = (
         _at_most(part, finding.seed)
         for part in (
-            finding.harmful.load("harmful", "harmful_train"),
-            finding.harmless.load("harmless", "harmless_train"),
+            prompts_from(finding.harmful, "harmful", "harmful_train"),
+            prompts_from(finding.harmless, "harmless", "harmless_train"),
         )
     )
     prompts = test_prompts(settings.measure, (harmful, harmless))

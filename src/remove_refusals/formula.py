@@ -54,11 +54,8 @@ def project_out(
     strength: float,
     axis: int = -1,
     variant: Variant = "plain",
-    offset: Sequence[float] = (),
 ) -> torch.Tensor:
-    """Take a share of the component along `basis` out of a tensor: `W - strength * Q (Qᵀ W) + Q offset`.
-
-    The offset makes it affine (Marshall, Scherlis and Belrose 2024, "Refusal in LLMs is an affine function").
+    """Take a share of the component along `basis` out of a tensor: `W - strength * Q (Qᵀ W)`.
 
     Args:
         tensor: Any shape with `shape[axis] == d_model`, floating point; left as it is.
@@ -66,15 +63,13 @@ def project_out(
         strength: The share that is taken out; 0 returns an equal tensor.
         axis: The axis of width d_model.
         variant: `plain`; `norm-preserving` scales what each single input writes back to its old norm, which adds
-            nothing along `basis`; `row-norm` scales each output coordinate to its old norm over the inputs, as some
-            tools do, which puts a part of the direction back and is here to compare with.
-        offset: `k` numbers along `basis` that are added to each row, with `plain` only; empty for none.
+            nothing along `basis`.
 
     Returns:
         A new tensor of the same shape and dtype, contiguous.
     """
     out = tensor.detach().clone(memory_format=torch.contiguous_format)
-    project_out_in_place(out, basis, strength, axis, variant, offset)
+    project_out_in_place(out, basis, strength, axis, variant)
     return out
 
 
@@ -84,29 +79,22 @@ def project_out_in_place(
     strength: float,
     axis: int = -1,
     variant: Variant = "plain",
-    offset: Sequence[float] = (),
 ) -> None:
     """Take a subspace out of a tensor along one axis, in the tensor's own memory.
 
     Args:
-        tensor: `[..., d_model, ...]`, any floating-point dtype, contiguous. For the variants `plain` and
-            `norm-preserving` it may be any part of a larger tensor that has the axis whole.
-        basis: As for `project_out`, as are `strength`, `axis`, `variant` and `offset`.
+        tensor: `[..., d_model, ...]`, any floating-point dtype, contiguous; it may be any part of a larger
+            tensor that has the axis whole.
+        basis: As for `project_out`, as are `strength`, `axis` and `variant`.
         strength: The share that is taken out.
         axis: The axis of width d_model.
         variant: What else the edit does.
-        offset: What is added along `basis`.
     """
-    if (strength == 0 and not offset) or tensor.numel() == 0:
+    if strength == 0 or tensor.numel() == 0:
         return
     axis %= tensor.dim()
     columns = [column.reshape(1, -1, 1) for column in basis.to(tensor.device).unbind(1)]
-    if variant == "row-norm":
-        exact = tensor.to(torch.float32, copy=True)
-        _project_blocks(exact, columns, strength, axis, "plain", offset)
-        tensor.copy_(_with_row_norms(exact, tensor, axis))
-        return
-    _project_blocks(tensor, columns, strength, axis, variant, offset)
+    _project_blocks(tensor, columns, strength, axis, variant)
 
 
 def _project_blocks(
@@ -115,7 +103,6 @@ def _project_blocks(
     strength: float,
     axis: int,
     variant: Variant,
-    offset: Sequence[float],
 ) -> None:
     """Apply the formula block by block, all of them in the same two pieces of memory.
 
@@ -127,10 +114,10 @@ def _project_blocks(
             room = torch.empty(2, block.numel(), dtype=torch.float32, device=block.device)
         values, product = room[:, : block.numel()].view(2, *block.shape)
         if block.dtype == torch.float32 and block.is_contiguous():
-            _project(block, product, columns, strength, variant, offset)
+            _project(block, product, columns, strength, variant)
             continue
         values.copy_(block)
-        _project(values, product, columns, strength, variant, offset)
+        _project(values, product, columns, strength, variant)
         block.copy_(values)
 
 
@@ -169,15 +156,12 @@ def _project(
     columns: Sequence[torch.Tensor],
     strength: float,
     variant: Variant,
-    offset: Sequence[float],
 ) -> None:
     """The formula for `[outer, d_model, inner]` in float32, in place; `product` is room of the same shape."""
     before = _norm(values) if variant == "norm-preserving" else None
     components = [strength * tree_sum(torch.mul(values, column, out=product)) for column in columns]
     for column, component in zip(columns, components, strict=True):
         values.sub_(torch.mul(column, component, out=product))
-    for column, number in zip(columns, offset, strict=False):
-        values.add_(column * number)
     if before is not None:
         after = _norm(values)
         # What lies wholly within the direction has nothing left that could be scaled.
@@ -196,17 +180,6 @@ def tree_sum(terms: torch.Tensor) -> torch.Tensor:
 
 def _norm(values: torch.Tensor) -> torch.Tensor:
     return tree_sum(values * values).sqrt_()
-
-
-def _with_row_norms(edited: torch.Tensor, original: torch.Tensor, axis: int) -> torch.Tensor:
-    """Scale each output coordinate back to its norm over the inputs; a leading axis of experts is kept apart."""
-    inputs = next((index for index in reversed(range(edited.dim())) if index != axis), axis)
-
-    def norms(tensor: torch.Tensor) -> torch.Tensor:
-        rows = tensor.to(torch.float32).movedim(inputs, -1).contiguous()
-        return _norm(rows.view(-1, rows.shape[-1], 1)).view(*rows.shape[:-1], 1).movedim(-1, inputs)
-
-    return edited * norms(original) / norms(edited).clamp_min(1e-30)
 
 
 def share_left(edited: torch.Tensor, original: torch.Tensor, basis: torch.Tensor, axis: int) -> float:

@@ -36,11 +36,11 @@ from remove_refusals.measure import (
 from remove_refusals.modelmap import ModelMap, map_model
 from remove_refusals.models import LoadedModel, file_hashes, load_model, local_directory
 from remove_refusals.progress import OnProgress, stage_progress
+from remove_refusals.prompts import prompts_from
 from remove_refusals.report import model_card, table, table_key, write_html_report
 from remove_refusals.search import SearchPrompts, Selection, select, split_for_search
 from remove_refusals.settings import (
     AnswerSettings,
-    MeasureSettings,
     PromptSource,
     RunSettings,
     SelectSettings,
@@ -140,7 +140,7 @@ def _run_into(
     search, said = _search_prompts(settings) if searching else (None, ())
     drawn = training_prompts(settings.direction) if given is None else None
     prompts = test_prompts(settings.measure, search.sets() if search is not None else drawn or ())
-    text, judged = test_text(settings.measure), test_judge(settings.measure, settings.loading.device)
+    judged = test_judge(settings.measure, settings.loading.device)
     loaded = load_model(settings.model, settings.loading)
     model_map = map_model(loaded.model)
     check_exact(model_map, allow_leak=settings.edit.allow_leak)
@@ -155,9 +155,7 @@ def _run_into(
         used, notes = found.prompts, (*said, *_outlier_warning(found, settings))
     baked = _written(loaded, intervention, directory, settings, model_map)
     edited = load_model(str(directory), replace(settings.loading, revision=None))
-    evaluation = measure(
-        loaded, edited, prompts, settings, judged=judged, text=text, journal=journal, on_progress=on_progress
-    )
+    evaluation = measure(loaded, edited, prompts, settings, judged=judged, journal=journal, on_progress=on_progress)
     evaluation = replace(evaluation, base=published_name(loaded.source), edited=output_name)
     notes = (*warnings(evaluation), *notes)
     record = {
@@ -242,8 +240,8 @@ def _separation(
 def _search_prompts(settings: RunSettings) -> tuple[SearchPrompts | None, tuple[str, ...]]:
     """Load the prompts of a search and split them; where there are too few, give None and say so."""
     direction = settings.direction
-    harmful = direction.harmful.load("harmful", "harmful_train")
-    harmless = direction.harmless.load("harmless", "harmless_train")
+    harmful = prompts_from(direction.harmful, "harmful", "harmful_train")
+    harmless = prompts_from(direction.harmless, "harmless", "harmless_train")
     select = replace(settings.select or SelectSettings(), seed=direction.seed)
     try:
         return split_for_search(harmful, harmless, direction.n_prompts, select), ()
@@ -339,21 +337,12 @@ def compare(
     Raises:
         RemoveRefusalsError: Of the type that fits what went wrong.
     """
-    prompts, text = test_prompts(settings.measure), test_text(settings.measure)
+    prompts = test_prompts(settings.measure)
     judged = test_judge(settings.measure, settings.loading.device)
     base = load_model(settings.model, settings.loading)
     other = load_edited(edited, settings.model, settings.loading)
-    evaluation = measure(base, other, prompts, settings, judged=judged, text=text, on_progress=on_progress)
+    evaluation = measure(base, other, prompts, settings, judged=judged, on_progress=on_progress)
     return evaluation, warnings(evaluation)
-
-
-def test_text(settings: MeasureSettings) -> str | None:
-    """Read the text whose perplexity is measured, if there is one.
-
-    Raises:
-        PromptError: If it cannot be read or is empty.
-    """
-    return None if settings.text is None else read_text(Path(settings.text))
 
 
 _WEIGHTS = ".safetensors"
@@ -436,7 +425,11 @@ def reproduce(
 def _located(settings: Any, files: Path) -> Any:
     """Give the settings with every prompt file, text and task directory where it lies."""
     if isinstance(settings, PromptSource):
-        return settings if settings.source is None else replace(settings, source=_found_reproduction(settings.source, files))
+        return (
+            settings
+            if settings.source is None
+            else replace(settings, source=_found_reproduction(settings.source, files))
+        )
     if isinstance(settings, tuple):
         return tuple(_located(part, files) for part in settings)
     if not is_dataclass(settings) or isinstance(settings, type):

@@ -5,14 +5,23 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
 from remove_refusals.errors import PromptError
+from remove_refusals.settings import PromptSource
 from remove_refusals.types import PromptSet
 
 EMBEDDED_SETS = ("harmful_train", "harmful_test", "harmless_train", "harmless_test", "harmless_alarming")
 """The names of the prompt sets that come with the package."""
+
+
+def prompts_from(source: PromptSource, name: str, embedded: str) -> PromptSet:
+    """Load the prompts that settings name, or the embedded set of the given name."""
+    if source.source is None:
+        return replace(embedded_prompts(embedded), name=name)
+    return load_prompts(source.source, name=name, column=source.column, split=source.split)
 
 
 def load_prompts(source: str, *, name: str, column: str | None = None, split: str | None = None) -> PromptSet:
@@ -180,6 +189,10 @@ def check_disjoint(*sets: PromptSet) -> None:
                 )
 
 
+Values = list[tuple[str, object]]
+"""Pairs of a place, such as `line 3`, and what stands there."""
+
+
 def _read(source: str, column: str | None, split: str | None) -> tuple[Values, str]:
     """Read the values, and say where they came from."""
     path = Path(source).expanduser()
@@ -209,8 +222,7 @@ def _read(source: str, column: str | None, split: str | None) -> tuple[Values, s
     }
     if suffix not in readers:
         raise PromptError(
-            f"The prompt file {source} has the suffix {suffix}, expected one of "
-            f"{', '.join(FILE_SUFFIXES)}; convert it."
+            f"The prompt file {source} has the suffix {suffix}, expected one of {', '.join(FILE_SUFFIXES)}; convert it."
         )
     values, used = readers[suffix](path, column)
     return values, path.name if used is None else f"{path.name}, column {used}"
@@ -255,10 +267,6 @@ DEFAULT_COLUMNS = ("prompt", "instruction", "text", "goal", "question", "behavio
 
 
 FILE_SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".parquet")
-
-
-Values = list[tuple[str, object]]
-"""Pairs of a place, such as `line 3`, and what stands there."""
 
 
 def read_text(path: Path) -> Values:

@@ -1,12 +1,9 @@
 """Everything that decides a run's result, as frozen dataclasses."""
 
 import os
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-
-from remove_refusals.prompts import embedded_prompts, load_prompts
-from remove_refusals.types import PromptSet
 
 
 @dataclass(frozen=True)
@@ -22,12 +19,6 @@ class PromptSource:
     source: str | None = None
     column: str | None = None
     split: str | None = None
-
-    def load(self, name: str, embedded: str) -> PromptSet:
-        """Load the prompts, or the embedded set of the given name."""
-        if self.source is None:
-            return replace(embedded_prompts(embedded), name=name)
-        return load_prompts(self.source, name=name, column=self.column, split=self.split)
 
 
 @dataclass(frozen=True)
@@ -86,7 +77,7 @@ SiteKind = Literal["embedding", "attn", "mlp"]
 SITE_KINDS: tuple[SiteKind, ...] = ("embedding", "attn", "mlp")
 
 
-Variant = Literal["plain", "norm-preserving", "row-norm"]
+Variant = Literal["plain", "norm-preserving"]
 """What else an edit does to a tensor; see `project_out`."""
 
 
@@ -101,7 +92,6 @@ class EditSettings:
         tied: What to do with an embedding that is also the unembedding.
         variant: What else the edit does to each tensor.
         allow_leak: Whether to edit a model whose weights no edit makes exact.
-        affine: Whether the harmless mean's component is put in the place of what is taken out.
     """
 
     strength: float = 1.0
@@ -110,7 +100,6 @@ class EditSettings:
     tied: Tied = "untie"
     variant: Variant = "plain"
     allow_leak: bool = False
-    affine: bool = False
 
 
 @dataclass(frozen=True)
@@ -124,9 +113,7 @@ class MeasureSettings:
         n_test: How many prompts of each set at most; None takes all.
         max_new_tokens: Where an answer is cut off.
         kl_tokens: How many tokens of the base model's answers the KL goes along.
-        longest: Up to how many tokens answers go on until the refusals settle; None leaves them cut off.
         more: Further harmless sets by name.
-        text: A text file whose perplexity is measured.
         tasks: Tasks of lm-evaluation-harness.
         task_directory: Where task files of the user's own lie.
         task_limit: How many samples of each task at most.
@@ -140,9 +127,7 @@ class MeasureSettings:
     n_test: int | None = None
     max_new_tokens: int = 100
     kl_tokens: int = 32
-    longest: int | None = None
     more: tuple[tuple[str, PromptSource], ...] = ()
-    text: str | None = None
     tasks: tuple[str, ...] = ()
     task_directory: str | None = None
     task_limit: int | None = None
@@ -169,7 +154,7 @@ class ChatFormat:
     plain: bool = False
 
 
-Method = Literal["auto", "layer", "tpe"]
+Method = Literal["auto", "layer"]
 """How candidates are found: by gradients, by layer and position alone, or by the familiar search with generation."""
 
 
@@ -243,7 +228,6 @@ class SelectSettings:
         most_confirmed: How many candidates are tried by generation at most.
         seed: What splits the prompts and orders the batches.
         descent: How the descent by gradients goes.
-        n_trials: How many trials the familiar search makes.
     """
 
     method: Method = "auto"
@@ -254,7 +238,6 @@ class SelectSettings:
     most_confirmed: int = 3
     seed: int = 0
     descent: GradientSettings = field(default_factory=GradientSettings)
-    n_trials: int = 200
 
 
 @dataclass(frozen=True)
@@ -307,8 +290,6 @@ class EvaluationSettings:
         batch_size: How many prompts to run at once; None is automatic.
         chat: How the prompts are put before the models.
         seed: The seed of the bootstrap intervals.
-        longest: Up to how many tokens answers that were cut off go on, until the refusals no longer change with the
-            length; None leaves them cut off.
     """
 
     max_new_tokens: int = 100
@@ -316,10 +297,9 @@ class EvaluationSettings:
     batch_size: int | None = None
     chat: ChatFormat = field(default_factory=ChatFormat)
     seed: int = 0
-    longest: int | None = None
 
 
-VARIANTS: tuple[Variant, ...] = ("plain", "norm-preserving", "row-norm")
+VARIANTS: tuple[Variant, ...] = ("plain", "norm-preserving")
 
 
 MAX_KL = 0.1
@@ -352,7 +332,7 @@ class LayerSettings:
     seed: int = 0
 
 
-METHODS: tuple[Method, ...] = ("auto", "layer", "tpe")
+METHODS: tuple[Method, ...] = ("auto", "layer")
 
 
 @dataclass(frozen=True)

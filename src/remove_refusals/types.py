@@ -85,8 +85,6 @@ class DirectionOrigin:
         harmful_sha256: `PromptSet.sha256` of the harmful prompts.
         harmless_sha256: `PromptSet.sha256` of the harmless prompts.
         length: How long the difference was of which this is the unit vector; of a direction with one column alone.
-        harmless_component: `Qᵀm` for the mean `m` of the harmless activations at that layer, over the positions: `k`
-            numbers along the basis, which the affine variant puts back.
     """
 
     method: str
@@ -98,7 +96,6 @@ class DirectionOrigin:
     n_harmless: int | None = None
     harmful_sha256: str | None = None
     harmless_sha256: str | None = None
-    harmless_component: tuple[float, ...] | None = None
     length: float | None = None
 
 
@@ -151,15 +148,12 @@ class SiteEdit:
         layer: The layer's index, or None for the embedding.
         strength: The share of the component that is taken out: 0 leaves the site alone, 1 takes out all of it.
         direction: The index into `Intervention.directions`.
-        offset: What is added to the residual stream after that, once: `k` numbers along the direction's basis. Only
-            the embedding takes one, from where it reaches every layer; empty for none.
     """
 
     kind: SiteKind
     layer: int | None
     strength: float
     direction: int = 0
-    offset: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,18 +1,23 @@
 """The room baking."""
 
-from remove_refusals.baking.base import Baked, BaseModel, check_not_source, open_checkpoint
-from remove_refusals.baking.certificate import Certificate, certify, disk_reader
+from remove_refusals.baking.base import Baked, BaseModel, Carried, check_not_source, open_checkpoint
+from remove_refusals.baking.certificate import Certificate, certify, certify_directory, disk_reader
 from remove_refusals.baking.disk import bake_on_disk
-from remove_refusals.baking.lora import is_adapter, load_edited, with_adapter
+from remove_refusals.baking.gguf import bake_gguf_lora
+from remove_refusals.baking.lora import bake_lora, is_adapter, load_edited, with_adapter
 from remove_refusals.baking.memory import bake, write_baked
 
 __all__ = [
     "Baked",
     "BaseModel",
+    "Carried",
     "Certificate",
     "bake",
+    "bake_gguf_lora",
+    "bake_lora",
     "bake_on_disk",
     "certify",
+    "certify_directory",
     "check_not_source",
     "disk_reader",
     "is_adapter",

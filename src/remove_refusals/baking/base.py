@@ -1,7 +1,7 @@
 """Carriers that need no new checkpoint: adapters that are exactly the edit, beside an untouched base model."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,9 @@ import torch
 from transformers import PreTrainedModel
 
 from remove_refusals.baking.certificate import Certificate
-from remove_refusals.directions import EditPlan, check_fit, describe_direction, offset_of, resolve
+from remove_refusals.directions import EditPlan, check_fit, describe_direction, resolve
 from remove_refusals.errors import CertificateError, CheckpointError, NotStreamedError, OutputError
-from remove_refusals.files import atomic_file, read_json, versions
+from remove_refusals.files import read_json, versions
 from remove_refusals.modelmap import ModelMap, by_stored_name, disk_tensors, map_model, skeleton_of
 from remove_refusals.models import (
     INDEX_FILE,
@@ -28,7 +28,7 @@ from remove_refusals.models import (
     weights_directory,
 )
 from remove_refusals.settings import Tied, Variant
-from remove_refusals.types import Direction, Intervention
+from remove_refusals.types import Intervention
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +42,6 @@ class BaseModel:
         record: What `base_record` gives.
         source: The directory or hub id.
         revision: The hub's commit.
-        scale: Measures what the embedding's rows are multiplied by; None where that needs the model in memory.
     """
 
     model: PreTrainedModel
@@ -51,7 +50,6 @@ class BaseModel:
     record: dict[str, Any]
     source: str
     revision: str | None
-    scale: Callable[[], float] | None = None
 
     @property
     def name(self) -> str:
@@ -85,7 +83,6 @@ def base_in_memory(loaded: LoadedModel, model_map: ModelMap) -> BaseModel:
         record,
         loaded.source,
         loaded.revision,
-        lambda: embedding_scale(model, model_map),
     )
 
 
@@ -155,18 +152,10 @@ def plan_for(
     """Resolve an intervention against a base.
 
     Raises:
-        NotStreamedError: If it has an offset and the model is not in memory.
         DirectionError: If it does not fit the model.
         ArchitectureError: If no exact weight edit of the model exists.
     """
     check_fit(intervention, base.model_map)
-    scale = None
-    if offset_of(intervention):
-        if base.scale is None:
-            raise NotStreamedError(
-                "The affine variant needs the embedding's scale, which is measured on a loaded model."
-            )
-        scale = base.scale()
     return resolve(
         intervention,
         base.model_map,
@@ -174,42 +163,7 @@ def plan_for(
         tied=tied,
         allow_leak=allow_leak,
         variant=variant,
-        embedding_scale=scale,
     )
-
-
-def bake_control_vector(
-    directions: Sequence[Direction],
-    model_map: ModelMap,
-    output: Path | str,
-    *,
-    strength: float = 1.0,
-    layers: tuple[int, int] | None = None,
-    force: bool = False,
-) -> tuple[int, ...]:
-    """Write directions as a control vector for llama.cpp; it is no ablation, see `control_vector`.
-
-    Args:
-        directions: One direction, or one for each layer.
-        model_map: The model's map.
-        output: The file to be made.
-        strength: As for `control_vector`.
-        layers: As for `control_vector`.
-        force: Whether to replace an existing output.
-
-    Returns:
-        The layers behind which a vector is added.
-
-    Raises:
-        DirectionError: If the directions do not fit the model or a control vector.
-        OutputError: If the `gguf` package is not installed, or the output exists and `force` is not given, or cannot be
-            written.
-    """
-    check_fit(Intervention(tuple(directions), ()), model_map)
-    vectors = control_vector(directions, model_map.n_layers, strength=strength, layers=layers)
-    with atomic_file(Path(output), force=force) as staging:
-        write_control_vector(vectors, staging, n_layers=model_map.n_layers, hint=model_map.model_type)
-    return tuple(vectors)
 
 
 def open_checkpoint(source: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Checkpoint:
@@ -359,7 +313,6 @@ def ablation_record(
             "edited": [entry.parameter for entry in plan.entries],
             "left": dict(plan.left),
             "variant": plan.variant,
-            **({"embedding_scale": plan.embedding_scale} if plan.embedding_scale is not None else {}),
             "embedding_untied": plan.untie,
             "tied_in_base": model_map.tied,
         },

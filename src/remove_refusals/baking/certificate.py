@@ -4,7 +4,6 @@ A writer passes if it is the tensor that the plan says, up to the rounding of th
 a unit in the last place of each number.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,12 +56,10 @@ class PlainTensor:
     Attributes:
         place: Where.
         along: Its axis of width d_model.
-        whole: Whether it is read at once, in its own shape.
     """
 
     place: Place
     along: int
-    whole: bool = False
 
     @property
     def dtype(self) -> str:
@@ -72,7 +69,7 @@ class PlainTensor:
     @property
     def axis(self) -> int:
         """The axis of width d_model in what `parts` gives."""
-        return self.along if self.whole else 1
+        return 1
 
     @property
     def itemsize(self) -> int:
@@ -84,7 +81,7 @@ class PlainTensor:
         path, entry = self.place
         dtype = float_dtype(path, entry)
         # Parts end where blocks do: then what is measured does not depend on the memory.
-        most = math.prod(entry.shape) if self.whole else whole_blocks(entry.shape, self.along, numbers)
+        most = whole_blocks(entry.shape, self.along, numbers)
         room: torch.Tensor | None = None
         with opened(path) as file:
             for part in tensor_slices(entry.shape, self.along, dtype.itemsize, max(1, most)):
@@ -92,7 +89,7 @@ class PlainTensor:
                     # The first part is the largest.
                     room = torch.empty(part.run * part.runs, dtype=torch.uint8)
                 values = read_slice(file, entry.start, part, dtype, room=room)
-                yield values.view(entry.shape) if self.whole else values
+                yield values
 
 
 Readable = PlainTensor | BlockTensor
@@ -119,7 +116,7 @@ class WriterCertificate:
         layer: The layer's index, or None for the embedding.
         dtype: The saved dtype.
         strength: The share that the plan takes out.
-        share_left: `‖QᵀW'‖ / ‖QᵀW‖`, without the plan's offset; a plain edit wants `|1 - strength|`.
+        share_left: `‖QᵀW'‖ / ‖QᵀW‖`; a plain edit wants `|1 - strength|`.
         error: How far `W'` is from the planned one, computed from the base in float32 (Frobenius norm).
         allowed: What rounding to the saved dtype can cost at most.
         requantising_alone: What quantising the unedited tensor anew would cost (Frobenius norm); None for plain floats.
@@ -154,7 +151,7 @@ class Certificate:
         problems: What does not hold, one sentence each; empty if the certificate passed.
         dropped: Tensors of the base that the model has no place for and that were not saved again.
         leaks: Why the edit cannot be exact, for a model that was edited all the same.
-        boundaries: The largest component along the direction, without the plan's constant, relative to the residual
+        boundaries: The largest component along the direction, relative to the residual
             stream's norm, before each layer and behind the last; None where the model was not run.
     """
 
@@ -233,8 +230,7 @@ def certify(
     apart = planned | set(dropped)
     # In the order of the files, so that the disk is read from front to back.
     others = [name for name in before if name in after and name not in apart]
-    # The variant row-norm holds whole tensors in float32, several times over.
-    jobs, share = shares(memory, 1 if plan.variant == "row-norm" else jobs, len(writers) + len(others))
+    jobs, share = shares(memory, jobs, len(writers) + len(others))
     with workers(jobs) as pool:
         measured = pool.map(lambda pair: _writer(pair, plan.variant, share), writers)
         equal = pool.map(lambda name: same_bytes(after[name], before[name]), others)
@@ -283,8 +279,7 @@ def _pairs(
                 shapes = f"{saved[1].shape} and the base's has {original[1].shape}"
                 problems.append(f"Writer '{tensor.name}' has shape {shapes}.")
                 continue
-            whole = plan.variant == "row-norm"
-            first, second = (PlainTensor(place, tensor.axis, whole) for place in (original, saved))
+            first, second = (PlainTensor(place, tensor.axis) for place in (original, saved))
             pairs.append(_Pair(entry, tensor, first, second))
     return pairs, planned
 
@@ -408,7 +403,6 @@ def certify_directory(directory: Path, base: str, *, trust_remote_code: bool = F
         tied=_tied(record, model_map),
         allow_leak=True,
         variant=_variant(record),
-        embedding_scale=_embedding_scale(record),
     )
     return certify(directory, base_directory, plan, model_map)
 
@@ -454,7 +448,7 @@ class Deviation:
 
     Attributes:
         before: Of `QᵀW`.
-        after: Of `QᵀW' - constant`.
+        after: Of `QᵀW'`.
         original: Of `W`.
         saved: Of `W'`.
         planned: Of what `W'` was to be.
@@ -517,12 +511,9 @@ def deviation(
         for tensor in (original, saved)
     )
     for base, values in zip(first_parts, second_parts, strict=True):
-        if variant == "row-norm":
-            _add_block(found, base.to(torch.float32), values.to(torch.float32), entry, variant, original.axis, room)
-        else:
-            for block, twin in zip(blocks(base.contiguous(), 1), blocks(values.contiguous(), 1), strict=True):
-                first, second = room.floats(block, 0), room.floats(twin, 1)
-                _add_block(found, first, second, entry, variant, 1, room)
+        for block, twin in zip(blocks(base.contiguous(), 1), blocks(values.contiguous(), 1), strict=True):
+            first, second = room.floats(block, 0), room.floats(twin, 1)
+            _add_block(found, first, second, entry, variant, 1, room)
         if isinstance(original, BlockTensor):
             found.add(requantised=original.fresh(base) - base)
     if isinstance(saved, BlockTensor):
@@ -553,15 +544,14 @@ def _add_block(
     room: _Room,
 ) -> None:
     """Add a part of both tensors in float32; of `values` nothing is left."""
-    constant = torch.tensor(entry.offset or (0.0,))
     found.add(
         before=_components(base, entry.basis, axis),
-        after=_components(values, entry.basis, axis) - constant,
+        after=_components(values, entry.basis, axis),
         original=base,
         saved=values,
     )
     planned = room.floats(base, 2)
-    project_out_in_place(planned, entry.basis, entry.strength, axis, variant, entry.offset)
+    project_out_in_place(planned, entry.basis, entry.strength, axis, variant)
     found.add(planned=planned, error=values.sub_(planned))
 
 

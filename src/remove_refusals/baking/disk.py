@@ -20,7 +20,7 @@ from remove_refusals.baking.base import (
 )
 from remove_refusals.baking.certificate import Certificate, certify, disk_reader
 from remove_refusals.baking.shards import DEFAULT_MEMORY, plan_files, stream_edited
-from remove_refusals.directions import DIRECTIONS, EditPlan, check_exact, check_fit, offset_of, resolve, save_directions
+from remove_refusals.directions import DIRECTIONS, EditPlan, check_exact, check_fit, resolve, save_directions
 from remove_refusals.errors import CertificateError, NotStreamedError
 from remove_refusals.files import resumable_directory, write_json
 from remove_refusals.modelmap import DiskTensor, by_stored_name, disk_names, skeleton
@@ -129,8 +129,6 @@ def _plan(
     model_map = checkpoint.model_map
     check_fit(intervention, model_map)
     check_exact(model_map, allow_leak=allow_leak)
-    if offset_of(intervention):
-        raise NotStreamedError("The affine variant needs the embedding's scale, which is measured on a loaded model.")
     if model_map.leaks:
         raise NotStreamedError("What an inexact edit leaks is measured on a loaded model.")
     reader = disk_reader(checkpoint.directory, lambda name: disk_names(checkpoint.model, name)[0], model_map)

@@ -369,7 +369,7 @@ def low_rank(entry: PlanEntry, tensor: torch.Tensor) -> LowRank:
     """Give the change that an entry of a plan makes to a tensor, as two factors.
 
     For a writer on its rows, `W - s Q (Qᵀ W)`: `left = -s Q` and `right = Qᵀ W`; on its columns, as an embedding,
-    `left = -s W Q` and `right = Qᵀ`. An offset is added to each row of `left`.
+    `left = -s W Q` and `right = Qᵀ`.
 
     Args:
         entry: What happens to the tensor; its axis is one of the last two.
@@ -399,10 +399,7 @@ def low_rank(entry: PlanEntry, tensor: torch.Tensor) -> LowRank:
     if axis == -2:
         left = (-entry.strength * basis).expand(*tensor.shape[:-2], *basis.shape)
         return LowRank(left, components.movedim(-1, axis))
-    left = -entry.strength * components
-    if entry.offset:
-        left = left + torch.tensor(entry.offset, device=left.device)
-    return LowRank(left, basis.T)
+    return LowRank(-entry.strength * components, basis.T)
 
 
 def _components(rows: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:

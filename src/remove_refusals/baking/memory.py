@@ -21,7 +21,6 @@ from remove_refusals.directions import (
     EditPlan,
     check_fit,
     measure_boundaries,
-    offset_of,
     resolve,
     save_directions,
 )
@@ -72,9 +71,7 @@ def edited_tensors(
                 f"Tensor '{entry.parameter}' is missing, quantised or not in memory, expected a floating-point tensor "
                 f"of shape {entry.shape}; load the model without quantisation and without offloading."
             )
-        edited = project_out(
-            tensor.to(torch.float32), entry.basis, entry.strength, entry.axis, plan.variant, entry.offset
-        )
+        edited = project_out(tensor.to(torch.float32), entry.basis, entry.strength, entry.axis, plan.variant)
         tensors[entry.parameter] = edited.to(dtype_of(entry.parameter) or tensor.dtype)
     if model_map.unembedding is not None and model_map.tied:
         source = originals if plan.untie else tensors
@@ -230,7 +227,6 @@ def write_baked(
         tied=tied,
         allow_leak=allow_leak,
         variant=variant,
-        embedding_scale=embedding_scale(loaded.model, model_map) if offset_of(intervention) else None,
     )
     base = base_directory(loaded)
     saved = (lambda name: dtype) if dtype is not None else _saved_dtypes(loaded, base, model_map)
@@ -274,4 +270,4 @@ def _boundaries(
     if len(intervention.directions) != 1 or {(site.kind, site.layer) for site in model_map.sites} - everywhere:
         return None
     edited = load(directory, device=loaded.device, dtype=torch.float32, trust_remote_code=loaded.trust_remote_code)
-    return measure_boundaries(edited, intervention.directions[0], model_map, constant=offset_of(intervention))
+    return measure_boundaries(edited, intervention.directions[0], model_map)

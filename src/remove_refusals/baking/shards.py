@@ -175,25 +175,6 @@ class FilePlan:
         return len(text).to_bytes(8, "little") + text
 
 
-def check_memory(file: FilePlan, variant: Variant, memory: int) -> None:
-    """Check that what an edit has to hold at once fits a worker's memory.
-
-    Raises:
-        CheckpointError: If the variant needs a tensor whole that is too large.
-    """
-    for edit in file.edits.values() if variant == "row-norm" else ():
-        # The tensor in its own data type, and four of it in float32.
-        if edit.block is not None:
-            continue
-        item = float_dtype(file.header.path, edit.tensor).itemsize
-        needed = (edit.tensor.stop - edit.tensor.start) // item * (item + 16)
-        if needed > memory:
-            raise CheckpointError(
-                f"The variant row-norm needs the tensor {edit.tensor.name} whole, which takes {needed >> 20} MiB, "
-                f"expected at most the {memory >> 20} MiB of a worker; raise --memory or lower --jobs."
-            )
-
-
 def write_shard(file: FilePlan, target: Path, variant: Variant, memory: int, stopped: Callable[[], bool]) -> str:
     """Write one weight file and flush it to the disk.
 
@@ -299,7 +280,6 @@ class _Writer:
         if not together:
             # Its slices are not read in the order of the file.
             self.read(tensor.start, tensor.stop)
-        axis = edit.axis if self.variant == "row-norm" else 1
         for part in parts:
             self.heed()
             if self.room.numel() < part.run * part.runs:
@@ -308,8 +288,7 @@ class _Writer:
                 self.room = torch.empty(part.run * part.runs, dtype=torch.uint8)
             hashed = self.digest.update if together else None
             values = read_slice(self.source, tensor.start, part, dtype, room=self.room, seen=hashed)
-            seen = values.view(tensor.shape) if self.variant == "row-norm" else values
-            project_out_in_place(seen, entry.basis, entry.strength, axis, self.variant, entry.offset)
+            project_out_in_place(values, entry.basis, entry.strength, 1, self.variant)
             write_slice(self.target, self.place, part, values)
         self.place += tensor.stop - tensor.start
 
@@ -323,16 +302,14 @@ class _Writer:
                 self.heed()
                 values, stored = block.read((weights, scales), part)
                 values = values.contiguous()
-                project_out_in_place(values, entry.basis, entry.strength, 1, self.variant, entry.offset)
+                project_out_in_place(values, entry.basis, entry.strength, 1, self.variant)
                 written = block.rounded(values, stored, entry.basis[:, 0])[index]
                 write_slice(self.target, self.place, part[index], written)
         self.place += tensor.stop - tensor.start
 
     def slices(self, edit: TensorEdit, item: int) -> list[TensorSlice]:
         """Cut a tensor so that what is held at once fits the memory."""
-        shape, numbers = edit.tensor.shape, (edit.tensor.stop - edit.tensor.start) // item
-        if self.variant == "row-norm":
-            return list(tensor_slices(shape, edit.axis, item, max(1, numbers)))
+        shape = edit.tensor.shape
         room = self.memory - SCRATCH_BYTES if self.memory > 2 * SCRATCH_BYTES else self.memory // 16
         return list(tensor_slices(shape, edit.axis, item, max(1, room // item)))
 
@@ -369,7 +346,7 @@ class StreamPlan:
         """Give what decides every byte of the weight files, as JSON: `plan`, `base` and `version`."""
         digest = hashlib.sha256()
         for entry in self.plan.entries:
-            fields = (entry.parameter, entry.strength, entry.offset, [(t.name, t.axis) for t in entry.on_disk])
+            fields = (entry.parameter, entry.strength, [(t.name, t.axis) for t in entry.on_disk])
             digest.update(repr(fields).encode() + entry.basis.numpy().tobytes())
         digest.update(repr((self.plan.variant, sorted(self.added.items()))).encode())
         base = {file.header.path.name: list(vars(file.fingerprint).values()) for file in self.files}
@@ -495,8 +472,6 @@ def stream_edited(
     """
     jobs, share = shares(memory, jobs, len(stream.files))
     share = min(share, _LARGEST_SHARE)
-    for file in stream.files:
-        check_memory(file, stream.plan.variant, share)
     ledger = Ledger(directory, stream.made_from(), force=force)
     left = [file for file in stream.files if file.header.path.name not in ledger.whole]
     _check_room(left, directory)
@@ -621,7 +596,7 @@ def _edits(
         for disk in entry.on_disk:
             block = blocks[disk.name]
             if block is not None:
-                _check_block(block, entry, plan)
+                _check_block(block, entry)
                 yield from ((path, TensorEdit(t, 1, entry, block)) for path, t in (block.weights, block.scales))
                 continue
             path, tensor = stored[disk.name]
@@ -634,14 +609,13 @@ def _edits(
             yield path, TensorEdit(tensor, disk.axis, entry)
 
 
-def _check_block(block: BlockTensor, entry: PlanEntry, plan: EditPlan) -> None:
+def _check_block(block: BlockTensor, entry: PlanEntry) -> None:
     """Check that an edit of a quantised tensor is one that its rounding can keep."""
     rank, width = entry.basis.shape[1], entry.basis.shape[0]
-    if block.shape[1] != width or rank != 1 or plan.variant == "row-norm" or entry.offset:
+    if block.shape[1] != width or rank != 1:
         raise CheckpointError(
             f"The tensor {block.names[0]} is stored as {block.format} with width {block.shape[1]}, and the edit has "
-            f"rank {rank}, width {width} and the variant {plan.variant}, expected the same width, rank 1 and the "
-            "variant plain or norm-preserving; use an unquantised checkpoint."
+            f"rank {rank} and width {width}, expected the same width and rank 1; use an unquantised checkpoint."
         )
 
 

@@ -22,7 +22,6 @@ from remove_refusals.cli.options import (
     HarmlessTest,
     JudgeOption,
     KlTokens,
-    Longest,
     MaxNewTokens,
     ModelArgument,
     NTest,
@@ -37,7 +36,6 @@ from remove_refusals.cli.options import (
     TaskLimit,
     Tasks,
     TemplateFile,
-    Text,
     chat_format,
     more_sets,
     task_names,
@@ -73,9 +71,7 @@ def evaluate(
     n_test: NTest = None,
     max_new_tokens: MaxNewTokens = 100,
     kl_tokens: KlTokens = 32,
-    longest: Longest = None,
     also: Also = None,
-    text: Text = None,
     tasks: Tasks = None,
     task_files: TaskFiles = None,
     task_limit: TaskLimit = None,
@@ -106,9 +102,7 @@ def evaluate(
             n_test,
             max_new_tokens,
             kl_tokens,
-            longest,
             more_sets(also, column, split),
-            text,
             task_names(tasks),
             task_files,
             task_limit,
@@ -156,10 +150,10 @@ def certify(
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Measure on saved files what is left of the direction; exit code 3 if they do not hold the edit."""
-    from remove_refusals import examination as inspection
+    from remove_refusals.baking import certify_directory
     from remove_refusals.cli import printing as console
 
-    certificate = inspection.certify_directory(directory, base, trust_remote_code=trust_remote_code)
+    certificate = certify_directory(directory, base, trust_remote_code=trust_remote_code)
     if as_json:
         console.say_json(certificate.to_json())
     else:
@@ -344,23 +338,6 @@ judge_app.command(epilog="Example: remove-refusals judge calibrate mine.jsonl --
 
 
 _MOST_ROWS = 40
-
-
-def restore(
-    directory: Annotated[Path, typer.Argument(help="The edited model, with its ablation.json.")],
-    base: Annotated[str, typer.Option(help="The model that it was made from.")],
-    revision: Revision = None,
-) -> None:
-    """Put the base's bytes back, tensor by tensor, and verify them by hash."""
-    from remove_refusals.cli import printing as console
-
-    found = restoring.restore(directory, base, revision=revision)
-    files = f", {len(found.files)} files replaced whole" if found.files else ""
-    files += f", {len(found.removed)} files removed" if found.removed else ""
-    console.finish(
-        {**vars(found), "directory": str(found.directory)},
-        f"Restored {directory}: {len(found.tensors)} tensors written{files}; all hashes are the base's.",
-    )
 
 
 def diff(

@@ -52,7 +52,6 @@ _COMMANDS: tuple[tuple[Callable[..., None], str, str], ...] = (
     (making.find, "direction", "demo -o demo.safetensors"),
     (talking.chat, "chat", "demo --direction demo.safetensors --compare"),
     (talking.ui, "ui", "demo --run demo-ablated"),
-    (talking.serve, "serve", "demo --direction demo.safetensors"),
     (talking.generate, "generate", "demo --direction demo.safetensors --prompts p.txt -o a.jsonl"),
     (editing.bake, "bake", "demo --direction demo.safetensors -o demo-ablated"),
     (measuring.evaluate, "evaluate", "demo demo-ablated -o scores.json"),
@@ -60,7 +59,6 @@ _COMMANDS: tuple[tuple[Callable[..., None], str, str], ...] = (
     (measuring.inspect, "inspect", "demo"),
     (measuring.certify, "certify", "demo-ablated --base demo"),
     (undoing.diff, "diff", "demo demo-ablated --direction demo.safetensors"),
-    (undoing.restore, "restore", "demo-ablated --base demo"),
     (configuring.config, "config", "-o run.toml"),
     (configuring.reproduce, "reproduce", "demo-ablated"),
     (examining.analyze, "analyze", "demo -o demo-analysis"),
@@ -69,7 +67,7 @@ _COMMANDS: tuple[tuple[Callable[..., None], str, str], ...] = (
 )
 
 
-_NO_RESULT = ("chat", "ui", "serve")
+_NO_RESULT = ("chat", "ui")
 
 
 class Command(TyperCommand):
@@ -109,14 +107,6 @@ def with_help(command: Callable[..., None]) -> Callable[..., None]:
     return called
 
 
-for _command, _name, _example in _COMMANDS:
-    _whole = with_help(with_output(_command, json=_name not in _NO_RESULT))
-    app.command(_name, cls=Command, epilog=f"Example: remove-refusals {_name} {_example}")(_whole)
-
-
-app.add_typer(judging.judge_app, name="judge")
-
-
 @contextmanager
 def _one_sentence() -> Iterator[None]:
     """Turn this library's errors into their sentence on standard error and their exit code."""
@@ -144,8 +134,8 @@ FURTHER = frozenset(
     (
         *("dtype", "load_in_4bit", "trust_remote_code", "revision", "device_map", "offload", "max_memory"),
         *("chat_template", "plain", "batch_size", "column", "split", "n_prompts", "seed", "position", "projected"),
-        *("per_layer", "max_kl", "trials", "tied", "variant", "affine", "allow_leak", "memory", "jobs", "certify"),
-        *("harmful_test", "harmless_test", "alarming_test", "kl_tokens", "longest", "also", "text", "tasks"),
+        *("per_layer", "max_kl", "tied", "variant", "allow_leak", "memory", "jobs", "certify"),
+        *("harmful_test", "harmless_test", "alarming_test", "kl_tokens", "also", "tasks"),
         *("task_files", "task_limit", "calibration", "rows", "quiet", "log"),
     )
 )
@@ -170,3 +160,11 @@ def _show_all(context: typer.Context, wanted: bool) -> None:
 HelpAll = Annotated[
     bool, typer.Option("--help-all", is_eager=True, callback=_show_all, help="Show every option and exit.")
 ]
+
+
+for _command, _name, _example in _COMMANDS:
+    _whole = with_help(with_output(_command, json=_name not in _NO_RESULT))
+    app.command(_name, cls=Command, epilog=f"Example: remove-refusals {_name} {_example}")(_whole)
+
+
+app.add_typer(judging.judge_app, name="judge")

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from remove_refusals.cli.options import (
-    Affine,
     AlarmingTest,
     AllowLeak,
     Also,
@@ -29,7 +28,6 @@ from remove_refusals.cli.options import (
     KlTokens,
     Layer,
     LayerRange,
-    Longest,
     MaxKl,
     MaxMemory,
     MaxNewTokens,
@@ -56,9 +54,7 @@ from remove_refusals.cli.options import (
     TaskLimit,
     Tasks,
     TemplateFile,
-    Text,
     TiedOption,
-    Trials,
     VariantOption,
     chat_format,
     check_choice,
@@ -73,10 +69,10 @@ from remove_refusals.errors import DirectionError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from remove_refusals.baking import BaseModel
+    from remove_refusals.baking import BaseModel, Carried
     from remove_refusals.modelmap import ModelMap
     from remove_refusals.settings import EditSettings, LoadSettings
-    from remove_refusals.types import Direction, Intervention
+    from remove_refusals.types import Intervention
 
 
 _LEFT_OPEN = ("0.6", 1.0, None, "embedding,attn,mlp", "plain")
@@ -112,7 +108,6 @@ def run(
     select: SelectOption = None,
     max_kl: MaxKl = None,
     max_refusals: MaxRefusals = None,
-    trials: Trials = 200,
     layer: Layer = "0.6",
     position: Position = -1,
     projected: Projected = False,
@@ -122,7 +117,6 @@ def run(
     sites: Sites = "embedding,attn,mlp",
     tied: TiedOption = "untie",
     variant: VariantOption = "plain",
-    affine: Affine = False,
     allow_leak: AllowLeak = False,
     harmful_test: HarmfulTest = None,
     harmless_test: HarmlessTest = None,
@@ -130,9 +124,7 @@ def run(
     n_test: NTest = None,
     max_new_tokens: MaxNewTokens = 100,
     kl_tokens: KlTokens = 32,
-    longest: Longest = None,
     also: Also = None,
-    text: Text = None,
     tasks: Tasks = None,
     task_files: TaskFiles = None,
     task_limit: TaskLimit = None,
@@ -157,14 +149,14 @@ def run(
     )
     # Whoever says what to take out wants just that.
     as_given = direction is not None or (layer, strength, layers, sites, variant) != _LEFT_OPEN
-    as_given = as_given or projected or per_layer or affine or len(finding.positions) > 1
+    as_given = as_given or projected or per_layer or len(finding.positions) > 1
     check_choice(select, as_given=as_given)
     settings = RunSettings(
         model=model,
         loading=LoadSettings(device, dtype, load_in_4bit, trust_remote_code, revision, device_map, offload, max_memory),
         chat=chat_format(system_prompt, chat_template, plain),
         direction=finding,
-        edit=edit_settings(strength, layers, sites, tied, variant, allow_leak, affine),
+        edit=edit_settings(strength, layers, sites, tied, variant, allow_leak),
         measure=MeasureSettings(
             source(harmful_test, column, split),
             source(harmless_test, column, split),
@@ -172,16 +164,14 @@ def run(
             n_test,
             max_new_tokens,
             kl_tokens,
-            longest,
             more_sets(also, column, split),
-            text,
             task_names(tasks),
             task_files,
             task_limit,
             judge,
             calibration,
         ),
-        select=select_settings(select, max_kl, max_refusals, trials, as_given=as_given),
+        select=select_settings(select, max_kl, max_refusals, as_given=as_given),
         batch_size=batch_size,
     )
     target = output or Path(f"{Path(model).name}-ablated")
@@ -230,9 +220,10 @@ def find(
 ) -> None:
     """Only the direction: the difference of mean activations on harmful and harmless prompts."""
     from remove_refusals import files as atomic
-    from remove_refusals import pipeline as stages
     from remove_refusals.cli import printing as console
     from remove_refusals.directions import direction as direction_files
+    from remove_refusals.directions import find_direction, training_prompts
+    from remove_refusals.models import load_model
     from remove_refusals.settings import LoadSettings, PromptSource
 
     if per_layer:
@@ -251,12 +242,12 @@ def find(
         per_layer,
     )
     chat = chat_format(system_prompt, chat_template, plain)
-    prompts = stages.training_prompts(settings)
-    loaded = stages.load_model(
+    prompts = training_prompts(settings)
+    loaded = load_model(
         model, LoadSettings(device, dtype, load_in_4bit, trust_remote_code, revision, device_map, offload, max_memory)
     )
     with console.progress() as on_progress:
-        found = stages.find_direction(
+        found = find_direction(
             loaded, settings, chat=chat, prompts=prompts, batch_size=batch_size, on_progress=on_progress
         )
     first, where = found.directions[0], ", ".join(map(str, settings.positions))
@@ -273,17 +264,14 @@ def find(
     )
 
 
-_ALL = (1.0, None, "embedding,attn,mlp", False)
+_ALL = (1.0, None, "embedding,attn,mlp")
 """The defaults of the options that say how much is taken out where."""
 
 
 As = Annotated[
     str,
-    typer.Option("--as", help="checkpoint; beside the base: lora, gguf-lora, control-vector; or gguf: FILE, edited."),
+    typer.Option("--as", help="checkpoint; beside the base: lora or gguf-lora."),
 ]
-
-
-GgufFile = Annotated[Path | None, typer.Argument(metavar="[FILE]", help="The GGUF file that --as gguf edits.")]
 
 
 BakedDirection = Annotated[
@@ -300,7 +288,6 @@ Repeat = Annotated[
 def bake(
     model: ModelArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="The directory to make; a file for GGUF.")],
-    file: GgufFile = None,
     direction: BakedDirection = None,
     repeat: Repeat = None,
     force: Force = False,
@@ -310,7 +297,6 @@ def bake(
     sites: Sites = "embedding,attn,mlp",
     tied: TiedOption = "untie",
     variant: VariantOption = "plain",
-    affine: Affine = False,
     allow_leak: AllowLeak = False,
     memory: Memory = "1GiB",
     jobs: Jobs = None,
@@ -326,20 +312,21 @@ def bake(
     """
     from remove_refusals import errors
     from remove_refusals import files as atomic
-    from remove_refusals import pipeline as stages
     from remove_refusals.baking import disk as disk_baking
     from remove_refusals.baking import memory as baking
+    from remove_refusals.baking import open_checkpoint
     from remove_refusals.cli import printing as console
     from remove_refusals.modelmap import derive as modelmap
+    from remove_refusals.models import load_model
     from remove_refusals.settings import LoadSettings
 
-    check_kind(kind, file)
+    check_kind(kind)
     atomic.check_target(output, force=force, directory=kind in ("checkpoint", "lora"))
-    edit = edit_settings(strength, layers, sites, tied, variant, allow_leak, affine)
-    directions, intervene = chosen(direction, repeat, edit, as_given=(strength, layers, sites, affine) != _ALL)
+    edit = edit_settings(strength, layers, sites, tied, variant, allow_leak)
+    intervene = chosen(direction, repeat, edit, as_given=(strength, layers, sites) != _ALL)
     loading = LoadSettings(device, dtype, False, trust_remote_code, revision)
     if kind != "checkpoint":
-        carry(kind, model, file, directions, intervene, output, edit, loading, force=force)
+        _adapter(kind, model, intervene, output, edit, loading, force=force)
         return
     options: dict[str, Any] = {
         "tied": edit.tied,
@@ -350,7 +337,7 @@ def bake(
     reason = "--device or --dtype is given." if device is not None or dtype != "auto" else ""
     if not reason:
         try:
-            checkpoint = disk_baking.open_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code)
+            checkpoint = open_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code)
             model_map = checkpoint.model_map
             with console.progress() as on_progress:
                 baked = disk_baking.bake_on_disk(
@@ -366,7 +353,7 @@ def bake(
         except errors.NotStreamedError as error:
             reason = str(error)
     if reason:
-        loaded = stages.load_model(model, loading)
+        loaded = load_model(model, loading)
         model_map = modelmap.map_model(loaded.model)
         baked = baking.bake(loaded, intervene(model_map), output, model_map=model_map, **options)
     console.finish(
@@ -376,30 +363,24 @@ def bake(
     )
 
 
-KINDS = ("checkpoint", "lora", "gguf-lora", "control-vector", "gguf")
+KINDS = ("checkpoint", "lora", "gguf-lora")
 """What `--as` accepts."""
 
 
-def check_kind(kind: str, file: Path | None) -> None:
-    """Check the value of `--as`, and that there is a file to edit where there should be one.
+def check_kind(kind: str) -> None:
+    """Check the value of `--as`.
 
     Raises:
-        DirectionError: If it is not among the accepted ones, or the file is missing or superfluous.
+        DirectionError: If it is not among the accepted ones.
     """
     if kind not in KINDS:
         raise DirectionError(f"--as is {kind!r}, expected one of {', '.join(KINDS)}.")
-    if (kind == "gguf") != (file is not None):
-        found = f"the file {file} is given" if file is not None else "no file is given"
-        raise DirectionError(
-            f"--as is {kind!r} and {found}, expected a GGUF file behind the model's name with --as gguf and with "
-            "nothing else."
-        )
 
 
 def chosen(
     direction: Path | None, repeat: Path | None, edit: "EditSettings", *, as_given: bool
-) -> "tuple[tuple[Direction, ...], Callable[[ModelMap], Intervention]]":
-    """Give the directions, and what makes the intervention for a model.
+) -> "Callable[[ModelMap], Intervention]":
+    """Give what makes the intervention for a model.
 
     Args:
         direction: The option `--direction`.
@@ -411,57 +392,21 @@ def chosen(
         DirectionError: If not just one of the two is given, `--repeat` beside options that it would ignore, or what
             they name cannot be read.
     """
-    from remove_refusals import pipeline as stages
     from remove_refusals.directions import direction as direction_files
     from remove_refusals.directions import intervention as interventions
+    from remove_refusals.directions import make_intervention
 
     if (direction is None) == (repeat is None) or (repeat is not None and as_given):
         raise DirectionError(
-            "Expected one of --direction and --repeat, and beside --repeat none of --strength, --layers, --sites and "
-            "--affine, since the directory's record says that; leave the others out."
+            "Expected one of --direction and --repeat, and beside --repeat none of --strength, --layers and --sites, "
+            "since the directory's record says that; leave the others out."
         )
     if repeat is not None:
         intervention = interventions.load_intervention(repeat)
-        return intervention.directions, lambda model_map: intervention
+        return lambda model_map: intervention
     assert direction is not None
     given = direction_files.load_directions(direction)
-    return given, lambda model_map: stages.make_intervention(given, edit, model_map)
-
-
-def carry(
-    kind: str,
-    model: str,
-    file: Path | None,
-    directions: "tuple[Direction, ...]",
-    intervene: "Callable[[ModelMap], Intervention]",
-    output: Path,
-    edit: "EditSettings",
-    loading: "LoadSettings",
-    *,
-    force: bool,
-) -> None:
-    """Write what `--as` asks for and say so.
-
-    Args:
-        kind: One of `KINDS` but the first.
-        model: A directory, a hub id, or `demo`.
-        file: The GGUF file to edit.
-        directions: The directions, for a control vector.
-        intervene: Makes the intervention for a model, for all else.
-        output: The file or directory to be made.
-        edit: What to take out where.
-        loading: How the model is loaded, where it has to be.
-        force: Whether to replace an existing output.
-
-    Raises:
-        RemoveRefusalsError: As from `carriers` and `gguf_baking`.
-    """
-    if kind == "control-vector":
-        _control_vector(model, directions, output, edit, loading, force=force)
-    elif file is not None:
-        _edited_gguf(model, file, intervene, output, edit, loading, force=force)
-    else:
-        _adapter(kind, model, intervene, output, edit, loading, force=force)
+    return lambda model_map: make_intervention(given, edit, model_map)
 
 
 def _adapter(
@@ -474,11 +419,11 @@ def _adapter(
     *,
     force: bool,
 ) -> None:
-    from remove_refusals.baking import base as carriers
+    from remove_refusals.baking import bake_gguf_lora, bake_lora
     from remove_refusals.cli import printing as console
 
-    def write(base: "BaseModel") -> "carriers.Carried":
-        make = carriers.bake_lora if kind == "lora" else carriers.bake_gguf_lora
+    def write(base: "BaseModel") -> "Carried":
+        make = bake_lora if kind == "lora" else bake_gguf_lora
         return make(base, intervene(base.model_map), output, **_options(edit), force=force)
 
     carried, model_map = _with_base(model, loading, write)
@@ -493,62 +438,6 @@ def _adapter(
     )
 
 
-def _edited_gguf(
-    model: str,
-    file: Path,
-    intervene: "Callable[[ModelMap], Intervention]",
-    output: Path,
-    edit: "EditSettings",
-    loading: "LoadSettings",
-    *,
-    force: bool,
-) -> None:
-    from remove_refusals.cli import printing as console
-
-    model_map = _map_of(model, loading)
-    baked = gguf_baking.bake_gguf(file, model_map, intervene(model_map), output, **_options(edit), force=force)
-    kinds = ", ".join(sorted({writer.type for writer in baked.writers}))
-    left = baked.record["certificate"]["largest_share_beyond_plan"]
-    remarks = [
-        f"Edited {len(baked.writers)} tensors ({kinds}); every other byte is as it was.",
-        f"At most {left:.2%} of the direction beyond the plan is left in any of them.",
-    ]
-    if baked.tied:
-        remarks.append("The file's token embedding is its output too: both were edited as one.")
-    console.finish(
-        {"output": str(output), "record": baked.record},
-        f"Saved to {output}, with a record in {gguf_baking.record_path(output).name}.",
-        lambda: console.say_all(remarks),
-    )
-
-
-def _control_vector(
-    model: str,
-    given: "tuple[Direction, ...]",
-    output: Path,
-    edit: "EditSettings",
-    loading: "LoadSettings",
-    *,
-    force: bool,
-) -> None:
-    from remove_refusals.baking import base as carriers
-    from remove_refusals.cli import printing as console
-
-    model_map = _map_of(model, loading)
-    layers = carriers.bake_control_vector(
-        given, model_map, output, strength=edit.strength, layers=edit.layers, force=force
-    )
-    known = all(direction.origin.length is not None for direction in given)
-    unit = "the difference of the means" if known else "a unit vector, since the direction does not know its length"
-    where = f"layer {layers[0]}" if len(layers) == 1 else f"each of layers {layers[0]}-{layers[-1]}"
-    remark = f"Takes off, behind {where}, {edit.strength:g} times {unit}. Adding a vector is not ablation."
-    console.finish(
-        {"output": str(output), "layers": list(layers), "strength": edit.strength},
-        f"Saved to {output}: a llama.cpp control vector.",
-        lambda: console.say(remark),
-    )
-
-
 def _options(edit: "EditSettings") -> dict[str, Any]:
     return {"tied": edit.tied, "allow_leak": edit.allow_leak, "variant": edit.variant}
 
@@ -556,29 +445,18 @@ def _options(edit: "EditSettings") -> dict[str, Any]:
 def _with_base(model: str, loading: "LoadSettings", write: "Callable[[BaseModel], Any]") -> tuple[Any, Any]:
     """Read tensors from disk where that is enough, and load the model where it is not."""
     from remove_refusals import errors
-    from remove_refusals import pipeline as stages
     from remove_refusals.baking import base as carriers
-    from remove_refusals.baking import disk as disk_baking
+    from remove_refusals.baking import open_checkpoint
     from remove_refusals.modelmap import derive as modelmap
+    from remove_refusals.models import load_model
 
     try:
-        checkpoint = disk_baking.open_checkpoint(
-            model, revision=loading.revision, trust_remote_code=loading.trust_remote_code
-        )
+        checkpoint = open_checkpoint(model, revision=loading.revision, trust_remote_code=loading.trust_remote_code)
         return write(carriers.base_on_disk(checkpoint)), checkpoint.model_map
     except errors.NotStreamedError:
-        loaded = stages.load_model(model, loading)
+        loaded = load_model(model, loading)
         model_map = modelmap.map_model(loaded.model)
         return write(carriers.base_in_memory(loaded, model_map)), model_map
-
-
-def _map_of(model: str, loading: "LoadSettings") -> "ModelMap":
-    """Map a model from its configuration."""
-    from remove_refusals.modelmap import derive as modelmap
-    from remove_refusals.modelmap import skeleton
-
-    trusted = loading.trust_remote_code
-    return modelmap.map_model(skeleton.skeleton_of(model, revision=loading.revision, trust_remote_code=trusted))
 
 
 def push(

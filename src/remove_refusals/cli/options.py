@@ -23,6 +23,46 @@ if TYPE_CHECKING:
     from remove_refusals.settings import ChatFormat, DirectionSettings, EditSettings, PromptSource, SelectSettings
 
 
+CHOICES = {
+    "--select": ("auto", "layer", "none"),
+    "--tied": ("untie", "both"),
+    "--variant": ("plain", "norm-preserving"),
+}
+"""The values of options that take one name."""
+
+
+SITES = ("embedding", "attn", "mlp")
+"""What `--sites` takes, joined by commas."""
+
+
+def one_of(option: str) -> Callable[[str], list[str]]:
+    """Give what completes an option that takes one name."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [name for name in CHOICES[option] if name.startswith(incomplete)]
+
+    return complete
+
+
+def sites(incomplete: str) -> list[str]:
+    """Complete the last of several kinds of sites; those that stand there already are not offered again."""
+    *given, last = incomplete.split(",")
+    left = (site for site in SITES if site not in given and site.startswith(last))
+    return [",".join((*given, site)) for site in left]
+
+
+def judge(incomplete: str) -> list[str]:
+    """Complete a judge: the built-in one, or a directory with a classifier."""
+    directory, _, last = incomplete.rpartition("/")
+    parent = Path(directory or ("/" if incomplete.startswith("/") else "."))
+    found = ["phrases"] if "phrases".startswith(incomplete) else []
+    if parent.is_dir():
+        beside = sorted(path for path in parent.iterdir() if path.is_dir() and path.name.startswith(last))
+        prefix = incomplete[: len(incomplete) - len(last)]
+        found += [f"{prefix}{path.name}" for path in beside if not path.name.startswith(".")]
+    return found
+
+
 MODEL, PROMPTS, EDIT, MEASURE = "Model", "Direction", "Edit", "Measurement"
 
 
@@ -172,17 +212,12 @@ AllowLeak = Annotated[
 ]
 
 
-Affine = Annotated[
-    bool, typer.Option("--affine", help="Put the harmless mean's component back instead.", rich_help_panel=EDIT)
-]
-
-
 VariantOption = Annotated[
     str,
     typer.Option(
         "--variant",
         autocompletion=one_of("--variant"),
-        help="plain, norm-preserving or row-norm.",
+        help="plain or norm-preserving.",
         rich_help_panel=EDIT,
     ),
 ]
@@ -222,7 +257,7 @@ SelectOption = Annotated[
     typer.Option(
         "--select",
         autocompletion=one_of("--select"),
-        help="auto, layer, tpe or none; auto, unless options below say what to take out.",
+        help="auto, layer or none; auto, unless options below say what to take out.",
         rich_help_panel=CHOICE,
     ),
 ]
@@ -234,9 +269,6 @@ MaxKl = Annotated[float | None, typer.Option(min=0, help="Pick: the most damage,
 MaxRefusals = Annotated[
     float | None, typer.Option(min=0, max=1, help="Pick: the largest share refused; 0.05.", rich_help_panel=CHOICE)
 ]
-
-
-Trials = Annotated[int, typer.Option(min=1, help="How many trials tpe makes.", rich_help_panel=CHOICE)]
 
 
 HarmfulTest = Annotated[str | None, typer.Option(help="Refused prompts to measure on.", rich_help_panel=MEASURE)]
@@ -298,7 +330,6 @@ def edit_settings(
     tied: str = "untie",
     variant: str = "plain",
     allow_leak: bool = False,
-    affine: bool = False,
 ) -> "EditSettings":
     """Give the settings that the options mean.
 
@@ -317,7 +348,6 @@ def edit_settings(
         _one_of("--tied", tied, ("untie", "both")),
         _one_of("--variant", variant, VARIANTS),
         allow_leak,
-        affine,
     )
 
 
@@ -358,7 +388,7 @@ def chat_format(system_prompt: str | None, chat_template: Path | None, plain: bo
 
 
 def select_settings(
-    method: str | None, max_kl: float | None, max_refusals: float | None, n_trials: int, *, as_given: bool
+    method: str | None, max_kl: float | None, max_refusals: float | None, *, as_given: bool
 ) -> "SelectSettings | None":
     """Give the settings of the search that the options mean.
 
@@ -366,7 +396,6 @@ def select_settings(
         method: The option `--select`; None if it was not given.
         max_kl: The most damage.
         max_refusals: The largest share of refusals.
-        n_trials: How many trials `tpe` makes.
         as_given: Whether other options say what to take out, so that nothing is searched unless it is asked for.
 
     Returns:
@@ -384,7 +413,7 @@ def select_settings(
         return None
     rule = Rule(max_kl, max_refusals if max_refusals is not None or max_kl is not None else 0.05)
     chosen: Method = next((known for known in METHODS if known == method), METHODS[0])
-    return SelectSettings(method=chosen, rule=rule, n_trials=n_trials)
+    return SelectSettings(method=chosen, rule=rule)
 
 
 def check_choice(method: str | None, *, as_given: bool) -> None:
@@ -401,23 +430,14 @@ def check_choice(method: str | None, *, as_given: bool) -> None:
         raise SelectionError(
             f"--select {method} and options that say what to take out are both given, expected one of them; leave "
             "--select out, or --direction, --layer, --strength, --layers, --sites, --variant, --projected, "
-            "--per-layer, --affine and all positions but one."
+            "--per-layer and all positions but one."
         )
-
-
-Longest = Annotated[
-    int | None,
-    typer.Option(min=1, help="Answers go on up to here, until refusals settle.", rich_help_panel=MEASURE),
-]
 
 
 Also = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME=FILE", help="Another harmless set, such as XSTest.", rich_help_panel=MEASURE),
 ]
-
-
-Text = Annotated[str | None, typer.Option(help="A text file, for its perplexity.", rich_help_panel=MEASURE)]
 
 
 Tasks = Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness, by comma.", rich_help_panel=MEASURE)]
@@ -610,46 +630,6 @@ ConfigFile = Annotated[
         help="Options from a TOML file; the command line wins.",
     ),
 ]
-
-
-CHOICES = {
-    "--select": ("auto", "layer", "tpe", "none"),
-    "--tied": ("untie", "both"),
-    "--variant": ("plain", "norm-preserving", "row-norm"),
-}
-"""The values of options that take one name."""
-
-
-SITES = ("embedding", "attn", "mlp")
-"""What `--sites` takes, joined by commas."""
-
-
-def one_of(option: str) -> Callable[[str], list[str]]:
-    """Give what completes an option that takes one name."""
-
-    def complete(incomplete: str) -> list[str]:
-        return [name for name in CHOICES[option] if name.startswith(incomplete)]
-
-    return complete
-
-
-def sites(incomplete: str) -> list[str]:
-    """Complete the last of several kinds of sites; those that stand there already are not offered again."""
-    *given, last = incomplete.split(",")
-    left = (site for site in SITES if site not in given and site.startswith(last))
-    return [",".join((*given, site)) for site in left]
-
-
-def judge(incomplete: str) -> list[str]:
-    """Complete a judge: the built-in one, or a directory with a classifier."""
-    directory, _, last = incomplete.rpartition("/")
-    parent = Path(directory or ("/" if incomplete.startswith("/") else "."))
-    found = ["phrases"] if "phrases".startswith(incomplete) else []
-    if parent.is_dir():
-        beside = sorted(path for path in parent.iterdir() if path.is_dir() and path.name.startswith(last))
-        prefix = incomplete[: len(incomplete) - len(last)]
-        found += [f"{prefix}{path.name}" for path in beside if not path.name.startswith(".")]
-    return found
 
 
 _PANEL = "Output"

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from remove_refusals.cli.options import (
-    Affine,
     BatchSize,
     Column,
     Device,
@@ -31,17 +30,14 @@ from remove_refusals.cli.options import (
     chat_format,
     edit_settings,
 )
-from remove_refusals.directions import ablated, made_intervention
 from remove_refusals.errors import DirectionError
-from remove_refusals.modelmap import ModelMap
-from remove_refusals.models import LoadedModel, generate, render
-from remove_refusals.settings import ChatFormat
-from remove_refusals.types import Intervention, PromptSet
 
 if TYPE_CHECKING:
     from remove_refusals.cli.chat import Sides
-    from remove_refusals.settings import EditSettings
-    from remove_refusals.types import Direction
+    from remove_refusals.modelmap import ModelMap
+    from remove_refusals.models import LoadedModel
+    from remove_refusals.settings import ChatFormat, EditSettings
+    from remove_refusals.types import Direction, Intervention, PromptSet
 
 
 Run = Annotated[Path | None, typer.Option("--run", help="Take out what this run chose, a directory of `run`.")]
@@ -63,7 +59,6 @@ def chat(
     strength: Strength = 1.0,
     layers: LayerRange = None,
     sites: Sites = "embedding,attn,mlp",
-    affine: Affine = False,
     device: Device = None,
     dtype: Dtype = "auto",
     load_in_4bit: FourBit = False,
@@ -75,9 +70,9 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Where an answer is cut off.")] = 512,
 ) -> None:
     """Talk to a model with the direction taken out as it runs; /help there says what can be changed, Ctrl-D ends it."""
-    from remove_refusals import pipeline as stages
     from remove_refusals.cli import chat as chatting
     from remove_refusals.cli import printing as console
+    from remove_refusals.models import load_model
     from remove_refusals.settings import LoadSettings
 
     if no_ablation and compare:
@@ -87,9 +82,9 @@ def chat(
             "No direction is given, expected --direction FILE; make one with `remove-refusals direction`, or pass "
             "--run DIR or --no-ablation."
         )
-    edit = edit_settings(strength, layers, sites, affine=affine)
+    edit = edit_settings(strength, layers, sites)
     given = None if no_ablation else _given(direction, run, candidate, edit)
-    loaded = stages.load_model(model, LoadSettings(device, dtype, load_in_4bit, trust_remote_code, revision))
+    loaded = load_model(model, LoadSettings(device, dtype, load_in_4bit, trust_remote_code, revision))
     make, model_map = None, None
     if given is not None:
         make, model_map = _maker(given, edit, loaded)
@@ -128,17 +123,17 @@ def ui(
 ) -> None:
     """A web page with both answers side by side, and how far each token lies along the direction."""
     from remove_refusals import files as records
-    from remove_refusals import pipeline as stages
     from remove_refusals.cli import printing as console
     from remove_refusals.cli import web
     from remove_refusals.cli import web as web_page
     from remove_refusals.cli.web import Source
     from remove_refusals.directions import intervention as interventions
+    from remove_refusals.models import load_model
     from remove_refusals.settings import EditSettings, LoadSettings
 
     edit = EditSettings()
     given = _given(direction, run, None, edit)
-    loaded = stages.load_model(model, LoadSettings(device, dtype, load_in_4bit, trust_remote_code, revision))
+    loaded = load_model(model, LoadSettings(device, dtype, load_in_4bit, trust_remote_code, revision))
     make, model_map = _maker(given, edit, loaded)
     searched = run is not None and (run / "selection.json").is_file()
     found: Any = records.read_json(run / "selection.json", error=DirectionError) if searched and run else {}
@@ -156,44 +151,6 @@ def ui(
     )
     console.say(f"Serving on http://{host}:{port or 'the first free port from 7860 on'}; Ctrl-C ends it.")
     web_page.serve(page, host=host, port=port)
-
-
-def serve(
-    model: ModelArgument,
-    direction: OptionalDirectionFile = None,
-    run: Run = None,
-    candidate: CandidateName = None,
-    strength: Strength = 1.0,
-    layers: LayerRange = None,
-    sites: Sites = "embedding,attn,mlp",
-    affine: Affine = False,
-    host: Host = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 for a free one.")] = 8000,
-    device: Device = None,
-    dtype: Dtype = "auto",
-    load_in_4bit: FourBit = False,
-    trust_remote_code: RemoteCode = False,
-    revision: Revision = None,
-) -> None:
-    """Transformers' OpenAI-compatible server, with the direction taken out as the model runs; Ctrl-C ends it."""
-    from remove_refusals import pipeline as stages
-    from remove_refusals.cli import printing as console
-    from remove_refusals.settings import LoadSettings
-
-    edit = edit_settings(strength, layers, sites, affine=affine)
-    given = _given(direction, run, candidate, edit)
-    serving.check_installed()
-    with serving.reserved(host, port) as listener:
-        loaded = stages.load_model(model, LoadSettings(device, dtype, load_in_4bit, trust_remote_code, revision))
-        make, model_map = _maker(given, edit, loaded)
-        serving.serve(
-            loaded,
-            make(strength, edit.layers),
-            listener,
-            name=model,
-            model_map=model_map,
-            on_ready=lambda address: console.say(f"Serving {model} on {address}; Ctrl-C ends it."),
-        )
 
 
 def _given(
@@ -214,8 +171,6 @@ def _given(
             raise DirectionError("The option --candidate is given without --run, expected both; add --run DIR.")
         return direction_files.load_directions(direction)
     assert run is not None
-    if edit.affine:
-        raise DirectionError("Both --run and --affine are given, expected one of them; a run knows its variant.")
     if candidate is None:
         return interventions.load_intervention(run)
     found = interventions.load_candidates(run)
@@ -231,17 +186,16 @@ def _maker(
     given: "tuple[Direction, ...] | Intervention", edit: "EditSettings", loaded: "LoadedModel"
 ) -> "tuple[Callable[[float, tuple[int, int] | None], Intervention], ModelMap]":
     """Give what makes the intervention of a strength and a range of layers, and the model's map."""
-    from remove_refusals import pipeline as stages
-    from remove_refusals.directions import plan
+    from remove_refusals.directions import check_fit, make_intervention, scaled
     from remove_refusals.modelmap import derive as modelmap
 
     model_map = modelmap.map_model(loaded.model)
     if isinstance(given, tuple):
-        return lambda strength, layers: stages.make_intervention(
+        return lambda strength, layers: make_intervention(
             given, replace(edit, strength=strength, layers=layers), model_map
         ), model_map
-    plan.check_fit(given, model_map)
-    return lambda strength, layers: plan.scaled(
+    check_fit(given, model_map)
+    return lambda strength, layers: scaled(
         given, model_map.n_layers, strength=strength, layers=layers, kinds=edit.sites
     ), model_map
 
@@ -257,7 +211,6 @@ def generate(
     strength: Strength = 1.0,
     layers: LayerRange = None,
     sites: Sites = "embedding,attn,mlp",
-    affine: Affine = False,
     device: Device = None,
     dtype: Dtype = "auto",
     load_in_4bit: FourBit = False,
@@ -272,16 +225,19 @@ def generate(
     """Answer prompts in batches, greedily; without --direction the model answers as it is."""
     from remove_refusals import files as atomic
     from remove_refusals import files as records
-    from remove_refusals import pipeline as stages
     from remove_refusals.cli import printing as console
     from remove_refusals.directions import direction as direction_files
+    from remove_refusals.directions import made_intervention
+    from remove_refusals.models import load_model
+    from remove_refusals.progress import stage_progress
+    from remove_refusals.prompts import prompts_from
     from remove_refusals.settings import LoadSettings, PromptSource
 
     atomic.check_target(output, force=force, directory=False)
-    prompt_set = PromptSource(prompts, column, split).load("prompts", "")
+    prompt_set = prompts_from(PromptSource(prompts, column, split), "prompts", "")
     given = None if direction is None else direction_files.load_directions(direction)
-    edit = edit_settings(strength, layers, sites, affine=affine)
-    loaded = stages.load_model(model, LoadSettings(device, dtype, load_in_4bit, trust_remote_code, revision))
+    edit = edit_settings(strength, layers, sites)
+    loaded = load_model(model, LoadSettings(device, dtype, load_in_4bit, trust_remote_code, revision))
     intervention, model_map = None, None
     if given is not None:
         intervention, model_map = made_intervention(loaded, given, edit)
@@ -294,19 +250,19 @@ def generate(
             chat=chat_format(system_prompt, chat_template, plain),
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
-            on_progress=stages.stage_progress(on_progress, "answers", 0, len(prompt_set)),
+            on_progress=stage_progress(on_progress, "answers", 0, len(prompt_set)),
         )
     records.write_jsonl(output, rows, force=force)
     console.finish({"output": str(output), "answers": len(rows)}, f"Saved {len(rows)} answers to {output}.")
 
 
 def answer_rows(
-    loaded: LoadedModel,
-    prompts: PromptSet,
-    intervention: Intervention | None,
+    loaded: "LoadedModel",
+    prompts: "PromptSet",
+    intervention: "Intervention | None",
     *,
-    model_map: ModelMap | None = None,
-    chat: ChatFormat | None = None,
+    model_map: "ModelMap | None" = None,
+    chat: "ChatFormat | None" = None,
     max_new_tokens: int = 100,
     batch_size: int | None = None,
     on_progress: Callable[[int], None] | None = None,
@@ -319,12 +275,17 @@ def answer_rows(
     Raises:
         RemoveRefusalsError: If the model cannot be hooked, or a prompt cannot be rendered or does not fit.
     """
+    from remove_refusals.directions import ablated
+    from remove_refusals.models import generate as generate_answers
+    from remove_refusals.models import render
+    from remove_refusals.settings import ChatFormat
+
     token_ids = render(loaded.tokenizer, prompts.prompts, **vars(chat or ChatFormat()))
     context: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if intervention is not None:
         context = ablated(loaded.model, intervention, model_map=model_map)
     with context:
-        answers = generate(
+        answers = generate_answers(
             loaded,
             token_ids,
             max_new_tokens=max_new_tokens,

@@ -219,19 +219,16 @@ def _runs_each_layer_once(loaded: LoadedModel, model_map: ModelMap, token_ids: S
     return calls == list(model_map.layers)
 
 
-def measure_boundaries(
-    loaded: LoadedModel, direction: Direction, model_map: ModelMap, *, constant: Sequence[float] = ()
-) -> tuple[float, ...]:
+def measure_boundaries(loaded: LoadedModel, direction: Direction, model_map: ModelMap) -> tuple[float, ...]:
     """Run a model on a few tokens and measure what the residual stream holds along a direction.
 
     Args:
         loaded: The model.
         direction: The direction, of the model's width.
         model_map: The model's map.
-        constant: What the stream is to hold, `k` numbers along the direction's basis; empty for nothing.
 
     Returns:
-        For the stream before each layer and behind the last, the largest `‖Qᵀh - constant‖ / ‖h‖` over the tokens.
+        For the stream before each layer and behind the last, the largest `‖Qᵀh‖ / ‖h‖` over the tokens.
 
     Raises:
         ArchitectureError: If the layers hand on several streams.
@@ -243,8 +240,7 @@ def measure_boundaries(
         loaded.model(**batch.inputs(loaded))
     basis = direction.basis.to(loaded.device)
     shares = [found[index].to(torch.float32) for index in range(model_map.n_layers + 1)]
-    wanted = torch.tensor(constant or [0.0] * basis.shape[1], device=basis.device)
-    return tuple(float(((h @ basis - wanted).norm(dim=-1) / h.norm(dim=-1).clamp_min(1e-30)).max()) for h in shares)
+    return tuple(float(((h @ basis).norm(dim=-1) / h.norm(dim=-1).clamp_min(1e-30)).max()) for h in shares)
 
 
 @dataclass(frozen=True)

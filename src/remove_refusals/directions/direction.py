@@ -25,7 +25,7 @@ from remove_refusals.formula import orthonormal_basis
 from remove_refusals.modelmap import ModelMap, map_model
 from remove_refusals.models import LoadedModel, check_positions
 from remove_refusals.progress import OnProgress, stage_progress
-from remove_refusals.prompts import draw
+from remove_refusals.prompts import draw, prompts_from
 from remove_refusals.settings import ChatFormat, DirectionSettings, published_name
 from remove_refusals.types import Activations, Direction, DirectionOrigin, PromptSet
 
@@ -160,7 +160,6 @@ def mean_difference(
             harmful_sha256=harmful.prompts.sha256,
             harmless_sha256=harmless.prompts.sha256,
             length=float(differences.norm()) if len(positions) == 1 else None,
-            harmless_component=tuple((basis.T.to(torch.float64) @ harmless_means.mean(dim=1)).tolist()),
         ),
     )
 
@@ -246,8 +245,8 @@ def training_prompts(settings: DirectionSettings) -> tuple[PromptSet, PromptSet]
     Raises:
         PromptError: If a set cannot be loaded or has fewer prompts than are to be drawn.
     """
-    harmful = settings.harmful.load("harmful", "harmful_train")
-    harmless = settings.harmless.load("harmless", "harmless_train")
+    harmful = prompts_from(settings.harmful, "harmful", "harmful_train")
+    harmless = prompts_from(settings.harmless, "harmless", "harmless_train")
     return draw(harmful, settings.n_prompts, settings.seed), draw(harmless, settings.n_prompts, settings.seed)
 
 
@@ -556,12 +555,6 @@ def _origin(record: str, path: Path) -> DirectionOrigin:
         raise DirectionError(
             f"The direction file {path} has the origin {origin}, expected an object with the fields "
             f"{', '.join(sorted(names))}; make the file again."
-        )
-    component = origin.get("harmless_component") or []
-    if not isinstance(component, list) or not all(isinstance(n, float) and math.isfinite(n) for n in component):
-        raise DirectionError(
-            f"The direction file {path} has the harmless component {component}, expected a list of numbers; make the "
-            "file again."
         )
     length = origin.get("length")
     if length is not None and not (isinstance(length, float) and 0 < length < math.inf):

@@ -34,7 +34,6 @@ class _TakeOut:
     basis: torch.Tensor
     strength: float
     d_model: int
-    offset: tuple[float, ...] = ()
 
     def __call__(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
         return self._replaced(output, module)
@@ -50,16 +49,12 @@ class _TakeOut:
         values = output.to(torch.float32).reshape(*output.shape[:-1], -1, self.d_model)
         basis = self.basis.to(output.device)
         values = values - self.strength * (values @ basis) @ basis.T
-        if self.offset:
-            values = values + basis @ torch.tensor(self.offset, device=basis.device)
         changed: torch.Tensor = values.reshape(output.shape).to(output.dtype)
         return changed
 
 
 @contextmanager
-def _standing_in(
-    model: PreTrainedModel, writer: Writer, basis: torch.Tensor, strength: float, offset: tuple[float, ...]
-) -> Iterator[None]:
+def _standing_in(model: PreTrainedModel, writer: Writer, basis: torch.Tensor, strength: float) -> Iterator[None]:
     """Put an edited copy in a parameter's place while the context lasts."""
     original = model.get_parameter(writer.parameter)
     if original.is_meta or not original.is_floating_point() or original.shape != writer.shape:
@@ -69,7 +64,7 @@ def _standing_in(
         )
     owner, _, attribute = writer.parameter.rpartition(".")
     module = model.get_submodule(owner)
-    edited = project_out(original, basis, strength, writer.axis, offset=offset)
+    edited = project_out(original, basis, strength, writer.axis)
     setattr(module, attribute, torch.nn.Parameter(edited, requires_grad=False))
     try:
         yield
@@ -78,15 +73,13 @@ def _standing_in(
 
 
 @contextmanager
-def _hooked(
-    model: PreTrainedModel, point: HookPoint, direction: Direction, strength: float, offset: tuple[float, ...]
-) -> Iterator[None]:
+def _hooked(model: PreTrainedModel, point: HookPoint, direction: Direction, strength: float) -> Iterator[None]:
     if point.writer is not None:
         basis = pull_back(direction.basis, point.writer.steps, model.get_parameter)
-        with _standing_in(model, point.writer, basis, strength, offset):
+        with _standing_in(model, point.writer, basis, strength):
             yield
         return
-    hook = _TakeOut(pull_back(direction.basis, point.steps, model.get_parameter), strength, direction.d_model, offset)
+    hook = _TakeOut(pull_back(direction.basis, point.steps, model.get_parameter), strength, direction.d_model)
     module = model.get_submodule(point.module)
     handle = (
         module.register_forward_pre_hook(hook.on_input, with_kwargs=True)
@@ -146,23 +139,9 @@ def ablated(
                     )
                 if known is not edit:
                     continue
-                offset = _offset_at(point, site, edit, model, model_map)
                 direction = intervention.directions[edit.direction]
-                hooks.enter_context(_hooked(model, point, direction, edit.strength, offset))
+                hooks.enter_context(_hooked(model, point, direction, edit.strength))
         yield
-
-
-def _offset_at(
-    point: HookPoint, site: Site, edit: SiteEdit, model: PreTrainedModel, model_map: ModelMap
-) -> tuple[float, ...]:
-    """What is to be added at a point so that the stream gets the edit's offset: the embedding's own site carries it."""
-    if not edit.offset or all(writer.parameter != model_map.input_embedding for writer in site.writers):
-        return ()
-    if point.writer is not None:
-        scale = embedding_scale(model, model_map)
-    else:
-        scale = stream_scale(model, model_map, point.module)
-    return tuple(number / scale for number in edit.offset)
 
 
 def _residual_points(site: Site, model_map: ModelMap) -> tuple[HookPoint, ...]:

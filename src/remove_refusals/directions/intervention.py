@@ -16,7 +16,7 @@ from remove_refusals.directions.direction import (
     direction_sha256,
     load_directions,
 )
-from remove_refusals.errors import ArchitectureError, DirectionError
+from remove_refusals.errors import DirectionError
 from remove_refusals.files import atomic_file, read_json
 from remove_refusals.modelmap import ModelMap
 from remove_refusals.models import LoadedModel
@@ -62,22 +62,15 @@ def load_intervention(directory: Path) -> Intervention:
 def _edit(value: object, directory: Path) -> SiteEdit:
     edit: Mapping[str, Any] = value if isinstance(value, dict) else {}
     strength, layer, direction = edit.get("strength"), edit.get("layer"), edit.get("direction", 0)
-    offset = edit.get("offset", [])
     kind = next((kind for kind in SITE_KINDS if kind == edit.get("kind")), None)
-    numbers = [strength, *(offset if isinstance(offset, list) else [None])]
-    fine = all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
+    fine = isinstance(strength, int | float) and math.isfinite(strength)
     places = all(isinstance(place, int) for place in (direction, 0 if layer is None else layer))
-    if (
-        kind is None
-        or not fine
-        or not places
-        or not edit.keys() <= {"kind", "layer", "strength", "direction", "offset"}
-    ):
+    if kind is None or not fine or not places or not edit.keys() <= {"kind", "layer", "strength", "direction"}:
         raise DirectionError(
             f"The record {directory / RECORD} has the edit {value}, expected a kind of site, a layer, a strength and a "
             "direction; give a directory that this version of `run` or `bake` made."
         )
-    return SiteEdit(kind, layer, float(numbers[0]), direction, tuple(float(number) for number in numbers[1:]))
+    return SiteEdit(kind, layer, float(strength or 0.0), direction)
 
 
 def save_candidates(interventions: Mapping[int, Intervention], path: Path) -> None:
@@ -146,14 +139,8 @@ def intervene(
     strength: float = 1.0,
     layers: tuple[int, int] | None = None,
     kinds: Iterable[SiteKind] = SITE_KINDS,
-    affine: bool = False,
 ) -> Intervention:
     """Take one direction out at one strength, at every site of a range of layers.
-
-    The affine variant puts the harmless mean's component back in its place (Marshall, Scherlis and Belrose 2024,
-    "Refusal in LLMs is an affine function"): `v' = v - strength * (Q Qᵀ v - Q Qᵀ m)`. What the writers add is edited
-    as ever, and the constant is added once, to the embedding, from where it reaches every layer. Where every writer is
-    edited at strength 1, the stream's component is the same `Qᵀ m` at every layer boundary.
 
     Args:
         direction: What is taken out.
@@ -162,25 +149,16 @@ def intervene(
         layers: The first and the last layer, both included; None means all of them and the embedding. With a range,
             the embedding is edited only if it starts at layer 0.
         kinds: The kinds of site to edit.
-        affine: Whether the harmless mean's component is put in the place of what is taken out.
 
     Returns:
         The intervention.
 
     Raises:
-        DirectionError: If the range does not lie within the model, the strength is not a finite number, or the affine
-            variant is asked for without the embedding or of a direction that does not know the harmless mean.
+        DirectionError: If the range does not lie within the model, or the strength is not a finite number.
     """
     first, last = _checked_range(layers, n_layers, strength)
     wanted = frozenset(kinds)
     edits = [SiteEdit("embedding", None, strength)] if "embedding" in wanted and first == 0 else []
-    if affine:
-        edits = [replace(edit, offset=_affine_offset(direction, strength)) for edit in edits]
-        if not edits:
-            raise DirectionError(
-                f"The affine variant is to edit {', '.join(sorted(wanted))} from layer {first} on, expected the "
-                "embedding among them, which carries its constant; start at layer 0 with the embedding."
-            )
     for layer in range(first, last + 1):
         edits += [SiteEdit(kind, layer, strength) for kind in SITE_KINDS[1:] if kind in wanted]
     return Intervention((direction,), tuple(edits))
@@ -228,7 +206,7 @@ def scaled(
     Args:
         intervention: The intervention.
         n_layers: The model's number of layers.
-        strength: What its strengths, and what it adds, are multiplied by.
+        strength: What its strengths are multiplied by.
         layers: As for `intervene`.
         kinds: As for `intervene`.
 
@@ -241,7 +219,7 @@ def scaled(
     first, last = _checked_range(layers, n_layers, strength)
     wanted = frozenset(kinds)
     edits = tuple(
-        replace(edit, strength=strength * edit.strength, offset=tuple(strength * number for number in edit.offset))
+        replace(edit, strength=strength * edit.strength)
         for edit in intervention.edits
         if edit.kind in wanted and (first == 0 if edit.layer is None else first <= edit.layer <= last)
     )
@@ -261,23 +239,12 @@ def _checked_range(layers: tuple[int, int] | None, n_layers: int, strength: floa
     return first, last
 
 
-def _affine_offset(direction: Direction, strength: float) -> tuple[float, ...]:
-    component = direction.origin.harmless_component
-    if component is None or len(component) != direction.basis.shape[1]:
-        raise DirectionError(
-            f"The direction (method {direction.origin.method}) has the harmless mean's component {component}, expected "
-            f"{direction.basis.shape[1]} numbers for the affine variant; find the direction again with this version."
-        )
-    return tuple(strength * number for number in component)
-
-
 def check_fit(intervention: Intervention, model_map: ModelMap) -> None:
     """Check that an intervention's directions and layers are the model's.
 
     Raises:
         DirectionError: If a direction's width is not the model's, or an edit names a layer or direction that is not
-            there, or a site twice, or has an offset that does not fit.
-        ArchitectureError: If the model cannot carry the offset.
+            there, or a site twice.
     """
     for direction in intervention.directions:
         if direction.d_model != model_map.d_model:
@@ -298,31 +265,6 @@ def check_fit(intervention: Intervention, model_map: ModelMap) -> None:
                 f"does not have ({edit.direction}), expected each site once; leave one of the edits out."
             )
         seen.add((edit.kind, edit.layer))
-        if edit.offset and (
-            edit.kind != "embedding" or len(edit.offset) != intervention.directions[edit.direction].basis.shape[1]
-        ):
-            raise DirectionError(
-                f"The intervention adds {len(edit.offset)} numbers at site {edit.kind}, expected "
-                f"{intervention.directions[edit.direction].basis.shape[1]} of them at the embedding; leave them out."
-            )
-    if offset_of(intervention) and (model_map.leaks or not _embedding_adds_rows(model_map)):
-        reason = model_map.leaks[0].rstrip(".") if model_map.leaks else "its embedding's rows are not added to it alone"
-        raise ArchitectureError(
-            f"Model type '{model_map.model_type}' can carry no constant through its residual stream ({reason}), "
-            "expected an embedding whose rows are added to it; leave the affine variant out."
-        )
-
-
-def offset_of(intervention: Intervention) -> tuple[float, ...]:
-    """Give what an intervention adds to the residual stream, along the basis of the embedding's direction."""
-    return next((edit.offset for edit in intervention.edits if edit.offset), ())
-
-
-def _embedding_adds_rows(model_map: ModelMap) -> bool:
-    """Whether each token has one row of the input embedding that reaches the stream through no norm or projection."""
-    writers = [writer for site in model_map.sites if site.kind == "embedding" for writer in site.writers]
-    found = [writer for writer in writers if writer.parameter == model_map.input_embedding]
-    return [(writer.steps, writer.axis, len(writer.shape)) for writer in found] == [((), 1, 2)]
 
 
 def made_intervention(
@@ -334,11 +276,10 @@ def made_intervention(
         ArchitectureError: If the model cannot be mapped.
         DirectionError: If the directions or the layers do not fit the model.
     """
-    from remove_refusals import pipeline as stages
     from remove_refusals.modelmap import derive as modelmap
 
     model_map = modelmap.map_model(loaded.model)
-    return stages.make_intervention(directions, settings, model_map), model_map
+    return make_intervention(directions, settings, model_map), model_map
 
 
 def make_intervention(
@@ -348,18 +289,16 @@ def make_intervention(
 
     Raises:
         DirectionError: If there are several directions and not one for each layer, or their width is not the model's,
-            the layers do not lie within the model, or the affine variant does not fit them.
-        ArchitectureError: If the affine variant is asked for and the model cannot carry its constant.
+            the layers do not lie within the model.
     """
     directions = (found,) if isinstance(found, Direction) else found
     options: dict[str, Any] = {"strength": settings.strength, "layers": settings.layers, "kinds": settings.sites}
     if len(directions) == 1:
-        intervention = intervene(directions[0], model_map.n_layers, affine=settings.affine, **options)
-    elif len(directions) != model_map.n_layers or settings.affine:
-        affine = " and the affine variant is asked for" if settings.affine else ""
+        intervention = intervene(directions[0], model_map.n_layers, **options)
+    elif len(directions) != model_map.n_layers:
         raise DirectionError(
-            f"There are {len(directions)} directions{affine}, expected one, or one for each of the model's "
-            f"{model_map.n_layers} layers without --affine; use directions that were found on this model."
+            f"There are {len(directions)} directions, expected one, or one for each of the model's "
+            f"{model_map.n_layers} layers; use directions that were found on this model."
         )
     else:
         intervention = intervene_per_layer(directions, **options)

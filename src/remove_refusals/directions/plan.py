@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 import torch
 
-from remove_refusals.directions.intervention import check_fit, offset_of
-from remove_refusals.errors import ArchitectureError, DirectionError
+from remove_refusals.directions.intervention import check_fit
+from remove_refusals.errors import ArchitectureError
 from remove_refusals.formula import orthonormal_basis
 from remove_refusals.modelmap import ChannelStep, DiskTensor, ModelMap
 from remove_refusals.settings import SiteKind, Tied, Variant
-from remove_refusals.types import Intervention, SiteEdit
+from remove_refusals.types import Intervention
 
 
 def pull_back(
@@ -68,7 +68,7 @@ def check_exact(model_map: ModelMap, *, allow_leak: bool = False) -> None:
 
 @dataclass(frozen=True, eq=False)
 class PlanEntry:
-    """One tensor to be edited: `W' = W - strength * basis (basisᵀ W) + basis offset` along `axis`.
+    """One tensor to be edited: `W' = W - strength * basis (basisᵀ W)` along `axis`.
 
     Attributes:
         parameter: The tensor's name in the model.
@@ -80,7 +80,6 @@ class PlanEntry:
         basis: `[d_model, k]`, float32, orthonormal: the direction, pulled back through the steps between the writer
             and the residual stream.
         on_disk: The tensors of a checkpoint that hold it.
-        offset: What each row gets after that: `k` numbers along `basis`; empty for none.
     """
 
     parameter: str
@@ -91,7 +90,6 @@ class PlanEntry:
     strength: float
     basis: torch.Tensor
     on_disk: tuple[DiskTensor, ...]
-    offset: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,8 +102,6 @@ class EditPlan:
         left: Writers that are not touched, with the reason.
         leaks: Why the edit is not exact, if it was asked for all the same.
         variant: What else the edit does to each tensor.
-        embedding_scale: What a row of the embedding is multiplied by until it is in the residual stream; None where
-            no offset had to be divided by it.
     """
 
     entries: tuple[PlanEntry, ...]
@@ -113,7 +109,6 @@ class EditPlan:
     left: tuple[tuple[str, str], ...]
     leaks: tuple[str, ...] = ()
     variant: Variant = "plain"
-    embedding_scale: float | None = None
 
 
 def resolve(
@@ -124,7 +119,6 @@ def resolve(
     tied: Tied = "untie",
     allow_leak: bool = False,
     variant: Variant = "plain",
-    embedding_scale: float | None = None,
 ) -> EditPlan:
     """Resolve an intervention against one model.
 
@@ -135,15 +129,12 @@ def resolve(
         tied: What to do with an embedding that is also the unembedding.
         allow_leak: Whether to plan an edit that is known not to be exact.
         variant: What else the edit does to each tensor; only `plain` is what the hooks do.
-        embedding_scale: What a row of the embedding is multiplied by until it is in the residual stream, as
-            `scales.embedding_scale` measures it; needed where the intervention has an offset.
 
     Returns:
         The plan. An edit of strength 0 is listed under `left`, as is every writer of a site without an edit.
 
     Raises:
-        DirectionError: If the intervention does not fit the model, or has an offset where the embedding's scale is
-            not given or the variant is another than `plain`.
+        DirectionError: If the intervention does not fit the model.
         ArchitectureError: If the model's map has leaks and `allow_leak` is not given, or one tensor would have to be
             edited in two ways.
     """
@@ -168,7 +159,6 @@ def resolve(
                 strength=edit.strength,
                 basis=basis,
                 on_disk=writer.on_disk,
-                offset=_row_offset(edit, writer.parameter == model_map.input_embedding, embedding_scale, variant),
             )
             known = entries.setdefault(writer.parameter, entry)
             if known.strength != entry.strength or not torch.equal(known.basis, entry.basis):
@@ -183,17 +173,4 @@ def resolve(
         tuple(left),
         model_map.leaks,
         variant,
-        embedding_scale if offset_of(intervention) else None,
     )
-
-
-def _row_offset(edit: SiteEdit, carries: bool, scale: float | None, variant: Variant) -> tuple[float, ...]:
-    """What each row of a writer gets so that the stream gets the edit's offset: that of the embedding carries it."""
-    if not edit.offset or not carries:
-        return ()
-    if scale is None or variant != "plain":
-        raise DirectionError(
-            f"The intervention has an offset, the embedding's scale is {scale} and the variant is {variant}, expected "
-            "a measured scale and the variant plain; leave the affine variant or the other one out."
-        )
-    return tuple(number / scale for number in edit.offset)

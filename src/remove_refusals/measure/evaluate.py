@@ -38,7 +38,7 @@ from remove_refusals.measure.statistics import (
 from remove_refusals.measure.tasks import run_tasks
 from remove_refusals.models import Answer, LoadedModel, continued, fingerprint, generate, render
 from remove_refusals.progress import OnProgress, stage_progress
-from remove_refusals.prompts import check_disjoint, draw
+from remove_refusals.prompts import check_disjoint, draw, prompts_from
 from remove_refusals.settings import EvaluationSettings, MeasureSettings, RunSettings
 from remove_refusals.types import PromptSet
 
@@ -127,8 +127,6 @@ def evaluate(
     with edited_context():
         kept = journal if edited_context is nullcontext else Journal()
         of_edited = _answers(edited, token_ids, settings, kept, progress)
-    if settings.longest is not None:
-        of_base, of_edited = _longer(base, edited, sets, token_ids, of_base, of_edited, settings, edited_context, judge)
     rows: list[Response] = []
     scores: dict[str, SetScores] = {}
     for name, part in sets.items():
@@ -188,41 +186,6 @@ def _answers(
         )
         progress.finish(len(ids))
     return found
-
-
-def _longer(
-    base: LoadedModel,
-    edited: LoadedModel,
-    sets: Mapping[str, PromptSet],
-    token_ids: Mapping[str, Sequence[Sequence[int]]],
-    of_base: dict[str, list[Answer]],
-    of_edited: dict[str, list[Answer]],
-    settings: EvaluationSettings,
-    edited_context: Context,
-    judge: Judge,
-) -> tuple[dict[str, list[Answer]], dict[str, list[Answer]]]:
-    """Double the length of the answers until neither model's refusals change with it, or they are long enough."""
-    assert settings.longest is not None
-    found = []
-    for loaded, answers, context in ((base, of_base, nullcontext), (edited, of_edited, edited_context)):
-        now = dict(answers)
-        for name, part in sets.items():
-            length = settings.max_new_tokens
-            before = _labels(judge, part, now[name])
-            while length < settings.longest:
-                length = min(2 * length, settings.longest)
-                with context():
-                    now[name] = go_on(loaded, token_ids[name], now[name], length, batch_size=settings.batch_size)
-                after = _labels(judge, part, now[name])
-                if has_settled(before, after):
-                    break
-                before = after
-        found.append(now)
-    return found[0], found[1]
-
-
-def _labels(judge: Judge, prompts: PromptSet, answers: Sequence[Answer]) -> list[Label]:
-    return [found.label for found in judge.judge(prompts.prompts, [answer.text for answer in answers])]
 
 
 def _conclude(
@@ -316,10 +279,10 @@ def test_prompts(settings: MeasureSettings, used: tuple[PromptSet, ...] = ()) ->
             return prompts
         return draw(prompts, settings.n_test, 0)
 
-    harmful = settings.harmful.load("harmful", "harmful_test")
-    harmless = settings.harmless.load("harmless", "harmless_test")
-    alarming = settings.alarming.load("alarming", "harmless_alarming")
-    more = tuple(source.load(name, name) for name, source in settings.more)
+    harmful = prompts_from(settings.harmful, "harmful", "harmful_test")
+    harmless = prompts_from(settings.harmless, "harmless", "harmless_test")
+    alarming = prompts_from(settings.alarming, "alarming", "harmless_alarming")
+    more = tuple(prompts_from(source, name, name) for name, source in settings.more)
     check_disjoint(*used, harmful, harmless, alarming, *more)
     return EvaluationPrompts(limited(harmful), limited(harmless), limited(alarming), tuple(map(limited, more)))
 
@@ -331,7 +294,6 @@ def measure_settings(settings: RunSettings) -> EvaluationSettings:
         kl_tokens=settings.measure.kl_tokens,
         batch_size=settings.batch_size,
         chat=settings.chat,
-        longest=settings.measure.longest,
     )
 
 
@@ -342,7 +304,6 @@ def measure(
     settings: RunSettings,
     *,
     judged: tuple[Judge, Accuracies] | None = None,
-    text: str | None = None,
     journal: Journal | None = None,
     on_progress: OnProgress | None = None,
 ) -> Evaluation:
@@ -354,7 +315,6 @@ def measure(
         prompts: What `test_prompts` gave.
         settings: A run's settings.
         judged: What `test_judge` gave; by default the phrase judge.
-        text: The content of the text file, if there is one.
         journal: Keeps the answers, so that a killed measurement goes on.
         on_progress: Told of every stage.
 
@@ -377,8 +337,6 @@ def measure(
         journal=journal,
         on_progress=progress,
     )
-    if text is not None:
-        found = replace(found, text=score_text(base, edited, text, batch_size=size))
     if asked.tasks:
         directory = None if asked.task_directory is None else Path(asked.task_directory)
         tasks = run_tasks(base, edited, asked.tasks, directory=directory, limit=asked.task_limit, batch_size=size)

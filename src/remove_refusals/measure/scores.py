@@ -267,7 +267,6 @@ class Evaluation:
     rows: tuple[Response, ...]
     judge: str = "phrases"
     agreement: Agreement | None = None
-    text: TextScores | None = None
     tasks: tuple[TaskScore, ...] = ()
     judge_usage: str | None = None
 
@@ -292,7 +291,6 @@ class Evaluation:
             **_present("kl", distances),
             **_present("perplexity", perplexities),
             **({} if self.agreement is None else {"agreement": self.agreement.to_json()}),
-            **({} if self.text is None else {"text": self.text.to_json()}),
             **({"tasks": [score.to_json() for score in self.tasks]} if self.tasks else {}),
         }
 

@@ -53,11 +53,7 @@ def _alike(directions: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, An
     """Put directions together that differ in nothing but the layer, so that a card needs one line for them."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for direction in directions:
-        recipe = {
-            key: value
-            for key, value in direction.items()
-            if key not in ("layer", "sha256", "harmless_component", "length")
-        }
+        recipe = {key: value for key, value in direction.items() if key not in ("layer", "sha256", "length")}
         groups.setdefault(str(sorted(recipe.items(), key=lambda item: item[0])), []).append(direction)
     return list(groups.values())
 

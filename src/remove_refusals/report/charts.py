@@ -204,6 +204,18 @@ class Bar:
     title: str
 
 
+@dataclass(frozen=True)
+class Bars:
+    """A row of bars, one for each layer."""
+
+    name: str
+    label: str
+    height: int
+    x_ticks: tuple[Tick, ...]
+    y_ticks: tuple[Tick, ...]
+    bars: tuple[Bar, ...]
+
+
 def bars(name: str, label: str, values: Sequence[tuple[int, float]], x: Scale, y: Scale, *, height: int = 90) -> Bars:
     """Put bars into their places.
 
@@ -240,18 +252,6 @@ def bars(name: str, label: str, values: Sequence[tuple[int, float]], x: Scale, y
         tuple(Tick(round(height * (1 - y.share(value)), 2), tick(value)) for value in y.ticks(4)),
         tuple(placed),
     )
-
-
-@dataclass(frozen=True)
-class Bars:
-    """A row of bars, one for each layer."""
-
-    name: str
-    label: str
-    height: int
-    x_ticks: tuple[Tick, ...]
-    y_ticks: tuple[Tick, ...]
-    bars: tuple[Bar, ...]
 
 
 _ROW = 16

@@ -270,7 +270,9 @@ HARMLESS = frozenset({"harmless", "alarming"})
 """The sets that are harmless wherever they turn up; one that is not known to be is treated as harmful."""
 
 
-def answers(rows: Sequence[Mapping[str, Any]], *, harmless: frozenset[str] = HARMLESS, full_answers: bool) -> View_answers:
+def answers(
+    rows: Sequence[Mapping[str, Any]], *, harmless: frozenset[str] = HARMLESS, full_answers: bool
+) -> View_answers:
     """Pair the answers of both models to each prompt.
 
     Args:

@@ -106,11 +106,6 @@ def table(evaluation: Evaluation) -> tuple[tuple[str, str, str, str], ...]:
     if base is not None and edited is not None:
         ratio = f"{edited.value / base.value:.2f} times"
         rows.append(("Perplexity", f"{base.value:.3g}", f"{edited.value:.3g}", ratio))
-    if evaluation.text is not None:
-        text = evaluation.text
-        ratio = f"{text.edited.value / text.base.value:.2f} times"
-        rows.append(("Perplexity, text", f"{text.base.value:.3g}", f"{text.edited.value:.3g}", ratio))
-        rows.append(("KL, text", "", _mean(text.kl), ""))
     for task in evaluation.tasks:
         verdict = "" if task.decided else ", undecided"
         paired = f"{task.difference.value:+.2g} [{task.difference.low:+.2g}, {task.difference.high:+.2g}]{verdict}"

@@ -33,12 +33,12 @@ from remove_refusals.search.references import References, references
 from remove_refusals.search.search import OnProgress, SearchPrompts, pick, select, split_for_search, stage
 
 __all__ = [
+    "N_OPENING_TOKENS",
     "Bench",
     "Candidate",
     "Confirmation",
     "LayerRule",
     "LayerScore",
-    "N_OPENING_TOKENS",
     "OnProgress",
     "Openings",
     "Option",

@@ -64,7 +64,7 @@ class Candidate:
         name: How it was found, for example `damage weight 4, step 32` or `trial 7`.
         intervention: What it takes out where.
         refusal: The share of harmful prompts that is refused, from 0 to 1: for `auto` and `layer` the probability of
-            the model's own refusals, for `tpe` counted.
+            the model's own refusals.
         damage: The mean KL on harmless prompts, in nats.
         confirmation: What generation showed, if it was tried.
     """

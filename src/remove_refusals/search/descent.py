@@ -65,7 +65,7 @@ class Steering:
         origin = self.origins[number]
         if not self.learned:
             return origin
-        return replace(origin, method=f"gradient descent from {origin.method}", harmless_component=None, length=None)
+        return replace(origin, method=f"gradient descent from {origin.method}", length=None)
 
     def intervention(self, least: float) -> Intervention:
         """Give the intervention; strengths below `least` are left out, as are directions that nothing uses then."""
@@ -178,7 +178,7 @@ def _one(
 
 def _inputs(directions: Sequence[Direction], material: Material, settings: GradientSettings) -> list[Any]:
     """What the descents depend on; directions are told apart by where they come from."""
-    origins = [asdict(replace(direction.origin, harmless_component=None, length=None)) for direction in directions]
+    origins = [asdict(replace(direction.origin, length=None)) for direction in directions]
     probes = [[probe.token_ids, probe.paths] for probe in (*material.refusal_probes, *material.damage_probes)]
     return [asdict(settings), origins, material.first_layer, probes]
 

@@ -493,7 +493,7 @@ def make_options(
     for index in range(1, max(2, ceil(depth * harmful.n_layers))):
         for place, position in enumerate(harmful.positions):
             pair = harmful.hidden[:, place, index], harmless.hidden[:, place, index]
-            difference, mean = make_vector(*pair, "plain"), pair[1].to(torch.float64).mean(dim=0)
+            difference = make_vector(*pair, "plain")
             for recipe in recipes:
                 vector = make_vector(*pair, recipe)
                 if not float(vector.norm()) > 0:
@@ -509,7 +509,6 @@ def make_options(
                     n_harmless=len(harmless.prompts),
                     harmful_sha256=harmful.prompts.sha256,
                     harmless_sha256=harmless.prompts.sha256,
-                    harmless_component=(float(unit @ mean),),
                 )
                 push = (unit * (unit @ difference)).to(torch.float32)
                 name = f"layer {index}, position {position}, {recipe}"

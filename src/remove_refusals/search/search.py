@@ -92,7 +92,6 @@ def select(
     model: str | None = None,
     model_map: ModelMap | None = None,
     journal: Journal | Path | None = None,
-    deadline_s: float | None = None,
     on_progress: OnProgress | None = None,
 ) -> Selection:
     """Choose what to take out where.
@@ -101,13 +100,12 @@ def select(
         loaded: The base model; it is left as it is.
         prompts: What to search on.
         settings: How the search goes.
-        answers: How answers are generated for the confirmation; for `tpe` in each trial.
+        answers: How answers are generated for the confirmation.
         position: The token position that directions are found at; `layer` looks at all of the template's tail.
         projected: Whether the component along the harmless mean is removed from them.
         model: The model's name, for the record.
         model_map: The model's map, if it is at hand; otherwise it is derived.
         journal: A directory that keeps what is done, so that a killed search goes on; None keeps nothing.
-        deadline_s: No trial of `tpe` begins after so many seconds.
         on_progress: Told of every stage.
 
     Returns:
@@ -117,7 +115,7 @@ def select(
         SelectionError: If the model gives nothing to choose by: hardly a refusal of harmful prompts or answer to
             harmless ones, or sites that cannot be steered.
         PromptError: If the position does not lie within the chat template's tail.
-        ModelError: If a prompt does not fit the model, memory runs out, or Optuna is missing for `tpe`.
+        ModelError: If a prompt does not fit the model, memory runs out.
         NumericalError: If activations or logits are NaN.
         OutputError: If the journal cannot be read or written.
     """
@@ -136,7 +134,7 @@ def select(
     check_positions(loaded.tokenizer, positions, answers.chat)
     collected = _activations(loaded, prompts, answers, positions, model_map, report)
     short = replace(answers, max_new_tokens=settings.n_tokens)
-    own = [_own(loaded, part, answers if settings.method == "tpe" else short, report, kept) for part in prompts.choose]
+    own = [_own(loaded, part, short, report, kept) for part in prompts.choose]
     refused, answered = own[0].only(Label.REFUSAL), own[1].only(Label.COMPLIANCE)
     _check(refused, own[0], answered, own[1])
     confirming = tuple(_own(loaded, part, answers, report, kept) for part in prompts.confirm)
@@ -170,24 +168,7 @@ def select(
     directions = mean_difference_per_layer(
         *collected, position=position, projected=projected, model=model, seed=settings.seed
     )
-    if settings.method == "tpe":
-        trials = TpeSettings(n_trials=settings.n_trials, seed=settings.seed)
-        found = select_tpe(
-            loaded,
-            model_map,
-            directions,
-            own[0],
-            answered,
-            trials,
-            rule=settings.rule,
-            answers=answers,
-            journal=kept.trials,
-            deadline_s=deadline_s,
-            on_progress=lambda done, total: report("trials", done, total),
-        )
-        candidates: Sequence[Candidate] = found.candidates
-    else:
-        candidates = _by_gradients(loaded, model_map, directions, refused, own[1], answered, settings, report, kept)
+    candidates = _by_gradients(loaded, model_map, directions, refused, own[1], answered, settings, report, kept)
     return pick(
         loaded,
         model_map,

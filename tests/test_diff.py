@@ -7,49 +7,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import zoo
-from remove_refusals.baking.memory import bake
 from remove_refusals.directions.direction import direction_from_vectors, save_direction
-from remove_refusals.errors import CheckpointError, DirectionError
+from remove_refusals.errors import DirectionError
 from remove_refusals.examination import diff
-from remove_refusals.models.checkpoint import INDEX_FILE, file_hashes, tensor_hashes
 from remove_refusals.types import DirectionOrigin
 from streaming import saved, streamed, taken_out
-
-
-@pytest.mark.parametrize(("model_type", "shards"), [("gemma3_text", "1GB"), ("mixtral", "60KB"), ("llama", "60KB")])
-def test_an_edit_is_taken_back_to_the_same_bytes(model_type, shards, tmp_path):
-    saved(tmp_path, model_type, shards=shards)
-    base = file_hashes(tmp_path / "base")
-    edited = streamed(tmp_path, taken_out())
-    written = {tensor.name for entry in edited.plan.entries for tensor in entry.on_disk}
-    found = restore(edited.directory, str(tmp_path / "base"))
-    after = file_hashes(edited.directory)
-    assert {name: after[name] for name in base} == base == file_hashes(tmp_path / "base")
-    # An untied file has one tensor more, so that it is replaced as a whole.
-    assert set(found.tensors) == (set() if found.files else written)
-    assert bool(found.files) is (model_type == "gemma3_text")
-    assert (edited.directory / RECORD).is_file() and not (edited.directory / "ablation.json").exists()
-
-
-def test_other_shards_give_way_to_the_bases(tmp_path):
-    loaded = saved(tmp_path, "llama", shards="60KB")
-    edited = bake(loaded, taken_out(), tmp_path / "edited")
-    assert not (edited.directory / INDEX_FILE).exists()
-    assert restore(edited.directory, str(tmp_path / "base")).removed == ("model.safetensors",)
-    assert tensor_hashes(edited.directory) == tensor_hashes(tmp_path / "base")
-
-
-def test_another_base_is_refused_before_a_byte_is_written(tmp_path):
-    saved(tmp_path, "llama")
-    edited = streamed(tmp_path, taken_out())
-    before = file_hashes(edited.directory)
-    shutil.copytree(tmp_path / "base", tmp_path / "other")
-    path = tmp_path / "other" / "model.safetensors"
-    save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
-    for other in (tmp_path / "other", edited.directory, tmp_path / "missing"):
-        with pytest.raises(CheckpointError, match=r"other|itself|missing"):
-            restore(edited.directory, str(other))
-    assert file_hashes(edited.directory) == before
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "mixtral"])
@@ -95,6 +57,4 @@ def test_the_commands(tmp_path, command):
     pair = (tmp_path / "base", tmp_path / "streamed")
     said = command("diff", *pair, "--direction", tmp_path / "direction.safetensors").out
     assert "9 tensors differ" in said and "along the direction" in said
-    assert "all hashes are the base's" in command("restore", pair[1], "--base", pair[0]).out
-    assert command("diff", *pair).out.startswith("0 tensors differ")
-    assert command("restore", pair[1], "--base", pair[0]).code == 2
+    assert command("diff", pair[0], pair[0]).out.startswith("0 tensors differ")

@@ -159,7 +159,7 @@ def test_row_norms_put_the_direction_back(shape):
     assert linalg.share_left(edited, weight, basis, -2) > 0.05
 
 
-@pytest.mark.parametrize("variant", linalg.VARIANTS)
+@pytest.mark.parametrize("variant", ("plain", "norm-preserving"))
 @pytest.mark.parametrize(("shape", "axis"), [((4, 0), 0), ((0, 4), 1)])
 def test_a_tensor_without_numbers_stays_without(variant, shape, axis):
     basis = linalg.orthonormal_basis(torch.ones(4, 1))
