@@ -10,11 +10,15 @@ import platform
 import re
 import secrets
 import shutil
+import textwrap
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from remove_refusals.errors import NumericalError, OutputError, RemoveRefusalsError
 
@@ -386,45 +390,119 @@ def _write_bytes(path: Path, content: bytes, *, force: bool) -> None:
         staging.write_bytes(content)
 
 
+class Record(BaseModel):
+    """What is written to disk and read back: frozen, strict about its fields, and what is None is left out."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """Give it as JSON, without what was not measured."""
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+    def write(self, path: Path, *, force: bool = False) -> None:
+        """Write it as indented JSON, whole or not at all."""
+        write_json(path, self.to_json(), force=force)
+
+    @classmethod
+    def read(cls, path: Path, *, error: type[RemoveRefusalsError]) -> Self:
+        """Read it back.
+
+        Raises:
+            RemoveRefusalsError: Of the given type, if the file cannot be read or is not such a record.
+        """
+        return cls.of(read_json(path, error=error), path, error=error)
+
+    @classmethod
+    def of(cls, data: object, source: object, *, error: type[RemoveRefusalsError]) -> Self:
+        """Check data that was read from `source`, which the error names."""
+        try:
+            return cls.model_validate(data, strict=False)
+        except ValidationError as cause:
+            first = cause.errors()[0]
+            place = ".".join(map(str, first["loc"])) or "the top"
+            raise error(
+                f"The record {source} has at {place} {_shortened(first['input'])} ({first['msg']}), expected what this "
+                "version writes; make it again."
+            ) from cause
+
+
+def _shortened(value: object) -> str:
+    return textwrap.shorten(repr(value), 80, placeholder=" …")
+
+
 Found = TypeVar("Found")
 
 
-STAGES, TRIALS = "stages.jsonl", "trials.log"
-"""The files in a journal's directory: the stages, and what the search by trials keeps for itself."""
+STAGES = "stages.jsonl"
+"""The log in a journal's directory."""
+
+
+class Log:
+    """Lines of JSON that outlive a kill: each is on the disk before the next; half a line at the end is cut off."""
+
+    def __init__(self, path: Path, error: type[RemoveRefusalsError] = OutputError) -> None:
+        """Read what is there; the file is made with the first line.
+
+        Raises:
+            RemoveRefusalsError: Of the given type, if the file cannot be read or written, or holds something else.
+        """
+        self.path, self._error, self._lock = path, error, threading.Lock()
+        self.entries: list[dict[str, Any]] = []
+        try:
+            content = path.read_bytes() if path.exists() else b""
+            whole = content[: content.rfind(b"\n") + 1]
+            if len(whole) < len(content):
+                os.truncate(path, len(whole))
+            self.entries += map(json.loads, whole.splitlines())
+        except (OSError, ValueError) as cause:
+            raise error(
+                f"The log {path} cannot be used ({cause}), expected that of an earlier run or a place that can be "
+                "written to; remove it, or name another one."
+            ) from cause
+
+    def append(self, entry: dict[str, Any]) -> None:
+        """Add a line and wait until it is on the disk; threads may do so at once.
+
+        Raises:
+            RemoveRefusalsError: Of the type given at the start, if it cannot be written.
+        """
+        try:
+            with self._lock:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with self.path.open("a", encoding="utf-8", newline="\n") as file:
+                    file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+                self.entries.append(entry)
+        except OSError as cause:
+            raise self._error(
+                f"The log {self.path} cannot be written ({cause.strerror}), expected room for it; free some space, or "
+                "choose another disk."
+            ) from cause
 
 
 class Journal:
-    """Results by what they depend on: one line of JSON for each, on the disk before the next stage begins.
+    """Results by what they depend on: a line of a log for each, on the disk before the next stage begins.
 
     A result is found again only under the same name, inputs and context; everything else is computed. Without a
     directory nothing is kept.
     """
 
     def __init__(self, directory: Path | None = None, context: str = "") -> None:
-        """Open a journal; the half of a line that a killed job may have left at its end is cut off.
-
-        Args:
-            directory: Where it is kept; it is made with the first result. None keeps nothing.
-            context: What all results depend on, for example the model's fingerprint.
+        """Open the journal in a directory, which is made with the first result; None keeps nothing.
 
         Raises:
             OutputError: If the directory cannot be read or written, or holds something else.
         """
         self.directory, self.context = directory, context
-        self._kept: dict[str, Any] = {}
-        if directory is not None:
-            try:
-                self._read(directory / STAGES)
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise OutputError(
-                    f"The journal {directory} cannot be used ({error}), expected that of an earlier run or a new "
-                    "directory that can be written to; remove it, or name another one."
-                ) from error
-
-    @property
-    def trials(self) -> Path | None:
-        """The file for the trials of a search that keeps its own."""
-        return None if self.directory is None else self.directory / TRIALS
+        self._log = None if directory is None else Log(directory / STAGES)
+        try:
+            self._kept = {entry["key"]: entry["value"] for entry in (self._log.entries if self._log else ())}
+        except (KeyError, TypeError) as cause:
+            raise OutputError(
+                f"The journal {directory} holds a line without {cause}, expected that of an earlier run; remove it, or "
+                "name another one."
+            ) from cause
 
     def within(self, context: str) -> "Journal":
         """Give the same journal for results that depend on `context` too."""
@@ -445,49 +523,21 @@ class Journal:
         pack: Callable[[Found], Any],
         unpack: Callable[[Any], Found],
     ) -> Found:
-        """Give a result: the one that was kept, or a new one that is kept from now on.
+        """Give the result that was kept for the name and inputs, or compute one and keep it.
 
-        Args:
-            name: What it is.
-            inputs: What it depends on beside the journal's context, as JSON can hold it.
-            compute: Makes a new one.
-            pack: Turns it into what JSON can hold.
-            unpack: The reverse of `pack`.
+        `pack` turns it into what JSON can hold, and `unpack` is the reverse.
 
         Raises:
             OutputError: If it cannot be written.
         """
-        if self.directory is None:
+        if self._log is None:
             return compute()
         content = json.dumps([self.context, name, inputs], ensure_ascii=False)
         key = hashlib.sha256(content.encode()).hexdigest()
         if key in self._kept:
             return unpack(self._kept[key])
         found = compute()
-        self._write(self.directory / STAGES, {"key": key, "name": name, "value": pack(found)})
+        value = pack(found)
+        self._log.append({"key": key, "name": name, "value": value})
+        self._kept[key] = value
         return found
-
-    def _read(self, path: Path) -> None:
-        if not path.exists():
-            return
-        content = path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
-            path.write_bytes(whole)
-        for line in whole.splitlines():
-            entry = json.loads(line)
-            self._kept[entry["key"]] = entry["value"]
-
-    def _write(self, path: Path, entry: dict[str, Any]) -> None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8", newline="\n") as file:
-                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise OutputError(
-                f"The journal {path} cannot be written ({error.strerror}), expected room for it; free some space, or "
-                "choose another disk."
-            ) from error
-        self._kept[entry["key"]] = entry["value"]

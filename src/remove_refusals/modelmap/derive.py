@@ -8,6 +8,7 @@ that itself passes through something, is noted as a leak: no weight edit is exac
 
 import inspect
 import re
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -33,8 +34,12 @@ _N_TOKENS = 7
 _STATES = ("cross_attention_states", "encoder_hidden_states", "encoder_outputs")
 
 
+_MAPS: "weakref.WeakKeyDictionary[PreTrainedModel, tuple[object, ModelMap]]" = weakref.WeakKeyDictionary()
+"""The maps of models that are still there, each with the shape that the model had."""
+
+
 def map_model(model: PreTrainedModel) -> ModelMap:
-    """Derive the sites and writers of a causal language model.
+    """Derive the sites and writers of a causal language model; of one that is known already, remember them.
 
     Args:
         model: A Transformers causal language model; its weights are not read and it is left as it is.
@@ -46,9 +51,15 @@ def map_model(model: PreTrainedModel) -> ModelMap:
         ArchitectureError: If the layers cannot be found, the forward pass cannot be traced, or a parameter inside a
             layer has an axis of width d_model and was never used.
     """
+    shape = [(name, id(value), tuple(value.shape)) for name, value in model.named_parameters(remove_duplicate=False)]
+    known = _MAPS.get(model)
+    if known is not None and known[0] == shape:
+        return known[1]
     # Under inference mode operations on the meta device are not seen one by one.
     with torch.inference_mode(False):
-        return _map(model)
+        found = _map(model)
+    _MAPS[model] = shape, found
+    return found
 
 
 def _map(model: PreTrainedModel) -> ModelMap:

@@ -25,7 +25,7 @@ from transformers.utils import logging
 from remove_refusals.errors import ModelError
 from remove_refusals.models.checkpoint import FLOAT_DTYPES, INDEX_FILE, SINGLE_FILE, checkpoint_tensors
 from remove_refusals.models.source import cached_commit, check_trust, model_source
-from remove_refusals.settings import LoadSettings
+from remove_refusals.settings import ChatFormat, LoadSettings
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +41,8 @@ class LoadedModel:
         checkpoint_dtype: The data type of the saved weights, which `model.dtype` need not be; None if unknown.
         unused_tensors: Names of tensors in the checkpoint that the model has no place for, sorted.
         trust_remote_code: Whether code that comes with the checkpoint may be run.
+        chat: How prompts are put before it.
+        batch_size: How many prompts are run at once; None is automatic.
     """
 
     model: Model
@@ -50,6 +52,8 @@ class LoadedModel:
     checkpoint_dtype: torch.dtype | None = None
     unused_tensors: tuple[str, ...] = ()
     trust_remote_code: bool = False
+    chat: ChatFormat = ChatFormat()
+    batch_size: int | None = None
 
     @property
     def device(self) -> torch.device:
