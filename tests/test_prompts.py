@@ -199,7 +199,7 @@ def test_missing_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package:
     write_parquet(tmp_path / "a.parquet", {"text": ["x"]})
     # None in this table is how Python itself marks a package that must not be imported.
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(PromptError, match=rf"package {package}, which is not installed.*remove-refusals\[data\]"):
+    with pytest.raises(PromptError, match=rf"package {package} is missing.*remove-refusals\[data\]"):
         load_prompts(source, name="p")
 
 

@@ -4,6 +4,9 @@ Every message is one sentence: what was found (with its name and value), what wa
 The command turns any of these into that sentence on standard error and `exit_code`, without a traceback.
 """
 
+from importlib import import_module
+from typing import Any
+
 
 class RemoveRefusalsError(Exception):
     """Anything this library refuses to do, with a message for the user."""
@@ -67,3 +70,19 @@ class ConfigurationError(RemoveRefusalsError):
 
 class HubError(RemoveRefusalsError):
     """A directory is not to be shared as it is, or the hub does not take it or cannot be reached."""
+
+
+def require_package(
+    name: str, extra: str, purpose: str, error: type[RemoveRefusalsError], at_least: tuple[int, ...] = ()
+) -> Any:
+    """Import a package, or a module of it, that only an extra brings along."""
+    package = name.partition(".")[0]
+    remedy = f"expected for {purpose}; install it with `pip install 'remove-refusals[{extra}]'`."
+    try:
+        module = import_module(name)
+    except ImportError as cause:
+        raise error(f"The package {package} is missing, {remedy}") from cause
+    if at_least and tuple(map(int, module.__version__.split(".")[: len(at_least)])) < at_least:
+        wanted = ".".join(map(str, at_least))
+        raise error(f"The package {package} is of version {module.__version__}, at least {wanted} {remedy}")
+    return module

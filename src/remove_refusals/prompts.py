@@ -6,10 +6,11 @@ import io
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 
-from remove_refusals.errors import PromptError
+from remove_refusals.errors import PromptError, require_package
 from remove_refusals.settings import PromptSource
 from remove_refusals.types import PromptSet
 
@@ -337,11 +338,8 @@ def read_csv(path: Path, column: str | None) -> tuple[Values, str]:
 
 def read_parquet(path: Path, column: str | None) -> tuple[Values, str]:
     """Read one column of a Parquet file. Needs pyarrow; otherwise as `read_json`."""
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise _missing_package("pyarrow", path) from error
+    pyarrow = require_package("pyarrow", "data", f"the prompts {path}", PromptError)
+    parquet = import_module("pyarrow.parquet")
     try:
         chosen = choose_column(parquet.read_schema(path).names, column, path)
         values = parquet.read_table(path, columns=[chosen]).column(chosen).to_pylist()
@@ -367,10 +365,7 @@ def read_data_set(source: str, column: str | None, split: str) -> tuple[Values, 
     Raises:
         PromptError: If the data set cannot be loaded or lacks the split or the column.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise _missing_package("datasets", source) from error
+    datasets = require_package("datasets", "data", f"the prompts {source}", PromptError)
     identifier, _, configuration = source.partition(":")
     try:
         rows = datasets.load_dataset(identifier, configuration or None, split=split)
@@ -471,13 +466,6 @@ def _parsed(text: str, path: Path, place: str | None = None) -> object:
             f"The prompts {path} are not JSON that can be read ({error}), expected a list of prompts; correct the file."
         ) from error
     return value
-
-
-def _missing_package(package: str, source: object) -> PromptError:
-    return PromptError(
-        f"The prompts {source} need the package {package}, which is not installed, expected the extra `data`; install "
-        "it with `pip install 'remove-refusals[data]'`."
-    )
 
 
 def _first_line(error: BaseException) -> str:

@@ -10,14 +10,13 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from remove_refusals.baking.base import BaseModel, Carried, ablation_record, plan_for
 from remove_refusals.baking.lora import LowRank, check_low_rank, low_rank
 from remove_refusals.directions import EditPlan, PlanEntry
-from remove_refusals.errors import ArchitectureError, OutputError
+from remove_refusals.errors import ArchitectureError, OutputError, require_package
 from remove_refusals.files import atomic_file
 from remove_refusals.modelmap import DiskTensor, ModelMap, Writer
 from remove_refusals.settings import Tied, Variant
@@ -162,7 +161,7 @@ def write_gguf_lora(adapter: GgufLora, path: Path, *, name: str, base: str, reco
         base: What the base model is called in its metadata.
         record: JSON that says how it was made, kept under `remove_refusals.ablation`.
     """
-    gguf = gguf_package()
+    gguf = require_package("gguf", "gguf", "GGUF files", OutputError)
     writer = gguf.GGUFWriter(path, adapter.architecture)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
@@ -233,21 +232,6 @@ ARCHITECTURES = {
 }
 
 
-def gguf_package() -> Any:
-    """Import the `gguf` package.
-
-    Raises:
-        OutputError: If it is not installed.
-    """
-    try:
-        import gguf
-    except ImportError as error:
-        raise OutputError(
-            "The package 'gguf' is not installed, expected it for GGUF files; install the extra, remove-refusals[gguf]."
-        ) from error
-    return gguf
-
-
 def architecture_of(model_type: str) -> str:
     """Give the architecture of a model type in GGUF files.
 
@@ -262,7 +246,10 @@ def architecture_of(model_type: str) -> str:
         OutputError: If the `gguf` package is not installed.
     """
     found = ARCHITECTURES.get(model_type)
-    if found is None or found not in gguf_package().MODEL_ARCH_NAMES.values():
+    if (
+        found is None
+        or found not in require_package("gguf", "gguf", "GGUF files", OutputError).MODEL_ARCH_NAMES.values()
+    ):
         raise ArchitectureError(
             f"Model type '{model_type}' has no known architecture in GGUF files, expected one of "
             f"{', '.join(sorted(ARCHITECTURES))}; save the edited weights and convert those instead."
@@ -283,7 +270,7 @@ class GgufNames:
             ArchitectureError: As from `architecture_of`.
             OutputError: As from `architecture_of`.
         """
-        gguf = gguf_package()
+        gguf = require_package("gguf", "gguf", "GGUF files", OutputError)
         self.architecture = architecture_of(model_map.model_type)
         known = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == self.architecture)
         self._map = gguf.get_tensor_name_map(known, model_map.n_layers)

@@ -25,7 +25,7 @@ from remove_refusals.directions import (
     PlanEntry,
     save_directions,
 )
-from remove_refusals.errors import ArchitectureError, ModelError, OutputError
+from remove_refusals.errors import ArchitectureError, ModelError, OutputError, require_package
 from remove_refusals.files import atomic_directory, write_json
 from remove_refusals.formula import project_out
 from remove_refusals.modelmap import ModelMap, skeleton
@@ -437,23 +437,9 @@ def is_bias(entry: PlanEntry) -> bool:
     return len(entry.shape) == 1 or "bias" in entry.parameter.rpartition(".")[2]
 
 
-def check_installed() -> None:
-    """Check that PEFT is there.
-
-    Raises:
-        OutputError: If it is not, or too old to lay out experts as adapters here do.
-    """
-    from importlib import metadata
-
-    try:
-        version = metadata.version("peft")
-    except metadata.PackageNotFoundError:
-        version = "none"
-    if version == "none" or tuple(map(int, version.split(".")[:2])) < (0, 19):
-        raise OutputError(
-            f"The installed version of PEFT is {version}, expected at least 0.19 to check an adapter with; install "
-            "the extra, remove-refusals[adapters]."
-        )
+def check_installed() -> Any:
+    """Give PEFT, which before 0.19 lays out experts in another way."""
+    return require_package("peft", "adapters", "adapters", OutputError, at_least=(0, 19))
 
 
 def check_loads(model: PreTrainedModel, directory: Path) -> None:
@@ -466,15 +452,14 @@ def check_loads(model: PreTrainedModel, directory: Path) -> None:
     Raises:
         ArchitectureError: If PEFT would pass a tensor by or refuses the adapter; the message names what it is about.
     """
-    from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
-
+    peft = check_installed()
     tensors = safetensors.torch.load_file(directory / "adapter_model.safetensors")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            config = PeftConfig.from_pretrained(directory)
-            adapted = get_peft_model(skeleton(model), config, low_cpu_mem_usage=True)
-            result = set_peft_model_state_dict(adapted, tensors, low_cpu_mem_usage=True)
+            config = peft.PeftConfig.from_pretrained(directory)
+            adapted = peft.get_peft_model(skeleton(model), config, low_cpu_mem_usage=True)
+            result = peft.set_peft_model_state_dict(adapted, tensors, low_cpu_mem_usage=True)
         except (ValueError, RuntimeError, KeyError) as error:
             raise ArchitectureError(
                 f"PEFT refuses an adapter of model type '{model.config.model_type}' "
@@ -511,9 +496,7 @@ def with_adapter(base: LoadedModel, directory: Path) -> LoadedModel:
         ModelError: If the base is quantised, or the adapter does not fit it.
         OutputError: If PEFT is not installed.
     """
-    check_installed()
-    from peft import PeftModel
-
+    peft = check_installed()
     model = base.model
     if any(not parameter.is_floating_point() for parameter in model.parameters()):
         raise ModelError(
@@ -527,7 +510,7 @@ def with_adapter(base: LoadedModel, directory: Path) -> LoadedModel:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            merged = PeftModel.from_pretrained(model, directory).merge_and_unload()
+            merged = peft.PeftModel.from_pretrained(model, directory).merge_and_unload()
         except (ValueError, RuntimeError, KeyError, OSError) as error:
             reason = str(error).strip().splitlines()[0].rstrip(".:")
             raise ModelError(

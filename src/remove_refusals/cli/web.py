@@ -11,7 +11,7 @@ from importlib import resources
 from typing import Any
 
 from remove_refusals.directions import ablated, middle_direction, project_tokens, scaled
-from remove_refusals.errors import ModelError
+from remove_refusals.errors import ModelError, require_package
 from remove_refusals.modelmap import ModelMap
 from remove_refusals.models import LoadedModel, render, render_conversation, stream
 from remove_refusals.settings import SITE_KINDS, ChatFormat, SiteKind
@@ -177,13 +177,7 @@ def build_page(page: Page) -> Any:
     """
     # Nothing is sent anywhere: not Gradio's own statistics either.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    try:
-        import gradio
-    except ImportError as error:
-        raise ModelError(
-            "The command ui found no package gradio, expected it to be installed; run "
-            "`pip install 'remove-refusals[ui]'`."
-        ) from error
+    gradio = require_package("gradio", "ui", "the command ui", ModelError)
     last = page.model_map.n_layers - 1
     with gradio.Blocks(title="remove-refusals", analytics_enabled=False) as blocks:
         gradio.Markdown(f"## {page.source.model}: as it is, and with the direction taken out")

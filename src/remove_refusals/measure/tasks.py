@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from remove_refusals.errors import ModelError, PromptError
+from remove_refusals.errors import ModelError, PromptError, require_package
 from remove_refusals.measure.divergence import Context
 from remove_refusals.measure.statistics import Mean, PairedDifference, mean_with_interval, paired_difference
 from remove_refusals.models import LoadedModel
@@ -78,15 +78,9 @@ def run_tasks(
         ModelError: If lm-evaluation-harness is not installed, does not know a task, or cannot run one.
         PromptError: If a task has no metric that can be compared sample by sample.
     """
-    try:
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise ModelError(
-            "The option tasks found no package lm_eval, expected it to be installed; run "
-            "`pip install 'remove-refusals[tasks]'`."
-        ) from error
+    lm_eval_tasks = require_package("lm_eval.tasks", "tasks", "the option tasks", ModelError)
     with _quietly():
-        manager = TaskManager(include_path=str(directory) if directory is not None else None)
+        manager = lm_eval_tasks.TaskManager(include_path=str(directory) if directory is not None else None)
         unknown = sorted(set(tasks) - set(manager.all_tasks))
         if unknown:
             raise ModelError(

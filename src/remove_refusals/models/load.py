@@ -1,13 +1,12 @@
 """Load a model and its tokenizer, or say in one sentence why that is not possible."""
 
 import hashlib
-import importlib.util
 import json
 import pickle
 import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from remove_refusals.errors import ModelError
+from remove_refusals.errors import ModelError, require_package
 from remove_refusals.models.checkpoint import FLOAT_DTYPES, INDEX_FILE, SINGLE_FILE, checkpoint_tensors
 from remove_refusals.models.source import cached_commit, check_trust, model_source
 from remove_refusals.settings import ChatFormat, LoadSettings
@@ -52,7 +51,7 @@ class LoadedModel:
     checkpoint_dtype: torch.dtype | None = None
     unused_tensors: tuple[str, ...] = ()
     trust_remote_code: bool = False
-    chat: ChatFormat = ChatFormat()
+    chat: ChatFormat = field(default_factory=ChatFormat)
     batch_size: int | None = None
 
     @property
@@ -204,10 +203,7 @@ def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
 
 
 def _four_bit(compute: torch.dtype) -> BitsAndBytesConfig:
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ModelError(
-            "The package bitsandbytes is missing, expected for 4-bit loading; pip install 'remove-refusals[4bit]'."
-        )
+    require_package("bitsandbytes", "4bit", "4-bit loading", ModelError)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
 
 
