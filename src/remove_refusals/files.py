@@ -10,6 +10,7 @@ import platform
 import re
 import secrets
 import shutil
+import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,13 +23,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from remove_refusals.errors import NumericalError, OutputError, RemoveRefusalsError
 
+if sys.platform != "win32":
+    import fcntl
+
 MODEL_FILES = ("config.json", "ablation.json", "adapter_config.json", "scores.json", "analysis.json")
 """A directory that holds one of these is a model's or a measurement's and may be replaced by force; others may not."""
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EBUSY)
 
 
@@ -36,20 +38,8 @@ _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAME
 def atomic_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
     """Give a temporary directory beside `target` that becomes `target` when the block ends without an exception.
 
-    On any exception, Ctrl-C included, the temporary directory is removed and `target` is as it was. The files are
-    flushed to the disk before the rename. With `force`, an old `target` is set aside by a rename, the new one renamed
-    into its place, and only then is the old one deleted.
-
-    Args:
-        target: The directory to make; missing parents are made too, and removed again on failure.
-        force: Whether an existing directory is replaced; one that is neither empty nor a model's never is.
-
-    Yields:
-        The temporary directory, empty. Its name is a dot, the target's name, and the number of this process.
-
-    Raises:
-        OutputError: If `target` exists and `force` is not given, if it may not be replaced, or if it cannot be
-            written because the disk is full, read-only, or closed to this user.
+    On any exception, Ctrl-C included, it is removed, with the parents made for it, and `target` is as it was. With
+    `force` an old `target` that is empty or a model's is set aside by a rename, and deleted after the new one's.
     """
     with _staged(target, force=force, directory=True) as staging:
         staging.mkdir()
@@ -59,18 +49,7 @@ def atomic_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def atomic_file(target: Path, *, force: bool = False) -> Iterator[Path]:
-    """Give a temporary path beside `target`; the file written there becomes `target` when the block ends well.
-
-    Args:
-        target: The file to make; missing parents are made too, and removed again on failure.
-        force: Whether an existing file is replaced.
-
-    Yields:
-        The temporary path, with the suffix of `target`; nothing lies there yet.
-
-    Raises:
-        OutputError: As for `atomic_directory`; a directory is never replaced by a file.
-    """
+    """Give a temporary path beside `target`, of its suffix, whose file becomes `target` if the block ends well."""
     with _staged(target, force=force, directory=False) as staging:
         yield staging
         _flush(staging)
@@ -81,18 +60,7 @@ def resumable_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
     """Give a directory beside `target` that becomes `target` when the block ends well, and stays if it does not.
 
     The same call finds it again, with what was written, whatever ended the process. Where nothing was written yet it
-    is removed. The files are flushed to the disk before the rename.
-
-    Args:
-        target: The directory to make; missing parents are made too.
-        force: Whether an existing directory is replaced; one that is neither empty nor a model's never is.
-
-    Yields:
-        The directory; its name is a dot, the target's name, and `.partial`.
-
-    Raises:
-        OutputError: As for `atomic_directory`, or if another process is writing there.
-        KeyboardInterrupt: If it is interrupted; a note names the directory, if something was written.
+    is removed.
     """
     target = Path(os.path.realpath(target.expanduser()))
     staging = target.parent / f".{target.name}.partial"
@@ -123,13 +91,11 @@ def resumable_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
     """Keep other processes that would write the same directory out; the system frees it if this one is killed."""
-    # Not on every system, and nothing else needs it.
-    import fcntl
-
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if sys.platform != "win32":
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise OutputError(
                 f"The unfinished output {directory} is being written by another process, expected none; wait for it "
@@ -164,11 +130,6 @@ def _staged(target: Path, *, force: bool, directory: bool) -> Iterator[Path]:
 
 def check_target(target: Path, *, force: bool, directory: bool) -> None:
     """Check that an output may be made at a place, without making anything.
-
-    Args:
-        target: The file or directory to be made.
-        force: Whether an existing one is replaced.
-        directory: Whether it is a directory.
 
     Raises:
         OutputError: If it exists and `force` is not given, or is not replaced even so: a file for a directory, the
@@ -297,11 +258,7 @@ _PACKAGES = ("remove-refusals", "torch", "transformers", "safetensors")
 
 
 def versions() -> dict[str, str]:
-    """Say which versions are running.
-
-    Returns:
-        The versions of Python, this package, torch, transformers and safetensors; one that is not installed is absent.
-    """
+    """Give the versions of Python and of the packages that decide a result; one that is not installed is absent."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -315,31 +272,20 @@ def versions() -> dict[str, str]:
 def write_json(path: Path, data: object, *, force: bool = False) -> None:
     """Write JSON in UTF-8 with the keys in the order given, indented by 2, ending in a newline; whole or not at all.
 
-    Args:
-        path: The file to write.
-        data: Dictionaries with string keys, lists, tuples, strings, numbers, booleans and None.
-        force: Whether an existing file is replaced.
-
     Raises:
         NumericalError: If a number is NaN or infinite; the message says where it is.
-        OutputError: If the file exists and `force` is not given, or cannot be written.
     """
     _check_finite(data, path, "$")
     text = json.dumps(data, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
-    _write_bytes(path, text.encode(), force=force)
+    with atomic_file(path, force=force) as staging:
+        staging.write_text(text, encoding="utf-8", newline="\n")
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, object]], *, force: bool = False) -> None:
-    """Write one JSON object a line in UTF-8, in the order given; whole or not at all.
-
-    Args:
-        path: The file to write.
-        rows: The objects; they are written as they come, so a generator need not fit in memory.
-        force: Whether an existing file is replaced.
+    """Write JSON Lines; the rows are written as they come, so a generator need not fit in memory.
 
     Raises:
         NumericalError: If a number is NaN or infinite; the message says in which row.
-        OutputError: If the file exists and `force` is not given, or cannot be written.
     """
     with atomic_file(path, force=force) as staging, staging.open("w", encoding="utf-8", newline="\n") as file:
         for number, row in enumerate(rows, start=1):
@@ -349,13 +295,6 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, object]], *, force: bool
 
 def read_json(path: Path, *, error: type[RemoveRefusalsError]) -> object:
     """Read a JSON file in UTF-8.
-
-    Args:
-        path: The file.
-        error: The type to raise, which depends on what the file is for.
-
-    Returns:
-        What it holds.
 
     Raises:
         RemoveRefusalsError: Of the given type, if the file cannot be read or is not JSON in UTF-8.
@@ -383,11 +322,6 @@ def _check_finite(data: object, path: Path, place: str) -> None:
     elif isinstance(data, (list, tuple)):
         for index, value in enumerate(data):
             _check_finite(value, path, f"{place}[{index}]")
-
-
-def _write_bytes(path: Path, content: bytes, *, force: bool) -> None:
-    with atomic_file(path, force=force) as staging:
-        staging.write_bytes(content)
 
 
 class Record(BaseModel):
