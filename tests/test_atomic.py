@@ -259,7 +259,7 @@ def test_interrupt_in_the_middle_of_another_process(tmp_path: Path) -> None:
     script = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from remove_refusals.atomic import atomic_directory\n"
+        "from remove_refusals.files import atomic_directory\n"
         "with atomic_directory(Path(sys.argv[1]), force=True) as staging:\n"
         "    with (staging / 'weights').open('wb') as file:\n"
         "        file.write(bytes(100_000))\n"
