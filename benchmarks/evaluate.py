@@ -18,7 +18,8 @@ from remove_refusals.measure.evaluate import EvaluationPrompts, evaluate
 from remove_refusals.models.batches import first_batch_size, left_pad, longest_first
 from remove_refusals.models.chat_template import render
 from remove_refusals.models.load import LoadedModel, load
-from remove_refusals.settings import EvaluationSettings, PromptSource
+from remove_refusals.prompts import prompts_from
+from remove_refusals.settings import MeasureSettings, PromptSource
 from remove_refusals.types import PromptSet
 
 
@@ -68,11 +69,11 @@ def main() -> None:
         return PromptSet(prompts.name, prompts.prompts[: options.n_test], prompts.source)
 
     prompts = EvaluationPrompts(
-        first(PromptSource(options.harmful_test).load("harmful", "harmful_test")),
-        first(PromptSource(options.harmless_test).load("harmless", "harmless_test")),
-        first(PromptSource(options.alarming_test).load("alarming", "harmless_alarming")),
+        first(prompts_from(PromptSource(source=options.harmful_test), "harmful", "harmful_test")),
+        first(prompts_from(PromptSource(source=options.harmless_test), "harmless", "harmless_test")),
+        first(prompts_from(PromptSource(source=options.alarming_test), "alarming", "harmless_alarming")),
     )
-    settings = EvaluationSettings(max_new_tokens=options.max_new_tokens)
+    settings = MeasureSettings(max_new_tokens=options.max_new_tokens)
     bare, ours = [], []
     for _ in range(options.repeats):
         bare.append(

@@ -22,11 +22,11 @@ from remove_refusals.measure.judges.labels import Label
 from remove_refusals.modelmap.derive import map_model
 from remove_refusals.modelmap.types import ModelMap
 from remove_refusals.models.load import LoadedModel, load
-from remove_refusals.prompts import check_disjoint
+from remove_refusals.prompts import check_disjoint, prompts_from
 from remove_refusals.search.candidates import Candidate, hypervolume
 from remove_refusals.search.references import References, confirm, references
 from remove_refusals.search.search import SearchPrompts, select, split_for_search
-from remove_refusals.settings import AnswerSettings, PromptSource, SelectSettings
+from remove_refusals.settings import MeasureSettings, PromptSource, SelectSettings
 from remove_refusals.types import PromptSet
 
 WORST = (1.0, 1.0)
@@ -59,12 +59,12 @@ def main() -> None:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Search with each seed and measure the picks."""
-    harmful = PromptSource(options.harmful).load("harmful", "harmful_train")
-    harmless = PromptSource(options.harmless).load("harmless", "harmless_train")
+    harmful = prompts_from(PromptSource(source=options.harmful), "harmful", "harmful_train")
+    harmless = prompts_from(PromptSource(source=options.harmless), "harmless", "harmless_train")
     tests = EvaluationPrompts(
-        PromptSource(options.harmful_test).load("harmful", "harmful_test"),
-        PromptSource(options.harmless_test).load("harmless", "harmless_test"),
-        PromptSource(options.alarming_test).load("alarming", "harmless_alarming"),
+        prompts_from(PromptSource(source=options.harmful_test), "harmful", "harmful_test"),
+        prompts_from(PromptSource(source=options.harmless_test), "harmless", "harmless_test"),
+        prompts_from(PromptSource(source=options.alarming_test), "alarming", "harmless_alarming"),
     ).by_name()
     check_disjoint(harmful, harmless, *tests.values())
     loaded = load(options.model, dtype=options.dtype)
@@ -72,12 +72,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     results: dict[str, Any] = {"method": options.method, "seeds": []}
     own: dict[str, References] = {}
     for seed in map(int, options.seeds.split(",")):
-        settings = SelectSettings(method=options.method, seed=seed, n_trials=options.trials)
+        settings = SelectSettings(method=options.method, seed=seed)
         prompts = split_for_search(harmful, harmless, 32, settings)
         result = search(loaded, model_map, prompts, settings, options)
         if not own:
             own = {
-                name: references(loaded, first(part, options.n_test), AnswerSettings()) for name, part in tests.items()
+                name: references(loaded, first(part, options.n_test), MeasureSettings()) for name, part in tests.items()
             }
         result["test"] = measure(loaded, model_map, result.pop("pick"), own)
         results["seeds"].append(result)
@@ -125,7 +125,7 @@ def search(
 
 def measure(loaded: LoadedModel, model_map: ModelMap, pick: Candidate, own: dict[str, References]) -> dict[str, Any]:
     """What a pick does on test prompts, beside what the base model does."""
-    answers = AnswerSettings()
+    answers = MeasureSettings()
     found = confirm(loaded, pick.intervention, model_map, own["harmful"], own["harmless"], answers)
     alarming = confirm(loaded, pick.intervention, model_map, own["alarming"], own["alarming"], answers)
     base = {

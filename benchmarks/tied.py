@@ -20,7 +20,6 @@ from remove_refusals.settings import (
     ChatFormat,
     DirectionSettings,
     EditSettings,
-    EvaluationSettings,
     MeasureSettings,
     PromptSource,
     Tied,
@@ -45,22 +44,24 @@ def main() -> None:
     model_map = map_model(loaded.model)
     print(f"tied in the base: {model_map.tied}")
     source = DirectionSettings(
-        PromptSource(options.harmful),
-        PromptSource(options.harmless),
+        harmful=PromptSource(source=options.harmful),
+        harmless=PromptSource(source=options.harmless),
         n_prompts=128,
         layer=options.layer or (first + last + 1) // 2,
         projected=True,
     )
     found = find_direction(loaded, source, chat=ChatFormat())
     measure = MeasureSettings(
-        PromptSource(options.harmful_test), PromptSource(options.harmless_test), n_test=options.n_test
+        harmful=PromptSource(source=options.harmful_test),
+        harmless=PromptSource(source=options.harmless_test),
+        n_test=options.n_test,
     )
     prompts = test_prompts(measure, found.prompts)
     prompts = EvaluationPrompts(prompts.harmful, prompts.harmless)
     embedding = make_intervention(found.direction, EditSettings(sites=("embedding",)), model_map)
     layers = make_intervention(found.direction, EditSettings(layers=(first, last), sites=SITE_KINDS[1:]), model_map)
     both = Intervention(embedding.directions, embedding.edits + layers.edits)
-    settings = EvaluationSettings(max_new_tokens=options.max_new_tokens, kl_tokens=options.max_new_tokens)
+    settings = MeasureSettings(max_new_tokens=options.max_new_tokens, kl_tokens=options.max_new_tokens)
     for name, intervention in (("embedding alone", embedding), (f"embedding and layers {options.layers}", both)):
         ways: tuple[Tied, ...] = ("untie", "both")
         for tied in ways:

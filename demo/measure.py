@@ -5,20 +5,14 @@ python demo/measure.py src/remove_refusals/data/demo
 
 import argparse
 
-from remove_refusals.directions.hooks import ablated
-from remove_refusals.measure.scores import Evaluation
-from remove_refusals.settings import EvaluationSettings
-from remove_refusals.measure.evaluate import evaluate
-from remove_refusals.modelmap.derive import map_model
-from remove_refusals.models.load import LoadedModel
-from remove_refusals.models.load import load
-from remove_refusals.settings import DirectionSettings
-from remove_refusals.settings import EditSettings
-from remove_refusals.settings import MeasureSettings
 from remove_refusals.directions.direction import find_direction
+from remove_refusals.directions.hooks import ablated
 from remove_refusals.directions.intervention import make_intervention
-from remove_refusals.measure.evaluate import test_prompts
-from remove_refusals.settings import ChatFormat
+from remove_refusals.measure.evaluate import evaluate, test_prompts
+from remove_refusals.measure.scores import Evaluation
+from remove_refusals.modelmap.derive import map_model
+from remove_refusals.models.load import LoadedModel, load
+from remove_refusals.settings import ChatFormat, DirectionSettings, EditSettings, EvaluationSettings, MeasureSettings
 
 DRAWS = ((32, 0), (32, 1), (32, 2), (32, 3), (32, 4), (8, 0), (128, 0))
 """How many prompts of each kind, and the seed that draws them."""

@@ -33,7 +33,9 @@ def make(loaded: LoadedModel) -> Make:
     sets = [draw(embedded_prompts(f"{name}_train"), 32, 0) for name in ("harmful", "harmless")]
     found = [collect_activations(loaded, part) for part in sets]
     direction, model_map = mean_difference(*found, layer=0.6), map_model(loaded.model)
-    return lambda strength, layers: make_intervention(direction, EditSettings(strength, layers), model_map)
+    return lambda strength, layers: make_intervention(
+        direction, EditSettings(strength=strength, layers=layers), model_map
+    )
 
 
 def talk(loaded: LoadedModel, make: Make | None, *lines: str, state: ChatState | None = None) -> list[str]:
@@ -122,7 +124,7 @@ def test_the_system_message_is_put_before_the_prompt() -> None:
     direction, model_map = direction_from_vectors(vector, DirectionOrigin("test")), map_model(loaded.model)
 
     def make(strength: float, layers: tuple[int, int] | None) -> object:
-        return make_intervention(direction, EditSettings(strength, layers), model_map)
+        return make_intervention(direction, EditSettings(strength=strength, layers=layers), model_map)
 
     found = talk(loaded, make, "/strength 0", "/system Answer.", PROMPT)  # type: ignore[arg-type]
     ids = render(loaded.tokenizer, [PROMPT], system_prompt="Answer.")

@@ -19,7 +19,7 @@ from remove_refusals.measure.scores import Evaluation
 from remove_refusals.modelmap.derive import map_model
 from remove_refusals.models.load import LoadedModel, load
 from remove_refusals.models.source import model_source
-from remove_refusals.settings import ChatFormat, DirectionSettings, EditSettings, EvaluationSettings, MeasureSettings
+from remove_refusals.settings import ChatFormat, DirectionSettings, EditSettings, MeasureSettings
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "demo"))
 
@@ -50,7 +50,7 @@ def compare(loaded: LoadedModel, n_prompts: int, seed: int, *, n_test: int | Non
         loaded,
         loaded,
         prompts,
-        EvaluationSettings(max_new_tokens=60),
+        MeasureSettings(max_new_tokens=60),
         edited_context=lambda: ablated(loaded.model, intervention, model_map=model_map),
     )
 

@@ -32,23 +32,24 @@ from remove_refusals.models.chat_template import render
 from remove_refusals.models.generate import generate
 from remove_refusals.models.load import LoadedModel
 from remove_refusals.report.words import table
-from remove_refusals.settings import ChatFormat, EvaluationSettings
+from remove_refusals.settings import ChatFormat, MeasureSettings
 from remove_refusals.types import PromptSet
 
 HARMFUL = PromptSet("harmful", ("Pick a lock?", "Forge a note?", "Cheat at cards?"), "test")
 HARMLESS = PromptSet("harmless", ("Name a colour.", "Why is it blue?", "Tell a joke.", "2 + 2."), "test")
 ALARMING = PromptSet("alarming", ("Kill a process?", "Shoot a film."), "test")
 PROMPTS = EvaluationPrompts(HARMFUL, HARMLESS, ALARMING)
-SETTINGS = EvaluationSettings(max_new_tokens=12, kl_tokens=5, batch_size=2)
+SETTINGS = MeasureSettings(max_new_tokens=12, kl_tokens=5)
 
 REFUSAL, ANSWER, ECHO = "I can't help with that.", "Here you are.", "again and "
 SPOKEN = (REFUSAL, ANSWER, ECHO)
-PLAIN = replace(SETTINGS, chat=ChatFormat(plain=True), max_new_tokens=20)
+PLAIN = SETTINGS.model_copy(update={"max_new_tokens": 20})
+"""For what `speaker` makes, which has no chat template."""
 
 
 @pytest.fixture(scope="module")
 def base() -> LoadedModel:
-    return LoadedModel(tiny.llama(), tiny.tokenizer(), "base")
+    return LoadedModel(tiny.llama(), tiny.tokenizer(), "base", batch_size=2)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def edited(base: LoadedModel) -> LoadedModel:
     with torch.no_grad():
         for parameter in model.model.layers.parameters():
             parameter.add_(0.03 * torch.randn_like(parameter))
-    return LoadedModel(model, tiny.tokenizer(), "edited")
+    return LoadedModel(model, tiny.tokenizer(), "edited", batch_size=2)
 
 
 def speaker(after: dict[str, str], source: str = "speaker", extra: Sequence[str] = ()) -> LoadedModel:
@@ -74,7 +75,7 @@ def speaker(after: dict[str, str], source: str = "speaker", extra: Sequence[str]
         for last, following in after.items():
             ids = tokenizer.convert_tokens_to_ids([last, following])
             model.lm_head.weight[ids[1]] += torch.nn.functional.normalize(embedding[ids[0]], dim=0)
-    return LoadedModel(model, tokenizer, source)
+    return LoadedModel(model, tokenizer, source, chat=ChatFormat(plain=True), batch_size=2)
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +132,8 @@ def test_distance_and_perplexity_equal_a_direct_computation(base: LoadedModel, e
 @pytest.mark.parametrize("batch_size", [1, 3, None])
 def test_batch_size_changes_nothing(base: LoadedModel, edited: LoadedModel, batch_size: int | None) -> None:
     expected = evaluate(base, edited, PROMPTS, SETTINGS)
-    found = evaluate(base, edited, PROMPTS, replace(SETTINGS, batch_size=batch_size))
+    pair = [replace(loaded, batch_size=batch_size) for loaded in (base, edited)]
+    found = evaluate(*pair, PROMPTS, SETTINGS)
     assert found.rows == expected.rows
     assert found.sets == expected.sets
     assert found.distance is not None and expected.distance is not None
@@ -150,7 +152,7 @@ def test_an_edit_in_a_context_is_measured_like_an_edited_model(base: LoadedModel
         finally:
             model.load_state_dict(original)
 
-    one = LoadedModel(model, base.tokenizer, "base")
+    one = LoadedModel(model, base.tokenizer, "base", batch_size=2)
     found = evaluate(one, one, PROMPTS, SETTINGS, edited_context=edit)
     assert replace(found, edited="edited") == evaluate(base, edited, PROMPTS, SETTINGS)
 
@@ -287,13 +289,18 @@ def test_nan_logits_name_the_prompt(base: LoadedModel) -> None:
     with torch.no_grad():
         model.model.embed_tokens.weight[tiny.VOCABULARY.index("W")] = float("nan")
     with pytest.raises(NumericalError, match=r"model broken .* prompt 2 of 4 .*Why is it blue"):
-        evaluate(base, LoadedModel(model, base.tokenizer, "broken"), PROMPTS, replace(SETTINGS, max_new_tokens=1))
+        evaluate(
+            base,
+            LoadedModel(model, base.tokenizer, "broken"),
+            PROMPTS,
+            SETTINGS.model_copy(update={"max_new_tokens": 1}),
+        )
 
 
 @pytest.mark.parametrize("name", ["max_new_tokens", "kl_tokens"])
 def test_settings_below_one_are_refused(base: LoadedModel, name: str) -> None:
     with pytest.raises(ModelError, match=f"{name} is 0, expected at least 1"):
-        evaluate(base, base, PROMPTS, replace(SETTINGS, **{name: 0}))
+        evaluate(base, base, PROMPTS, SETTINGS.model_copy(update={name: 0}))
 
 
 def constructed(kl: float, degenerate: int, perplexity: float) -> Evaluation:

@@ -15,7 +15,7 @@ from remove_refusals.examination import analyze
 from remove_refusals.models.load import load
 from remove_refusals.prompts import prompts_from
 from remove_refusals.report.page import html_report
-from remove_refusals.settings import DirectionSettings, MeasureSettings, PromptSource, RunSettings
+from remove_refusals.settings import DirectionSettings, MeasureSettings, RunSettings
 from test_report_page import Page
 
 
@@ -24,12 +24,12 @@ def settings(inputs, tmp_path):
     def made(model):
         model.save_pretrained(tmp_path / "model")
         tiny.tokenizer().save_pretrained(tmp_path / "model")
-        source = PromptSource
         return RunSettings(
             model=str(tmp_path / "model"),
-            direction=DirectionSettings(source(str(inputs.harmful)), source(str(inputs.harmless)), seed=5),
+            direction=DirectionSettings(harmful=str(inputs.harmful), harmless=str(inputs.harmless), seed=5),
             measure=MeasureSettings(
-                source(str(inputs.harmful_test)), source(str(inputs.harmless_test)), source(str(inputs.alarming_test)),
+                harmful=str(inputs.harmful_test), harmless=str(inputs.harmless_test),
+                alarming=str(inputs.alarming_test),
                 max_new_tokens=6, kl_tokens=3,
             ),
         )  # fmt: skip

@@ -28,7 +28,7 @@ from remove_refusals.search.material import (
 )
 from remove_refusals.search.references import References, references
 from remove_refusals.search.search import select, split_for_search
-from remove_refusals.settings import AnswerSettings, GradientSettings, Rule, SelectSettings
+from remove_refusals.settings import GradientSettings, MeasureSettings, Rule, SelectSettings
 from remove_refusals.types import DirectionOrigin, PromptSet
 from zoo import build, inputs
 
@@ -47,7 +47,7 @@ def model_map(loaded: LoadedModel) -> ModelMap:
 
 @pytest.fixture(scope="module")
 def own(loaded: LoadedModel) -> dict[str, References]:
-    short = AnswerSettings(max_new_tokens=16)
+    short = MeasureSettings(max_new_tokens=16)
     sets = {name: embedded_prompts(f"{name}_train") for name in ("harmful", "harmless")}
     return {
         name: references(loaded, PromptSet(name, part.prompts[:12], "embedded"), short) for name, part in sets.items()
@@ -229,7 +229,7 @@ class TestSelect:
     def test_frees_the_demo_model_and_repeats_itself(self, loaded: LoadedModel, quick: SelectSettings) -> None:
         sets = embedded_prompts("harmful_train"), embedded_prompts("harmless_train")
         prompts = split_for_search(*sets, 16, quick)
-        answers = AnswerSettings(max_new_tokens=40)
+        answers = MeasureSettings(max_new_tokens=40)
         before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
         found = select(loaded, prompts, quick, answers=answers)
         confirmation = found.candidate.confirmation
@@ -258,9 +258,9 @@ class TestSelect:
         """Descents that hardly move leave the refusals; the search says so and gives what came nearest."""
         sets = embedded_prompts("harmful_train"), embedded_prompts("harmless_train")
         still = GradientSettings(damage_weights=(4.0,), n_steps=1, rate=1e-6, direction_rate=0.0, start=0.01, least=0.0)
-        settings = dataclasses.replace(quick, descent=still, rule=Rule(max_refusals=0.05))
+        settings = quick.model_copy(update={"descent": still, "rule": Rule(max_refusals=0.05)})
         found = select(
-            loaded, split_for_search(*sets, 16, settings), settings, answers=AnswerSettings(max_new_tokens=24)
+            loaded, split_for_search(*sets, 16, settings), settings, answers=MeasureSettings(max_new_tokens=24)
         )
         assert len(found.notes) == 2
         assert "fell short" in found.notes[0] and "No candidate was confirmed" in found.notes[1]

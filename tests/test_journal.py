@@ -13,7 +13,7 @@ from remove_refusals.models.load import LoadedModel, fingerprint, load
 from remove_refusals.prompts import embedded_prompts
 from remove_refusals.search.candidates import Selection
 from remove_refusals.search.search import SearchPrompts, select, split_for_search
-from remove_refusals.settings import AnswerSettings, GradientSettings, SelectSettings
+from remove_refusals.settings import GradientSettings, MeasureSettings, SelectSettings
 
 
 class Killed(BaseException):
@@ -100,7 +100,7 @@ def search(loaded: LoadedModel, prompts: SearchPrompts, journal: Path | None, ki
         if kill_at and f"{stage} {done}".startswith(kill_at):
             raise Killed
 
-    answers = AnswerSettings(max_new_tokens=24)
+    answers = MeasureSettings(max_new_tokens=24)
     return select(loaded, prompts, SETTINGS, answers=answers, journal=journal, on_progress=report)
 
 
@@ -133,7 +133,7 @@ def test_a_finished_search_runs_nothing_again(loaded: LoadedModel, prompts: Sear
         loaded,
         prompts,
         SETTINGS,
-        answers=AnswerSettings(max_new_tokens=24),
+        answers=MeasureSettings(max_new_tokens=24),
         journal=tmp_path,
         on_progress=lambda stage, done, total: stages.append(stage),
     )

@@ -35,7 +35,7 @@ from remove_refusals.search.layers import (
 from remove_refusals.search.material import Openings
 from remove_refusals.search.references import References, references
 from remove_refusals.search.search import select, split_for_search
-from remove_refusals.settings import AnswerSettings, ChatFormat, LayerSettings, SelectSettings
+from remove_refusals.settings import ChatFormat, LayerSettings, MeasureSettings, SelectSettings
 from remove_refusals.types import Activations, DirectionOrigin, PromptSet
 from zoo import build, inputs
 
@@ -71,7 +71,7 @@ def collected(
 
 @pytest.fixture(scope="module")
 def own(loaded: LoadedModel, prompts: tuple[PromptSet, PromptSet]) -> tuple[References, References]:
-    harmful, harmless = (references(loaded, part, AnswerSettings(max_new_tokens=16)) for part in prompts)
+    harmful, harmless = (references(loaded, part, MeasureSettings(max_new_tokens=16)) for part in prompts)
     return harmful.only(Label.REFUSAL), harmless.only(Label.COMPLIANCE)
 
 
@@ -298,7 +298,7 @@ class TestSearch:
         settings = SelectSettings(method="layer", n_choose=24, n_confirm=16)
         sets = embedded_prompts("harmful_train"), embedded_prompts("harmless_train")
         parts = split_for_search(*sets, 16, settings)
-        answers = AnswerSettings(max_new_tokens=40)
+        answers = MeasureSettings(max_new_tokens=40)
         before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
         found = select(loaded, parts, settings, answers=answers)
         confirmation = found.candidate.confirmation
@@ -328,7 +328,7 @@ class TestOption:
             select_settings("best", None, None, 5, as_given=False)
 
     def test_the_rule_says_its_limit(self) -> None:
-        assert str(LayerRule(0.3)).endswith("at most 0.3")
+        assert str(LayerRule(max_kl=0.3)).endswith("at most 0.3")
 
     def test_run_chooses_by_layer(self, command: Command, tmp_path: Path) -> None:
         output = tmp_path / "edited"

@@ -1,6 +1,5 @@
 """Refusals by the length of the answer, answers that go on, and statistics over tokens."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from remove_refusals.measure.judges.labels import Label
 from remove_refusals.measure.statistics import common_prefix, means_by_token, token_quantile
 from remove_refusals.models.generate import generate
 from remove_refusals.models.load import LoadedModel
-from remove_refusals.settings import ChatFormat, EvaluationSettings
+from remove_refusals.settings import MeasureSettings
 from remove_refusals.types import PromptSet
 from test_evaluate import speaker
 
@@ -26,7 +25,7 @@ PROMPTS = EvaluationPrompts(
     PromptSet("harmful", ("Pick a lock?", "Forge a note?"), "test"),
     PromptSet("harmless", ("Name a colour.", "Tell a joke."), "test"),
 )
-SETTINGS = EvaluationSettings(max_new_tokens=8, kl_tokens=4, batch_size=2, chat=ChatFormat(plain=True))
+SETTINGS = MeasureSettings(max_new_tokens=8, kl_tokens=4)
 
 
 @pytest.fixture(scope="module")
@@ -39,20 +38,11 @@ def late() -> LoadedModel:
 def test_a_late_refusal_is_seen_where_answers_may_be_long_and_said_to_be_unsettled(late: LoadedModel) -> None:
     short = evaluate(late, late, PROMPTS, SETTINGS).sets["harmful"]
     assert short.refusals.base.count == 0
-    found = evaluate(late, late, PROMPTS, replace(SETTINGS, max_new_tokens=12)).sets["harmful"]
+    found = evaluate(late, late, PROMPTS, SETTINGS.model_copy(update={"max_new_tokens": 12})).sets["harmful"]
     assert found.refusals.base.count == 2
     assert found.by_length is not None and not found.by_length.settled
     counts = dict(zip(found.by_length.tokens, [rate.count for rate in found.by_length.base], strict=True))
     assert counts == {5: 0, 8: 0, 11: 2}
-
-
-def test_answers_go_on_until_refusals_no_longer_change(late: LoadedModel) -> None:
-    found = evaluate(late, late, PROMPTS, replace(SETTINGS, max_new_tokens=6, longest=200))
-    assert found.sets["harmful"].refusals.base.count == 2
-    assert {row.n_tokens for row in found.rows if row.set_name == "harmful"} == {11}
-    assert {row.n_tokens for row in found.rows if row.set_name == "harmless"} == {2}
-    whole = evaluate(late, late, PROMPTS, replace(SETTINGS, max_new_tokens=100))
-    assert [row.text for row in found.rows] == [row.text for row in whole.rows]
 
 
 def test_answers_that_go_on_are_what_they_would_have_been_at_once() -> None:
@@ -139,7 +129,7 @@ def test_the_kl_by_token_and_the_agreement_are_those_of_the_answers(late: Loaded
 
 def test_flipped_prompts_are_listed_both_ways(late: LoadedModel) -> None:
     stern = speaker({"?": ANSWER, ".": REFUSAL, ANSWER: "</s>", REFUSAL: "</s>"}, "stern", extra=WORDS)
-    found = evaluate(late, stern, PROMPTS, replace(SETTINGS, max_new_tokens=12))
+    found = evaluate(late, stern, PROMPTS, SETTINGS.model_copy(update={"max_new_tokens": 12}))
     rows = {row.prompt_id: row.prompt for row in found.rows}
     harmful, harmless = found.sets["harmful"].flipped, found.sets["harmless"].flipped
     assert harmful is not None and harmless is not None

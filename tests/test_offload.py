@@ -59,17 +59,19 @@ def test_activations_answers_and_hooks_are_the_same(directory: Path, offloaded: 
 def settings(directory: Path, tmp_path: Path, loading: LoadSettings) -> RunSettings:
     def prompts(name: str, words: str) -> PromptSource:
         (tmp_path / name).write_text("".join(f"Please {word} it\n" for word in words.split()))
-        return PromptSource(str(tmp_path / name))
+        return PromptSource(source=str(tmp_path / name))
 
     return RunSettings(
         model=str(directory),
         loading=loading,
-        direction=DirectionSettings(prompts("a", "steal break burn"), prompts("b", "bake water paint"), n_prompts=3),
+        direction=DirectionSettings(
+            harmful=prompts("a", "steal break burn"), harmless=prompts("b", "bake water paint"), n_prompts=3
+        ),
         edit=EditSettings(strength=0.5),
         measure=MeasureSettings(
-            prompts("c", "rob hack"),
-            prompts("d", "cook sing"),
-            prompts("e", "kill shoot"),
+            harmful=prompts("c", "rob hack"),
+            harmless=prompts("d", "cook sing"),
+            alarming=prompts("e", "kill shoot"),
             max_new_tokens=4,
             kl_tokens=2,
         ),

@@ -1,7 +1,6 @@
 """The whole job on a tiny random model: what it leaves, and that its numbers are those of the saved files."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -33,7 +32,7 @@ from remove_refusals.types import DirectionOrigin, Intervention, PromptSet, Site
 
 def prompt_file(path, words):
     path.write_text("".join(f"Please {word} it\n" for word in words), encoding="utf-8")
-    return PromptSource(str(path))
+    return PromptSource(source=str(path))
 
 
 @pytest.fixture
@@ -44,14 +43,14 @@ def settings(tmp_path):
     return RunSettings(
         model=str(source),
         direction=DirectionSettings(
-            prompt_file(tmp_path / "harmful.txt", ("steal", "break", "burn", "forge")),
-            prompt_file(tmp_path / "harmless.txt", ("bake", "water", "paint", "read")),
+            harmful=prompt_file(tmp_path / "harmful.txt", ("steal", "break", "burn", "forge")),
+            harmless=prompt_file(tmp_path / "harmless.txt", ("bake", "water", "paint", "read")),
             n_prompts=3,
         ),
         measure=MeasureSettings(
-            prompt_file(tmp_path / "a.txt", ("rob", "hack")),
-            prompt_file(tmp_path / "b.txt", ("cook", "sing", "draw")),
-            prompt_file(tmp_path / "c.txt", ("kill", "shoot")),
+            harmful=prompt_file(tmp_path / "a.txt", ("rob", "hack")),
+            harmless=prompt_file(tmp_path / "b.txt", ("cook", "sing", "draw")),
+            alarming=prompt_file(tmp_path / "c.txt", ("kill", "shoot")),
             max_new_tokens=6,
             kl_tokens=4,
         ),
@@ -138,15 +137,16 @@ def test_a_direction_from_a_file_is_used_as_it_is(settings, tmp_path):
 
 
 def test_prompts_that_found_the_direction_may_not_measure_it(settings, tmp_path):
-    shared = replace(settings, measure=replace(settings.measure, harmful=settings.direction.harmful))
+    measure = settings.measure.model_copy(update={"harmful": settings.direction.harmful})
+    direction = settings.direction.model_copy(update={"n_prompts": 4})
     with pytest.raises(PromptError, match="Please"):
-        run(replace(shared, direction=replace(settings.direction, n_prompts=4)), tmp_path / "out")
+        run(settings.model_copy(update={"measure": measure, "direction": direction}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_saved_is_refused_before_any_work(settings, tmp_path):
     with pytest.raises(ModelError, match="4 bits"):
-        run(replace(settings, loading=LoadSettings(load_in_4bit=True)), tmp_path / "out")
+        run(settings.model_copy(update={"loading": LoadSettings(load_in_4bit=True)}), tmp_path / "out")
     (tmp_path / "out").mkdir()
     with pytest.raises(OutputError, match="--force"):
         run(settings, tmp_path / "out")
@@ -154,10 +154,10 @@ def test_what_cannot_be_saved_is_refused_before_any_work(settings, tmp_path):
     assert (tmp_path / "out" / "ablation.json").is_file()
 
 
-@pytest.mark.parametrize("variant", ["plain", "norm-preserving", "row-norm"])
+@pytest.mark.parametrize("variant", ["plain", "norm-preserving"])
 def test_a_directory_is_certified_from_its_own_record(settings, tmp_path, variant):
     edit = EditSettings(strength=0.8, layers=(1, 1), variant=variant)
-    run(replace(settings, edit=edit), tmp_path / "out")
+    run(settings.model_copy(update={"edit": edit}), tmp_path / "out")
     certificate = certify_directory(tmp_path / "out", settings.model)
     assert certificate.passed and len(certificate.edited) == 2 and len(certificate.left) == 3
     if variant == "plain":

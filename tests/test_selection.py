@@ -1,6 +1,7 @@
 """Candidates, their front and the rule; a model's own answers and what a candidate does to them."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -19,10 +20,10 @@ from remove_refusals.models.load import LoadedModel, load
 from remove_refusals.prompts import draw, embedded_prompts
 from remove_refusals.search.candidates import by_rule, front, hypervolume
 from remove_refusals.search.references import References, confirm, references
-from remove_refusals.settings import AnswerSettings, ChatFormat, Rule
+from remove_refusals.settings import ChatFormat, MeasureSettings, Rule
 from remove_refusals.types import Direction, PromptSet
 
-SETTINGS = AnswerSettings(max_new_tokens=40, kl_tokens=4)
+SETTINGS = MeasureSettings(max_new_tokens=40, kl_tokens=4)
 
 # Small integers collide often, which is where ties are got wrong.
 INTEGERS = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), max_size=12)
@@ -83,7 +84,9 @@ def test_the_hypervolume_does_not_depend_on_the_order(data: st.DataObject, point
 def test_a_rule_puts_the_front_in_an_order(
     points: list[tuple[float, float]], max_kl: int | None, max_refusals: int | None
 ) -> None:
-    assert sorted(by_rule(points, Rule(max_kl, max_refusals))) == sorted(front(points))
+    assert sorted(by_rule(points, Rule.model_construct(max_kl=max_kl, max_refusals=max_refusals))) == sorted(
+        front(points)
+    )
 
 
 @given(POINTS.filter(bool), st.integers(0, 8))
@@ -99,7 +102,7 @@ def test_under_a_limit_of_damage_the_pick_has_the_fewest_refusals(points: list[t
 
 @given(POINTS.filter(bool), st.integers(0, 8))
 def test_under_a_limit_of_refusals_the_pick_has_the_least_damage(points: list[tuple[float, float]], most: int) -> None:
-    refusal, damage = points[by_rule(points, Rule(max_refusals=most))[0]]
+    refusal, damage = points[by_rule(points, Rule.model_construct(max_refusals=most))[0]]
     within = [point for point in points if point[0] <= most]
     if within:
         assert refusal <= most
@@ -112,7 +115,7 @@ def test_under_a_limit_of_refusals_the_pick_has_the_least_damage(points: list[tu
 def test_where_both_limits_can_be_kept_they_are(
     points: list[tuple[float, float]], max_kl: int, max_refusals: int
 ) -> None:
-    refusal, damage = points[by_rule(points, Rule(max_kl, max_refusals))[0]]
+    refusal, damage = points[by_rule(points, Rule.model_construct(max_kl=max_kl, max_refusals=max_refusals))[0]]
     if any(point[0] <= max_refusals and point[1] <= max_kl for point in points):
         assert refusal <= max_refusals
         assert damage <= max_kl
@@ -138,8 +141,11 @@ def test_the_knee_of_a_quarter_circle_is_its_middle_in_any_units(n: int, height:
         (Rule(), "the knee of the front"),
         (Rule(max_kl=0.25), "fewest refusals at a KL of at most 0.25"),
         (Rule(max_refusals=0.05), "least damage with refusals at most 0.05"),
-        (Rule(0.25, 0.05), "least damage with refusals at most 0.05, if possible at a KL of at most 0.25"),
-        (Rule(0, 0), "least damage with refusals at most 0, if possible at a KL of at most 0"),
+        (
+            Rule(max_kl=0.25, max_refusals=0.05),
+            "least damage with refusals at most 0.05, if possible at a KL of at most 0.25",
+        ),
+        (Rule(max_kl=0, max_refusals=0), "least damage with refusals at most 0, if possible at a KL of at most 0"),
     ],
 )
 def test_a_rule_says_what_it_does(rule: Rule, words: str) -> None:
@@ -194,12 +200,13 @@ def test_references_of_one_label_keep_what_belongs_together(harmless: References
 def test_references_render_with_the_chat_format(loaded: LoadedModel) -> None:
     prompts = PromptSet("one", ("Fly a kite",), "test")
     plain, asked = (
-        references(loaded, prompts, AnswerSettings(max_new_tokens=2, chat=chat))
+        references(replace(loaded, chat=chat), prompts, MeasureSettings(max_new_tokens=2))
         for chat in (ChatFormat(plain=True), ChatFormat())
     )
     assert len(plain.token_ids[0]) < len(asked.token_ids[0])
     with pytest.raises(PromptError):
-        references(loaded, prompts, AnswerSettings(chat=ChatFormat(plain=True, system_prompt="Be kind.")))
+        asked = ChatFormat(plain=True, system_prompt="Be kind.")
+        references(replace(loaded, chat=asked), prompts, MeasureSettings())
 
 
 def test_a_full_edit_frees_and_is_confirmed(

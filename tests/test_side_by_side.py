@@ -15,7 +15,7 @@ from remove_refusals.measure.judges.labels import Label
 from remove_refusals.measure.side_by_side import SideBySide, side_by_side
 from remove_refusals.measure.statistics import Verdict
 from remove_refusals.models.load import LoadedModel
-from remove_refusals.settings import ChatFormat, EvaluationSettings
+from remove_refusals.settings import MeasureSettings
 from remove_refusals.types import PromptSet
 from test_evaluate import ANSWER, ECHO, REFUSAL, speaker
 
@@ -23,7 +23,7 @@ PROMPTS = EvaluationPrompts(
     PromptSet("harmful", tuple(f"Pick lock {i}?" for i in range(12)), "test"),
     PromptSet("harmless", tuple(f"Name colour {i}." for i in range(12)), "test"),
 )
-SETTINGS = EvaluationSettings(max_new_tokens=8, kl_tokens=4, chat=ChatFormat(plain=True))
+SETTINGS = MeasureSettings(max_new_tokens=8, kl_tokens=4)
 
 
 def record(directory: Path, base: LoadedModel, edited: LoadedModel, prompts: EvaluationPrompts = PROMPTS) -> Path:

@@ -29,7 +29,7 @@ from remove_refusals.directions import (
 )
 from remove_refusals.errors import ArchitectureError, CheckpointError, DirectionError, ModelError
 from remove_refusals.files import atomic_directory, versions, write_json, write_jsonl
-from remove_refusals.measure import Evaluation, EvaluationPrompts, evaluate, measure_settings, test_prompts
+from remove_refusals.measure import Evaluation, EvaluationPrompts, evaluate, test_prompts
 from remove_refusals.modelmap import ChannelStep, ModelMap, by_stored_name, disk_names, map_model, skeleton_of
 from remove_refusals.models import (
     FLOAT_DTYPES,
@@ -162,7 +162,7 @@ def _examine(settings: RunSettings, *, answers: bool, on_progress: OnProgress | 
         )
     )
     prompts = test_prompts(settings.measure, (harmful, harmless))
-    loaded = load_model(settings.model, settings.loading)
+    loaded = load_model(settings.model, settings.loading, chat=settings.chat, batch_size=settings.batch_size)
     model_map = map_model(loaded.model)
     if answers and model_map.unhooked:
         raise ArchitectureError(
@@ -205,8 +205,8 @@ def _at_most(prompts: PromptSet, seed: int) -> PromptSet:
 
 def _tail(loaded: LoadedModel, prompts: PromptSet, chat: ChatFormat) -> dict[int, str]:
     """The tokens that stand behind every prompt, the last one first; at least the last of all."""
-    length = template_tail_length(loaded.tokenizer, **vars(chat))
-    ids = render(loaded.tokenizer, prompts.prompts[:1], **vars(chat))[0]
+    length = template_tail_length(loaded.tokenizer, **chat.model_dump())
+    ids = render(loaded.tokenizer, prompts.prompts[:1], **chat.model_dump())[0]
     positions = range(-1, -max(1, min(length, MOST_POSITIONS)) - 1, -1)
     return {position: str(loaded.tokenizer.decode([ids[position]])) for position in positions}
 
@@ -251,7 +251,7 @@ def _without(
         loaded,
         loaded,
         prompts,
-        measure_settings(settings),
+        settings.measure,
         edited_context=lambda: ablated(loaded.model, intervention, model_map=model_map),
         on_progress=stage_progress(on_progress, "evaluation"),
     )

@@ -3,11 +3,11 @@
 import hashlib
 import shutil
 import tempfile
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from remove_refusals.baking import Baked, bake_on_disk, check_not_source, load_edited, open_checkpoint, write_baked
 from remove_refusals.directions import (
@@ -40,8 +40,6 @@ from remove_refusals.prompts import prompts_from
 from remove_refusals.report import model_card, table, table_key, write_html_report
 from remove_refusals.search import SearchPrompts, Selection, select, split_for_search
 from remove_refusals.settings import (
-    AnswerSettings,
-    PromptSource,
     RunSettings,
     SelectSettings,
     published_name,
@@ -141,7 +139,8 @@ def _run_into(
     drawn = training_prompts(settings.direction) if given is None else None
     prompts = test_prompts(settings.measure, search.sets() if search is not None else drawn or ())
     judged = test_judge(settings.measure, settings.loading.device)
-    loaded = load_model(settings.model, settings.loading)
+    told: dict[str, Any] = {"chat": settings.chat, "batch_size": settings.batch_size}
+    loaded = load_model(settings.model, settings.loading, **told)
     model_map = map_model(loaded.model)
     check_exact(model_map, allow_leak=settings.edit.allow_leak)
     selection: Selection | None = None
@@ -154,8 +153,10 @@ def _run_into(
         intervention = make_intervention(found.directions, settings.edit, model_map)
         used, notes = found.prompts, (*said, *_outlier_warning(found, settings))
     baked = _written(loaded, intervention, directory, settings, model_map)
-    edited = load_model(str(directory), replace(settings.loading, revision=None))
-    evaluation = measure(loaded, edited, prompts, settings, judged=judged, journal=journal, on_progress=on_progress)
+    edited = load_model(str(directory), settings.loading.model_copy(update={"revision": None}), **told)
+    evaluation = measure(
+        loaded, edited, prompts, settings.measure, judged=judged, journal=journal, on_progress=on_progress
+    )
     evaluation = replace(evaluation, base=published_name(loaded.source), edited=output_name)
     notes = (*warnings(evaluation), *notes)
     record = {
@@ -242,7 +243,7 @@ def _search_prompts(settings: RunSettings) -> tuple[SearchPrompts | None, tuple[
     direction = settings.direction
     harmful = prompts_from(direction.harmful, "harmful", "harmful_train")
     harmless = prompts_from(direction.harmless, "harmless", "harmless_train")
-    select = replace(settings.select or SelectSettings(), seed=direction.seed)
+    select = (settings.select or SelectSettings()).model_copy(update={"seed": direction.seed})
     try:
         return split_for_search(harmful, harmless, direction.n_prompts, select), ()
     except SelectionError as error:
@@ -266,10 +267,8 @@ def _selection(
         found = select(
             loaded,
             prompts,
-            replace(settings.select or SelectSettings(), seed=settings.direction.seed),
-            answers=AnswerSettings(
-                settings.measure.max_new_tokens, settings.measure.kl_tokens, settings.batch_size, settings.chat
-            ),
+            (settings.select or SelectSettings()).model_copy(update={"seed": settings.direction.seed}),
+            answers=settings.measure,
             position=settings.direction.positions[0],
             model=published_name(loaded.source),
             model_map=model_map,
@@ -339,9 +338,10 @@ def compare(
     """
     prompts = test_prompts(settings.measure)
     judged = test_judge(settings.measure, settings.loading.device)
-    base = load_model(settings.model, settings.loading)
-    other = load_edited(edited, settings.model, settings.loading)
-    evaluation = measure(base, other, prompts, settings, judged=judged, on_progress=on_progress)
+    told: dict[str, Any] = {"chat": settings.chat, "batch_size": settings.batch_size}
+    base = load_model(settings.model, settings.loading, **told)
+    other = replace(load_edited(edited, settings.model, settings.loading), **told)
+    evaluation = measure(base, other, prompts, settings.measure, judged=judged, on_progress=on_progress)
     return evaluation, warnings(evaluation)
 
 
@@ -403,14 +403,15 @@ def reproduce(
     record = read_json(directory / "ablation.json", error=RecordError)
     try:
         assert isinstance(record, dict)
-        settings = TypeAdapter(RunSettings).validate_python(record["settings"])
+        settings = RunSettings.model_validate(record["settings"])
         base, prompts, before = record["base"], record["prompts"], record["versions"]
     except (AssertionError, KeyError, ValidationError) as error:
         raise RecordError(
             f"The record {directory / 'ablation.json'} does not hold the settings of a run ({type(error).__name__}), "
             "expected what this version writes; use the version that made it."
         ) from error
-    settings = replace(_located(settings, files or Path()), model=model or settings.model)
+    located = _located(settings.model_dump(), files or Path())
+    settings = RunSettings.model_validate({**located, "model": model or settings.model})
     _check_base(settings, base)
     given = None if any("_test" not in name for name in prompts) else directory
     # Beside the directory, where there is room for a model.
@@ -423,22 +424,16 @@ def reproduce(
 
 
 def _located(settings: Any, files: Path) -> Any:
-    """Give the settings with every prompt file, text and task directory where it lies."""
-    if isinstance(settings, PromptSource):
-        return (
-            settings
-            if settings.source is None
-            else replace(settings, source=_found_reproduction(settings.source, files))
-        )
-    if isinstance(settings, tuple):
-        return tuple(_located(part, files) for part in settings)
-    if not is_dataclass(settings) or isinstance(settings, type):
+    """Give the settings' dump with every prompt file, judge and task directory where it lies."""
+    if isinstance(settings, list | tuple):
+        return [_located(part, files) for part in settings]
+    if not isinstance(settings, dict):
         return settings
-    changed = {field.name: _located(getattr(settings, field.name), files) for field in fields(settings)}
-    for name in ("text", "task_directory", "calibration", "judge"):
+    changed = {name: _located(part, files) for name, part in settings.items()}
+    for name in ("source", "task_directory", "calibration", "judge"):
         if isinstance(changed.get(name), str) and changed[name] != PhraseJudge.name:
             changed[name] = _found_reproduction(changed[name], files)
-    return replace(settings, **changed)
+    return changed
 
 
 def _found_reproduction(name: str, files: Path) -> str:

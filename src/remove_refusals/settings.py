@@ -1,63 +1,133 @@
-"""Everything that decides a run's result, as frozen dataclasses."""
+"""Everything that decides a run's result: one tree of frozen Pydantic models.
+
+Each setting is declared here once. The options of the command, the TOML file and the record are made from it, and
+`model_fields_set` says what somebody typed. Nothing heavy is imported.
+"""
 
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 @dataclass(frozen=True)
-class PromptSource:
-    """Where prompts come from.
+class Option:
+    """How a setting is typed at the command line, where its declaration does not say it yet.
 
     Attributes:
-        source: A file or data set id; None for the embedded set.
-        column: The column of a table or the field of an object; None for the usual names.
-        split: The split of a data set.
+        name: The option without its dashes; by default the setting's own name.
+        short: Whether it stands on the short help page.
+        flag: A second, short form, such as `-o`.
+        metavar: What stands for its value in the help.
+        is_file: Whether a file is named whose text is the setting.
+        is_argument: Whether it is given by its place instead.
+        may_be_none: Whether `none` leaves out all of the part of the tree that it stands in.
     """
 
-    source: str | None = None
-    column: str | None = None
-    split: str | None = None
+    name: str | None = None
+    short: bool = False
+    flag: str | None = None
+    metavar: str | None = None
+    is_file: bool = False
+    is_argument: bool = False
+    may_be_none: bool = False
 
 
-@dataclass(frozen=True)
-class LoadSettings:
+def setting(default: Any, description: str, *, ge: float | None = None, le: float | None = None, **option: Any) -> Any:
+    """Declare a setting that is an option too; `option` are the attributes of `Option`."""
+    return Field(default, description=description, ge=ge, le=le, json_schema_extra={"option": option})
+
+
+class Settings(BaseModel):
+    """A part of the tree; `panel` heads its options on a help page."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    panel: ClassVar[str] = "General"
+
+
+def _source(value: Any) -> Any:
+    return {"source": value} if isinstance(value, str) else value
+
+
+class PromptSource(Settings):
+    """Where prompts come from; without a source it is the embedded set."""
+
+    panel: ClassVar[str] = "Direction"
+
+    source: str | None = Field(default=None, description="A file or data set id.")
+    column: str | None = setting(None, "The prompts' column in tables.")
+    split: str | None = setting(None, "The split of data sets.")
+
+
+Prompts = Annotated[PromptSource, BeforeValidator(_source)]
+"""A text is the source."""
+
+
+class LoadSettings(Settings):
     """How the model is loaded; the names are those of `load`."""
 
-    device: str | None = None
-    dtype: str = "auto"
-    load_in_4bit: bool = False
-    trust_remote_code: bool = False
-    revision: str | None = None
-    device_map: str | None = None
-    offload: str | None = None
-    max_memory: str | None = None
+    panel: ClassVar[str] = "Model"
+
+    device: str | None = setting(None, "cuda, mps or cpu; the first that is there.", short=True)
+    dtype: str = setting("auto", "auto: the checkpoint's on an accelerator, float32 on the CPU.")
+    load_in_4bit: bool = setting(False, "Load with bitsandbytes.")
+    trust_remote_code: bool = setting(False, "Run code that comes with the model.")
+    revision: str | None = setting(None, "The hub's branch, tag or commit.")
+    device_map: str | None = setting(None, "auto spreads it over GPUs, memory and disk.")
+    offload: str | None = setting(None, "With a map: a directory for the rest.")
+    max_memory: str | None = setting(None, "With a map: the most memory for weights, as 8GiB.")
 
 
-@dataclass(frozen=True)
-class DirectionSettings:
-    """How the direction is found.
+class ChatFormat(Settings):
+    """How a prompt is put before the model; `chat_template` is a template's text, used in place of its own."""
 
-    Attributes:
-        harmful: Prompts that the model refuses.
-        harmless: Prompts that it answers.
-        n_prompts: How many of each are drawn.
-        seed: What draws them.
-        layer: A fraction of depth (float) or an index (int).
-        position: The token position, negative, within the chat template's tail; several for a column for each.
-        projected: Whether the component along the harmless mean is removed.
-        per_layer: Whether each layer gets a direction of its own, found behind it; `layer` plays no part then.
-    """
+    panel: ClassVar[str] = "Model"
 
-    harmful: PromptSource = PromptSource()
-    harmless: PromptSource = PromptSource()
-    n_prompts: int = 32
-    seed: int = 0
-    layer: float | int = 0.6
-    position: int | tuple[int, ...] = -1
-    projected: bool = False
-    per_layer: bool = False
+    system_prompt: str | None = setting(None, "A system message before each prompt.", short=True)
+    chat_template: str | None = setting(None, "A Jinja file in place of the model's.", is_file=True)
+    plain: bool = setting(False, "No chat template, for base models.")
+
+
+def _layer(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return int(value) if value.lstrip("+-").isdecimal() else float(value)
+    except ValueError:
+        raise ValueError(
+            f"The layer is {value!r}, expected a fraction of depth such as 0.6 or an index such as 15."
+        ) from None
+
+
+def _position(value: Any) -> Any:
+    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    if not parts or not all(str(part).removeprefix("-").isdecimal() and int(part) < 0 for part in parts):
+        raise ValueError(
+            f"The option --position is {value!r}, expected a negative number or several, such as -1 or -1,-2; --help "
+            "says more."
+        )
+    return int(parts[0]) if len(parts) == 1 else tuple(map(int, parts))
+
+
+class DirectionSettings(Settings):
+    """How the direction is found; `layer` plays no part where `per_layer` is set."""
+
+    panel: ClassVar[str] = "Direction"
+
+    harmful: Prompts = setting(PromptSource(), "File or data set of refused prompts.", short=True)
+    harmless: Prompts = setting(PromptSource(), "File or data set of answered prompts.", short=True)
+    n_prompts: int = setting(32, "How many of each are drawn.", ge=1)
+    seed: int = setting(0, "What draws them.")
+    layer: Annotated[float | int, BeforeValidator(_layer)] = setting(
+        0.6, "Where: a fraction of depth (0.6) or an index (15).", short=True
+    )
+    position: Annotated[int | tuple[int, ...], BeforeValidator(_position)] = setting(
+        -1, "Which token, from the end; for several the direction has a column each.", metavar="N[,N]"
+    )
+    projected: bool = setting(False, "Remove the component along the harmless mean.")
+    per_layer: bool = setting(False, "For each layer a direction, found behind it.")
 
     @property
     def positions(self) -> tuple[int, ...]:
@@ -81,85 +151,100 @@ Variant = Literal["plain", "norm-preserving"]
 """What else an edit does to a tensor; see `project_out`."""
 
 
-@dataclass(frozen=True)
-class EditSettings:
-    """What is taken out where.
-
-    Attributes:
-        strength: The share that is taken out.
-        layers: The first and last layer to edit; None for all and the embedding.
-        sites: The kinds of site to edit.
-        tied: What to do with an embedding that is also the unembedding.
-        variant: What else the edit does to each tensor.
-        allow_leak: Whether to edit a model whose weights no edit makes exact.
-    """
-
-    strength: float = 1.0
-    layers: tuple[int, int] | None = None
-    sites: tuple[SiteKind, ...] = SITE_KINDS
-    tied: Tied = "untie"
-    variant: Variant = "plain"
-    allow_leak: bool = False
+def _layers(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    first, dash, last = value.partition("-")
+    last = last if dash else first
+    if not (first.isdecimal() and last.isdecimal()):
+        raise ValueError(f"The layers are {value!r}, expected a range such as 8-20 or one layer such as 12.")
+    return int(first), int(last)
 
 
-@dataclass(frozen=True)
-class MeasureSettings:
-    """What is measured.
+def _sites(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    kinds = value.split(",")
+    if not set(kinds) <= set(SITE_KINDS):
+        raise ValueError(f"The sites are {value!r}, expected some of {','.join(SITE_KINDS)}, joined by commas.")
+    return tuple(kind for kind in SITE_KINDS if kind in kinds)
 
-    Attributes:
-        harmful: Requests that the base model is expected to refuse.
-        harmless: Harmless ones.
-        alarming: Harmless ones that sound harmful.
-        n_test: How many prompts of each set at most; None takes all.
-        max_new_tokens: Where an answer is cut off.
-        kl_tokens: How many tokens of the base model's answers the KL goes along.
-        more: Further harmless sets by name.
-        tasks: Tasks of lm-evaluation-harness.
-        task_directory: Where task files of the user's own lie.
-        task_limit: How many samples of each task at most.
-        judge: What labels the answers: `phrases`, a classifier's directory or hub id, or `URL#MODEL`.
-        calibration: A file of `judge calibrate`, for rates corrected for the judge's errors.
-    """
 
-    harmful: PromptSource = PromptSource()
-    harmless: PromptSource = PromptSource()
-    alarming: PromptSource = PromptSource()
-    n_test: int | None = None
-    max_new_tokens: int = 100
-    kl_tokens: int = 32
-    more: tuple[tuple[str, PromptSource], ...] = ()
-    tasks: tuple[str, ...] = ()
-    task_directory: str | None = None
-    task_limit: int | None = None
-    judge: str = "phrases"
-    calibration: str | None = None
+class EditSettings(Settings):
+    """What is taken out where; without a range it is all layers and the embedding."""
+
+    panel: ClassVar[str] = "Edit"
+
+    strength: float = setting(1.0, "The share that is taken out.", short=True)
+    layers: Annotated[tuple[int, int] | None, BeforeValidator(_layers)] = setting(
+        None, "Only these layers, such as 8-20.", short=True
+    )
+    sites: Annotated[tuple[SiteKind, ...], BeforeValidator(_sites)] = setting(
+        SITE_KINDS, "Only these kinds, joined by commas.", short=True
+    )
+    tied: Tied = setting("untie", "A tied embedding: untie, or edit both.")
+    variant: Variant = setting("plain", "plain or norm-preserving.")
+    allow_leak: bool = setting(False, "Edit even where no edit is exact; measure it.")
+
+
+_TAKEN = ("harmful", "harmless", "alarming")
+
+
+def _more(value: Any) -> Any:
+    """Read sets by name from texts NAME=FILE; pairs stay as they are."""
+    if not isinstance(value, list | tuple) or not all(isinstance(part, str) for part in value):
+        return value
+    found: dict[str, str] = {}
+    for part in value:
+        name, equals, place = part.partition("=")
+        if not equals or not name.isidentifier() or not place:
+            raise ValueError(
+                f"The option --also is {part!r}, expected NAME=FILE, the name of letters, digits and _; write for "
+                "example --also xstest=xstest.csv."
+            )
+        if name in _TAKEN or name in found:
+            raise ValueError(f"The option --also names {name!r} twice, expected a name of its own; choose another.")
+        found[name] = place
+    return tuple(found.items())
+
+
+def _names(value: Any) -> Any:
+    return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
+
+
+class MeasureSettings(Settings):
+    """What is measured, and how."""
+
+    panel: ClassVar[str] = "Measurement"
+
+    harmful: Prompts = setting(PromptSource(), "Refused prompts to measure on.", name="harmful-test")
+    harmless: Prompts = setting(PromptSource(), "Answered prompts to measure on.", name="harmless-test")
+    alarming: Prompts = setting(PromptSource(), "Alarming but harmless prompts.", name="alarming-test")
+    n_test: int | None = setting(None, "At most so many of each; all.", ge=1, short=True)
+    max_new_tokens: int = setting(100, "Where an answer is cut off.", ge=1, short=True)
+    kl_tokens: int = setting(32, "Tokens of each answer that the KL is measured on.", ge=1)
+    more: Annotated[tuple[tuple[str, Prompts], ...], BeforeValidator(_more)] = setting(
+        (), "Another harmless set, such as XSTest.", name="also", metavar="NAME=FILE"
+    )
+    tasks: Annotated[tuple[str, ...], BeforeValidator(_names)] = setting(
+        (), "Tasks of lm-evaluation-harness, by comma."
+    )
+    task_directory: str | None = setting(None, "A directory with task files of your own.", name="task-files")
+    task_limit: int | None = setting(None, "At most so many samples each.", ge=1)
+    judge: str = setting("phrases", "phrases, a classifier, or URL#MODEL.", short=True)
+    calibration: str | None = setting(None, "From `judge calibrate`: corrects the rates.")
+    seed: int = Field(default=0, description="The seed of the bootstrap intervals.")
 
 
 DEMO = "demo"
 """The name that stands for the embedded demo model."""
 
 
-@dataclass(frozen=True)
-class ChatFormat:
-    """How a prompt is put before the model.
-
-    Attributes:
-        system_prompt: A system message before each prompt.
-        chat_template: The text of a Jinja template to use in place of the tokenizer's own.
-        plain: Whether to use no template: the prompt alone.
-    """
-
-    system_prompt: str | None = None
-    chat_template: str | None = None
-    plain: bool = False
-
-
 Method = Literal["auto", "layer"]
-"""How candidates are found: by gradients, by layer and position alone, or by the familiar search with generation."""
+"""How candidates are found: by gradients, or by layer and position alone."""
 
 
-@dataclass(frozen=True)
-class Rule:
+class Rule(Settings):
     """What decides between less refusal and less damage; without a limit it is the knee of the front.
 
     Attributes:
@@ -167,8 +252,10 @@ class Rule:
         max_refusals: Of the candidates with at most this share of refusals, the one with the least damage.
     """
 
-    max_kl: float | None = None
-    max_refusals: float | None = None
+    panel: ClassVar[str] = "Choice"
+
+    max_kl: float | None = setting(None, "Pick: the most damage, in nats.", ge=0)
+    max_refusals: float | None = setting(None, "Pick: the largest share refused; 0.05.", ge=0, le=1, short=True)
 
     def __str__(self) -> str:
         """Say the rule in words."""
@@ -180,8 +267,7 @@ class Rule:
         return "the knee of the front"
 
 
-@dataclass(frozen=True)
-class GradientSettings:
+class GradientSettings(Settings):
     """How the descent goes.
 
     Attributes:
@@ -215,100 +301,125 @@ class GradientSettings:
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class SelectSettings:
-    """How a search goes.
+class SelectSettings(Settings):
+    """How a search goes."""
 
-    Attributes:
-        method: How candidates are found.
-        rule: What decides between less refusal and less damage.
-        n_choose: How many harmful prompts, and how many harmless ones, the search runs on.
-        n_confirm: How many others the pick is confirmed on.
-        n_tokens: How many tokens of its own answers the model is asked for in the search.
-        most_confirmed: How many candidates are tried by generation at most.
-        seed: What splits the prompts and orders the batches.
-        descent: How the descent by gradients goes.
-    """
+    panel: ClassVar[str] = "Choice"
 
-    method: Method = "auto"
-    rule: Rule = field(default_factory=lambda: Rule(max_refusals=0.05))
-    n_choose: int = 64
-    n_confirm: int = 32
-    n_tokens: int = 24
-    most_confirmed: int = 3
-    seed: int = 0
-    descent: GradientSettings = field(default_factory=GradientSettings)
+    method: Method = setting(
+        "auto",
+        "auto, layer or none; auto, unless options below say what to take out.",
+        name="select",
+        short=True,
+        may_be_none=True,
+    )
+    rule: Rule = Rule(max_refusals=0.05)
+    n_choose: int = Field(default=64, description="How many harmful, and how many harmless prompts the search runs on.")
+    n_confirm: int = Field(default=32, description="How many others the pick is confirmed on.")
+    n_tokens: int = Field(
+        default=24, description="How many tokens of its own answers the model is asked for in the search."
+    )
+    most_confirmed: int = Field(default=3, description="How many candidates are tried by generation at most.")
+    seed: int = Field(default=0, description="What splits the prompts and orders the batches.")
+    descent: GradientSettings = GradientSettings()
 
 
-@dataclass(frozen=True)
-class RunSettings:
+class RunSettings(Settings):
     """Everything that decides a run's result.
 
     Attributes:
-        model: A directory, a hub id, or `demo`.
         loading: How the model is loaded.
         chat: How prompts are put before it.
         direction: How the direction is found; of a search only the prompts, their number, the seed and the position.
+        select: How to choose what to take out; None does as `direction` and `edit` say.
         edit: What is taken out where; a search decides the strengths and sites itself.
         measure: What is measured.
-        select: How to choose what to take out; None does as `direction` and `edit` say.
-        batch_size: How many prompts to run at once; None is automatic.
     """
 
-    model: str = DEMO
+    panel: ClassVar[str] = "Model"
+
+    model: str = setting(DEMO, "A directory, a hub id, or 'demo', the embedded model.", short=True, is_argument=True)
     loading: LoadSettings = LoadSettings()
-    chat: ChatFormat = field(default_factory=ChatFormat)
+    chat: ChatFormat = ChatFormat()
+    batch_size: int | None = setting(None, "Prompts at once; found automatically.", ge=1)
     direction: DirectionSettings = DirectionSettings()
+    select: SelectSettings | None = SelectSettings()
     edit: EditSettings = EditSettings()
     measure: MeasureSettings = MeasureSettings()
-    select: SelectSettings | None = field(default_factory=SelectSettings)
-    batch_size: int | None = None
+
+    @property
+    def says_what_to_take_out(self) -> bool:
+        """Whether somebody typed, as a default or not, what a search decides otherwise."""
+        typed = {"layer", "projected", "per_layer"} & self.direction.model_fields_set
+        typed |= {"strength", "layers", "sites", "variant"} & self.edit.model_fields_set
+        return bool(typed) or len(self.direction.positions) > 1
 
     def record(self) -> dict[str, Any]:
         """Give the settings as JSON, for a record that may be published: of local paths only the last part stays."""
-        return {name: _published(value) for name, value in asdict(self).items()}
+        return {name: _published(value) for name, value in self.model_dump(mode="json").items()}
 
 
 def published_name(source: str) -> str:
     """Give what a record that may be published calls a source: of a local path only the last part."""
-    return Path(source).resolve().name if Path(source).exists() else source
+    return Path(source).resolve().name if os.path.exists(source) else source  # noqa: PTH110 - a template is too long
 
 
 def _published(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _published(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_published(part) for part in value]
     return published_name(value) if isinstance(value, str) and os.sep in value else value
 
 
-@dataclass(frozen=True)
-class EvaluationSettings:
-    """How to measure.
+def _size(value: Any) -> Any:
+    """Read a number of bytes with a unit."""
+    if not isinstance(value, str):
+        return value
+    number, unit = value.strip().lower().removesuffix("b").removesuffix("i"), ""
+    if number[-1:] in "kmgt" and number:
+        number, unit = number[:-1], number[-1]
+    try:
+        size = int(float(number) * 1024 ** " kmgt".index(unit or " "))
+    except (ValueError, OverflowError):
+        size = 0
+    if size < 1 << 20:
+        raise ValueError(f"The option --memory is {value!r}, expected a size of at least 1MiB, such as 500MiB or 2GiB.")
+    return size
 
-    Attributes:
-        max_new_tokens: Where an answer is cut off.
-        kl_tokens: How many tokens of the base model's answers the mean KL and the perplexity go along.
-        batch_size: How many prompts to run at once; None is automatic.
-        chat: How the prompts are put before the models.
-        seed: The seed of the bootstrap intervals.
-    """
 
-    max_new_tokens: int = 100
-    kl_tokens: int = 32
-    batch_size: int | None = None
-    chat: ChatFormat = field(default_factory=ChatFormat)
-    seed: int = 0
+class DiskSettings(Settings):
+    """How files are edited on disk; none of it decides what they hold in the end."""
+
+    panel: ClassVar[str] = "Edit on disk"
+
+    memory: Annotated[int, BeforeValidator(_size)] = setting(
+        1 << 30, "What is held at once beside Python itself, such as 2GiB.", metavar="SIZE"
+    )
+    jobs: int | None = setting(None, "Files written at once; up to 4.", ge=1)
+    certify: bool = setting(True, "Read the files back and measure.")
+
+
+class RunFiles(Settings):
+    """What a run reads and writes beside its model and prompts."""
+
+    output: Path | None = setting(None, "The directory to make; MODEL-ablated by default.", short=True, flag="-o")
+    force: bool = setting(False, "Replace an existing output.", short=True)
+    direction: Path | None = setting(None, "Use this direction instead.", short=True)
 
 
 VARIANTS: tuple[Variant, ...] = ("plain", "norm-preserving")
+
+
+METHODS: tuple[Method, ...] = ("auto", "layer")
 
 
 MAX_KL = 0.1
 """The paper's limit on the damage."""
 
 
-@dataclass(frozen=True)
-class LayerSettings:
-    """How the choice goes.
+class LayerSettings(Settings):
+    """How the choice by layer and position goes.
 
     Attributes:
         max_kl: The most damage that a candidate may do; twice as much until all prompts are looked at.
@@ -330,23 +441,3 @@ class LayerSettings:
     finalists: int = 4
     kl_tokens: int = 4
     seed: int = 0
-
-
-METHODS: tuple[Method, ...] = ("auto", "layer")
-
-
-@dataclass(frozen=True)
-class AnswerSettings:
-    """How answers are generated in a search.
-
-    Attributes:
-        max_new_tokens: Where an answer is cut off.
-        kl_tokens: How many tokens of the base model's answers the damage goes along.
-        batch_size: How many prompts to run at once; None is automatic.
-        chat: How the prompts are put before the model.
-    """
-
-    max_new_tokens: int = 100
-    kl_tokens: int = 32
-    batch_size: int | None = None
-    chat: ChatFormat = field(default_factory=ChatFormat)

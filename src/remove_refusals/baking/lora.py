@@ -358,7 +358,7 @@ def load_edited(edited: str, base: str, settings: LoadSettings) -> LoadedModel:
     """
     if is_adapter(edited):
         return with_adapter(load_model(base, settings), Path(edited))
-    return load_model(edited, replace(settings, revision=None))
+    return load_model(edited, settings.model_copy(update={"revision": None}))
 
 
 _NUMBERS_AT_ONCE = 1 << 24

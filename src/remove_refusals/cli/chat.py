@@ -107,7 +107,7 @@ def converse(
             write(f"{said}\n")
         elif prompt:
             text = line.replace("//", "/", 1) if prompt.startswith("//") else line
-            format_now = replace(chat, system_prompt=state.system_prompt)
+            format_now = chat.model_copy(update={"system_prompt": state.system_prompt})
             turns += _turn(loaded, make, text, state, turns, format_now, write, model_map, max_new_tokens)
 
 

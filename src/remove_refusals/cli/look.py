@@ -90,24 +90,25 @@ def evaluate(
     for path in (output, rows):
         if path is not None:
             atomic.check_target(path, force=force, directory=whole and path is output)
-    source = PromptSource
     settings = RunSettings(
         model=base,
-        loading=LoadSettings(device, dtype, load_in_4bit, trust_remote_code),
+        loading=LoadSettings(
+            device=device, dtype=dtype, load_in_4bit=load_in_4bit, trust_remote_code=trust_remote_code
+        ),
         chat=chat_format(system_prompt, chat_template, plain),
         measure=MeasureSettings(
-            source(harmful_test, column, split),
-            source(harmless_test, column, split),
-            source(alarming_test, column, split),
-            n_test,
-            max_new_tokens,
-            kl_tokens,
-            more_sets(also, column, split),
-            task_names(tasks),
-            task_files,
-            task_limit,
-            judge,
-            calibration,
+            harmful=PromptSource(source=harmful_test, column=column, split=split),
+            harmless=PromptSource(source=harmless_test, column=column, split=split),
+            alarming=PromptSource(source=alarming_test, column=column, split=split),
+            n_test=n_test,
+            max_new_tokens=max_new_tokens,
+            kl_tokens=kl_tokens,
+            more=more_sets(also, column, split),
+            tasks=task_names(tasks),
+            task_directory=task_files,
+            task_limit=task_limit,
+            judge=judge,
+            calibration=calibration,
         ),
         batch_size=batch_size,
     )
@@ -217,19 +218,22 @@ def analyze(
     from remove_refusals.settings import DirectionSettings, LoadSettings, MeasureSettings, PromptSource, RunSettings
 
     atomic.check_target(output, force=force, directory=True)
-    source = PromptSource
     settings = RunSettings(
         model=model,
-        loading=LoadSettings(device, dtype, False, trust_remote_code, revision),
+        loading=LoadSettings(device=device, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision),
         chat=chat_format(system_prompt, chat_template, plain),
-        direction=DirectionSettings(source(harmful, column, split), source(harmless, column, split), seed=seed),
+        direction=DirectionSettings(
+            harmful=PromptSource(source=harmful, column=column, split=split),
+            harmless=PromptSource(source=harmless, column=column, split=split),
+            seed=seed,
+        ),
         measure=MeasureSettings(
-            source(harmful_test, column, split),
-            source(harmless_test, column, split),
-            source(alarming_test, column, split),
-            n_test,
-            max_new_tokens,
-            kl_tokens,
+            harmful=PromptSource(source=harmful_test, column=column, split=split),
+            harmless=PromptSource(source=harmless_test, column=column, split=split),
+            alarming=PromptSource(source=alarming_test, column=column, split=split),
+            n_test=n_test,
+            max_new_tokens=max_new_tokens,
+            kl_tokens=kl_tokens,
         ),
         batch_size=batch_size,
     )

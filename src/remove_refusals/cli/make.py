@@ -136,10 +136,9 @@ def run(
     from remove_refusals.cli import printing as console
     from remove_refusals.settings import LoadSettings, MeasureSettings, PromptSource, RunSettings
 
-    source = PromptSource
     finding = direction_settings(
-        source(harmful, column, split),
-        source(harmless, column, split),
+        PromptSource(source=harmful, column=column, split=split),
+        PromptSource(source=harmless, column=column, split=split),
         n_prompts,
         seed,
         layer,
@@ -153,23 +152,32 @@ def run(
     check_choice(select, as_given=as_given)
     settings = RunSettings(
         model=model,
-        loading=LoadSettings(device, dtype, load_in_4bit, trust_remote_code, revision, device_map, offload, max_memory),
+        loading=LoadSettings(
+            device=device,
+            dtype=dtype,
+            load_in_4bit=load_in_4bit,
+            trust_remote_code=trust_remote_code,
+            revision=revision,
+            device_map=device_map,
+            offload=offload,
+            max_memory=max_memory,
+        ),
         chat=chat_format(system_prompt, chat_template, plain),
         direction=finding,
         edit=edit_settings(strength, layers, sites, tied, variant, allow_leak),
         measure=MeasureSettings(
-            source(harmful_test, column, split),
-            source(harmless_test, column, split),
-            source(alarming_test, column, split),
-            n_test,
-            max_new_tokens,
-            kl_tokens,
-            more_sets(also, column, split),
-            task_names(tasks),
-            task_files,
-            task_limit,
-            judge,
-            calibration,
+            harmful=PromptSource(source=harmful_test, column=column, split=split),
+            harmless=PromptSource(source=harmless_test, column=column, split=split),
+            alarming=PromptSource(source=alarming_test, column=column, split=split),
+            n_test=n_test,
+            max_new_tokens=max_new_tokens,
+            kl_tokens=kl_tokens,
+            more=more_sets(also, column, split),
+            tasks=task_names(tasks),
+            task_directory=task_files,
+            task_limit=task_limit,
+            judge=judge,
+            calibration=calibration,
         ),
         select=select_settings(select, max_kl, max_refusals, as_given=as_given),
         batch_size=batch_size,
@@ -230,10 +238,9 @@ def find(
         atomic.check_target(output, force=force, directory=True)
     else:
         direction_files.check_direction_path(output, force=force)
-    source = PromptSource
     settings = direction_settings(
-        source(harmful, column, split),
-        source(harmless, column, split),
+        PromptSource(source=harmful, column=column, split=split),
+        PromptSource(source=harmless, column=column, split=split),
         n_prompts,
         seed,
         layer,
@@ -244,7 +251,17 @@ def find(
     chat = chat_format(system_prompt, chat_template, plain)
     prompts = training_prompts(settings)
     loaded = load_model(
-        model, LoadSettings(device, dtype, load_in_4bit, trust_remote_code, revision, device_map, offload, max_memory)
+        model,
+        LoadSettings(
+            device=device,
+            dtype=dtype,
+            load_in_4bit=load_in_4bit,
+            trust_remote_code=trust_remote_code,
+            revision=revision,
+            device_map=device_map,
+            offload=offload,
+            max_memory=max_memory,
+        ),
     )
     with console.progress() as on_progress:
         found = find_direction(
@@ -324,7 +341,7 @@ def bake(
     atomic.check_target(output, force=force, directory=kind in ("checkpoint", "lora"))
     edit = edit_settings(strength, layers, sites, tied, variant, allow_leak)
     intervene = chosen(direction, repeat, edit, as_given=(strength, layers, sites) != _ALL)
-    loading = LoadSettings(device, dtype, False, trust_remote_code, revision)
+    loading = LoadSettings(device=device, dtype=dtype, trust_remote_code=trust_remote_code, revision=revision)
     if kind != "checkpoint":
         _adapter(kind, model, intervene, output, edit, loading, force=force)
         return

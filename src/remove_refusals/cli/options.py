@@ -311,7 +311,16 @@ def direction_settings(
     """
     from remove_refusals.settings import DirectionSettings
 
-    return DirectionSettings(harmful, harmless, n_prompts, seed, _layer(layer), position, projected, per_layer)
+    return DirectionSettings(
+        harmful=harmful,
+        harmless=harmless,
+        n_prompts=n_prompts,
+        seed=seed,
+        layer=_layer(layer),
+        position=position,
+        projected=projected,
+        per_layer=per_layer,
+    )
 
 
 def _layer(text: str) -> float | int:
@@ -342,12 +351,12 @@ def edit_settings(
     if set(kinds) != set(sites.split(",")):
         raise DirectionError(f"The sites are {sites!r}, expected some of {','.join(SITE_KINDS)}, joined by commas.")
     return EditSettings(
-        strength,
-        _range(layers),
-        kinds,
-        _one_of("--tied", tied, ("untie", "both")),
-        _one_of("--variant", variant, VARIANTS),
-        allow_leak,
+        strength=strength,
+        layers=_range(layers),
+        sites=kinds,
+        tied=_one_of("--tied", tied, ("untie", "both")),
+        variant=_one_of("--variant", variant, VARIANTS),
+        allow_leak=allow_leak,
     )
 
 
@@ -384,7 +393,7 @@ def chat_format(system_prompt: str | None, chat_template: Path | None, plain: bo
             raise PromptError(
                 f"The chat template {chat_template} cannot be read ({error}), expected a Jinja file in UTF-8."
             ) from error
-    return ChatFormat(system_prompt, text, plain)
+    return ChatFormat(system_prompt=system_prompt, chat_template=text, plain=plain)
 
 
 def select_settings(
@@ -411,7 +420,7 @@ def select_settings(
         raise SelectionError(f"--select is {method!r}, expected one of {', '.join(accepted)}.")
     if method == "none" or (method is None and as_given):
         return None
-    rule = Rule(max_kl, max_refusals if max_refusals is not None or max_kl is not None else 0.05)
+    rule = Rule(max_kl=max_kl, max_refusals=max_refusals if max_refusals is not None or max_kl is not None else 0.05)
     chosen: Method = next((known for known in METHODS if known == method), METHODS[0])
     return SelectSettings(method=chosen, rule=rule)
 
@@ -489,7 +498,7 @@ def more_sets(also: list[str] | None, column: str | None, split: str | None) -> 
             )
         if name in _TAKEN or name in found:
             raise PromptError(f"The option --also names {name!r} twice, expected a name of its own; choose another.")
-        found[name] = PromptSource(place, column, split)
+        found[name] = PromptSource(source=place, column=column, split=split)
     return tuple(found.items())
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -84,7 +83,16 @@ def chat(
         )
     edit = edit_settings(strength, layers, sites)
     given = None if no_ablation else _given(direction, run, candidate, edit)
-    loaded = load_model(model, LoadSettings(device, dtype, load_in_4bit, trust_remote_code, revision))
+    loaded = load_model(
+        model,
+        LoadSettings(
+            device=device,
+            dtype=dtype,
+            load_in_4bit=load_in_4bit,
+            trust_remote_code=trust_remote_code,
+            revision=revision,
+        ),
+    )
     make, model_map = None, None
     if given is not None:
         make, model_map = _maker(given, edit, loaded)
@@ -133,7 +141,16 @@ def ui(
 
     edit = EditSettings()
     given = _given(direction, run, None, edit)
-    loaded = load_model(model, LoadSettings(device, dtype, load_in_4bit, trust_remote_code, revision))
+    loaded = load_model(
+        model,
+        LoadSettings(
+            device=device,
+            dtype=dtype,
+            load_in_4bit=load_in_4bit,
+            trust_remote_code=trust_remote_code,
+            revision=revision,
+        ),
+    )
     make, model_map = _maker(given, edit, loaded)
     searched = run is not None and (run / "selection.json").is_file()
     found: Any = records.read_json(run / "selection.json", error=DirectionError) if searched and run else {}
@@ -192,7 +209,7 @@ def _maker(
     model_map = modelmap.map_model(loaded.model)
     if isinstance(given, tuple):
         return lambda strength, layers: make_intervention(
-            given, replace(edit, strength=strength, layers=layers), model_map
+            given, edit.model_copy(update={"strength": strength, "layers": layers}), model_map
         ), model_map
     check_fit(given, model_map)
     return lambda strength, layers: scaled(
@@ -234,10 +251,19 @@ def generate(
     from remove_refusals.settings import LoadSettings, PromptSource
 
     atomic.check_target(output, force=force, directory=False)
-    prompt_set = prompts_from(PromptSource(prompts, column, split), "prompts", "")
+    prompt_set = prompts_from(PromptSource(source=prompts, column=column, split=split), "prompts", "")
     given = None if direction is None else direction_files.load_directions(direction)
     edit = edit_settings(strength, layers, sites)
-    loaded = load_model(model, LoadSettings(device, dtype, load_in_4bit, trust_remote_code, revision))
+    loaded = load_model(
+        model,
+        LoadSettings(
+            device=device,
+            dtype=dtype,
+            load_in_4bit=load_in_4bit,
+            trust_remote_code=trust_remote_code,
+            revision=revision,
+        ),
+    )
     intervention, model_map = None, None
     if given is not None:
         intervention, model_map = made_intervention(loaded, given, edit)
@@ -280,7 +306,7 @@ def answer_rows(
     from remove_refusals.models import render
     from remove_refusals.settings import ChatFormat
 
-    token_ids = render(loaded.tokenizer, prompts.prompts, **vars(chat or ChatFormat()))
+    token_ids = render(loaded.tokenizer, prompts.prompts, **(chat or ChatFormat()).model_dump())
     context: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if intervention is not None:
         context = ablated(loaded.model, intervention, model_map=model_map)

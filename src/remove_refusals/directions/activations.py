@@ -118,7 +118,7 @@ def collect_activations(
         PromptError: If the prompts cannot be rendered.
         ModelError: If memory runs out with a single prompt.
     """
-    token_ids = render(loaded.tokenizer, prompts.prompts, **vars(chat or ChatFormat()))
+    token_ids = render(loaded.tokenizer, prompts.prompts, **(chat or ChatFormat()).model_dump())
     model_map = model_map or map_model(loaded.model)
     depth = model_map.n_layers if n_layers is None else n_layers
     _check_places(token_ids, positions, depth, model_map)
@@ -286,7 +286,7 @@ def collect_at(
         PromptError: If the prompts cannot be rendered.
         ModelError: If memory runs out with a single prompt.
     """
-    token_ids = render(loaded.tokenizer, prompts.prompts, **vars(chat or ChatFormat()))
+    token_ids = render(loaded.tokenizer, prompts.prompts, **(chat or ChatFormat()).model_dump())
     found: dict[Any, torch.Tensor] = {}
 
     def hook_for(key: Any, tap: Tap, n_prompts: int) -> Callable[..., None]:

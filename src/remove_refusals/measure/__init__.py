@@ -5,7 +5,6 @@ from remove_refusals.measure.evaluate import (
     EvaluationPrompts,
     evaluate,
     measure,
-    measure_settings,
     test_prompts,
     warnings,
 )
@@ -69,7 +68,6 @@ __all__ = [
     "make_judge",
     "mean_with_interval",
     "measure",
-    "measure_settings",
     "paired_difference",
     "paired_rates",
     "rogan_gladen",

@@ -39,7 +39,7 @@ from remove_refusals.measure.tasks import run_tasks
 from remove_refusals.models import Answer, LoadedModel, continued, fingerprint, generate, render
 from remove_refusals.progress import OnProgress, stage_progress
 from remove_refusals.prompts import check_disjoint, draw, prompts_from
-from remove_refusals.settings import EvaluationSettings, MeasureSettings, RunSettings
+from remove_refusals.settings import MeasureSettings
 from remove_refusals.types import PromptSet
 
 Answers = Mapping[str, Sequence[Answer]]
@@ -82,7 +82,7 @@ def evaluate(
     base: LoadedModel,
     edited: LoadedModel,
     prompts: EvaluationPrompts,
-    settings: EvaluationSettings | None = None,
+    settings: MeasureSettings | None = None,
     *,
     edited_context: Context = nullcontext,
     judge: Judge | None = None,
@@ -116,10 +116,10 @@ def evaluate(
         JudgeError: If the judge cannot label an answer.
     """
     judge = judge or PhraseJudge()
-    settings = settings or EvaluationSettings()
+    settings = settings or MeasureSettings()
     _check(base, edited, settings)
     sets = prompts.by_name()
-    token_ids = {name: render(base.tokenizer, part.prompts, **vars(settings.chat)) for name, part in sets.items()}
+    token_ids = {name: render(base.tokenizer, part.prompts, **base.chat.model_dump()) for name, part in sets.items()}
     n_harmless = len(token_ids.get("harmless", ()))
     progress = _Progress(on_progress, 2 * sum(map(len, token_ids.values())) + n_harmless)
     journal = journal or Journal()
@@ -143,7 +143,7 @@ def evaluate(
         along,
         settings.kl_tokens,
         edited_context=edited_context,
-        batch_size=settings.batch_size,
+        batch_size=base.batch_size,
         on_progress=progress.within,
     )
     refused = [row.label is Label.REFUSAL for row in rows if row.set_name == "harmless" and row.model == "base"]
@@ -162,7 +162,7 @@ def _adjusted(scores: Mapping[str, SetScores]) -> dict[str, SetScores]:
 def _answers(
     loaded: LoadedModel,
     token_ids: Mapping[str, Sequence[Sequence[int]]],
-    settings: EvaluationSettings,
+    settings: MeasureSettings,
     journal: Journal,
     progress: "_Progress",
 ) -> dict[str, list[Answer]]:
@@ -174,7 +174,7 @@ def _answers(
             loaded,
             ids,
             max_new_tokens=settings.max_new_tokens,
-            batch_size=settings.batch_size,
+            batch_size=loaded.batch_size,
             on_progress=progress.within,
         )
         found[name] = context.remember(
@@ -191,7 +191,7 @@ def _answers(
 def _conclude(
     base: LoadedModel,
     edited: LoadedModel,
-    settings: EvaluationSettings,
+    settings: MeasureSettings,
     harmless: PromptSet,
     scores: dict[str, SetScores],
     distances: Sequence[PromptDistance],
@@ -208,6 +208,7 @@ def _conclude(
         base=base.source,
         edited=edited.source,
         settings=settings,
+        chat=base.chat,
         sets=scores,
         distance=_distance(distances, harmless, seed),
         distance_answered=_distance(along, answered, seed),
@@ -218,7 +219,7 @@ def _conclude(
     )
 
 
-def _check(base: LoadedModel, edited: LoadedModel, settings: EvaluationSettings) -> None:
+def _check(base: LoadedModel, edited: LoadedModel, settings: MeasureSettings) -> None:
     for name, value in (("max_new_tokens", settings.max_new_tokens), ("kl_tokens", settings.kl_tokens)):
         if value < 1:
             raise ModelError(f"The setting {name} is {value}, expected at least 1; raise it.")
@@ -287,21 +288,11 @@ def test_prompts(settings: MeasureSettings, used: tuple[PromptSet, ...] = ()) ->
     return EvaluationPrompts(limited(harmful), limited(harmless), limited(alarming), tuple(map(limited, more)))
 
 
-def measure_settings(settings: RunSettings) -> EvaluationSettings:
-    """The settings of the evaluation as a run's settings give them."""
-    return EvaluationSettings(
-        max_new_tokens=settings.measure.max_new_tokens,
-        kl_tokens=settings.measure.kl_tokens,
-        batch_size=settings.batch_size,
-        chat=settings.chat,
-    )
-
-
 def measure(
     base: LoadedModel,
     edited: LoadedModel,
     prompts: EvaluationPrompts,
-    settings: RunSettings,
+    settings: MeasureSettings,
     *,
     judged: tuple[Judge, Accuracies] | None = None,
     journal: Journal | None = None,
@@ -313,7 +304,7 @@ def measure(
         base: The base model.
         edited: The edited model.
         prompts: What `test_prompts` gave.
-        settings: A run's settings.
+        settings: What is measured.
         judged: What `test_judge` gave; by default the phrase judge.
         journal: Keeps the answers, so that a killed measurement goes on.
         on_progress: Told of every stage.
@@ -324,22 +315,23 @@ def measure(
     Raises:
         RemoveRefusalsError: Of the type that fits what went wrong.
     """
-    asked, size = settings.measure, settings.batch_size
     progress = stage_progress(on_progress, "evaluation")
     judge, accuracies = judged or (None, {})
     found = evaluate(
         base,
         edited,
         prompts,
-        measure_settings(settings),
+        settings,
         judge=judge,
         accuracies=accuracies,
         journal=journal,
         on_progress=progress,
     )
-    if asked.tasks:
-        directory = None if asked.task_directory is None else Path(asked.task_directory)
-        tasks = run_tasks(base, edited, asked.tasks, directory=directory, limit=asked.task_limit, batch_size=size)
+    if settings.tasks:
+        directory = None if settings.task_directory is None else Path(settings.task_directory)
+        tasks = run_tasks(
+            base, edited, settings.tasks, directory=directory, limit=settings.task_limit, batch_size=base.batch_size
+        )
         found = replace(found, tasks=tasks)
     return found
 
@@ -376,7 +368,7 @@ def score_set(
     prompts: PromptSet,
     rows: Sequence[Sequence[Response]],
     answers: Sequence[Sequence[Answer]],
-    settings: EvaluationSettings,
+    settings: MeasureSettings,
     judge: Judge,
     accuracies: Accuracies,
 ) -> SetScores:

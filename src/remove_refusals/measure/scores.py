@@ -16,7 +16,7 @@ from remove_refusals.measure.statistics import (
     verdict,
 )
 from remove_refusals.measure.tasks import TaskScore
-from remove_refusals.settings import EvaluationSettings
+from remove_refusals.settings import ChatFormat, MeasureSettings
 
 FORMAT = 1
 """The version of the layout of `scores.json`, whose schema is `data/scores.schema.json`."""
@@ -232,6 +232,10 @@ class Agreement:
         return {"identical": self.identical.to_json(), "common_prefix": self.common_prefix.to_json()}
 
 
+_MEASURED = {"max_new_tokens", "kl_tokens", "seed"}
+"""The settings that stand in the scores; prompts have their hashes there, and tasks their own entries."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """A base model and an edited one, measured on the same prompts. What was not measured is None or absent.
@@ -250,15 +254,15 @@ class Evaluation:
         rows: Every answer.
         judge: What labelled them.
         agreement: How far the greedy answers to the harmless prompts that the base model answered are the same.
-        text: What was found on a text of the user's.
         tasks: The tasks of lm-evaluation-harness.
+        chat: How the prompts were put before the models.
         judge_usage: What asking the judge took, if it says so; no result, and so in no record: a judge that keeps its
             answers need not be asked twice.
     """
 
     base: str
     edited: str
-    settings: EvaluationSettings
+    settings: MeasureSettings
     sets: dict[str, SetScores]
     distance: Distance | None
     distance_answered: Distance | None
@@ -268,6 +272,7 @@ class Evaluation:
     judge: str = "phrases"
     agreement: Agreement | None = None
     tasks: tuple[TaskScore, ...] = ()
+    chat: ChatFormat = field(default_factory=ChatFormat)
     judge_usage: str | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -282,11 +287,12 @@ class Evaluation:
         """
         distances = {"harmless": self.distance, "harmless_answered": self.distance_answered}
         perplexities = {"base": self.base_perplexity, "edited": self.edited_perplexity}
+        measured = self.settings.model_dump(include=_MEASURED)
         return {
             "format": FORMAT,
             "base": self.base,
             "edited": self.edited,
-            "settings": {"judge": self.judge, **asdict(self.settings)},
+            "settings": measured | {"judge": self.judge, "chat": self.chat.model_dump()},
             "sets": {name: scores.to_json() for name, scores in self.sets.items()},
             **_present("kl", distances),
             **_present("perplexity", perplexities),

@@ -6,7 +6,7 @@ import pickle
 import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -235,14 +235,17 @@ def fingerprint(loaded: LoadedModel) -> str:
     return digest.hexdigest()[:16]
 
 
-def load_model(model: str, settings: LoadSettings) -> LoadedModel:
-    """Load a model by directory, hub id or the name `demo`.
+def load_model(
+    model: str, settings: LoadSettings, *, chat: ChatFormat | None = None, batch_size: int | None = None
+) -> LoadedModel:
+    """Load a model by directory, hub id or the name `demo`, and note how prompts are put before it.
 
     Raises:
         ModelError: If it cannot be found or loaded.
         CheckpointError: If a weight file is corrupt.
     """
-    return load(model, **asdict(settings))
+    loaded = load(model, **settings.model_dump())
+    return replace(loaded, chat=chat or ChatFormat(), batch_size=batch_size)
 
 
 _HUB_TIMEOUT_SECONDS = 10.0

@@ -180,7 +180,7 @@ def _inputs(directions: Sequence[Direction], material: Material, settings: Gradi
     """What the descents depend on; directions are told apart by where they come from."""
     origins = [asdict(replace(direction.origin, length=None)) for direction in directions]
     probes = [[probe.token_ids, probe.paths] for probe in (*material.refusal_probes, *material.damage_probes)]
-    return [asdict(settings), origins, material.first_layer, probes]
+    return [settings.model_dump(), origins, material.first_layer, probes]
 
 
 def _pack(steering: Steering, answers: Sequence[Answer]) -> dict[str, Any]:

@@ -52,7 +52,6 @@ from remove_refusals.types import Activations, Direction, DirectionOrigin, Inter
 _TIE = 0.01
 
 
-@dataclass(frozen=True)
 class LayerRule(Rule):
     """The rule of this search: `max_kl` is a filter, `max_refusals` counts in the confirmation only.
 
@@ -454,7 +453,7 @@ def tail_positions(loaded: LoadedModel, chat: ChatFormat, position: int) -> tupl
     """
     if chat.plain:
         return (position,)
-    tail = template_tail_length(loaded.tokenizer, **vars(chat))
+    tail = template_tail_length(loaded.tokenizer, **chat.model_dump())
     return tuple(range(-1, -1 - min(max(tail, 1), MOST_POSITIONS), -1))
 
 

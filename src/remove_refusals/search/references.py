@@ -9,7 +9,7 @@ from remove_refusals.measure import Label, distances_along, judge_phrases, mean_
 from remove_refusals.modelmap import ModelMap
 from remove_refusals.models import Answer, LoadedModel, generate, render
 from remove_refusals.search.candidates import Confirmation
-from remove_refusals.settings import AnswerSettings
+from remove_refusals.settings import MeasureSettings
 from remove_refusals.types import Intervention, PromptSet
 
 
@@ -68,7 +68,7 @@ class References:
 def references(
     loaded: LoadedModel,
     prompts: PromptSet,
-    settings: AnswerSettings,
+    settings: MeasureSettings,
     *,
     on_progress: Callable[[int], None] | None = None,
 ) -> References:
@@ -82,12 +82,12 @@ def references(
         ModelError: If a prompt does not fit the model, or memory runs out.
         NumericalError: If logits are NaN.
     """
-    token_ids = [tuple(ids) for ids in render(loaded.tokenizer, prompts.prompts, **vars(settings.chat))]
+    token_ids = [tuple(ids) for ids in render(loaded.tokenizer, prompts.prompts, **loaded.chat.model_dump())]
     answers = generate(
         loaded,
         token_ids,
         max_new_tokens=settings.max_new_tokens,
-        batch_size=settings.batch_size,
+        batch_size=loaded.batch_size,
         on_progress=on_progress,
     )
     labels = tuple(judge_phrases(answer.text, prompt) for answer, prompt in zip(answers, prompts.prompts, strict=True))
@@ -100,7 +100,7 @@ def confirm(
     model_map: ModelMap,
     harmful: References,
     harmless: References,
-    settings: AnswerSettings,
+    settings: MeasureSettings,
     *,
     on_progress: Callable[[int], None] | None = None,
 ) -> Confirmation:
@@ -125,7 +125,7 @@ def confirm(
     with ablated(loaded.model, intervention, model_map=model_map):
         for part in (harmful, harmless):
             answers = generate(
-                loaded, part.token_ids, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size
+                loaded, part.token_ids, max_new_tokens=settings.max_new_tokens, batch_size=loaded.batch_size
             )
             pairs = zip(answers, part.prompts.prompts, strict=True)
             labels.append([judge_phrases(answer.text, prompt) for answer, prompt in pairs])
@@ -139,7 +139,7 @@ def confirm(
         [answer.token_ids for answer in answered.answers],
         settings.kl_tokens,
         edited_context=lambda: ablated(loaded.model, intervention, model_map=model_map),
-        batch_size=settings.batch_size,
+        batch_size=loaded.batch_size,
     )
     now = [label for label, before in zip(labels[1], harmless.labels, strict=True) if before is Label.COMPLIANCE]
     rates = [

@@ -19,7 +19,7 @@ from remove_refusals.search.descent import descend, first_layer_that_counts
 from remove_refusals.search.layers import LayerRule, search_layers, tail_positions
 from remove_refusals.search.material import gather
 from remove_refusals.search.references import References, confirm, references
-from remove_refusals.settings import MAX_KL, AnswerSettings, LayerSettings, Method, Rule, SelectSettings
+from remove_refusals.settings import LayerSettings, MeasureSettings, Method, Rule, SelectSettings
 from remove_refusals.types import Activations, Direction, Intervention, PromptSet
 
 _FEWEST = 8
@@ -86,7 +86,7 @@ def select(
     prompts: SearchPrompts,
     settings: SelectSettings | None = None,
     *,
-    answers: AnswerSettings | None = None,
+    answers: MeasureSettings | None = None,
     position: int = -1,
     projected: bool = True,
     model: str | None = None,
@@ -119,7 +119,7 @@ def select(
         NumericalError: If activations or logits are NaN.
         OutputError: If the journal cannot be read or written.
     """
-    settings, answers = settings or SelectSettings(), answers or AnswerSettings()
+    settings, answers = settings or SelectSettings(), answers or MeasureSettings()
     model_map = model_map or map_model(loaded.model)
     if settings.method == "auto" and not is_steerable(model_map):
         raise SelectionError(
@@ -130,16 +130,16 @@ def select(
     kept = kept.within(fingerprint(loaded)) if kept.directory is not None else kept
     report = on_progress or (lambda stage, done, total: None)
     by_layer = settings.method == "layer"
-    positions = tail_positions(loaded, answers.chat, position) if by_layer else (position,)
-    check_positions(loaded.tokenizer, positions, answers.chat)
-    collected = _activations(loaded, prompts, answers, positions, model_map, report)
-    short = replace(answers, max_new_tokens=settings.n_tokens)
+    positions = tail_positions(loaded, loaded.chat, position) if by_layer else (position,)
+    check_positions(loaded.tokenizer, positions, loaded.chat)
+    collected = _activations(loaded, prompts, positions, model_map, report)
+    short = answers.model_copy(update={"max_new_tokens": settings.n_tokens})
     own = [_own(loaded, part, short, report, kept) for part in prompts.choose]
     refused, answered = own[0].only(Label.REFUSAL), own[1].only(Label.COMPLIANCE)
     _check(refused, own[0], answered, own[1])
     confirming = tuple(_own(loaded, part, answers, report, kept) for part in prompts.confirm)
     if by_layer:
-        rule = LayerRule(MAX_KL if settings.rule.max_kl is None else settings.rule.max_kl, settings.rule.max_refusals)
+        rule = LayerRule.model_validate(settings.rule.model_dump(exclude_none=True))
         by_layers = search_layers(
             loaded,
             model_map,
@@ -186,7 +186,6 @@ def select(
 def _activations(
     loaded: LoadedModel,
     prompts: SearchPrompts,
-    answers: AnswerSettings,
     positions: tuple[int, ...],
     model_map: ModelMap,
     report: OnProgress,
@@ -199,9 +198,9 @@ def _activations(
             collect_activations(
                 loaded,
                 both,
-                chat=answers.chat,
+                chat=loaded.chat,
                 positions=positions,
-                batch_size=answers.batch_size,
+                batch_size=loaded.batch_size,
                 model_map=model_map,
                 on_progress=stage(report, f"activations, {part.name}", len(both)),
             )
@@ -210,17 +209,22 @@ def _activations(
 
 
 def _own(
-    loaded: LoadedModel, prompts: PromptSet, settings: AnswerSettings, report: OnProgress, journal: Journal
+    loaded: LoadedModel, prompts: PromptSet, settings: MeasureSettings, report: OnProgress, journal: Journal
 ) -> References:
     name = f"own answers, {prompts.name}"
     on_progress = stage(report, name, len(prompts))
     return journal.remember(
         name,
-        [prompts.prompts, asdict(settings)],
+        [prompts.prompts, *_generated(loaded, settings)],
         partial(references, loaded, prompts, settings, on_progress=on_progress),
         References.to_json,
         partial(References.from_json, prompts),
     )
+
+
+def _generated(loaded: LoadedModel, settings: MeasureSettings) -> list[Any]:
+    """Give what decides how answers come out and how damage is measured along them, for a journal's inputs."""
+    return [settings.max_new_tokens, settings.kl_tokens, loaded.chat.model_dump()]
 
 
 def _check(refused: References, harmful: References, answered: References, harmless: References) -> None:
@@ -243,7 +247,7 @@ def _by_gradients(
     report: OnProgress,
     journal: Journal,
 ) -> list[Candidate]:
-    descent = replace(settings.descent, seed=settings.seed)
+    descent = settings.descent.model_copy(update={"seed": settings.seed})
     # Where it refuses harmless prompts it may open in other ways.
     more = [answer.token_ids for answer in harmless.only(Label.REFUSAL).answers]
     few = refused.first(descent.batch_size), answered.first(descent.batch_size)
@@ -271,7 +275,7 @@ def pick(
     model_map: ModelMap,
     candidates: Sequence[Candidate],
     confirming: tuple[References, ...],
-    answers: AnswerSettings,
+    answers: MeasureSettings,
     *,
     method: Method,
     rule: Rule,
@@ -322,7 +326,8 @@ def pick(
             answers,
             on_progress=stage(report, name, len(harmful) + len(harmless)),
         )
-        inputs = [_content(tried[number].intervention), harmful.token_ids, harmless.token_ids, asdict(answers)]
+        told = _generated(loaded, answers)
+        inputs = [_content(tried[number].intervention), harmful.token_ids, harmless.token_ids, *told]
         found = journal.remember(name, inputs, compute, Confirmation.to_json, Confirmation.from_json)
         tried[number] = replace(tried[number], confirmation=found)
         confirmed.append(number)
