@@ -48,10 +48,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "run.toml").write_text(
         'model = "base"\noutput = "out"\n[direction]\nharmful = "d.txt"\nharmless = "e.txt"\nn-prompts = 3\n'
         '[measure]\nharmful-test = "a.txt"\nharmless_test = "b.txt"\nalarming-test = "c.txt"\nmax-new-tokens = 6\n'
-        'kl-tokens = 4\nstrength = 0.5\ntext = "sub/text.txt"\ncalibration = "sub/calibration.json"\n'
+        'kl-tokens = 4\nstrength = 0.5\ncalibration = "sub/calibration.json"\n'
     )
     (place / "sub").mkdir()
-    (place / "sub" / "text.txt").write_text("A text that is long enough.")
     assert command("judge", "calibrate", "-o", "sub/calibration.json", cwd=place).returncode == 0
     done = command("run", "--config", "run.toml", "--kl-tokens", "3", cwd=place)
     assert done.returncode == 0, done.stderr
@@ -103,8 +102,7 @@ def test_what_is_wrong_with_a_file_is_said_with_key_and_value(parameters, tmp_pa
 
 
 def test_a_run_is_repeated_with_equal_hashes(place: Path) -> None:
-    for name in ("text.txt", "calibration.json"):
-        (place / name).write_bytes((place / "sub" / name).read_bytes())
+    (place / "calibration.json").write_bytes((place / "sub" / "calibration.json").read_bytes())
     done = command("reproduce", "out", cwd=place)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
