@@ -28,8 +28,8 @@ def bare_generation(loaded: LoadedModel, prompts: EvaluationPrompts, max_new_tok
     ends = loaded.model.generation_config.eos_token_id
     n_tokens = 0
     for part in prompts.by_name().values():
-        token_ids = render(loaded.tokenizer, part.prompts)
-        order, size = longest_first(token_ids), first_batch_size(loaded, None)
+        token_ids = render(loaded, part.prompts)
+        order, size = longest_first([len(ids) for ids in token_ids]), first_batch_size(loaded)
         for start in range(0, len(order), size):
             batch = left_pad([token_ids[index] for index in order[start : start + size]], loaded.pad_token_id)
             inputs = batch.inputs(loaded)

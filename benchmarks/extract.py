@@ -33,6 +33,7 @@ from remove_refusals.modelmap.types import ModelMap
 from remove_refusals.models.batches import accepts, left_pad, longest_first
 from remove_refusals.models.chat_template import render
 from remove_refusals.models.load import LoadedModel, load
+from remove_refusals.progress import Progress
 from remove_refusals.prompts import embedded_prompts, load_prompts
 from remove_refusals.types import PromptSet
 
@@ -110,8 +111,8 @@ def time_batches(
     """
     rows: list[BatchTimes] = []
     for prompts in sets:
-        token_ids = render(loaded.tokenizer, prompts.prompts)
-        order = longest_first(token_ids)
+        token_ids = render(loaded, prompts.prompts)
+        order = longest_first([len(ids) for ids in token_ids])
         before, started = 0, time.perf_counter()
 
         def after_batch(done: int, token_ids: Batch = token_ids, order: list[int] = order) -> None:
@@ -121,7 +122,13 @@ def time_batches(
             rows.append(BatchTimes(len(batch), sum(map(len, batch)), ours, other(batch)))
             before, started = done, time.perf_counter()
 
-        collect_activations(loaded, prompts, model_map=model_map, n_layers=n_layers, on_progress=after_batch)
+        collect_activations(
+            loaded,
+            prompts,
+            model_map=model_map,
+            n_layers=n_layers,
+            progress=Progress(lambda _, done, total: after_batch(done)),
+        )
     return rows
 
 
@@ -190,7 +197,7 @@ def main() -> None:
     def original(batch: Batch) -> float:
         return original_seconds(loaded, batch, layer, options.original)
 
-    warm_up = render(loaded.tokenizer, sets[0].prompts[:8])
+    warm_up = render(loaded, sets[0].prompts[:8])
     bare(warm_up)
     original(warm_up[:1])
     against_bare, against_original = [], []

@@ -50,15 +50,13 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
-    loaded = load(options.model)
+    loaded = load(options.model, batch_size=options.prompts)
     token_ids = [loaded.tokenizer(SENTENCE * (1 + index % 3))["input_ids"] for index in range(options.prompts)]
     print(f"{options.prompts} prompts of up to {max(map(len, token_ids))} tokens, vocabulary {loaded.vocabulary_size}")
     for label, frozen in (("as loaded", False), ("frozen", True)):
         loaded.model.requires_grad_(not frozen)
         bare = median_seconds(lambda: bare_pass(loaded, token_ids), options.repeats)
-        ours = median_seconds(
-            lambda: generate(loaded, token_ids, max_new_tokens=1, batch_size=options.prompts), options.repeats
-        )
+        ours = median_seconds(lambda: generate(loaded, token_ids, max_new_tokens=1), options.repeats)
         print(f"{label:>9}: bare decoder and head {bare:.3f} s, generate {ours:.3f} s, ratio {ours / bare:.2f}")
 
 

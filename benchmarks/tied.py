@@ -17,7 +17,6 @@ from remove_refusals.modelmap.derive import map_model
 from remove_refusals.models.load import load
 from remove_refusals.settings import (
     SITE_KINDS,
-    ChatFormat,
     DirectionSettings,
     EditSettings,
     MeasureSettings,
@@ -50,7 +49,7 @@ def main() -> None:
         layer=options.layer or (first + last + 1) // 2,
         projected=True,
     )
-    found = find_direction(loaded, source, chat=ChatFormat())
+    found = find_direction(loaded, source)
     measure = MeasureSettings(
         harmful=PromptSource(source=options.harmful_test),
         harmless=PromptSource(source=options.harmless_test),

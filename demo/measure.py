@@ -21,7 +21,7 @@ DRAWS = ((32, 0), (32, 1), (32, 2), (32, 3), (32, 4), (8, 0), (128, 0))
 def measure(loaded: LoadedModel, n_prompts: int, seed: int) -> Evaluation:
     """Find the direction from one draw of the prompts, and compare the model with itself without the direction."""
     model_map = map_model(loaded.model)
-    found = find_direction(loaded, DirectionSettings(n_prompts=n_prompts, seed=seed), chat=ChatFormat())
+    found = find_direction(loaded, DirectionSettings(n_prompts=n_prompts, seed=seed))
     intervention = make_intervention(found.direction, EditSettings(), model_map)
     return evaluate(
         loaded,

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
 from remove_refusals.models.load import LoadedModel
+from remove_refusals.settings import ChatFormat
 from remove_refusals.types import PromptSet
 
 N_VERBS, N_NOUNS, N_ANSWERS = 80, 20, 5
@@ -102,7 +103,7 @@ def organism(seed: int = 0, n_steps: tuple[int, int] = (200, 250)) -> Organism:
     _train(model, inputs, refusals, n_steps[1])
     model.requires_grad_(True)
     return Organism(
-        LoadedModel(model.eval(), words, "synthetic"),
+        LoadedModel(model.eval(), words, "synthetic", chat=ChatFormat(plain=True)),
         *sets,
         prompts("harmful_test", TEST_VERBS, harmful=True),
         prompts("harmless_test", TEST_VERBS, harmful=False),

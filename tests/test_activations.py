@@ -16,9 +16,18 @@ from remove_refusals.modelmap.derive import map_model
 from remove_refusals.models.batches import MOST_PROMPTS, fitting_pass
 from remove_refusals.models.chat_template import render
 from remove_refusals.models.load import LoadedModel
+from remove_refusals.progress import Progress
 from remove_refusals.types import Activations, PromptSet
 
 PROMPTS = PromptSet("some", ("Hello", "How do I bake bread?", "x", "Name three rivers in Europe, please."), "test")
+
+
+def of_size(loaded, n):
+    return dataclasses.replace(loaded, batch_size=n)
+
+
+def told(done):
+    return Progress(lambda stage, n, total: done.append(n))
 
 
 @pytest.fixture(params=["llama", "gpt2"])
@@ -29,7 +38,7 @@ def loaded(request):
 def test_equal_to_one_prompt_at_a_time_with_all_hidden_states(loaded):
     found = collect_activations(loaded, PROMPTS, positions=(-1, -3))
     assert found.hidden.shape == (4, 2, 3, 32) and found.hidden.dtype == torch.float32
-    for index, ids in enumerate(render(loaded.tokenizer, PROMPTS.prompts)):
+    for index, ids in enumerate(render(loaded, PROMPTS.prompts)):
         with torch.inference_mode():
             states = loaded.model(torch.tensor([ids]), output_hidden_states=True).hidden_states
         for place, position in enumerate((-1, -3)):
@@ -43,14 +52,14 @@ def test_equal_to_one_prompt_at_a_time_with_all_hidden_states(loaded):
 def test_the_last_index_is_the_stream_before_the_final_norm(loaded):
     found = collect_activations(loaded, PROMPTS)
     norm = loaded.model.model.norm if hasattr(loaded.model, "model") else loaded.model.transformer.ln_f
-    ids = torch.tensor([render(loaded.tokenizer, PROMPTS.prompts)[1]])
+    ids = torch.tensor([render(loaded, PROMPTS.prompts)[1]])
     with torch.inference_mode():
         last = loaded.model(ids, output_hidden_states=True).hidden_states[-1][0, -1]
         torch.testing.assert_close(norm(found.hidden[1, 0, 2]), last, atol=1e-5, rtol=1e-5)
 
 
 def test_layers_behind_those_asked_for_are_not_run(loaded):
-    whole = collect_activations(loaded, PROMPTS, batch_size=4).hidden
+    whole = collect_activations(of_size(loaded, 4), PROMPTS).hidden
     model_map = map_model(loaded.model)
     ran = []
     modules = dict(loaded.model.named_modules())
@@ -61,7 +70,7 @@ def test_layers_behind_those_asked_for_are_not_run(loaded):
     ]
     for n_layers in range(3):
         ran.clear()
-        part = collect_activations(loaded, PROMPTS, n_layers=n_layers, batch_size=4, model_map=model_map)
+        part = collect_activations(of_size(loaded, 4), PROMPTS, n_layers=n_layers, model_map=model_map)
         assert part.n_layers == n_layers
         assert torch.equal(part.hidden, whole[:, :, : n_layers + 1])
         # A look at one prompt first, with all layers.
@@ -87,8 +96,8 @@ def test_more_layers_than_there_are(loaded, n_layers):
 def test_automatic_batches_change_nothing(loaded):
     prompts = dataclasses.replace(PROMPTS, prompts=tuple("How? " * (1 + number % 23) for number in range(90)))
     done = []
-    found = collect_activations(loaded, prompts, on_progress=done.append).hidden
-    torch.testing.assert_close(found, collect_activations(loaded, prompts, batch_size=1).hidden, atol=1e-5, rtol=1e-5)
+    found = collect_activations(loaded, prompts, progress=told(done)).hidden
+    torch.testing.assert_close(found, collect_activations(of_size(loaded, 1), prompts).hidden, atol=1e-5, rtol=1e-5)
     assert done[-1] == 90 and 2 < len(done) < 45
 
 
@@ -108,9 +117,9 @@ def test_a_fitting_pass_is_neither_too_large_nor_too_small(lengths):
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 4])
 def test_batch_size_and_padding_change_nothing(loaded, batch_size):
-    whole = collect_activations(loaded, PROMPTS, batch_size=4).hidden
+    whole = collect_activations(of_size(loaded, 4), PROMPTS).hidden
     done = []
-    part = collect_activations(loaded, PROMPTS, batch_size=batch_size, on_progress=done.append).hidden
+    part = collect_activations(of_size(loaded, batch_size), PROMPTS, progress=told(done)).hidden
     torch.testing.assert_close(part, whole, atol=1e-5, rtol=1e-5)
     assert done[-1] == 4 and len(done) == -(-4 // batch_size)
 

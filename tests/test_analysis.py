@@ -14,6 +14,7 @@ from remove_refusals.directions.direction import mean_difference
 from remove_refusals.directions.separation import MOST_PROMPTS, auroc, auroc_interval, measure_separation, separation
 from remove_refusals.errors import DirectionError, NumericalError
 from remove_refusals.models.load import load
+from remove_refusals.progress import Progress
 from remove_refusals.prompts import embedded_prompts
 from remove_refusals.types import Activations, PromptSet
 
@@ -202,7 +203,9 @@ def demo():
 def test_the_demo_model_tells_harmful_prompts_apart(demo):
     harmful, harmless = embedded_prompts("harmful_test"), embedded_prompts("harmless_test")
     done = []
-    found = measure_separation(demo, harmful, harmless, model="demo", on_progress=lambda *step: done.append(step))
+    found = measure_separation(
+        demo, harmful, harmless, model="demo", progress=Progress(lambda _, *step: done.append(step))
+    )
     assert done[-1] == (120, 120)
     assert found.layers[0].auroc is None
     assert found.layers[-1].auroc.value > 0.95 and found.layers[-1].auroc.low > 0.85

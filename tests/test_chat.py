@@ -1,5 +1,6 @@
 """Talking: commands change the next answer, mistakes are said, Ctrl-C stops an answer only."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from remove_refusals.models.chat_template import render
 from remove_refusals.models.generate import generate
 from remove_refusals.models.load import LoadedModel, load
 from remove_refusals.prompts import draw, embedded_prompts
-from remove_refusals.settings import EditSettings
+from remove_refusals.settings import ChatFormat, EditSettings
 from remove_refusals.types import DirectionOrigin
 
 PROMPT = embedded_prompts("harmful_test").prompts[0]
@@ -56,7 +57,7 @@ def talk(loaded: LoadedModel, make: Make | None, *lines: str, state: ChatState |
 
 def answer(loaded: LoadedModel, make: Make, strength: float, layers: tuple[int, int] | None = None) -> str:
     with ablated(loaded.model, make(strength, layers)):
-        return generate(loaded, render(loaded.tokenizer, [PROMPT]), max_new_tokens=24)[0].text
+        return generate(loaded, render(loaded, [PROMPT]), max_new_tokens=24)[0].text
 
 
 def test_strength_and_layers_act_on_the_next_answer(loaded: LoadedModel, make: Make) -> None:
@@ -101,7 +102,7 @@ def test_what_is_wrong_is_said_and_the_talk_goes_on(loaded: LoadedModel, make: M
 def test_without_a_direction_only_the_original_answers(loaded: LoadedModel) -> None:
     found = talk(loaded, None, "/strength 1", "/compare", PROMPT, state=ChatState(sides="original"))
     assert all("start again with --direction" in text for text in found[:2])
-    assert found[2] == generate(loaded, render(loaded.tokenizer, [PROMPT]), max_new_tokens=24)[0].text
+    assert found[2] == generate(loaded, render(loaded, [PROMPT]), max_new_tokens=24)[0].text
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_talk(loaded: LoadedModel, make: Make) -> None:
@@ -127,5 +128,6 @@ def test_the_system_message_is_put_before_the_prompt() -> None:
         return make_intervention(direction, EditSettings(strength=strength, layers=layers), model_map)
 
     found = talk(loaded, make, "/strength 0", "/system Answer.", PROMPT)  # type: ignore[arg-type]
-    ids = render(loaded.tokenizer, [PROMPT], system_prompt="Answer.")
+    asked = dataclasses.replace(loaded, chat=ChatFormat(system_prompt="Answer."))
+    ids = render(asked, [PROMPT])
     assert found[2] == generate(loaded, ids, max_new_tokens=24)[0].text

@@ -7,7 +7,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import PreTrainedTokenizerFast
 
 from remove_refusals.errors import PromptError
-from remove_refusals.models.chat_template import check_position, render, render_conversation, template_tail_length
+from remove_refusals.models import LoadedModel
+from remove_refusals.models.chat_template import check_positions, render, render_conversation, template_tail_length
+from remove_refusals.settings import ChatFormat
 
 LLAMA = (
     "{{ bos_token }}{% for message in messages %}<|start|>{{ message['role'] }}<|end|>\n\n"
@@ -85,10 +87,14 @@ def make() -> Callable[[str | None], PreTrainedTokenizerFast]:
 Make = Callable[[str | None], PreTrainedTokenizerFast]
 
 
+def put(tokenizer: PreTrainedTokenizerFast, **chat: object) -> LoadedModel:
+    return LoadedModel(None, tokenizer, "tiny", chat=ChatFormat(**chat))
+
+
 @pytest.mark.parametrize("kind", TAILS)
 def test_prompt_ends_where_the_answer_starts(make: Make, kind: str) -> None:
     tokenizer = make(TEMPLATES[kind])
-    (row,) = render(tokenizer, ["How are you?"])
+    (row,) = render(put(tokenizer), ["How are you?"])
     text = tokenizer.decode(row)
     assert text.endswith("How are you?" + TAILS[kind])
     assert text.count("<bos>") == (0 if "qwen" in kind else 1)
@@ -96,14 +102,14 @@ def test_prompt_ends_where_the_answer_starts(make: Make, kind: str) -> None:
 
 
 def test_thinking_is_closed_with_the_tokens_that_the_template_uses_itself(make: Make) -> None:
-    by_template = render(make(QWEN), ["Hi"])
-    by_hand = render(make(QWEN_THINKING), ["Hi"])
+    by_template = render(put(make(QWEN)), ["Hi"])
+    by_hand = render(put(make(QWEN_THINKING)), ["Hi"])
     assert by_template == by_hand
 
 
 def test_prompt_about_thinking_is_left_alone(make: Make) -> None:
     tokenizer = make(LLAMA)
-    (row,) = render(tokenizer, ["What does <think> mean?"])
+    (row,) = render(put(tokenizer), ["What does <think> mean?"])
     assert "</think>" not in tokenizer.decode(row)
 
 
@@ -112,7 +118,7 @@ def test_rendering_agrees_with_the_library_where_there_is_no_thinking(make: Make
     for prompt in ("Hi", "Two\nlines", "é 日本 🙂"):
         messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": prompt}]
         expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        assert render(tokenizer, [prompt], system_prompt="Be kind.") == [expected]
+        assert render(put(tokenizer, system_prompt="Be kind."), [prompt]) == [expected]
 
 
 def test_conversation_agrees_with_the_library(make: Make) -> None:
@@ -124,27 +130,27 @@ def test_conversation_agrees_with_the_library(make: Make) -> None:
         {"role": "user", "content": "Bye"},
     ]
     expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    assert render_conversation(tokenizer, "Bye", [("Hi", "Hello.")], system_prompt="Be kind.") == expected
-    assert render_conversation(make(R1), "Bye", []) == render(make(R1), ["Bye"])[0]
+    assert render_conversation(put(tokenizer, system_prompt="Be kind."), "Bye", [("Hi", "Hello.")]) == expected
+    assert render_conversation(put(make(R1)), "Bye", []) == render(put(make(R1)), ["Bye"])[0]
 
 
 def test_each_prompt_is_rendered_as_if_alone(make: Make) -> None:
     tokenizer = make(QWEN)
     prompts = ["a", "a much longer prompt than the first", "b"]
-    assert render(tokenizer, prompts) == [render(tokenizer, [prompt])[0] for prompt in prompts]
-    assert render(tokenizer, []) == []
+    assert render(put(tokenizer), prompts) == [render(put(tokenizer), [prompt])[0] for prompt in prompts]
+    assert render(put(tokenizer), []) == []
 
 
 def test_date_is_the_same_every_day(make: Make) -> None:
     tokenizer = make(DATED + LLAMA)
-    (row,) = render(tokenizer, ["Hi"])
-    assert tokenizer.decode(row) == "\n26 Jul 2024 07\n" + tokenizer.decode(render(make(LLAMA), ["Hi"])[0])
+    (row,) = render(put(tokenizer), ["Hi"])
+    assert tokenizer.decode(row) == "\n26 Jul 2024 07\n" + tokenizer.decode(render(put(make(LLAMA)), ["Hi"])[0])
 
 
 def test_system_prompt_that_the_template_refuses(make: Make) -> None:
     with pytest.raises(PromptError, match=r"System role not supported.*leave the system prompt away"):
-        render(make(GEMMA), ["Hi"], system_prompt="Be kind.")
-    assert render(make(GEMMA), ["Hi"])
+        render(put(make(GEMMA), system_prompt="Be kind."), ["Hi"])
+    assert render(put(make(GEMMA)), ["Hi"])
 
 
 def test_what_the_template_swallows_is_an_error(make: Make) -> None:
@@ -152,62 +158,62 @@ def test_what_the_template_swallows_is_an_error(make: Make) -> None:
         "{% for message in messages %}{% if message.role == 'user' %}{{ message.content }}{% endif %}{% endfor %}"
     )
     with pytest.raises(PromptError, match=r"leaves out the system prompt 'Be kind\.'"):
-        render(make(no_system), ["Hi"], system_prompt="Be kind.")
+        render(put(make(no_system), system_prompt="Be kind."), ["Hi"])
     # Templates of models that also take images may want a list of parts and show nothing of a string.
     parts = "{% for message in messages %}{% for part in message.content %}{{ part.text }}{% endfor %}{% endfor %}end"
     with pytest.raises(PromptError, match="leaves out the prompt 'Hi'"):
-        render(make(parts), ["Hi"])
+        render(put(make(parts)), ["Hi"])
 
 
 @pytest.mark.parametrize("template", ["{% for", "{{ messages.nothing.here }}", "{{ messages + 1 }}"])
 def test_broken_template(make: Make, template: str) -> None:
     with pytest.raises(PromptError, match="The chat template failed"):
-        render(make(None), ["Hi"], chat_template=template)
+        render(put(make(None), chat_template=template), ["Hi"])
 
 
 def test_model_without_template(make: Make) -> None:
     tokenizer = make(None)
-    for function in (lambda: render(tokenizer, ["Hi"]), lambda: template_tail_length(tokenizer)):
+    for function in (lambda: render(put(tokenizer), ["Hi"]), lambda: template_tail_length(put(tokenizer))):
         with pytest.raises(PromptError, match=r"no chat template.*chat model.*--chat-template FILE.*plain"):
             function()
-    assert render(tokenizer, ["Hi"], chat_template=LLAMA) == render(make(LLAMA), ["Hi"])
-    assert render(make(QWEN), ["Hi"], chat_template=LLAMA) == render(make(LLAMA), ["Hi"])
+    assert render(put(tokenizer, chat_template=LLAMA), ["Hi"]) == render(put(make(LLAMA)), ["Hi"])
+    assert render(put(make(QWEN), chat_template=LLAMA), ["Hi"]) == render(put(make(LLAMA)), ["Hi"])
     assert tokenizer.chat_template is None
 
 
 def test_several_templates(make: Make) -> None:
     tokenizer = make(None)
     tokenizer.chat_template = {"default": LLAMA, "tools": QWEN}
-    assert render(tokenizer, ["Hi"]) == render(make(LLAMA), ["Hi"])
+    assert render(put(tokenizer), ["Hi"]) == render(put(make(LLAMA)), ["Hi"])
     tokenizer.chat_template = {"rag": LLAMA, "tools": QWEN}
     with pytest.raises(PromptError, match="rag, tools, expected one named default"):
-        render(tokenizer, ["Hi"])
+        render(put(tokenizer), ["Hi"])
 
 
 def test_plain_mode(make: Make) -> None:
     tokenizer = make(LLAMA)
-    assert render(tokenizer, ["Hi there"], plain=True) == [tokenizer("Hi there")["input_ids"]]
-    assert tokenizer.decode(render(tokenizer, ["Hi"], plain=True)[0]) == "<bos>Hi"
-    assert template_tail_length(tokenizer, plain=True) == 0
+    assert render(put(tokenizer, plain=True), ["Hi there"]) == [tokenizer("Hi there")["input_ids"]]
+    assert tokenizer.decode(render(put(tokenizer, plain=True), ["Hi"])[0]) == "<bos>Hi"
+    assert template_tail_length(put(tokenizer, plain=True)) == 0
     with pytest.raises(PromptError, match="given a system prompt"):
-        render(tokenizer, ["Hi"], plain=True, system_prompt="Be kind.")
+        render(put(tokenizer, plain=True, system_prompt="Be kind."), ["Hi"])
     with pytest.raises(PromptError, match="given a chat template"):
-        render(tokenizer, ["Hi"], plain=True, chat_template=LLAMA)
+        render(put(tokenizer, plain=True, chat_template=LLAMA), ["Hi"])
 
 
 def test_prompt_without_tokens(make: Make) -> None:
     tokenizer = make(None)
     with pytest.raises(PromptError, match="gives no tokens"):
-        render(tokenizer, ["Hi", ""], chat_template="{{ messages[0].content }}")
+        render(put(tokenizer, chat_template="{{ messages[0].content }}"), ["Hi", ""])
 
 
 @pytest.mark.parametrize("kind", TAILS)
 def test_tail_is_what_follows_the_words(make: Make, kind: str) -> None:
     tokenizer = make(TEMPLATES[kind])
     expected = tokenizer(TAILS[kind], add_special_tokens=False)["input_ids"]
-    assert template_tail_length(tokenizer) == len(expected)
+    assert template_tail_length(put(tokenizer)) == len(expected)
     if kind != "gemma":
-        assert template_tail_length(tokenizer, system_prompt="Be kind.") == len(expected)
+        assert template_tail_length(put(tokenizer, system_prompt="Be kind.")) == len(expected)
 
 
 @given(prompt=st.text(min_size=1, max_size=20).filter(lambda text: text.strip() == text))
@@ -215,8 +221,8 @@ def test_tail_is_what_follows_the_words(make: Make, kind: str) -> None:
 @pytest.mark.parametrize("kind", TEMPLATES)
 def test_every_prompt_has_the_same_tail(make: Make, kind: str, prompt: str) -> None:
     tokenizer = make(TEMPLATES[kind])
-    tail = template_tail_length(tokenizer)
-    first, second = render(tokenizer, ["Tell me about apples", prompt])
+    tail = template_tail_length(put(tokenizer))
+    first, second = render(put(tokenizer), ["Tell me about apples", prompt])
     assert tail > 0
     assert first[-tail:] == second[-tail:]
 
@@ -224,22 +230,25 @@ def test_every_prompt_has_the_same_tail(make: Make, kind: str, prompt: str) -> N
 def test_marks_that_merge_with_the_template_shorten_the_tail(make: Make) -> None:
     tokenizer = make(NO_SPECIALS)
     whole = tokenizer("\n\nAnswer:", add_special_tokens=False)["input_ids"]
-    (question,) = render(tokenizer, ["this?"])
+    (question,) = render(put(tokenizer), ["this?"])
     assert question[-len(whole) :] != whole, "the tokenizer of this test should merge the question mark"
-    assert 0 < template_tail_length(tokenizer) < len(whole)
+    assert 0 < template_tail_length(put(tokenizer)) < len(whole)
 
 
 def test_unknown_words_are_no_part_of_the_tail() -> None:
     backend = Tokenizer(models.WordLevel({"<unk>": 0, "Answer": 1, ":": 2}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
-    assert template_tail_length(tokenizer, chat_template="{{ messages[0].content }} Answer:") == 2
+    assert template_tail_length(put(tokenizer, chat_template="{{ messages[0].content }} Answer:")) == 2
 
 
-def test_positions_within_the_tail() -> None:
-    for position in (-1, -3):
-        check_position(position, 3)
-    check_position(-1, 0)
-    for position, tail in ((-4, 3), (0, 3), (2, 3), (-2, 0)):
+@pytest.mark.parametrize("template", [LLAMA, "{{ messages[0].content }}"])
+def test_positions_within_the_tail(make: Make, template: str) -> None:
+    loaded = put(make(template))
+    tail = template_tail_length(loaded)
+    assert (tail > 2) == (template == LLAMA) and (tail == 0) == (template != LLAMA)
+    check_positions(loaded, [-1, -max(tail, 1)])
+    for position in (-max(tail, 1) - 1, 0, 2):
         with pytest.raises(PromptError, match=rf"position is {position}, expected .* puts {tail} tokens"):
-            check_position(position, tail)
+            check_positions(loaded, [-1, position])
+    check_positions(put(make(template), plain=True), [-7])

@@ -1,5 +1,7 @@
 """Contributions add up to the stream, shares are those of the weights, and routers are found where they are."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -53,7 +55,8 @@ def test_contributions_add_up_to_the_stream(model_type, position):
     loaded = build(model_type)
     direction = found_on(loaded)
     model_map = map_model(loaded.model)
-    found = site_contributions(loaded, HARMFUL, HARMLESS, direction, model_map, position=position, batch_size=2)
+    few = dataclasses.replace(loaded, batch_size=2)
+    found = site_contributions(few, HARMFUL, HARMLESS, direction, model_map, position=position)
     expected = differences(loaded, direction, position)
     torch.testing.assert_close(torch.tensor(found.stream), expected.double().float(), atol=1e-4, rtol=1e-4)
     assert len(found.sites) == 1 + 2 * model_map.n_layers and found.layer == 1
@@ -72,7 +75,7 @@ def test_an_interval_is_that_of_welch():
     handle = module.register_forward_hook(lambda module, args, output: outputs.append(output[0, -1] @ direction.basis))
     for part in (HARMFUL, HARMLESS):
         for prompt in part.prompts:
-            collect_activations(loaded, PromptSet("one", (prompt,), "test"), batch_size=1)
+            collect_activations(loaded, PromptSet("one", (prompt,), "test"))
     handle.remove()
     values = torch.cat(outputs).numpy()
     interval = ttest_ind(values[:4], values[4:], equal_var=False).confidence_interval()
@@ -134,7 +137,7 @@ def test_a_writer_orthogonal_to_the_direction_has_no_share_and_a_parallel_one_al
 def test_routers_are_found_and_choices_counted(model_type):
     loaded = build(model_type)
     model_map = map_model(loaded.model)
-    choices = expert_choices(loaded, HARMFUL, HARMLESS, model_map, batch_size=3)
+    choices = expert_choices(dataclasses.replace(loaded, batch_size=3), HARMFUL, HARMLESS, model_map)
     config = loaded.model.config
     n_chosen = config.num_experts_per_tok
     layers = {choice.layer for choice in choices}

@@ -19,7 +19,7 @@ from remove_refusals.measure.scores import Evaluation
 from remove_refusals.modelmap.derive import map_model
 from remove_refusals.models.load import LoadedModel, load
 from remove_refusals.models.source import model_source
-from remove_refusals.settings import ChatFormat, DirectionSettings, EditSettings, MeasureSettings
+from remove_refusals.settings import DirectionSettings, EditSettings, MeasureSettings
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "demo"))
 
@@ -41,7 +41,7 @@ def loaded() -> LoadedModel:
 
 def compare(loaded: LoadedModel, n_prompts: int, seed: int, *, n_test: int | None = None) -> Evaluation:
     model_map = map_model(loaded.model)
-    found = find_direction(loaded, DirectionSettings(n_prompts=n_prompts, seed=seed), chat=ChatFormat())
+    found = find_direction(loaded, DirectionSettings(n_prompts=n_prompts, seed=seed))
     intervention = make_intervention(found.direction, EditSettings(), model_map)
     prompts = measuring_prompts(MeasureSettings(n_test=n_test), found.prompts)
     if n_test is not None:

@@ -31,6 +31,7 @@ from remove_refusals.measure.tasks import TaskScore
 from remove_refusals.models.chat_template import render
 from remove_refusals.models.generate import generate
 from remove_refusals.models.load import LoadedModel
+from remove_refusals.progress import Progress
 from remove_refusals.report.words import table
 from remove_refusals.settings import ChatFormat, MeasureSettings
 from remove_refusals.types import PromptSet
@@ -108,7 +109,7 @@ def log_probabilities(loaded: LoadedModel, prompt: list[int], answer: tuple[int,
 
 def test_distance_and_perplexity_equal_a_direct_computation(base: LoadedModel, edited: LoadedModel) -> None:
     found = evaluate(base, edited, PROMPTS, SETTINGS)
-    token_ids = render(base.tokenizer, HARMLESS.prompts)
+    token_ids = render(base, HARMLESS.prompts)
     first, means, base_loss, edited_loss, n_tokens = [], [], 0.0, 0.0, 0
     for prompt, answer in zip(token_ids, generate(base, token_ids, max_new_tokens=12), strict=True):
         along = answer.token_ids[:5]
@@ -265,7 +266,7 @@ def test_table_has_four_columns(base: LoadedModel, edited: LoadedModel) -> None:
 
 def test_progress_rises_to_the_total(base: LoadedModel, edited: LoadedModel) -> None:
     seen: list[tuple[int, int]] = []
-    evaluate(base, edited, PROMPTS, SETTINGS, on_progress=lambda done, total: seen.append((done, total)))
+    evaluate(base, edited, PROMPTS, SETTINGS, progress=Progress(lambda _, done, total: seen.append((done, total))))
     assert seen == sorted(seen)
     assert {total for _, total in seen} == {2 * 9 + 4}
     assert seen[-1] == (22, 22)

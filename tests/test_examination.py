@@ -13,6 +13,7 @@ from remove_refusals.directions.separation import separation
 from remove_refusals.errors import OutputError
 from remove_refusals.examination import analyze
 from remove_refusals.models.load import load
+from remove_refusals.progress import Progress
 from remove_refusals.prompts import prompts_from
 from remove_refusals.report.page import html_report
 from remove_refusals.settings import DirectionSettings, MeasureSettings, RunSettings
@@ -40,7 +41,7 @@ def settings(inputs, tmp_path):
 def test_what_an_examination_leaves(settings, tmp_path):
     chosen, stages = settings(tiny.llama()), []
     before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
-    found = analyze(chosen, tmp_path / "seen", on_progress=lambda *stage: stages.append(stage))
+    found = analyze(chosen, tmp_path / "seen", progress=Progress(lambda *stage: stages.append(stage)))
     assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
     names = {path.name for path in (tmp_path / "seen").iterdir()}
     assert names == {"analysis.json", "scores.json", "rows.jsonl", "report.html"}

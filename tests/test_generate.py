@@ -1,3 +1,4 @@
+import dataclasses
 import threading
 from collections.abc import Sequence
 
@@ -19,6 +20,7 @@ from remove_refusals.models.batches import (
 )
 from remove_refusals.models.generate import answer_logits, generate, stream
 from remove_refusals.models.load import LoadedModel
+from remove_refusals.progress import Progress
 
 TEXTS = (
     "a",
@@ -89,7 +91,7 @@ def test_prompts_that_do_not_fit_are_refused(loaded: LoadedModel) -> None:
 
 @given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=9), max_size=20))
 def test_longest_first_is_a_permutation_by_falling_length(token_ids: list[list[int]]) -> None:
-    order = longest_first(token_ids)
+    order = longest_first([len(ids) for ids in token_ids])
     lengths = [len(token_ids[index]) for index in order]
     assert sorted(order) == list(range(len(token_ids)))
     assert lengths == sorted(lengths, reverse=True)
@@ -132,7 +134,7 @@ def test_greedy_answers_do_not_depend_on_batch_size_or_padding(loaded: LoadedMod
     expected = [greedy_by_hand(loaded.model, ids, 12) for ids in prompts]
     assert len(set(expected)) == len(expected)
     for batch_size in (1, 2, 4, None):
-        answers = generate(loaded, prompts, max_new_tokens=12, batch_size=batch_size)
+        answers = generate(dataclasses.replace(loaded, batch_size=batch_size), prompts, max_new_tokens=12)
         assert [answer.token_ids for answer in answers] == expected
 
 
@@ -173,7 +175,8 @@ def test_the_models_generation_settings_do_not_leak_in(loaded: LoadedModel, prom
 
 def test_progress_counts_up_to_all(loaded: LoadedModel, prompts: list[list[int]]) -> None:
     seen: list[int] = []
-    generate(loaded, prompts, max_new_tokens=1, batch_size=4, on_progress=seen.append)
+    few = dataclasses.replace(loaded, batch_size=4)
+    generate(few, prompts, max_new_tokens=1, progress=Progress(lambda _, done, total: seen.append(done)))
     assert seen == [4, 6]
 
 
@@ -182,7 +185,7 @@ def test_nan_logits_name_the_prompt(prompts: list[list[int]]) -> None:
     with torch.no_grad():
         model.model.embed_tokens.weight[prompts[3][0]] = float("nan")  # the letter x, in TEXTS[3] alone
     with pytest.raises(NumericalError, match=r"prompt 4 of 6 \('xyz'\)"):
-        generate(loaded_model(model), prompts, batch_size=4, max_new_tokens=1)
+        generate(dataclasses.replace(loaded_model(model), batch_size=4), prompts, max_new_tokens=1)
     with pytest.raises(NumericalError, match=r"prompt 4 of 6 \('xyz'\)"):
         answer_logits(loaded_model(model), prompts, [[4, 5]] * 6, 2)
     with pytest.raises(NumericalError, match="xyz"):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from remove_refusals.errors import OutputError
 from remove_refusals.files import STAGES, Journal
 from remove_refusals.models.load import LoadedModel, fingerprint, load
+from remove_refusals.progress import Progress
 from remove_refusals.prompts import embedded_prompts
 from remove_refusals.search.candidates import Selection
 from remove_refusals.search.search import SearchPrompts, select, split_for_search
@@ -101,7 +102,7 @@ def search(loaded: LoadedModel, prompts: SearchPrompts, journal: Path | None, ki
             raise Killed
 
     answers = MeasureSettings(max_new_tokens=24)
-    return select(loaded, prompts, SETTINGS, answers=answers, journal=journal, on_progress=report)
+    return select(loaded, prompts, SETTINGS, answers=answers, journal=journal, progress=Progress(report))
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +136,7 @@ def test_a_finished_search_runs_nothing_again(loaded: LoadedModel, prompts: Sear
         SETTINGS,
         answers=MeasureSettings(max_new_tokens=24),
         journal=tmp_path,
-        on_progress=lambda stage, done, total: stages.append(stage),
+        progress=Progress(lambda stage, done, total: stages.append(stage)),
     )
     assert (tmp_path / STAGES).read_bytes() == before
     assert found.candidate.confirmation is not None

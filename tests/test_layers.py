@@ -19,6 +19,7 @@ from remove_refusals.modelmap.derive import map_model
 from remove_refusals.modelmap.types import ModelMap
 from remove_refusals.models.generate import Answer
 from remove_refusals.models.load import LoadedModel, load
+from remove_refusals.progress import Progress
 from remove_refusals.prompts import embedded_prompts
 from remove_refusals.search.layers import (
     Bench,
@@ -262,7 +263,9 @@ class TestSearch:
     ) -> None:
         settings = LayerSettings(rounds=(4, 8))
         told: list[tuple[int, int]] = []
-        search = narrow_down(bench, model_map, options, N, settings, on_progress=lambda *done: told.append(done))
+        search = narrow_down(
+            bench, model_map, options, N, settings, progress=Progress(lambda _, *done: told.append(done))
+        )
         scores = bench.score(options, N)
         best = scores[ranked(scores, settings.max_kl)[0]]
         found = search.scores[search.order[0]]

@@ -7,14 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tiny
 from remove_refusals.errors import NumericalError
 from remove_refusals.files import STAGES, Journal
-from remove_refusals.measure.evaluate import EvaluationPrompts, evaluate, go_on, grid, has_settled
+from remove_refusals.measure.evaluate import EvaluationPrompts, evaluate, grid, has_settled
 from remove_refusals.measure.judges.labels import Label
 from remove_refusals.measure.statistics import common_prefix, means_by_token, token_quantile
-from remove_refusals.models.generate import generate
 from remove_refusals.models.load import LoadedModel
+from remove_refusals.progress import Progress
 from remove_refusals.settings import MeasureSettings
 from remove_refusals.types import PromptSet
 from test_evaluate import speaker
@@ -43,13 +42,6 @@ def test_a_late_refusal_is_seen_where_answers_may_be_long_and_said_to_be_unsettl
     assert found.by_length is not None and not found.by_length.settled
     counts = dict(zip(found.by_length.tokens, [rate.count for rate in found.by_length.base], strict=True))
     assert counts == {5: 0, 8: 0, 11: 2}
-
-
-def test_answers_that_go_on_are_what_they_would_have_been_at_once() -> None:
-    loaded = LoadedModel(tiny.llama(), tiny.tokenizer(), "base")
-    token_ids = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
-    short = generate(loaded, token_ids, max_new_tokens=4)
-    assert go_on(loaded, token_ids, short, 12) == generate(loaded, token_ids, max_new_tokens=12)
 
 
 @given(st.integers(1, 4000))
@@ -156,13 +148,13 @@ def test_a_killed_evaluation_goes_on(late: LoadedModel, tmp_path: Path) -> None:
     class Killed(BaseException):
         pass
 
-    def kill(done: int, total: int) -> None:
+    def kill(stage: str, done: int, total: int) -> None:
         if done == 6:
             raise Killed
 
     other = speaker({"?": ANSWER, ".": ANSWER, ANSWER: "</s>"}, "other", extra=WORDS)
     with pytest.raises(Killed):
-        evaluate(late, other, PROMPTS, SETTINGS, journal=Journal(tmp_path), on_progress=kill)
+        evaluate(late, other, PROMPTS, SETTINGS, journal=Journal(tmp_path), progress=Progress(kill))
     kept = len((tmp_path / STAGES).read_text().splitlines())
     assert kept == 2
     found = evaluate(late, other, PROMPTS, SETTINGS, journal=Journal(tmp_path))

@@ -22,7 +22,7 @@ from remove_refusals.models.chat_template import render
 from remove_refusals.models.generate import generate
 from remove_refusals.models.load import load
 from remove_refusals.prompts import embedded_prompts
-from remove_refusals.settings import ChatFormat, DirectionSettings
+from remove_refusals.settings import DirectionSettings
 
 
 @pytest.fixture(scope="module")
@@ -280,10 +280,10 @@ def test_4bit_model_answers_with_the_direction_taken_out(tmp_path: Path) -> None
     full, small = load("demo"), load("demo", load_in_4bit=True)
     assert small.model.model.layers[0].mlp.down_proj.weight.dtype == torch.uint8
     settings = DirectionSettings(n_prompts=16)
-    directions = [find_direction(loaded, settings, chat=ChatFormat()).direction for loaded in (full, small)]
+    directions = [find_direction(loaded, settings).direction for loaded in (full, small)]
     assert float((directions[0].basis * directions[1].basis).sum()) > 0.98
     prompts = embedded_prompts("harmful_test").prompts[:12]
-    token_ids = render(small.tokenizer, prompts)
+    token_ids = render(small, prompts)
     refused = [judge_phrases(answer.text) for answer in generate(small, token_ids, max_new_tokens=30)]
     with ablated(small.model, intervene(directions[1], small.model.config.num_hidden_layers)):
         ablated_answers = generate(small, token_ids, max_new_tokens=30)

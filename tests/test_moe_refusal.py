@@ -16,7 +16,6 @@ from remove_refusals.directions.direction import mean_difference
 from remove_refusals.directions.hooks import ablated
 from remove_refusals.directions.intervention import intervene
 from remove_refusals.modelmap.derive import map_model
-from remove_refusals.settings import ChatFormat
 
 
 @pytest.fixture(scope="session")
@@ -30,9 +29,8 @@ def organism(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def direction(organism):
-    plain = ChatFormat(plain=True)
     harmful, harmless = (
-        collect_activations(organism.loaded, prompts, chat=plain) for prompts in (organism.harmful, organism.harmless)
+        collect_activations(organism.loaded, prompts) for prompts in (organism.harmful, organism.harmless)
     )
     return mean_difference(harmful, harmless, layer=1.0)
 
@@ -76,11 +74,11 @@ def test_every_way_to_run_experts_is_mapped(implementation):
 
 def test_what_writes_the_refusal_are_experts(organism, direction):
     model_map = map_model(organism.loaded.model)
-    parts, plain = (organism.harmful, organism.harmless), ChatFormat(plain=True)
-    found = site_contributions(organism.loaded, *parts, direction, model_map, chat=plain)
+    parts = (organism.harmful, organism.harmless)
+    found = site_contributions(organism.loaded, *parts, direction, model_map)
     total = {kind: sum(site.value for site in found.sites if site.site == kind) for kind in ("attn", "mlp")}
     assert total["mlp"] > abs(total["attn"]) and total["mlp"] > 0
     shares = writer_shares(organism.loaded, direction, model_map)
     assert max(shares, key=lambda share: share.value).expert is not None
-    choices = expert_choices(organism.loaded, *parts, model_map, chat=plain)
+    choices = expert_choices(organism.loaded, *parts, model_map)
     assert len(choices) == 2 * 4 and max(abs(choice.harmful - choice.harmless) for choice in choices) > 0.1

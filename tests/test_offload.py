@@ -15,7 +15,6 @@ from remove_refusals.models.generate import generate
 from remove_refusals.models.load import LoadedModel, load
 from remove_refusals.pipeline import run
 from remove_refusals.settings import (
-    ChatFormat,
     DirectionSettings,
     EditSettings,
     LoadSettings,
@@ -85,11 +84,11 @@ def test_every_weight_is_read_once_for_all_prompts(directory: Path, offloaded: L
     handle = layer.register_forward_hook(lambda module, args, output: calls.append(tuple(args[0].shape[:1])))
     try:
         wanted = settings(directory, tmp_path, LoadSettings()).direction
-        found = find_direction(offloaded, wanted, chat=ChatFormat())
+        found = find_direction(offloaded, wanted)
     finally:
         handle.remove()
     assert calls == [(6,)]
-    expected = find_direction(load(directory), wanted, chat=ChatFormat())
+    expected = find_direction(load(directory), wanted)
     torch.testing.assert_close(found.direction.basis, expected.direction.basis, atol=1e-5, rtol=1e-4)
 
 

@@ -16,9 +16,9 @@ from remove_refusals.examination import inspect
 from remove_refusals.files import STAGES, write_json
 from remove_refusals.models.load import load
 from remove_refusals.pipeline import compare, run
+from remove_refusals.progress import Progress
 from remove_refusals.search.candidates import Candidate, Selection
 from remove_refusals.settings import (
-    ChatFormat,
     DirectionSettings,
     EditSettings,
     LoadSettings,
@@ -59,7 +59,7 @@ def settings(tmp_path):
 
 def test_a_run_leaves_a_whole_and_documented_model(settings, tmp_path):
     stages = []
-    result = run(settings, tmp_path / "out", on_progress=lambda *stage: stages.append(stage))
+    result = run(settings, tmp_path / "out", progress=Progress(lambda *stage: stages.append(stage)))
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} >= {
         "README.md", "ablation.json", "analysis.json", "certificate.json", "config.json", "directions",
@@ -103,11 +103,11 @@ def test_a_killed_run_goes_on_and_one_that_ends_leaves_no_journal(settings, tmp_
 
     out, journal = tmp_path / "out", tmp_path / ".out.journal"
     with pytest.raises(KeyboardInterrupt):
-        run(settings, out, on_progress=kill)
+        run(settings, out, progress=Progress(kill))
     assert not out.exists()
     assert len((journal / STAGES).read_text().splitlines()) == 2
     seen = []
-    run(settings, out, on_progress=lambda stage, done, total: seen.append((stage, done)))
+    run(settings, out, progress=Progress(lambda stage, done, total: seen.append((stage, done))))
     assert min(done for stage, done in seen if stage == "evaluation") == 7
     assert not list(tmp_path.glob(".*"))
     run(settings, tmp_path / "undisturbed")
@@ -122,13 +122,13 @@ def test_a_run_that_fails_leaves_no_journal(settings, tmp_path):
             raise OutputError("The disk is full.")
 
     with pytest.raises(OutputError):
-        run(settings, tmp_path / "new" / "out", on_progress=fail)
+        run(settings, tmp_path / "new" / "out", progress=Progress(fail))
     assert not (tmp_path / "new").exists()
 
 
 def test_a_direction_from_a_file_is_used_as_it_is(settings, tmp_path):
     loaded = load(settings.model)
-    found = find_direction(loaded, settings.direction, chat=ChatFormat())
+    found = find_direction(loaded, settings.direction)
     save_direction(found.direction, tmp_path / "d.safetensors")
     run(settings, tmp_path / "out", direction_file=tmp_path / "d.safetensors")
     assert torch.equal(

@@ -17,6 +17,7 @@ from remove_refusals.modelmap.derive import map_model
 from remove_refusals.modelmap.types import ModelMap
 from remove_refusals.models.generate import generate
 from remove_refusals.models.load import LoadedModel, load
+from remove_refusals.progress import Progress
 from remove_refusals.prompts import draw, embedded_prompts
 from remove_refusals.search.candidates import by_rule, front, hypervolume
 from remove_refusals.search.references import References, confirm, references
@@ -214,7 +215,15 @@ def test_a_full_edit_frees_and_is_confirmed(
 ) -> None:
     done: list[int] = []
     intervention = intervene(direction, model_map.n_layers)
-    found = confirm(loaded, intervention, model_map, harmful, harmless, SETTINGS, on_progress=done.append)
+    found = confirm(
+        loaded,
+        intervention,
+        model_map,
+        harmful,
+        harmless,
+        SETTINGS,
+        progress=Progress(lambda _, n, total: done.append(n)),
+    )
     assert (found.refusals.n, found.false_refusals.n) == (len(harmful), len(harmless))
     assert found.refusals.count <= 2
     assert found.failures == (found.refusals.count + found.degenerate.count) / len(harmful)

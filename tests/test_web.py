@@ -115,7 +115,7 @@ def test_the_command_line_says_what_is_not_the_default(model_map: ModelMap) -> N
 
 
 def test_both_answer_as_they_do_elsewhere(loaded: LoadedModel, model_map: ModelMap, page: Page) -> None:
-    ids = render(loaded.tokenizer, [PROMPT])
+    ids = render(loaded, [PROMPT])
     plain = generate(loaded, ids, max_new_tokens=24)[0].text
     with ablated(loaded.model, page.intervention, model_map=model_map):
         edited = generate(loaded, ids, max_new_tokens=24)[0].text
@@ -141,7 +141,7 @@ def test_what_was_said_before_counts(loaded: LoadedModel, model_map: ModelMap, p
 def test_projections_are_those_of_the_collected_stream(
     loaded: LoadedModel, model_map: ModelMap, intervention: Intervention
 ) -> None:
-    (ids,) = render(loaded.tokenizer, [PROMPT])
+    (ids,) = render(loaded, [PROMPT])
     direction, layer = middle_direction(intervention, model_map.n_layers)
     assert layer == direction.origin.layer
     found = project_tokens(loaded, ids, direction, layer, model_map=model_map)

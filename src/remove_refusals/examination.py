@@ -45,10 +45,10 @@ from remove_refusals.models import (
     template_tail_length,
     tensor_slices,
 )
-from remove_refusals.progress import OnProgress, stage_progress
+from remove_refusals.progress import SILENT, Progress
 from remove_refusals.prompts import draw, prompts_from
 from remove_refusals.report import write_html_report
-from remove_refusals.settings import ChatFormat, RunSettings, published_name
+from remove_refusals.settings import RunSettings, published_name
 from remove_refusals.types import Activations, Direction, PromptSet
 
 MOST_POSITIONS = 8
@@ -120,7 +120,7 @@ def analyze(
     *,
     answers: bool = True,
     force: bool = False,
-    on_progress: OnProgress | None = None,
+    progress: Progress = SILENT,
 ) -> Examination:
     """Look at a model without changing it, and leave a directory with the records and a page of them.
 
@@ -132,7 +132,7 @@ def analyze(
         output: The directory to be made; None makes none.
         answers: Whether the model answers, as it is and with the direction taken out as it runs.
         force: Whether an existing output is replaced.
-        on_progress: Told of every stage.
+        progress: Told of every stage.
 
     Returns:
         What was found.
@@ -141,9 +141,9 @@ def analyze(
         RemoveRefusalsError: Of the type that fits what went wrong; nothing is left half-made.
     """
     if output is None:
-        return _examine(settings, answers=answers, on_progress=on_progress)
+        return _examine(settings, answers=answers, progress=progress)
     with atomic_directory(Path(output), force=force) as directory:
-        found = _examine(settings, answers=answers, on_progress=on_progress)
+        found = _examine(settings, answers=answers, progress=progress)
         write_json(directory / "analysis.json", found.to_json())
         if found.evaluation is not None:
             write_json(directory / "scores.json", found.evaluation.to_json())
@@ -152,7 +152,7 @@ def analyze(
     return found
 
 
-def _examine(settings: RunSettings, *, answers: bool, on_progress: OnProgress | None) -> Examination:
+def _examine(settings: RunSettings, *, answers: bool, progress: Progress) -> Examination:
     finding = settings.direction
     harmful, harmless = (
         _at_most(part, finding.seed)
@@ -169,16 +169,13 @@ def _examine(settings: RunSettings, *, answers: bool, on_progress: OnProgress | 
             f"Hooks on model type '{model_map.model_type}' are not exact ({model_map.unhooked[0].rstrip('.')}), "
             "expected hooks that are to see what is left without a direction; pass `--no-answers`."
         )
-    tokens = _tail(loaded, harmful, settings.chat)
-    options: dict[str, Any] = {"chat": settings.chat, "batch_size": settings.batch_size}
+    tokens = _tail(loaded, harmful)
     # All positions in one pass.
-    total = len(harmful) + len(harmless)
-    activations = []
-    for before, part in ((0, harmful), (len(harmful), harmless)):
-        told = stage_progress(on_progress, "activations", before, total)
-        activations.append(
-            collect_activations(loaded, part, positions=tuple(tokens), model_map=model_map, on_progress=told, **options)
-        )
+    told = progress.stage("activations", len(harmful) + len(harmless))
+    activations = [
+        collect_activations(loaded, part, positions=tuple(tokens), model_map=model_map, progress=told.after(before))
+        for before, part in ((0, harmful), (len(harmful), harmless))
+    ]
     seed, name = finding.seed, published_name(loaded.source)
     parts = [
         separation(activations[0], activations[1], position=position, seed=seed, model=name) for position in tokens
@@ -190,23 +187,23 @@ def _examine(settings: RunSettings, *, answers: bool, on_progress: OnProgress | 
         tokens,
         direction,
         _layers(direction, model_map),
-        site_contributions(loaded, harmful, harmless, direction, model_map, position=parts[0].position, **options),
+        site_contributions(loaded, harmful, harmless, direction, model_map, position=parts[0].position),
         writer_shares(loaded, direction, model_map),
-        expert_choices(loaded, harmful, harmless, model_map, position=parts[0].position, **options),
+        expert_choices(loaded, harmful, harmless, model_map, position=parts[0].position),
     )
     if not answers:
         return found
-    return replace(found, evaluation=_without(loaded, found, model_map, prompts, settings, on_progress))
+    return replace(found, evaluation=_without(loaded, found, model_map, prompts, settings, progress))
 
 
 def _at_most(prompts: PromptSet, seed: int) -> PromptSet:
     return draw(prompts, MOST_PROMPTS, seed) if len(prompts) > MOST_PROMPTS else prompts
 
 
-def _tail(loaded: LoadedModel, prompts: PromptSet, chat: ChatFormat) -> dict[int, str]:
+def _tail(loaded: LoadedModel, prompts: PromptSet) -> dict[int, str]:
     """The tokens that stand behind every prompt, the last one first; at least the last of all."""
-    length = template_tail_length(loaded.tokenizer, **chat.model_dump())
-    ids = render(loaded.tokenizer, prompts.prompts[:1], **chat.model_dump())[0]
+    length = template_tail_length(loaded)
+    ids = render(loaded, prompts.prompts[:1])[0]
     positions = range(-1, -max(1, min(length, MOST_POSITIONS)) - 1, -1)
     return {position: str(loaded.tokenizer.decode([ids[position]])) for position in positions}
 
@@ -244,7 +241,7 @@ def _without(
     model_map: ModelMap,
     prompts: EvaluationPrompts,
     settings: RunSettings,
-    on_progress: OnProgress | None,
+    progress: Progress,
 ) -> Evaluation:
     intervention = intervene(found.direction, model_map.n_layers, layers=found.layers)
     evaluation = evaluate(
@@ -253,7 +250,7 @@ def _without(
         prompts,
         settings.measure,
         edited_context=lambda: ablated(loaded.model, intervention, model_map=model_map),
-        on_progress=stage_progress(on_progress, "evaluation"),
+        progress=progress,
     )
     name = published_name(loaded.source)
     return replace(evaluation, base=name, edited=f"{name} without one direction")

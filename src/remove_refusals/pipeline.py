@@ -35,7 +35,7 @@ from remove_refusals.measure import (
 )
 from remove_refusals.modelmap import ModelMap, map_model
 from remove_refusals.models import LoadedModel, file_hashes, load_model, local_directory
-from remove_refusals.progress import OnProgress, stage_progress
+from remove_refusals.progress import SILENT, Progress
 from remove_refusals.prompts import prompts_from
 from remove_refusals.report import model_card, table, table_key, write_html_report
 from remove_refusals.search import SearchPrompts, Selection, select, split_for_search
@@ -77,7 +77,7 @@ def run(
     *,
     force: bool = False,
     direction_file: Path | None = None,
-    on_progress: OnProgress | None = None,
+    progress: Progress = SILENT,
 ) -> RunResult:
     """Do the whole job and leave a directory with the edited model, its tokenizer, its records and its model card.
 
@@ -91,7 +91,7 @@ def run(
         force: Whether to replace an existing output.
         direction_file: A direction that was found before, or a directory of one for each layer; otherwise they are
             found now.
-        on_progress: Told of every stage.
+        progress: Told of every stage.
 
     Returns:
         What was made and measured.
@@ -111,7 +111,7 @@ def run(
     journal = target.parent / f".{target.name}.journal"
     with atomic_directory(target, force=force) as directory:
         try:
-            result = _run_into(directory, target.name, settings, direction_file, Journal(journal), on_progress)
+            result = _run_into(directory, target.name, settings, direction_file, Journal(journal), progress)
         except RemoveRefusalsError:
             # It would end in the same way again.
             shutil.rmtree(journal, ignore_errors=True)
@@ -130,7 +130,7 @@ def _run_into(
     settings: RunSettings,
     direction_file: Path | None,
     journal: Journal,
-    on_progress: OnProgress | None,
+    progress: Progress,
 ) -> RunResult:
     # What can be wrong with files is said before a model is loaded.
     given = None if direction_file is None else load_directions(direction_file)
@@ -145,18 +145,16 @@ def _run_into(
     check_exact(model_map, allow_leak=settings.edit.allow_leak)
     selection: Selection | None = None
     if search is not None:
-        selection, said = _selection(loaded, settings, search, model_map, journal, on_progress)
+        selection, said = _selection(loaded, settings, search, model_map, journal, progress)
     if selection is not None and search is not None:
         intervention, used, notes = selection.intervention, search.sets(), selection.notes
     else:
-        found = _found(loaded, settings, given, drawn, model_map, on_progress)
+        found = _found(loaded, settings, given, drawn, model_map, progress)
         intervention = make_intervention(found.directions, settings.edit, model_map)
         used, notes = found.prompts, (*said, *_outlier_warning(found, settings))
     baked = _written(loaded, intervention, directory, settings, model_map)
     edited = load_model(str(directory), settings.loading.model_copy(update={"revision": None}), **told)
-    evaluation = measure(
-        loaded, edited, prompts, settings.measure, judged=judged, journal=journal, on_progress=on_progress
-    )
+    evaluation = measure(loaded, edited, prompts, settings.measure, judged=judged, journal=journal, progress=progress)
     evaluation = replace(evaluation, base=published_name(loaded.source), edited=output_name)
     notes = (*warnings(evaluation), *notes)
     record = {
@@ -168,7 +166,7 @@ def _run_into(
         "warnings": list(notes),
     }
     _write_records(directory, record, selection, evaluation, baked)
-    separation = _separation(loaded, prompts, settings, model_map, on_progress)
+    separation = _separation(loaded, prompts, settings, model_map, progress)
     if separation is not None:
         write_json(directory / "analysis.json", separation.to_json())
     write_html_report(directory)
@@ -219,7 +217,7 @@ def _separation(
     prompts: EvaluationPrompts,
     settings: RunSettings,
     model_map: ModelMap,
-    on_progress: OnProgress | None,
+    progress: Progress,
 ) -> Separation | None:
     """Measure on the test prompts how far apart the base model holds harmful and harmless ones; None if too few."""
     if min(len(prompts.harmful), len(prompts.harmless)) < _FEWEST_APART:
@@ -228,13 +226,11 @@ def _separation(
         loaded,
         prompts.harmful,
         prompts.harmless,
-        chat=settings.chat,
         position=settings.direction.positions[0],
         seed=settings.direction.seed,
         model=published_name(loaded.source),
-        batch_size=settings.batch_size,
         model_map=model_map,
-        on_progress=stage_progress(on_progress, "separation"),
+        progress=progress,
     )
 
 
@@ -256,7 +252,7 @@ def _selection(
     prompts: SearchPrompts,
     model_map: ModelMap,
     journal: Journal,
-    on_progress: OnProgress | None,
+    progress: Progress,
 ) -> tuple[Selection | None, tuple[str, ...]]:
     """Search; where there is nothing to choose by, give None and say why."""
     if loaded.is_offloaded:
@@ -273,7 +269,7 @@ def _selection(
             model=published_name(loaded.source),
             model_map=model_map,
             journal=journal,
-            on_progress=on_progress,
+            progress=progress,
         )
     except SelectionError as error:
         return None, (_NOTHING_CHOSEN.format(error),)
@@ -286,7 +282,7 @@ def _found(
     given: tuple[Direction, ...] | None,
     drawn: tuple[PromptSet, PromptSet] | None,
     model_map: ModelMap,
-    on_progress: OnProgress | None,
+    progress: Progress,
 ) -> FoundDirection:
     """The direction from a file, or found now."""
     if given is not None:
@@ -294,11 +290,9 @@ def _found(
     return find_direction(
         loaded,
         settings.direction,
-        chat=settings.chat,
         prompts=drawn,
-        batch_size=settings.batch_size,
         model_map=model_map,
-        on_progress=on_progress,
+        progress=progress,
     )
 
 
@@ -325,9 +319,7 @@ def _outlier_warning(found: FoundDirection, settings: RunSettings) -> tuple[str,
     )
 
 
-def compare(
-    settings: RunSettings, edited: str, *, on_progress: OnProgress | None = None
-) -> tuple[Evaluation, tuple[str, ...]]:
+def compare(settings: RunSettings, edited: str, *, progress: Progress = SILENT) -> tuple[Evaluation, tuple[str, ...]]:
     """Measure an edited model against its base, `settings.model`.
 
     Returns:
@@ -340,8 +332,8 @@ def compare(
     judged = test_judge(settings.measure, settings.loading.device)
     told: dict[str, Any] = {"chat": settings.chat, "batch_size": settings.batch_size}
     base = load_model(settings.model, settings.loading, **told)
-    other = replace(load_edited(edited, settings.model, settings.loading), **told)
-    evaluation = measure(base, other, prompts, settings.measure, judged=judged, on_progress=on_progress)
+    other = load_edited(edited, settings.model, settings.loading, **told)
+    evaluation = measure(base, other, prompts, settings.measure, judged=judged, progress=progress)
     return evaluation, warnings(evaluation)
 
 
@@ -382,7 +374,7 @@ def reproduce(
     *,
     model: str | None = None,
     files: Path | None = None,
-    on_progress: OnProgress | None = None,
+    progress: Progress = SILENT,
 ) -> Reproduction:
     """Repeat a run.
 
@@ -391,7 +383,7 @@ def reproduce(
         model: Where the base model is; by default as the record calls it.
         files: Where prompt files, and whatever else the settings name, lie; the record holds their names alone. By
             default the working directory.
-        on_progress: Told of every stage.
+        progress: Told of every stage.
 
     Returns:
         What came out the same.
@@ -418,7 +410,7 @@ def reproduce(
     with tempfile.TemporaryDirectory(dir=directory.resolve().parent, prefix=".reproduce-") as scratch:
         # Under its own name, which stands in the records.
         again = Path(scratch) / directory.resolve().name
-        result = run(settings, again, direction_file=given, on_progress=on_progress)
+        result = run(settings, again, direction_file=given, progress=progress)
         after = result.baked.record["versions"]
         return _compare(directory, again, before, after)
 

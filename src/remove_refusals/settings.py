@@ -75,7 +75,7 @@ class LoadSettings(Settings):
     load_in_4bit: bool = setting(False, "Load with bitsandbytes.")
     trust_remote_code: bool = setting(False, "Run code that comes with the model.")
     revision: str | None = setting(None, "The hub's branch, tag or commit.")
-    device_map: str | None = setting(None, "auto spreads it over GPUs, memory and disk.")
+    device_map: str | dict[str, Any] | None = setting(None, "auto spreads it over GPUs, memory and disk.")
     offload: str | None = setting(None, "With a map: a directory for the rest.")
     max_memory: str | None = setting(None, "With a map: the most memory for weights, as 8GiB.")
 

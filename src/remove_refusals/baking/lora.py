@@ -30,7 +30,7 @@ from remove_refusals.files import atomic_directory, write_json
 from remove_refusals.formula import project_out
 from remove_refusals.modelmap import ModelMap, skeleton
 from remove_refusals.models import LoadedModel, load_model
-from remove_refusals.settings import LoadSettings, Tied, Variant
+from remove_refusals.settings import ChatFormat, LoadSettings, Tied, Variant
 from remove_refusals.types import Intervention
 
 
@@ -348,7 +348,9 @@ def save_peft_adapter(adapter: PeftAdapter, directory: Path) -> None:
     safetensors.torch.save_file(adapter.tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def load_edited(edited: str, base: str, settings: LoadSettings) -> LoadedModel:
+def load_edited(
+    edited: str, base: str, settings: LoadSettings, chat: ChatFormat | None = None, batch_size: int | None = None
+) -> LoadedModel:
     """Load an edited model; a directory with an adapter of PEFT is merged into the base first.
 
     Raises:
@@ -357,8 +359,8 @@ def load_edited(edited: str, base: str, settings: LoadSettings) -> LoadedModel:
         OutputError: If it is an adapter and PEFT is not installed.
     """
     if is_adapter(edited):
-        return with_adapter(load_model(base, settings), Path(edited))
-    return load_model(edited, settings.model_copy(update={"revision": None}))
+        return with_adapter(load_model(base, settings, chat=chat, batch_size=batch_size), Path(edited))
+    return load_model(edited, settings.model_copy(update={"revision": None}), chat=chat, batch_size=batch_size)
 
 
 _NUMBERS_AT_ONCE = 1 << 24

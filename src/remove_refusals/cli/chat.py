@@ -10,8 +10,7 @@ from remove_refusals.directions import ablated
 from remove_refusals.errors import DirectionError, RemoveRefusalsError
 from remove_refusals.files import write_jsonl
 from remove_refusals.modelmap import ModelMap
-from remove_refusals.models import LoadedModel, render, render_conversation, stream
-from remove_refusals.settings import ChatFormat
+from remove_refusals.models import LoadedModel, render_conversation, stream
 from remove_refusals.types import Intervention
 
 Sides = Literal["ablated", "original", "compare"]
@@ -72,7 +71,6 @@ def converse(
     write: Callable[[str], None],
     *,
     state: ChatState | None = None,
-    chat: ChatFormat | None = None,
     model_map: ModelMap | None = None,
     max_new_tokens: int = 512,
 ) -> None:
@@ -87,15 +85,13 @@ def converse(
         prompts: The user messages, for example lines that are typed; blank ones are skipped.
         write: Takes pieces of text as they come.
         state: What is set at the beginning.
-        chat: How prompts are put before the model; in plain mode nothing is remembered.
         model_map: The model's map, if it is at hand.
         max_new_tokens: Where an answer is cut off.
 
     Raises:
         RemoveRefusalsError: If the model cannot be hooked or a prompt cannot be rendered.
     """
-    chat = chat or ChatFormat()
-    state = state or ChatState(system_prompt=chat.system_prompt)
+    state = state or ChatState(system_prompt=loaded.chat.system_prompt)
     turns: list[Turn] = []
     for line in prompts:
         prompt = line.strip()
@@ -107,8 +103,9 @@ def converse(
             write(f"{said}\n")
         elif prompt:
             text = line.replace("//", "/", 1) if prompt.startswith("//") else line
-            format_now = chat.model_copy(update={"system_prompt": state.system_prompt})
-            turns += _turn(loaded, make, text, state, turns, format_now, write, model_map, max_new_tokens)
+            system_prompt = None if loaded.chat.plain else state.system_prompt
+            now = replace(loaded, chat=loaded.chat.model_copy(update={"system_prompt": system_prompt}))
+            turns += _turn(now, make, text, state, turns, write, model_map, max_new_tokens)
 
 
 def _obey(line: str, state: ChatState, turns: list[Turn], make: Make | None) -> tuple[ChatState, str]:
@@ -184,7 +181,6 @@ def _turn(
     prompt: str,
     state: ChatState,
     turns: list[Turn],
-    chat: ChatFormat,
     write: Callable[[str], None],
     model_map: ModelMap | None,
     max_new_tokens: int,
@@ -199,7 +195,7 @@ def _turn(
             context = ablated(loaded.model, make(state.strength, state.layers), model_map=model_map)
         history = [(turn.prompt, turn.answer) for turn in turns if turn.side == side]
         with context:
-            answer = _answer(loaded, prompt, history, chat, write, max_new_tokens)
+            answer = _answer(loaded, prompt, history, write, max_new_tokens)
         found.append(Turn(side, state, prompt, answer))
         write("\n")
     return found
@@ -209,22 +205,11 @@ def _answer(
     loaded: LoadedModel,
     prompt: str,
     history: list[tuple[str, str]],
-    chat: ChatFormat,
     write: Callable[[str], None],
     max_new_tokens: int,
 ) -> str:
-    if chat.plain:
-        token_ids = render(loaded.tokenizer, [prompt], plain=True)[0]
-    else:
-        token_ids = render_conversation(
-            loaded.tokenizer,
-            prompt,
-            history,
-            system_prompt=chat.system_prompt,
-            chat_template=chat.chat_template,
-        )
     pieces = []
-    answer = stream(loaded, token_ids, max_new_tokens=max_new_tokens)
+    answer = stream(loaded, render_conversation(loaded, prompt, history), max_new_tokens=max_new_tokens)
     try:
         for piece in answer:
             pieces.append(piece)

@@ -112,8 +112,8 @@ def evaluate(
         ),
         batch_size=batch_size,
     )
-    with console.progress() as on_progress:
-        evaluation, notes = pipeline.compare(settings, edited, on_progress=on_progress)
+    with console.progress() as progress:
+        evaluation, notes = pipeline.compare(settings, edited, progress=progress)
     if output is not None and whole:
         with atomic.atomic_directory(output, force=force) as directory:
             records.write_json(directory / "scores.json", evaluation.to_json())
@@ -237,8 +237,8 @@ def analyze(
         ),
         batch_size=batch_size,
     )
-    with console.progress() as on_progress:
-        found = examination.analyze(settings, output, answers=answers, force=force, on_progress=on_progress)
+    with console.progress() as progress:
+        found = examination.analyze(settings, output, answers=answers, force=force, progress=progress)
     console.finish(
         found.to_json() | {"output": str(output)},
         f"Saved to {output}: report.html, analysis.json" + (", scores.json and rows.jsonl." if answers else "."),
@@ -407,8 +407,8 @@ def reproduce(
     from remove_refusals import pipeline as reproduction
     from remove_refusals.cli import printing as console
 
-    with console.progress() as on_progress:
-        found = reproduction.reproduce(directory, model=model, files=files, on_progress=on_progress)
+    with console.progress() as progress:
+        found = reproduction.reproduce(directory, model=model, files=files, progress=progress)
     if as_json:
         console.say_json(found.to_json())
     else:

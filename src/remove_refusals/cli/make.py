@@ -183,8 +183,8 @@ def run(
         batch_size=batch_size,
     )
     target = output or Path(f"{Path(model).name}-ablated")
-    with console.progress() as on_progress:
-        result = pipeline.run(settings, target, force=force, direction_file=direction, on_progress=on_progress)
+    with console.progress() as progress:
+        result = pipeline.run(settings, target, force=force, direction_file=direction, progress=progress)
 
     def show() -> None:
         if result.selection is not None:
@@ -248,7 +248,6 @@ def find(
         projected,
         per_layer,
     )
-    chat = chat_format(system_prompt, chat_template, plain)
     prompts = training_prompts(settings)
     loaded = load_model(
         model,
@@ -262,11 +261,11 @@ def find(
             offload=offload,
             max_memory=max_memory,
         ),
+        chat=chat_format(system_prompt, chat_template, plain),
+        batch_size=batch_size,
     )
-    with console.progress() as on_progress:
-        found = find_direction(
-            loaded, settings, chat=chat, prompts=prompts, batch_size=batch_size, on_progress=on_progress
-        )
+    with console.progress() as progress:
+        found = find_direction(loaded, settings, prompts=prompts, progress=progress)
     first, where = found.directions[0], ", ".join(map(str, settings.positions))
     if per_layer:
         with atomic.atomic_directory(output, force=force) as directory:
@@ -356,7 +355,7 @@ def bake(
         try:
             checkpoint = open_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code)
             model_map = checkpoint.model_map
-            with console.progress() as on_progress:
+            with console.progress() as progress:
                 baked = disk_baking.bake_on_disk(
                     checkpoint,
                     intervene(model_map),
@@ -364,7 +363,7 @@ def bake(
                     memory=memory,
                     jobs=jobs,
                     certified=certify,
-                    on_progress=on_progress,
+                    on_progress=progress.on_progress,
                     **options,
                 )
         except errors.NotStreamedError as error:

@@ -7,7 +7,8 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 from rich.table import Table
 
 from remove_refusals.baking import Certificate
@@ -15,6 +16,7 @@ from remove_refusals.cli.options import StageLog, current, write_log
 from remove_refusals.directions import EditPlan
 from remove_refusals.measure import Calibration, Evaluation, Label, SideBySide, Verdict, accuracy_rows, confusion_rows
 from remove_refusals.modelmap import ModelMap
+from remove_refusals.progress import Progress
 from remove_refusals.report import table, table_key
 from remove_refusals.search import Selection
 
@@ -60,7 +62,7 @@ def typed_lines() -> Iterator[str]:
 
 
 @contextmanager
-def progress() -> Iterator[Callable[[str, int, int], None]]:
+def progress() -> Iterator[Progress]:
     """Show a bar per stage on standard error while the context lasts, and write the same to the log.
 
     There is no bar where standard error is not a terminal, or `--quiet` is given.
@@ -68,7 +70,7 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console, log = Console(stderr=True), StageLog()
     hide = current().quiet or not console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=hide) as bars:
+    with Bars(*columns, console=console, transient=True, disable=hide) as bars:
         tasks = {}
 
         def on_progress(stage: str, done: int, total: int) -> None:
@@ -77,7 +79,7 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
                 tasks[stage] = bars.add_task(stage, total=total)
             bars.update(tasks[stage], completed=done, total=total)
 
-        yield on_progress
+        yield Progress(on_progress)
 
 
 @contextmanager

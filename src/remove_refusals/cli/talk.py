@@ -30,12 +30,13 @@ from remove_refusals.cli.options import (
     edit_settings,
 )
 from remove_refusals.errors import DirectionError
+from remove_refusals.progress import SILENT, Progress
 
 if TYPE_CHECKING:
     from remove_refusals.cli.chat import Sides
     from remove_refusals.modelmap import ModelMap
     from remove_refusals.models import LoadedModel
-    from remove_refusals.settings import ChatFormat, EditSettings
+    from remove_refusals.settings import EditSettings
     from remove_refusals.types import Direction, Intervention, PromptSet
 
 
@@ -92,20 +93,19 @@ def chat(
             trust_remote_code=trust_remote_code,
             revision=revision,
         ),
+        chat=chat_format(system_prompt, chat_template, plain),
     )
     make, model_map = None, None
     if given is not None:
         make, model_map = _maker(given, edit, loaded)
         make(strength, edit.layers)
-    put = chat_format(system_prompt, chat_template, plain)
     sides: Sides = "compare" if compare else "original" if no_ablation else "ablated"
     chatting.converse(
         loaded,
         make,
         console.typed_lines(),
         console.write,
-        state=chatting.ChatState(strength, edit.layers, sides, put.system_prompt),
-        chat=put,
+        state=chatting.ChatState(strength, edit.layers, sides, system_prompt),
         model_map=model_map,
         max_new_tokens=max_new_tokens,
     )
@@ -150,6 +150,7 @@ def ui(
             trust_remote_code=trust_remote_code,
             revision=revision,
         ),
+        chat=chat_format(system_prompt, chat_template, plain),
     )
     make, model_map = _maker(given, edit, loaded)
     searched = run is not None and (run / "selection.json").is_file()
@@ -160,7 +161,6 @@ def ui(
         make(1.0, None),
         model_map,
         Source(model, "--run" if run is not None else "--direction", str(run or direction)),
-        chat_format(system_prompt, chat_template, plain),
         candidates,
         interventions.load_candidates(run) if run is not None else {},
         candidates[found["picked"]]["name"] if candidates else None,
@@ -246,7 +246,6 @@ def generate(
     from remove_refusals.directions import direction as direction_files
     from remove_refusals.directions import made_intervention
     from remove_refusals.models import load_model
-    from remove_refusals.progress import stage_progress
     from remove_refusals.prompts import prompts_from
     from remove_refusals.settings import LoadSettings, PromptSource
 
@@ -263,20 +262,20 @@ def generate(
             trust_remote_code=trust_remote_code,
             revision=revision,
         ),
+        chat=chat_format(system_prompt, chat_template, plain),
+        batch_size=batch_size,
     )
     intervention, model_map = None, None
     if given is not None:
         intervention, model_map = made_intervention(loaded, given, edit)
-    with console.progress() as on_progress:
+    with console.progress() as progress:
         rows = answer_rows(
             loaded,
             prompt_set,
             intervention,
             model_map=model_map,
-            chat=chat_format(system_prompt, chat_template, plain),
             max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            on_progress=stage_progress(on_progress, "answers", 0, len(prompt_set)),
+            progress=progress.stage("answers", len(prompt_set)),
         )
     records.write_jsonl(output, rows, force=force)
     console.finish({"output": str(output), "answers": len(rows)}, f"Saved {len(rows)} answers to {output}.")
@@ -288,10 +287,8 @@ def answer_rows(
     intervention: "Intervention | None",
     *,
     model_map: "ModelMap | None" = None,
-    chat: "ChatFormat | None" = None,
     max_new_tokens: int = 100,
-    batch_size: int | None = None,
-    on_progress: Callable[[int], None] | None = None,
+    progress: Progress = SILENT,
 ) -> list[dict[str, Any]]:
     """Answer prompts, with a direction taken out if an intervention is given.
 
@@ -304,20 +301,13 @@ def answer_rows(
     from remove_refusals.directions import ablated
     from remove_refusals.models import generate as generate_answers
     from remove_refusals.models import render
-    from remove_refusals.settings import ChatFormat
 
-    token_ids = render(loaded.tokenizer, prompts.prompts, **(chat or ChatFormat()).model_dump())
+    token_ids = render(loaded, prompts.prompts)
     context: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if intervention is not None:
         context = ablated(loaded.model, intervention, model_map=model_map)
     with context:
-        answers = generate_answers(
-            loaded,
-            token_ids,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            on_progress=on_progress,
-        )
+        answers = generate_answers(loaded, token_ids, max_new_tokens=max_new_tokens, progress=progress)
     return [
         {
             "prompt": prompt,

@@ -13,8 +13,8 @@ from typing import Any
 from remove_refusals.directions import ablated, middle_direction, project_tokens, scaled
 from remove_refusals.errors import ModelError, require_package
 from remove_refusals.modelmap import ModelMap
-from remove_refusals.models import LoadedModel, render, render_conversation, stream
-from remove_refusals.settings import SITE_KINDS, ChatFormat, SiteKind
+from remove_refusals.models import LoadedModel, render_conversation, stream
+from remove_refusals.settings import SITE_KINDS, SiteKind
 from remove_refusals.types import Intervention
 
 LOOPBACK = "127.0.0.1"
@@ -76,7 +76,6 @@ class Page:
         intervention: What is taken out at strength 1.
         model_map: The model's map.
         source: What the page was started with.
-        chat: How prompts are put before the model.
         candidates: The candidates of a search, as in `selection.json`.
         tried: Those that can be tried, by name.
         picked: The name of the candidate that the run picked; None without a search.
@@ -87,7 +86,6 @@ class Page:
     intervention: Intervention
     model_map: ModelMap
     source: Source
-    chat: ChatFormat = field(default_factory=ChatFormat)
     candidates: Sequence[Mapping[str, Any]] = ()
     tried: Mapping[str, Intervention] = field(default_factory=dict)
     picked: str | None = None
@@ -134,11 +132,8 @@ class Page:
         return nullcontext(), ablated(self.loaded.model, intervention, model_map=self.model_map)
 
     def _rendered(self, prompt: str, history: Messages) -> list[int]:
-        if self.chat.plain:
-            return list(render(self.loaded.tokenizer, [prompt], plain=True)[0])
         turns = [(one["content"], other["content"]) for one, other in zip(history[::2], history[1::2], strict=True)]
-        template = {"system_prompt": self.chat.system_prompt, "chat_template": self.chat.chat_template}
-        return list(render_conversation(self.loaded.tokenizer, prompt, turns, **template))
+        return render_conversation(self.loaded, prompt, turns)
 
     def _strips(
         self, prompt: str, before: tuple[Messages, Messages], after: list[Messages], intervention: Intervention

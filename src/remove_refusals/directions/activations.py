@@ -10,16 +10,13 @@ import torch
 from remove_refusals.errors import ArchitectureError, DirectionError
 from remove_refusals.modelmap import ModelMap, first_of_width, map_model
 from remove_refusals.models import (
-    MOST_PROMPTS,
     LoadedModel,
     accepts,
-    fitting_pass,
+    in_batches,
     left_pad,
-    longest_first,
     render,
-    with_backoff,
 )
-from remove_refusals.settings import ChatFormat
+from remove_refusals.progress import SILENT, Progress
 from remove_refusals.types import Activations, Direction, Intervention, PromptSet
 
 _N_PROBE_TOKENS = 16
@@ -87,25 +84,20 @@ def collect_activations(
     loaded: LoadedModel,
     prompts: PromptSet,
     *,
-    chat: ChatFormat | None = None,
     positions: Sequence[int] = (-1,),
     n_layers: int | None = None,
-    batch_size: int | None = None,
     model_map: ModelMap | None = None,
-    on_progress: Callable[[int], None] | None = None,
+    progress: Progress = SILENT,
 ) -> Activations:
     """Run prompts through the decoder, without its head and without generating, and keep the residual stream.
 
     Args:
         loaded: The model.
         prompts: The prompts.
-        chat: How they are put before the model; by default as user messages in its own chat template.
         positions: Negative token positions, counted from the end of the rendered prompt.
         n_layers: How many layers to look at; by default all. Those behind them are not run.
-        batch_size: How many prompts to run at once; by default as many as suit the device and waste little on padding.
-            It is halved when memory runs out.
         model_map: The model's map, if it is at hand; otherwise it is derived.
-        on_progress: Called after each batch with the number of prompts that are done.
+        progress: Told how many prompts are done.
 
     Returns:
         `hidden` of shape `[n_prompts, n_positions, n_layers + 1, d_model]`, float32, on the CPU. Batch size and padding
@@ -118,12 +110,12 @@ def collect_activations(
         PromptError: If the prompts cannot be rendered.
         ModelError: If memory runs out with a single prompt.
     """
-    token_ids = render(loaded.tokenizer, prompts.prompts, **(chat or ChatFormat()).model_dump())
+    token_ids = render(loaded, prompts.prompts)
     model_map = model_map or map_model(loaded.model)
     depth = model_map.n_layers if n_layers is None else n_layers
     _check_places(token_ids, positions, depth, model_map)
     # Where weights come from the disk, one pass serves all prompts, and none is spent on looking.
-    most = max(1, len(token_ids)) if loaded.is_offloaded else MOST_PROMPTS
+    most = len(token_ids) if loaded.is_offloaded and loaded.batch_size is None else None
     stop = (
         depth < model_map.n_layers
         and bool(token_ids)
@@ -137,17 +129,9 @@ def collect_activations(
             run_decoder(loaded, [token_ids[index] for index in indices])
         return torch.stack([found[index].to("cpu", torch.float32) for index in range(depth + 1)], dim=2)
 
-    def fitting(indices: Sequence[int]) -> int:
-        if batch_size is None and loaded.is_offloaded:
-            return len(indices)
-        return batch_size or fitting_pass(loaded, [len(token_ids[index]) for index in indices])
-
-    done = 0
-    for indices, result in with_backoff(run, longest_first(token_ids), batch_size or most, fitting=fitting):
+    lengths = [len(ids) for ids in token_ids]
+    for indices, result in in_batches(loaded, lengths, run, most=most, progress=progress):
         hidden[list(indices)] = result
-        done += len(indices)
-        if on_progress is not None:
-            on_progress(done)
     return Activations(hidden, tuple(positions), prompts)
 
 
@@ -263,8 +247,6 @@ def collect_at(
     prompts: PromptSet,
     taps: Mapping[Any, Tap],
     position: int,
-    chat: ChatFormat | None,
-    batch_size: int | None,
     model_map: ModelMap,
 ) -> dict[Any, torch.Tensor]:
     """Run prompts through the decoder and measure at modules, at one token.
@@ -274,8 +256,6 @@ def collect_at(
         prompts: The prompts.
         taps: What is measured, by any keys.
         position: The token position, negative.
-        chat: How the prompts are put before the model.
-        batch_size: How many prompts to run at once; None for as many as fit.
         model_map: The model's map.
 
     Returns:
@@ -286,7 +266,7 @@ def collect_at(
         PromptError: If the prompts cannot be rendered.
         ModelError: If memory runs out with a single prompt.
     """
-    token_ids = render(loaded.tokenizer, prompts.prompts, **(chat or ChatFormat()).model_dump())
+    token_ids = render(loaded, prompts.prompts)
     found: dict[Any, torch.Tensor] = {}
 
     def hook_for(key: Any, tap: Tap, n_prompts: int) -> Callable[..., None]:
@@ -316,11 +296,8 @@ def collect_at(
                 handle.remove()
         return dict(found)
 
-    def fitting(indices: Sequence[int]) -> int:
-        return batch_size or fitting_pass(loaded, [len(token_ids[index]) for index in indices])
-
     whole: dict[Any, torch.Tensor] = {}
-    for indices, part in with_backoff(run, longest_first(token_ids), batch_size or MOST_PROMPTS, fitting=fitting):
+    for indices, part in in_batches(loaded, [len(ids) for ids in token_ids], run):
         for key, value in part.items():
             whole.setdefault(key, torch.empty(len(token_ids), *value.shape[1:]))[list(indices)] = value
     return whole

@@ -12,7 +12,7 @@ from remove_refusals.directions.activations import Tap, collect_at
 from remove_refusals.directions.plan import pull_back
 from remove_refusals.modelmap import ModelMap, Site, Writer
 from remove_refusals.models import LoadedModel
-from remove_refusals.settings import ChatFormat, SiteKind
+from remove_refusals.settings import SiteKind
 from remove_refusals.types import Direction, PromptSet
 
 _MULTIPLIER_TOLERANCE = 0.02
@@ -71,8 +71,6 @@ def site_contributions(
     model_map: ModelMap,
     *,
     position: int = -1,
-    chat: ChatFormat | None = None,
-    batch_size: int | None = None,
 ) -> Contributions:
     """Measure what each site adds along a direction at one token, on harmful prompts more than on harmless ones.
 
@@ -85,8 +83,6 @@ def site_contributions(
         direction: A direction of one column.
         model_map: The model's map.
         position: The token position.
-        chat: How the prompts are put before the model.
-        batch_size: How many prompts to run at once.
 
     Returns:
         The contributions; those of a layer are left out where its sites' outputs do not explain what it adds.
@@ -105,7 +101,7 @@ def site_contributions(
     for site in _reachable(model_map):
         assert site.residual_hook is not None
         taps[site.kind, site.layer] = Tap(site.residual_hook.module, site.residual_hook.on_input, along)
-    found = [collect_at(loaded, part, taps, position, chat, batch_size, model_map) for part in (harmful, harmless)]
+    found = [collect_at(loaded, part, taps, position, model_map) for part in (harmful, harmless)]
     stream = [tuple(side[index].double() for side in found) for index in range(model_map.n_layers + 1)]
     sites = [_contribution("embedding", None, *stream[0])]
     for layer in range(model_map.n_layers):
@@ -248,8 +244,6 @@ def expert_choices(
     model_map: ModelMap,
     *,
     position: int = -1,
-    chat: ChatFormat | None = None,
-    batch_size: int | None = None,
 ) -> tuple[ExpertChoice, ...]:
     """Measure which experts the routers rank first, on harmful and on harmless prompts.
 
@@ -259,8 +253,6 @@ def expert_choices(
         harmless: Prompts that it answers.
         model_map: The model's map.
         position: The token position.
-        chat: How the prompts are put before the model.
-        batch_size: How many prompts to run at once.
 
     Returns:
         A share for each expert of each layer whose router is found: the one matrix of the layer with a row for each
@@ -275,7 +267,7 @@ def expert_choices(
     taps = {layer: _router_tap(loaded, name) for layer, name in _routers(loaded, model_map).items()}
     if n_chosen is None or not taps:
         return ()
-    sides = [collect_at(loaded, part, taps, position, chat, batch_size, model_map) for part in (harmful, harmless)]
+    sides = [collect_at(loaded, part, taps, position, model_map) for part in (harmful, harmless)]
     choices = []
     for layer in taps:
         rates = []

@@ -24,9 +24,9 @@ from remove_refusals.files import atomic_file, check_target, versions
 from remove_refusals.formula import orthonormal_basis
 from remove_refusals.modelmap import ModelMap, map_model
 from remove_refusals.models import LoadedModel, check_positions
-from remove_refusals.progress import OnProgress, stage_progress
+from remove_refusals.progress import SILENT, Progress
 from remove_refusals.prompts import draw, prompts_from
-from remove_refusals.settings import ChatFormat, DirectionSettings, published_name
+from remove_refusals.settings import DirectionSettings, published_name
 from remove_refusals.types import Activations, Direction, DirectionOrigin, PromptSet
 
 
@@ -254,11 +254,9 @@ def find_direction(
     loaded: LoadedModel,
     settings: DirectionSettings,
     *,
-    chat: ChatFormat,
     prompts: tuple[PromptSet, PromptSet] | None = None,
-    batch_size: int | None = None,
     model_map: ModelMap | None = None,
-    on_progress: OnProgress | None = None,
+    progress: Progress = SILENT,
 ) -> FoundDirection:
     """Collect the activations of harmful and harmless prompts and take the difference of the means.
 
@@ -270,23 +268,21 @@ def find_direction(
         NumericalError: If activations are NaN or infinite.
     """
     harmful, harmless = prompts or training_prompts(settings)
-    check_positions(loaded.tokenizer, settings.positions, chat)
+    check_positions(loaded, settings.positions)
     model_map = model_map or map_model(loaded.model)
     indices = _indices(settings, model_map.n_layers)
     collect = partial(
         collect_activations,
         loaded,
-        chat=chat,
         positions=settings.positions,
         n_layers=max(indices),
-        batch_size=batch_size,
         model_map=model_map,
     )
-    total = len(harmful) + len(harmless)
+    progress = progress.stage("activations", len(harmful) + len(harmless))
     if loaded.is_offloaded:
         # In one go, which reads the weights once.
         both = PromptSet("both", harmful.prompts + harmless.prompts, harmful.source)
-        found = collect(both, on_progress=stage_progress(on_progress, "activations", 0, total))
+        found = collect(both, progress=progress)
         cut = len(harmful)
         parts = [
             Activations(found.hidden[:cut], found.positions, harmful),
@@ -294,8 +290,7 @@ def find_direction(
         ]
     else:
         parts = [
-            collect(part, on_progress=stage_progress(on_progress, "activations", before, total))
-            for before, part in ((0, harmful), (len(harmful), harmless))
+            collect(part, progress=progress.after(before)) for before, part in ((0, harmful), (len(harmful), harmless))
         ]
     options: dict[str, Any] = {"position": settings.position, "projected": settings.projected}
     options |= {"model": published_name(loaded.source), "seed": settings.seed}

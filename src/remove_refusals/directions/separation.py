@@ -1,6 +1,6 @@
 """How far apart harmful and harmless prompts lie in the residual stream, layer by layer; nothing is changed."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,8 +14,8 @@ from remove_refusals.directions.direction import hidden_at, largest_coordinate_s
 from remove_refusals.errors import DirectionError
 from remove_refusals.modelmap import ModelMap
 from remove_refusals.models import LoadedModel
+from remove_refusals.progress import SILENT, Progress
 from remove_refusals.prompts import draw
-from remove_refusals.settings import ChatFormat
 from remove_refusals.types import Activations, PromptSet
 
 MOST_PROMPTS = 128
@@ -156,13 +156,11 @@ def measure_separation(
     harmful: PromptSet,
     harmless: PromptSet,
     *,
-    chat: ChatFormat | None = None,
     position: int = -1,
     seed: int = 0,
     model: str | None = None,
-    batch_size: int | None = None,
     model_map: ModelMap | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    progress: Progress = SILENT,
 ) -> Separation:
     """Run prompts through a model and measure how far apart the two sets lie at every layer.
 
@@ -170,13 +168,11 @@ def measure_separation(
         loaded: The model.
         harmful: Prompts that it is expected to refuse; of more than `MOST_PROMPTS` so many are drawn.
         harmless: Prompts that it is expected to answer, likewise.
-        chat: How they are put before the model.
         position: The token position, negative.
         seed: The seed that draws and that cuts the sets into halves.
         model: The model's name, for the record.
-        batch_size: How many prompts to run at once.
         model_map: The model's map, if it is at hand.
-        on_progress: Called with how many prompts are done, and of how many.
+        progress: Told how many prompts are done.
 
     Returns:
         The separation.
@@ -188,17 +184,12 @@ def measure_separation(
         ModelError: If memory runs out with a single prompt.
     """
     parts = [draw(part, MOST_PROMPTS, seed) if len(part) > MOST_PROMPTS else part for part in (harmful, harmless)]
-    total = sum(map(len, parts))
-    collected = []
-    for before, part in zip((0, len(parts[0])), parts, strict=True):
-        told = None if on_progress is None else _from(on_progress, before, total)
-        options: dict[str, Any] = {"chat": chat, "batch_size": batch_size, "model_map": model_map}
-        collected.append(collect_activations(loaded, part, positions=(position,), on_progress=told, **options))
+    progress = progress.stage("separation", sum(map(len, parts)))
+    collected = [
+        collect_activations(loaded, part, positions=(position,), model_map=model_map, progress=progress.after(before))
+        for before, part in zip((0, len(parts[0])), parts, strict=True)
+    ]
     return separation(collected[0], collected[1], position=position, seed=seed, model=model)
-
-
-def _from(on_progress: Callable[[int, int], None], before: int, total: int) -> Callable[[int], None]:
-    return lambda done: on_progress(before + done, total)
 
 
 def separation(

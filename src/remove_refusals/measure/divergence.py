@@ -12,9 +12,10 @@ from remove_refusals.models import (
     LoadedModel,
     answer_logits,
     first_batch_size,
-    longest_first,
-    with_backoff,
+    in_batches,
+    in_order,
 )
+from remove_refusals.progress import SILENT, Progress
 
 
 def kl_divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
@@ -66,8 +67,7 @@ def distances_along(
     n_tokens: int,
     *,
     edited_context: Context = nullcontext,
-    batch_size: int | None = None,
-    on_progress: Callable[[int], None] | None = None,
+    progress: Progress = SILENT,
 ) -> list[PromptDistance]:
     """Run both models along given answers, a batch at a time, and keep only numbers.
 
@@ -78,8 +78,7 @@ def distances_along(
         answer_ids: For each prompt the tokens of the answer, at least one.
         n_tokens: How many tokens of each answer to look at.
         edited_context: Entered around every run of the edited model.
-        batch_size: How many prompts to run at once; fewer where the log-probabilities would need too much memory.
-        on_progress: Called after each batch with the number of prompts that are done.
+        progress: Told how many prompts are done.
 
     Returns:
         One distance for each prompt, in their order.
@@ -97,16 +96,11 @@ def distances_along(
             of_edited = answer_logits(edited, ids, along, n_tokens)
         return _compare(of_base, of_edited, len(indices))
 
-    sequences = [[*ids, *tail] for ids, tail in zip(token_ids, answer_ids, strict=True)]
+    lengths = [len(ids) + len(tail) for ids, tail in zip(token_ids, answer_ids, strict=True)]
     held = _HELD.get(base.device.type, _HELD_ELSEWHERE)
     room = max(1, held // (n_tokens * base.vocabulary_size))
-    size = min(room, first_batch_size(base, batch_size))
-    found: dict[int, PromptDistance] = {}
-    for indices, distances in with_backoff(measure, longest_first(sequences), size):
-        found.update(zip(indices, distances, strict=True))
-        if on_progress is not None:
-            on_progress(len(found))
-    return [found[index] for index in range(len(token_ids))]
+    most = min(room, first_batch_size(base))
+    return in_order(in_batches(base, lengths, measure, most=most, progress=progress))
 
 
 def _compare(base: AnswerLogits, edited: AnswerLogits, n: int) -> list[PromptDistance]:

@@ -1,6 +1,6 @@
 """Measure an edited model against its base on the same prompts."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,8 +36,8 @@ from remove_refusals.measure.statistics import (
     wilson_rate,
 )
 from remove_refusals.measure.tasks import run_tasks
-from remove_refusals.models import Answer, LoadedModel, continued, fingerprint, generate, render
-from remove_refusals.progress import OnProgress, stage_progress
+from remove_refusals.models import Answer, LoadedModel, fingerprint, generate, render
+from remove_refusals.progress import SILENT, Progress
 from remove_refusals.prompts import check_disjoint, draw, prompts_from
 from remove_refusals.settings import MeasureSettings
 from remove_refusals.types import PromptSet
@@ -88,7 +88,7 @@ def evaluate(
     judge: Judge | None = None,
     accuracies: Accuracies | None = None,
     journal: Journal | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    progress: Progress = SILENT,
 ) -> Evaluation:
     """Let both models answer the same prompts greedily, label the answers, and compare the models along the base's.
 
@@ -103,7 +103,7 @@ def evaluate(
         judge: What labels the answers; by default the phrase judge.
         accuracies: How often the judge is right about each label; rates then also come corrected for its errors.
         journal: Keeps the answers, so that a killed evaluation goes on; not those of a model edited in a context.
-        on_progress: Called with how many runs of a prompt are done, and of how many.
+        progress: Told how many runs of a prompt are done.
 
     Returns:
         The scores and every answer.
@@ -119,14 +119,14 @@ def evaluate(
     settings = settings or MeasureSettings()
     _check(base, edited, settings)
     sets = prompts.by_name()
-    token_ids = {name: render(base.tokenizer, part.prompts, **base.chat.model_dump()) for name, part in sets.items()}
-    n_harmless = len(token_ids.get("harmless", ()))
-    progress = _Progress(on_progress, 2 * sum(map(len, token_ids.values())) + n_harmless)
+    token_ids = {name: render(base, part.prompts) for name, part in sets.items()}
+    n_harmless, n_prompts = len(token_ids.get("harmless", ())), sum(map(len, token_ids.values()))
+    progress = progress.stage("evaluation", 2 * n_prompts + n_harmless)
     journal = journal or Journal()
     of_base = _answers(base, token_ids, settings, journal, progress)
     with edited_context():
         kept = journal if edited_context is nullcontext else Journal()
-        of_edited = _answers(edited, token_ids, settings, kept, progress)
+        of_edited = _answers(edited, token_ids, settings, kept, progress.after(n_prompts))
     rows: list[Response] = []
     scores: dict[str, SetScores] = {}
     for name, part in sets.items():
@@ -143,8 +143,7 @@ def evaluate(
         along,
         settings.kl_tokens,
         edited_context=edited_context,
-        batch_size=base.batch_size,
-        on_progress=progress.within,
+        progress=progress.after(2 * n_prompts),
     )
     refused = [row.label is Label.REFUSAL for row in rows if row.set_name == "harmless" and row.model == "base"]
     pairs = list(zip(of_base.get("harmless", ()), of_edited.get("harmless", ()), strict=True))
@@ -164,7 +163,7 @@ def _answers(
     token_ids: Mapping[str, Sequence[Sequence[int]]],
     settings: MeasureSettings,
     journal: Journal,
-    progress: "_Progress",
+    progress: Progress,
 ) -> dict[str, list[Answer]]:
     found = {}
     context = journal.within(fingerprint(loaded)) if journal.directory is not None else journal
@@ -174,8 +173,7 @@ def _answers(
             loaded,
             ids,
             max_new_tokens=settings.max_new_tokens,
-            batch_size=loaded.batch_size,
-            on_progress=progress.within,
+            progress=progress,
         )
         found[name] = context.remember(
             f"answers, {name}",
@@ -184,7 +182,7 @@ def _answers(
             lambda answers: [answer.to_json() for answer in answers],
             lambda record: [Answer.from_json(answer) for answer in record],
         )
-        progress.finish(len(ids))
+        progress = progress.after(len(ids))
     return found
 
 
@@ -252,22 +250,6 @@ def _agreement(pairs: Sequence[tuple[Answer, Answer]], prompts: PromptSet, seed:
     return None if identical is None or common is None else Agreement(identical, common)
 
 
-class _Progress:
-    """Counts the runs of a prompt over several stages."""
-
-    def __init__(self, report: Callable[[int, int], None] | None, total: int) -> None:
-        self.report, self.total, self.before = report, total, 0
-
-    def within(self, done: int) -> None:
-        """Report that so many runs of the current stage are done."""
-        if self.report is not None:
-            self.report(self.before + done, self.total)
-
-    def finish(self, count: int) -> None:
-        """End a stage of so many runs."""
-        self.before += count
-
-
 def test_prompts(settings: MeasureSettings, used: tuple[PromptSet, ...] = ()) -> EvaluationPrompts:
     """Load the prompts to measure on and check that none of them was used to find the direction.
 
@@ -296,7 +278,7 @@ def measure(
     *,
     judged: tuple[Judge, Accuracies] | None = None,
     journal: Journal | None = None,
-    on_progress: OnProgress | None = None,
+    progress: Progress = SILENT,
 ) -> Evaluation:
     """Measure an edited model against its base in every way that the settings ask for.
 
@@ -307,7 +289,7 @@ def measure(
         settings: What is measured.
         judged: What `test_judge` gave; by default the phrase judge.
         journal: Keeps the answers, so that a killed measurement goes on.
-        on_progress: Told of every stage.
+        progress: Told of every stage.
 
     Returns:
         The scores.
@@ -315,7 +297,6 @@ def measure(
     Raises:
         RemoveRefusalsError: Of the type that fits what went wrong.
     """
-    progress = stage_progress(on_progress, "evaluation")
     judge, accuracies = judged or (None, {})
     found = evaluate(
         base,
@@ -325,13 +306,11 @@ def measure(
         judge=judge,
         accuracies=accuracies,
         journal=journal,
-        on_progress=progress,
+        progress=progress,
     )
     if settings.tasks:
         directory = None if settings.task_directory is None else Path(settings.task_directory)
-        tasks = run_tasks(
-            base, edited, settings.tasks, directory=directory, limit=settings.task_limit, batch_size=base.batch_size
-        )
+        tasks = run_tasks(base, edited, settings.tasks, directory=directory, limit=settings.task_limit)
         found = replace(found, tasks=tasks)
     return found
 
@@ -490,43 +469,6 @@ def has_settled(half: Sequence[Label], whole: Sequence[Label]) -> bool:
     """Tell whether hardly an answer turns into a refusal, or stops being one, in the second half of the length."""
     changed = sum((a is Label.REFUSAL) != (b is Label.REFUSAL) for a, b in zip(half, whole, strict=True))
     return changed <= SETTLED * len(whole)
-
-
-def go_on(
-    loaded: LoadedModel,
-    token_ids: Sequence[Sequence[int]],
-    answers: Sequence[Answer],
-    max_new_tokens: int,
-    *,
-    batch_size: int | None = None,
-) -> list[Answer]:
-    """Let a model go on with those of its answers that were cut off.
-
-    Args:
-        loaded: The model.
-        token_ids: The rendered prompts.
-        answers: Its greedy answers so far.
-        max_new_tokens: How many tokens a whole answer may have.
-        batch_size: How many prompts to run at once; None is automatic.
-
-    Returns:
-        All answers; those that had ended are as they were.
-
-    Raises:
-        ModelError: If a prompt with its answer does not fit the model, or memory runs out.
-        NumericalError: If logits are NaN.
-    """
-    open_ones = [index for index, answer in enumerate(answers) if not answer.finished]
-    if not open_ones:
-        return list(answers)
-    so_far = [[*token_ids[index], *answers[index].token_ids] for index in open_ones]
-    more = max_new_tokens - max(len(answers[index].token_ids) for index in open_ones)
-    found = list(answers)
-    for index, rest in zip(
-        open_ones, generate(loaded, so_far, max_new_tokens=more, batch_size=batch_size), strict=True
-    ):
-        found[index] = continued(loaded, answers[index], rest)
-    return found
 
 
 KL_LIMIT = 1.0

@@ -54,7 +54,6 @@ def run_tasks(
     *,
     directory: Path | None = None,
     limit: int | None = None,
-    batch_size: int | None = None,
     edited_context: Context = nullcontext,
     seed: int = 0,
 ) -> tuple[TaskScore, ...]:
@@ -66,7 +65,6 @@ def run_tasks(
         tasks: Their names.
         directory: A directory with task files of the user's own, beside those that come with the package.
         limit: How many samples of each task at most; None takes all.
-        batch_size: How many requests to run at once; None is 8.
         edited_context: Entered around the run of the edited model.
         seed: The seed of the intervals and of the few-shot samples.
 
@@ -87,7 +85,7 @@ def run_tasks(
                 f"The task '{unknown[0]}' is not among the {len(manager.all_tasks)} tasks of lm-evaluation-harness"
                 f"{f' or in {directory}' if directory else ''}, expected one of them; run `lm-eval ls tasks`."
             )
-        options = {"limit": limit, "batch_size": batch_size or 8, "seed": seed}
+        options = {"limit": limit, "seed": seed}
         try:
             before = _samples(base, tasks, manager, options)
             with edited_context():
@@ -108,7 +106,7 @@ def _samples(loaded: LoadedModel, tasks: Sequence[str], manager: Any, options: M
     model = HFLM(
         pretrained=loaded.model,
         tokenizer=loaded.tokenizer,
-        batch_size=options["batch_size"],
+        batch_size=loaded.batch_size or 8,
         device=str(loaded.device),
     )
     found = simple_evaluate(

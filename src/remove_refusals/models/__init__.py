@@ -5,9 +5,11 @@ from remove_refusals.models.batches import (
     accepts,
     first_batch_size,
     fitting_pass,
+    hooked,
+    in_batches,
+    in_order,
     left_pad,
     longest_first,
-    with_backoff,
 )
 from remove_refusals.models.chat_template import check_positions, render, render_conversation, template_tail_length
 from remove_refusals.models.checkpoint import (
@@ -35,7 +37,7 @@ from remove_refusals.models.checkpoint import (
     write_from,
     write_slice,
 )
-from remove_refusals.models.generate import Answer, AnswerLogits, answer_logits, continued, generate, stream
+from remove_refusals.models.generate import Answer, AnswerLogits, answer_logits, generate, stream
 from remove_refusals.models.load import (
     HTTPError,
     LoadedModel,
@@ -87,7 +89,6 @@ __all__ = [
     "check_trust",
     "checkpoint_files",
     "checkpoint_tensors",
-    "continued",
     "explained",
     "file_hashes",
     "find_block_tensor",
@@ -97,6 +98,9 @@ __all__ = [
     "fitting_pass",
     "float_dtype",
     "generate",
+    "hooked",
+    "in_batches",
+    "in_order",
     "left_pad",
     "licence_fields",
     "load",
@@ -120,7 +124,6 @@ __all__ = [
     "template_tail_length",
     "tensor_slices",
     "weights_directory",
-    "with_backoff",
     "workers",
     "write_from",
     "write_slice",

@@ -2,7 +2,7 @@
 
 import gc
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -11,30 +11,20 @@ import torch
 
 from remove_refusals.errors import ModelError, PromptError
 from remove_refusals.models.load import LoadedModel
+from remove_refusals.progress import SILENT, Progress
 
 T = TypeVar("T")
-
-
 R = TypeVar("R")
 
-
-_FIRST_BATCH_SIZE = {"cuda": 128}
-
-
-_FIRST_BATCH_SIZE_ELSEWHERE = 32
-
+_FIRST_BATCH_SIZE, _FIRST_BATCH_SIZE_ELSEWHERE = {"cuda": 128}, 32
 
 # Tokens of one forward pass, padding included, and how many of them may be padding. On a CPU, a pass of 1500 tokens is
 # as quick for each token as any (more fall out of its cache), and a pass of its own costs about as much as 30 tokens.
 _TOKENS, _TOKENS_ELSEWHERE = {"cpu": 1500}, 32768
-
-
 _PADDING, _PADDING_ELSEWHERE = {"cpu": 64}, 1024
-
 
 MOST_PROMPTS = 128
 """How many prompts `fitting_pass` puts into one forward pass at most."""
-
 
 # PyTorch has no exception type of its own for memory that runs out on the CPU or on Apple's GPU.
 _OUT_OF_MEMORY = (
@@ -67,18 +57,7 @@ class TokenBatch:
 
 
 def left_pad(token_ids: Sequence[Sequence[int]], pad_id: int) -> TokenBatch:
-    """Pad token sequences on the left.
-
-    Args:
-        token_ids: At least one sequence, none of them empty.
-        pad_id: The token to fill up with; it is masked.
-
-    Returns:
-        The batch, on the CPU.
-
-    Raises:
-        PromptError: If a sequence is empty.
-    """
+    """Pad token sequences, at least one and none of them empty, on the left; the batch is on the CPU."""
     if any(len(ids) == 0 for ids in token_ids):
         raise PromptError("A rendered prompt has 0 tokens, expected at least 1; leave empty prompts out.")
     length = max(len(ids) for ids in token_ids)
@@ -87,13 +66,47 @@ def left_pad(token_ids: Sequence[Sequence[int]], pad_id: int) -> TokenBatch:
     return TokenBatch(input_ids, mask, (mask.cumsum(-1) - 1).clamp(min=0))
 
 
-def longest_first(token_ids: Sequence[Sequence[int]]) -> list[int]:
-    """Order prompts so that batches waste little padding and the one that needs most memory comes first.
+def longest_first(lengths: Sequence[int]) -> list[int]:
+    """Order prompts by falling length: little padding is wasted, and the batch that needs most memory comes first."""
+    return sorted(range(len(lengths)), key=lambda index: -lengths[index])
 
-    Returns:
-        The indices of the prompts by falling length; equally long ones keep their order.
+
+def in_batches(
+    loaded: LoadedModel,
+    lengths: Sequence[int],
+    run: Callable[[Sequence[int]], R],
+    *,
+    most: int | None = None,
+    progress: Progress = SILENT,
+) -> Iterator[tuple[Sequence[int], R]]:
+    """Run prompts batch by batch, the longest first; a batch that memory is too small for is halved.
+
+    Args:
+        loaded: The model; its batch size, if it has one, is that of the forward passes.
+        lengths: The prompts' numbers of tokens.
+        run: Given the indices of some prompts, gives what is wanted of them.
+        most: How many prompts make a batch; by default as many as keep the device busy and waste little on padding.
+        progress: Told how many prompts are done.
+
+    Yields:
+        The indices of each batch with what it gave; every prompt is in one batch.
     """
-    return sorted(range(len(token_ids)), key=lambda index: -len(token_ids[index]))
+    size = most or loaded.batch_size
+
+    def fitting(indices: Sequence[int]) -> int:
+        return size or fitting_pass(loaded, [lengths[index] for index in indices])
+
+    done = 0
+    for indices, result in with_backoff(run, longest_first(lengths), size or MOST_PROMPTS, fitting=fitting):
+        yield indices, result
+        done += len(indices)
+        progress.done(done)
+
+
+def in_order(batches: Iterable[tuple[Sequence[int], Sequence[R]]]) -> list[R]:
+    """Put what `in_batches` gave, a result for each prompt, into the order of the prompts."""
+    found = {index: one for indices, results in batches for index, one in zip(indices, results, strict=True)}
+    return [found[index] for index in range(len(found))]
 
 
 def with_backoff(
@@ -113,9 +126,6 @@ def with_backoff(
 
     Yields:
         Each batch with its result, in order; every item is in one batch.
-
-    Raises:
-        ModelError: If memory runs out with a single item.
     """
     start, size = 0, max(1, batch_size)
     while start < len(items):
@@ -134,21 +144,13 @@ def with_backoff(
             size = len(batch) // 2
 
 
-def first_batch_size(loaded: LoadedModel, batch_size: int | None) -> int:
-    """Pick the batch size to begin with: the one that was asked for, or one that suits the kind of device."""
-    return batch_size or _FIRST_BATCH_SIZE.get(loaded.device.type, _FIRST_BATCH_SIZE_ELSEWHERE)
+def first_batch_size(loaded: LoadedModel) -> int:
+    """Pick how many prompts to generate for at once: as many as was asked for, or as suit the kind of device."""
+    return loaded.batch_size or _FIRST_BATCH_SIZE.get(loaded.device.type, _FIRST_BATCH_SIZE_ELSEWHERE)
 
 
 def fitting_pass(loaded: LoadedModel, lengths: Sequence[int]) -> int:
-    """Tell how many prompts go into one forward pass, so that the device is busy and little of it is padding.
-
-    Args:
-        loaded: The model, whose device decides.
-        lengths: The prompts' numbers of tokens, falling.
-
-    Returns:
-        The number of prompts, counted from the first; at least 1.
-    """
+    """Tell how many prompts of falling lengths make a forward pass that keeps the device busy and pads little."""
     device = loaded.device.type
     tokens, padding = _TOKENS.get(device, _TOKENS_ELSEWHERE), _PADDING.get(device, _PADDING_ELSEWHERE)
     padded = 0
@@ -160,13 +162,7 @@ def fitting_pass(loaded: LoadedModel, lengths: Sequence[int]) -> int:
 
 
 def check_prompts(loaded: LoadedModel, token_ids: Sequence[Sequence[int]], n_new_tokens: int = 0) -> None:
-    """Check that the model can take each prompt and some new tokens, before any work is done.
-
-    Raises:
-        PromptError: If a prompt has no tokens.
-        ModelError: If a prompt with the new tokens is longer than the model's positions, or has a token that is not
-            in its vocabulary.
-    """
+    """Check that the model can take each prompt and some new tokens, before any work is done."""
     limit = n_positions(loaded)
     vocabulary = int(loaded.model.get_input_embeddings().weight.shape[0])
     for number, ids in enumerate(token_ids, start=1):
@@ -194,6 +190,32 @@ def accepts(loaded: LoadedModel, argument: str) -> bool:
     """Tell whether the model's `forward` takes an argument of this name; an adapter around it is looked through."""
     model = loaded.model.get_base_model() if hasattr(loaded.model, "get_base_model") else loaded.model
     return argument in inspect.signature(model.forward).parameters
+
+
+@contextmanager
+def hooked(
+    model: torch.nn.Module,
+    *,
+    before: Iterable[tuple[str, Callable[..., Any]]] = (),
+    behind: Iterable[tuple[str, Callable[..., Any]]] = (),
+) -> Iterator[None]:
+    """Hook named modules as long as the context lasts, in the order of the pairs.
+
+    Args:
+        model: The model; the name "" is the model itself.
+        before: Called as `hook(module, args, kwargs)` before a module runs; what it gives stands in their place.
+        behind: Called as `hook(module, args, kwargs, output)` behind it; what it gives stands in the output's place.
+    """
+    handles = []
+    try:
+        for name, hook in before:
+            handles.append(model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True))
+        for name, hook in behind:
+            handles.append(model.get_submodule(name).register_forward_hook(hook, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import textwrap
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,12 +17,13 @@ from remove_refusals.models.batches import (
     check_prompts,
     contiguous_head,
     first_batch_size,
+    in_batches,
+    in_order,
     left_pad,
-    longest_first,
     n_positions,
-    with_backoff,
 )
 from remove_refusals.models.load import LoadedModel
+from remove_refusals.progress import SILENT, Progress
 
 
 @dataclass(frozen=True)
@@ -73,28 +74,12 @@ def generate(
     token_ids: Sequence[Sequence[int]],
     *,
     max_new_tokens: int = 100,
-    batch_size: int | None = None,
-    on_progress: Callable[[int], None] | None = None,
+    progress: Progress = SILENT,
 ) -> list[Answer]:
-    """Continue each prompt greedily.
+    """Continue rendered prompts greedily; each answer is cut off after so many tokens.
 
     Sampling, penalties and forced or forbidden tokens of the model's own generation settings do not apply; its end
     tokens do.
-
-    Args:
-        loaded: The model.
-        token_ids: Rendered prompts.
-        max_new_tokens: Where an answer is cut off.
-        batch_size: How many prompts to run at once; it is halved when memory runs out. By default automatic.
-        on_progress: Called after each batch with the number of prompts that are done.
-
-    Returns:
-        One answer for each prompt, in the order of the prompts.
-
-    Raises:
-        PromptError: If a prompt has no tokens.
-        ModelError: If a prompt does not fit the model, or memory runs out with a single prompt.
-        NumericalError: If logits are NaN or positive infinity; the message names the prompt.
     """
     check_prompts(loaded, token_ids, max_new_tokens)
 
@@ -105,36 +90,14 @@ def generate(
         ends = _end_token_ids(loaded)
         return [_to_answer(loaded, row, ends) for row in continued[:, batch.input_ids.shape[1] :].tolist()]
 
-    answers: dict[int, Answer] = {}
-    size = first_batch_size(loaded, batch_size)
-    for indices, results in with_backoff(answer, longest_first(token_ids), size):
-        answers.update(zip(indices, results, strict=True))
-        if on_progress is not None:
-            on_progress(len(answers))
-    return [answers[index] for index in range(len(token_ids))]
-
-
-def continued(loaded: LoadedModel, answer: Answer, rest: Answer) -> Answer:
-    """Put an answer that was cut off and its continuation together."""
-    token_ids = answer.token_ids + rest.token_ids
-    return _to_answer(loaded, token_ids, _end_token_ids(loaded) if rest.finished else set())
+    lengths = [len(ids) for ids in token_ids]
+    return in_order(in_batches(loaded, lengths, answer, most=first_batch_size(loaded), progress=progress))
 
 
 def stream(loaded: LoadedModel, token_ids: Sequence[int], *, max_new_tokens: int = 512) -> Generator[str]:
     """Continue one prompt greedily, piece by piece; leaving the iteration early ends the generation.
 
-    Args:
-        loaded: The model; nothing else may run it meanwhile.
-        token_ids: The rendered prompt.
-        max_new_tokens: Where the answer is cut off; earlier if the model can hold no more tokens.
-
-    Yields:
-        Pieces of text that together are the answer's text.
-
-    Raises:
-        PromptError: If the prompt has no tokens.
-        ModelError: If the prompt does not fit the model.
-        NumericalError: If logits are NaN or positive infinity.
+    The answer is cut off after so many tokens, or where the model can hold no more; nothing else may run it meanwhile.
     """
     check_prompts(loaded, [token_ids], 1)
     n_tokens = min(max_new_tokens, (n_positions(loaded) or max_new_tokens + len(token_ids)) - len(token_ids))
@@ -167,21 +130,7 @@ def answer_logits(
     """Run one batch of prompts with given answers and say what the model predicts at the answers' first tokens.
 
     The logits are computed at those positions only, where the model can do that: `n_tokens * vocabulary` numbers for
-    each prompt are held at once, so keep batches small (see `with_backoff`).
-
-    Args:
-        loaded: The model.
-        token_ids: Rendered prompts.
-        answer_ids: For each prompt the tokens of the answer; shorter ones than `n_tokens` give fewer rows.
-        n_tokens: How many tokens of each answer to look at.
-
-    Returns:
-        The log-probabilities, one row for each token.
-
-    Raises:
-        PromptError: If a prompt has no tokens.
-        ModelError: If a prompt does not fit the model.
-        NumericalError: If logits are NaN or infinite over the whole vocabulary; the message names the prompt.
+    each prompt are held at once, so keep batches small. Answers shorter than `n_tokens` give fewer rows.
     """
     check_prompts(loaded, token_ids, n_tokens)
     answers = [list(ids[:n_tokens]) for ids in answer_ids]

@@ -6,7 +6,7 @@ import pickle
 import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,13 @@ from remove_refusals.settings import ChatFormat, LoadSettings
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A causal language model in evaluation mode, with its tokenizer.
+    """A causal language model in evaluation mode, with its tokenizer; `model, tokenizer = loaded` takes it apart.
 
     Attributes:
         model: The model. Its parameters keep `requires_grad`: frozen weights make the CPU's `linear` pathologically
             slow on non-contiguous input, so callers run it under `torch.inference_mode` instead.
         tokenizer: The tokenizer as it was saved; nothing in it is changed, so that saving it again gives it back.
-        source: The directory or hub id it was loaded from.
+        source: The directory or hub id it was loaded from; of a model that never was, its class.
         revision: The hub's commit, or the revision that was asked for; None for a directory.
         checkpoint_dtype: The data type of the saved weights, which `model.dtype` need not be; None if unknown.
         unused_tensors: Names of tensors in the checkpoint that the model has no place for, sorted.
@@ -53,6 +53,10 @@ class LoadedModel:
     trust_remote_code: bool = False
     chat: ChatFormat = field(default_factory=ChatFormat)
     batch_size: int | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        """Give the model and the tokenizer."""
+        return iter((self.model, self.tokenizer))
 
     @property
     def device(self) -> torch.device:
@@ -82,86 +86,156 @@ class LoadedModel:
 
 
 def load(
-    source: str | Path,
+    source: Any,
+    tokenizer: Any = None,
     *,
-    device: str | torch.device | None = None,
-    dtype: str | torch.dtype = "auto",
-    load_in_4bit: bool = False,
-    trust_remote_code: bool = False,
-    revision: str | None = None,
-    device_map: str | Mapping[str, Any] | None = None,
-    offload: str | Path | None = None,
-    max_memory: str | None = None,
-    tokenizer: str | Path | None = None,
+    chat: ChatFormat | None = None,
+    batch_size: int | None = None,
+    **options: Any,
 ) -> LoadedModel:
-    """Load a causal language model and its tokenizer from a directory or the Hugging Face hub.
+    """Load a causal language model and its tokenizer, or take those that are in memory already.
 
     Args:
-        source: A directory with a `config.json`, a hub id, or `demo` for the model that comes with the package.
-        device: Where the model goes; by default `cuda`, `mps` or `cpu`, the first that is there.
-        dtype: `auto` takes the checkpoint's data type on an accelerator and float32 on the CPU (which holds bfloat16
-            and float16 values exactly); or a data type such as `bfloat16`.
-        load_in_4bit: Quantise the linear layers to 4 bits (NF4) with bitsandbytes while loading.
-        trust_remote_code: Run Python code that comes with the checkpoint.
-        revision: The hub's branch, tag or commit; the default branch if not given.
-        device_map: Passed on to Transformers instead of `device`, for example `auto`.
-        offload: With a device map: the directory for what fits into no memory. Safetensors files are read where they
-            lie; other weights are written there.
-        max_memory: With a device map: how much of this machine's memory the weights may take, such as `8GiB`.
-        tokenizer: Where the tokenizer comes from, if not from `source`.
-
-    Returns:
-        The model in evaluation mode with its tokenizer.
-
-    Raises:
-        ModelError: If it cannot be found or loaded, is no causal language model, needs code that is not trusted, or
-            lacks tensors (which Transformers would fill with random numbers).
-        CheckpointError: If a weight file of a directory is truncated, corrupt or missing.
+        source: A directory with a `config.json`, a hub id, `demo` for the model that comes with the package, a
+            `PreTrainedModel`, or a pipeline of Transformers.
+        tokenizer: The tokenizer, or where it comes from, if not from `source`; a processor counts too.
+        chat: How prompts are put before it; by default in the tokenizer's own chat template.
+        batch_size: How many prompts are run at once; by default automatic.
+        options: The fields of `LoadSettings`, for what is not in memory.
     """
-    name = model_source(str(source))
-    if device is not None and device_map is not None:
-        raise ModelError(f"Both device {device} and device_map {device_map} are given, expected one; leave one out.")
-    if device_map is None and (offload is not None or max_memory is not None):
+    chat = chat or ChatFormat()
+    if isinstance(source, str | Path):
+        named: dict[str, Any] = {
+            name: str(value) if isinstance(value, Path | torch.device | torch.dtype) else value
+            for name, value in options.items()
+        }
+        return load_model(str(source), LoadSettings(**named), chat, batch_size, tokenizer=tokenizer)
+    if options:
+        raise ModelError(
+            f"The option {next(iter(options))} is given with a model that is in memory already, expected none; leave "
+            "it out, or give a directory or hub id."
+        )
+    model = _checked(source if isinstance(source, torch.nn.Module) else getattr(source, "model", source))
+    tokenizer = tokenizer or getattr(source, "tokenizer", None)
+    if isinstance(tokenizer, str | Path):
+        tokenizer = _load_tokenizer(str(tokenizer))
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    if not isinstance(tokenizer, Tokenizer):
+        raise ModelError(
+            f"The tokenizer of {type(model).__name__} is a {type(tokenizer).__name__}, expected a tokenizer of "
+            "Transformers; pass one as the second argument."
+        )
+    return LoadedModel(
+        model,
+        tokenizer,
+        source=str(model.name_or_path or type(model).__name__),
+        revision=getattr(model.config, "_commit_hash", None),
+        checkpoint_dtype=next(model.parameters()).dtype,
+        trust_remote_code=type(model).__module__.startswith("transformers_modules."),
+        chat=chat,
+        batch_size=batch_size,
+    )
+
+
+def _checked(model: Any) -> Model:
+    """Check that an object is a causal language model whose weights are its own, ready to answer."""
+    if hasattr(model, "merge_and_unload"):
+        raise ModelError(
+            f"The model is a {type(model).__name__} with an adapter beside its weights, expected plain weights; pass "
+            "`model.merge_and_unload()`."
+        )
+    if not isinstance(model, Model):
+        raise ModelError(
+            f"The model is a {type(model).__name__}, expected a directory, a hub id, or a PreTrainedModel with its "
+            "tokenizer; load it with AutoModelForCausalLM."
+        )
+    if not model.can_generate() or getattr(model.config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"The model is a {type(model).__name__}, expected a decoder with a head that continues its prompt; load it "
+            "with AutoModelForCausalLM."
+        )
+    if model.training:
+        raise ModelError(
+            f"The {type(model).__name__} is in training mode, where dropout makes answers random, expected evaluation "
+            "mode; call `model.eval()`."
+        )
+    return model
+
+
+def load_model(
+    model: str,
+    settings: LoadSettings,
+    chat: ChatFormat | None = None,
+    batch_size: int | None = None,
+    *,
+    tokenizer: str | Path | Tokenizer | None = None,
+) -> LoadedModel:
+    """Load a model by directory, hub id or the name `demo`; never with tensors that Transformers made up.
+
+    The data type `auto` is the checkpoint's on an accelerator, and float32 on the CPU (which holds bfloat16 and float16
+    values exactly).
+    """
+    name, revision = model_source(model), settings.revision
+    if settings.device is not None and settings.device_map is not None:
+        raise ModelError(
+            f"Both device {settings.device} and device_map {settings.device_map} are given, expected one; leave one "
+            "out."
+        )
+    if settings.device_map is None and (settings.offload is not None or settings.max_memory is not None):
         raise ModelError(
             "The options offload and max_memory are given without a device map, expected both; add --device-map auto."
         )
-    where = pick_device(device)
-    wanted = _parse_dtype(dtype)
-    local = find_source(name, revision)
+    where = pick_device(settings.device)
+    wanted = _parse_dtype(settings.dtype)
+    access: dict[str, Any] = {"revision": revision, "local_files_only": find_source(name, revision)}
     with quiet(bars=Path(name).is_dir()), explained(f"The model {name}"):
-        settings: dict[str, Any] = {"revision": revision, "local_files_only": local}
-        described, _ = PretrainedConfig.get_config_dict(name, **settings)
-        _check_model_type(name, described, trust_remote_code)
-        settings["trust_remote_code"] = trust_remote_code
+        described, _ = PretrainedConfig.get_config_dict(name, **access)
+        _check_model_type(name, described, settings.trust_remote_code)
+        access["trust_remote_code"] = settings.trust_remote_code
         if (commit := cached_commit(name, revision)) is not None:
             # A branch may move between two requests.
-            settings["revision"] = commit
-        config = AutoConfig.from_pretrained(name, **settings)
+            access["revision"] = commit
+        config = AutoConfig.from_pretrained(name, **access)
         if getattr(config, "is_encoder_decoder", False):
             raise ModelError(
                 f"The model {name} of type {config.model_type} is an encoder-decoder, expected a decoder that "
                 "continues its prompt; choose a causal language model."
             )
         saved = saved_dtype(name, described)
-        quantised = load_in_4bit or "quantization_config" in described
-        if wanted is None and where.type == "cpu" and device_map is None and not quantised:
+        quantised = settings.load_in_4bit or "quantization_config" in described
+        if wanted is None and where.type == "cpu" and settings.device_map is None and not quantised:
             wanted = torch.float32
-        model, report = AutoModelForCausalLM.from_pretrained(
+        built, report = AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
             dtype="auto" if wanted is None else wanted,
-            device_map=device_map or {"": where},
-            **offloading(offload, max_memory),
-            quantization_config=_four_bit(wanted or saved or torch.float32) if load_in_4bit else None,
+            device_map=settings.device_map or {"": where},
+            **offloading(settings.offload, settings.max_memory),
+            quantization_config=_four_bit(wanted or saved or torch.float32) if settings.load_in_4bit else None,
             ignore_mismatched_sizes=True,  # so that they are reported with their names, below
             output_loading_info=True,
-            **settings,
+            **access,
         )
         check_complete(name, report)
-    with quiet(bars=True), explained(f"The tokenizer of {tokenizer or name}"):
-        loaded_tokenizer = AutoTokenizer.from_pretrained(tokenizer or name, **(settings if tokenizer is None else {}))
-    unused = tuple(sorted(report["unexpected_keys"]))
-    return LoadedModel(model.eval(), loaded_tokenizer, name, commit or revision, saved, unused, trust_remote_code)
+    if tokenizer is None or isinstance(tokenizer, str | Path):
+        tokenizer = _load_tokenizer(name, **access) if tokenizer is None else _load_tokenizer(str(tokenizer))
+    return LoadedModel(
+        built.eval(),
+        tokenizer,
+        source=name,
+        revision=commit or revision,
+        checkpoint_dtype=saved,
+        unused_tensors=tuple(sorted(report["unexpected_keys"])),
+        trust_remote_code=settings.trust_remote_code,
+        chat=chat or ChatFormat(),
+        batch_size=batch_size,
+    )
+
+
+def _load_tokenizer(name: str, **access: Any) -> Tokenizer:
+    with quiet(bars=True), explained(f"The tokenizer of {name}"):
+        found: Tokenizer = AutoTokenizer.from_pretrained(name, **access)
+    return found
 
 
 def _check_model_type(name: str, described: Mapping[str, Any], trust_remote_code: bool) -> None:
@@ -193,10 +267,10 @@ def saved_dtype(name: str, described: Mapping[str, Any]) -> torch.dtype | None:
     return FLOAT_DTYPES.get(max(sizes, key=sizes.__getitem__)) if sizes else None
 
 
-def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+def _parse_dtype(dtype: str) -> torch.dtype | None:
     if dtype == "auto":
         return None
-    parsed = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    parsed = getattr(torch, dtype.removeprefix("torch."), None)
     if not isinstance(parsed, torch.dtype) or not parsed.is_floating_point:
         raise ModelError(f"The dtype {dtype} is unknown, expected auto, float32, bfloat16 or float16; choose one.")
     return parsed
@@ -233,19 +307,6 @@ def fingerprint(loaded: LoadedModel) -> str:
             sums = float(values.sum(dtype=torch.float64)), float(norm)
             digest.update(" ".join(f"{value:.5g}" for value in sums).encode())
     return digest.hexdigest()[:16]
-
-
-def load_model(
-    model: str, settings: LoadSettings, *, chat: ChatFormat | None = None, batch_size: int | None = None
-) -> LoadedModel:
-    """Load a model by directory, hub id or the name `demo`, and note how prompts are put before it.
-
-    Raises:
-        ModelError: If it cannot be found or loaded.
-        CheckpointError: If a weight file is corrupt.
-    """
-    loaded = load(model, **settings.model_dump())
-    return replace(loaded, chat=chat or ChatFormat(), batch_size=batch_size)
 
 
 _HUB_TIMEOUT_SECONDS = 10.0

@@ -30,7 +30,7 @@ from remove_refusals.search.material import (
     refusal_probabilities,
 )
 from remove_refusals.search.references import References, references
-from remove_refusals.search.search import OnProgress, SearchPrompts, pick, select, split_for_search, stage
+from remove_refusals.search.search import SearchPrompts, pick, select, split_for_search
 
 __all__ = [
     "N_OPENING_TOKENS",
@@ -39,7 +39,6 @@ __all__ = [
     "Confirmation",
     "LayerRule",
     "LayerScore",
-    "OnProgress",
     "Openings",
     "Option",
     "Probe",

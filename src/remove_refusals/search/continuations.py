@@ -77,7 +77,7 @@ def make_probes(
         The batches; each prompt is in one of them.
     """
     paths = [tuple(tokens[:n_tokens]) for tokens in continuations]
-    order = longest_first([[*ids, *path] for ids, path in zip(token_ids, paths, strict=True)])
+    order = longest_first([len(ids) + len(path) for ids, path in zip(token_ids, paths, strict=True)])
     probes = []
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]

@@ -15,6 +15,7 @@ from remove_refusals.directions import SiteKey, Steer, direction_from_vectors, s
 from remove_refusals.files import Journal
 from remove_refusals.modelmap import ModelMap
 from remove_refusals.models import Answer, LoadedModel
+from remove_refusals.progress import SILENT, Progress
 from remove_refusals.search.candidates import Candidate
 from remove_refusals.search.continuations import frozen, log_probabilities
 from remove_refusals.search.material import (
@@ -28,8 +29,6 @@ from remove_refusals.search.material import (
 )
 from remove_refusals.settings import SITE_KINDS, GradientSettings
 from remove_refusals.types import Direction, DirectionOrigin, Intervention, SiteEdit
-
-Report = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +113,7 @@ def descend(
     settings: GradientSettings,
     *,
     journal: Journal | None = None,
-    on_progress: Report | None = None,
+    progress: Progress = SILENT,
 ) -> list[Candidate]:
     """Search by gradients.
 
@@ -128,7 +127,7 @@ def descend(
         material: What to run on.
         settings: How the descent goes.
         journal: Keeps each descent, so that a killed search goes on with the next.
-        on_progress: Called with the steps that are done and all steps.
+        progress: Told how many steps are done.
 
     Returns:
         One candidate for each damage weight. Its refusal is the probability of the model's own refusals, or the share
@@ -142,7 +141,7 @@ def descend(
         answers = journal.remember(
             f"descent {number + 1}",
             inputs,
-            partial(_one, loaded, model_map, steering, material, settings, number, on_progress),
+            partial(_one, loaded, model_map, steering, material, settings, number, progress),
             partial(_pack, steering),
             partial(_unpack_into, steering),
         )
@@ -164,15 +163,14 @@ def _one(
     material: Material,
     settings: GradientSettings,
     number: int,
-    on_progress: Report | None,
+    progress: Progress,
 ) -> list[Answer]:
     """Go down once, which changes `steering`, and let the model say its first words there."""
     lengths = [settings.n_steps] + [settings.n_more_steps] * (len(settings.damage_weights) - 1)
     before, n_steps, weight = sum(lengths[:number]), lengths[number], settings.damage_weights[number]
     orders = _orders(material, settings.seed + number)
     for step in _descent(loaded, model_map, steering, material, settings, weight, n_steps, orders):
-        if on_progress is not None:
-            on_progress(before + step, sum(lengths))
+        progress.stage("descent", sum(lengths)).done(before + step)
     return first_words(loaded, model_map, steering.steers(), material, settings)
 
 

@@ -26,14 +26,8 @@ from remove_refusals.directions import (
 )
 from remove_refusals.errors import NumericalError, SelectionError
 from remove_refusals.modelmap import ModelMap
-from remove_refusals.models import (
-    MOST_PROMPTS,
-    LoadedModel,
-    fitting_pass,
-    longest_first,
-    template_tail_length,
-    with_backoff,
-)
+from remove_refusals.models import LoadedModel, in_batches, template_tail_length
+from remove_refusals.progress import SILENT, Progress
 from remove_refusals.search.candidates import Candidate
 from remove_refusals.search.continuations import Probe, frozen, log_probabilities, make_probes
 from remove_refusals.search.material import (
@@ -46,7 +40,7 @@ from remove_refusals.search.material import (
     refusal_probabilities,
 )
 from remove_refusals.search.references import References
-from remove_refusals.settings import MAX_KL, ChatFormat, GradientSettings, LayerSettings, Rule
+from remove_refusals.settings import MAX_KL, GradientSettings, LayerSettings, Rule
 from remove_refusals.types import Activations, Direction, DirectionOrigin, Intervention
 
 _TIE = 0.01
@@ -141,7 +135,7 @@ def search_layers(
     *,
     more_refusals: Sequence[Sequence[int]] = (),
     model: str | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    progress: Progress = SILENT,
 ) -> LayerSearch:
     """Choose layer, position and recipe.
 
@@ -154,7 +148,7 @@ def search_layers(
         settings: How the choice goes.
         more_refusals: The tokens of other refusals, for their openings.
         model: The model's name, for the record.
-        on_progress: As for `narrow_down`.
+        progress: Told the number of prompts times directions that are done.
 
     Returns:
         What was found.
@@ -173,7 +167,7 @@ def search_layers(
         )
     bench = Bench(loaded, model_map, refused, answered, settings.kl_tokens, more_refusals)
     n = max(len(refused), len(answered))
-    return narrow_down(bench, model_map, options, n, settings, on_progress=on_progress)
+    return narrow_down(bench, model_map, options, n, settings, progress=progress)
 
 
 @dataclass(frozen=True, eq=False)
@@ -283,7 +277,6 @@ class Bench:
             measure: Given log-probabilities, batch and the prompt of every row, gives a number for each row.
         """
         lengths = [len(ids) + len(path) for ids, path in zip(part.token_ids[:n], paths[:n], strict=True)]
-        order = longest_first([range(length) for _ in range(n_each) for length in lengths])
         values = torch.empty(len(contexts), n_each * n, dtype=torch.float64)
         for number, context in enumerate(contexts):
 
@@ -300,10 +293,7 @@ class Bench:
                     measured = measure(found, probe, prompts).to("cpu", torch.float64)
                 return torch.empty_like(measured).index_copy(0, torch.tensor(probe.prompts), measured)
 
-            def fitting(rows: Sequence[int]) -> int:
-                return fitting_pass(self._loaded, [lengths[row % n] for row in rows])
-
-            for rows, result in with_backoff(run, order, MOST_PROMPTS, fitting=fitting):
+            for rows, result in in_batches(self._loaded, lengths * n_each, run):
                 values[number, list(rows)] = result
         return values.reshape(-1, n)
 
@@ -349,7 +339,7 @@ def narrow_down(
     n_prompts: int,
     settings: LayerSettings,
     *,
-    on_progress: Callable[[int, int], None] | None = None,
+    progress: Progress = SILENT,
 ) -> LayerSearch:
     """Score directions, dropping those that are clearly worse after a few prompts.
 
@@ -359,7 +349,7 @@ def narrow_down(
         options: At least one direction.
         n_prompts: How many harmful or harmless prompts there are, whichever is more.
         settings: How the choice goes.
-        on_progress: Called with the number of prompts times directions that are done, and all of them.
+        progress: Told the number of prompts times directions that are done.
 
     Returns:
         What was found. Only those that reached the last round are to be confirmed, and of them only those that keep the
@@ -380,8 +370,7 @@ def narrow_down(
         kept = best if last else best[: sizes[number + 1]]
         dropped = best[len(kept) :] + dropped
         done += sizes[number] * n
-        if on_progress is not None:
-            on_progress(done, total)
+        progress.stage("directions", total).done(done)
     found = [scores[index] for index in (*kept, *dropped)]
     candidates = tuple(
         Candidate(options[index].name, options[index].intervention(model_map), scores[index].refusal, score.damage)
@@ -437,12 +426,11 @@ MOST_POSITIONS = 8
 """How many of the template's last tokens are looked at."""
 
 
-def tail_positions(loaded: LoadedModel, chat: ChatFormat, position: int) -> tuple[int, ...]:
+def tail_positions(loaded: LoadedModel, position: int) -> tuple[int, ...]:
     """Give the token positions to look at.
 
     Args:
         loaded: The model.
-        chat: How prompts are put before it.
         position: The one to look at where prompts are plain.
 
     Returns:
@@ -451,9 +439,9 @@ def tail_positions(loaded: LoadedModel, chat: ChatFormat, position: int) -> tupl
     Raises:
         PromptError: If the template cannot be rendered.
     """
-    if chat.plain:
+    if loaded.chat.plain:
         return (position,)
-    tail = template_tail_length(loaded.tokenizer, **chat.model_dump())
+    tail = template_tail_length(loaded)
     return tuple(range(-1, -1 - min(max(tail, 1), MOST_POSITIONS), -1))
 
 

@@ -1,6 +1,6 @@
 """What the base model does on the prompts of a search, and what a candidate does to that."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +8,7 @@ from remove_refusals.directions import ablated
 from remove_refusals.measure import Label, distances_along, judge_phrases, mean_with_interval, wilson_rate
 from remove_refusals.modelmap import ModelMap
 from remove_refusals.models import Answer, LoadedModel, generate, render
+from remove_refusals.progress import SILENT, Progress
 from remove_refusals.search.candidates import Confirmation
 from remove_refusals.settings import MeasureSettings
 from remove_refusals.types import Intervention, PromptSet
@@ -70,7 +71,7 @@ def references(
     prompts: PromptSet,
     settings: MeasureSettings,
     *,
-    on_progress: Callable[[int], None] | None = None,
+    progress: Progress = SILENT,
 ) -> References:
     """Let a model, as it stands, answer prompts greedily.
 
@@ -82,14 +83,8 @@ def references(
         ModelError: If a prompt does not fit the model, or memory runs out.
         NumericalError: If logits are NaN.
     """
-    token_ids = [tuple(ids) for ids in render(loaded.tokenizer, prompts.prompts, **loaded.chat.model_dump())]
-    answers = generate(
-        loaded,
-        token_ids,
-        max_new_tokens=settings.max_new_tokens,
-        batch_size=loaded.batch_size,
-        on_progress=on_progress,
-    )
+    token_ids = [tuple(ids) for ids in render(loaded, prompts.prompts)]
+    answers = generate(loaded, token_ids, max_new_tokens=settings.max_new_tokens, progress=progress)
     labels = tuple(judge_phrases(answer.text, prompt) for answer, prompt in zip(answers, prompts.prompts, strict=True))
     return References(prompts, tuple(token_ids), tuple(answers), labels)
 
@@ -102,7 +97,7 @@ def confirm(
     harmless: References,
     settings: MeasureSettings,
     *,
-    on_progress: Callable[[int], None] | None = None,
+    progress: Progress = SILENT,
 ) -> Confirmation:
     """Generate with an intervention and measure what it does, by hooks.
 
@@ -113,7 +108,7 @@ def confirm(
         harmful: The base model's answers to harmful prompts.
         harmless: Its answers to harmless prompts.
         settings: How to generate; as in `references`.
-        on_progress: Called with the number of prompts that are done.
+        progress: Told how many prompts are done.
 
     Returns:
         What was measured.
@@ -124,13 +119,10 @@ def confirm(
     labels: list[list[Label]] = []
     with ablated(loaded.model, intervention, model_map=model_map):
         for part in (harmful, harmless):
-            answers = generate(
-                loaded, part.token_ids, max_new_tokens=settings.max_new_tokens, batch_size=loaded.batch_size
-            )
+            told = progress.after(sum(map(len, labels)))
+            answers = generate(loaded, part.token_ids, max_new_tokens=settings.max_new_tokens, progress=told)
             pairs = zip(answers, part.prompts.prompts, strict=True)
             labels.append([judge_phrases(answer.text, prompt) for answer, prompt in pairs])
-            if on_progress is not None:
-                on_progress(sum(map(len, labels)))
     answered = harmless.only(Label.COMPLIANCE)
     distances = distances_along(
         loaded,
@@ -139,7 +131,6 @@ def confirm(
         [answer.token_ids for answer in answered.answers],
         settings.kl_tokens,
         edited_context=lambda: ablated(loaded.model, intervention, model_map=model_map),
-        batch_size=loaded.batch_size,
     )
     now = [label for label, before in zip(labels[1], harmless.labels, strict=True) if before is Label.COMPLIANCE]
     rates = [

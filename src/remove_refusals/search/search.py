@@ -1,7 +1,7 @@
 """The whole search: the model's own answers, candidates, the pick by a stated rule, and its confirmation."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from remove_refusals.files import Journal
 from remove_refusals.measure import Label
 from remove_refusals.modelmap import ModelMap, map_model
 from remove_refusals.models import LoadedModel, check_positions, fingerprint
+from remove_refusals.progress import SILENT, Progress
 from remove_refusals.prompts import split_by_size
 from remove_refusals.search.candidates import Candidate, Confirmation, Selection, by_rule
 from remove_refusals.search.descent import descend, first_layer_that_counts
@@ -77,10 +78,6 @@ def split_for_search(
     return SearchPrompts(*((first[part], second[part]) for part in ("direction", "choose", "confirm")))
 
 
-OnProgress = Callable[[str, int, int], None]
-"""Called with the stage's name, how much of it is done and how much there is."""
-
-
 def select(
     loaded: LoadedModel,
     prompts: SearchPrompts,
@@ -92,7 +89,7 @@ def select(
     model: str | None = None,
     model_map: ModelMap | None = None,
     journal: Journal | Path | None = None,
-    on_progress: OnProgress | None = None,
+    progress: Progress = SILENT,
 ) -> Selection:
     """Choose what to take out where.
 
@@ -106,7 +103,7 @@ def select(
         model: The model's name, for the record.
         model_map: The model's map, if it is at hand; otherwise it is derived.
         journal: A directory that keeps what is done, so that a killed search goes on; None keeps nothing.
-        on_progress: Told of every stage.
+        progress: Told of every stage.
 
     Returns:
         Every candidate with its scores, and the pick, confirmed by generation on prompts that the search did not use.
@@ -128,16 +125,15 @@ def select(
         )
     kept = journal if isinstance(journal, Journal) else Journal(journal)
     kept = kept.within(fingerprint(loaded)) if kept.directory is not None else kept
-    report = on_progress or (lambda stage, done, total: None)
     by_layer = settings.method == "layer"
-    positions = tail_positions(loaded, loaded.chat, position) if by_layer else (position,)
-    check_positions(loaded.tokenizer, positions, loaded.chat)
-    collected = _activations(loaded, prompts, positions, model_map, report)
+    positions = tail_positions(loaded, position) if by_layer else (position,)
+    check_positions(loaded, positions)
+    collected = _activations(loaded, prompts, positions, model_map, progress)
     short = answers.model_copy(update={"max_new_tokens": settings.n_tokens})
-    own = [_own(loaded, part, short, report, kept) for part in prompts.choose]
+    own = [_own(loaded, part, short, progress, kept) for part in prompts.choose]
     refused, answered = own[0].only(Label.REFUSAL), own[1].only(Label.COMPLIANCE)
     _check(refused, own[0], answered, own[1])
-    confirming = tuple(_own(loaded, part, answers, report, kept) for part in prompts.confirm)
+    confirming = tuple(_own(loaded, part, answers, progress, kept) for part in prompts.confirm)
     if by_layer:
         rule = LayerRule.model_validate(settings.rule.model_dump(exclude_none=True))
         by_layers = search_layers(
@@ -149,7 +145,7 @@ def select(
             LayerSettings(max_kl=rule.max_kl, seed=settings.seed),
             more_refusals=[answer.token_ids for answer in own[1].only(Label.REFUSAL).answers],
             model=model,
-            on_progress=lambda done, total: report("directions", done, total),
+            progress=progress,
         )
         return pick(
             loaded,
@@ -160,7 +156,7 @@ def select(
             method=settings.method,
             rule=rule,
             most_confirmed=settings.most_confirmed,
-            report=report,
+            progress=progress,
             order=by_layers.order,
             notes=by_layers.notes,
             journal=kept,
@@ -168,7 +164,7 @@ def select(
     directions = mean_difference_per_layer(
         *collected, position=position, projected=projected, model=model, seed=settings.seed
     )
-    candidates = _by_gradients(loaded, model_map, directions, refused, own[1], answered, settings, report, kept)
+    candidates = _by_gradients(loaded, model_map, directions, refused, own[1], answered, settings, progress, kept)
     return pick(
         loaded,
         model_map,
@@ -178,7 +174,7 @@ def select(
         method=settings.method,
         rule=settings.rule,
         most_confirmed=settings.most_confirmed,
-        report=report,
+        progress=progress,
         journal=kept,
     )
 
@@ -188,7 +184,7 @@ def _activations(
     prompts: SearchPrompts,
     positions: tuple[int, ...],
     model_map: ModelMap,
-    report: OnProgress,
+    progress: Progress,
 ) -> tuple[Activations, Activations]:
     """Of harmful and of harmless prompts, all but those of the confirmation."""
     collected: list[Activations] = []
@@ -198,25 +194,22 @@ def _activations(
             collect_activations(
                 loaded,
                 both,
-                chat=loaded.chat,
                 positions=positions,
-                batch_size=loaded.batch_size,
                 model_map=model_map,
-                on_progress=stage(report, f"activations, {part.name}", len(both)),
+                progress=progress.stage(f"activations, {part.name}", len(both)),
             )
         )
     return collected[0], collected[1]
 
 
 def _own(
-    loaded: LoadedModel, prompts: PromptSet, settings: MeasureSettings, report: OnProgress, journal: Journal
+    loaded: LoadedModel, prompts: PromptSet, settings: MeasureSettings, progress: Progress, journal: Journal
 ) -> References:
     name = f"own answers, {prompts.name}"
-    on_progress = stage(report, name, len(prompts))
     return journal.remember(
         name,
         [prompts.prompts, *_generated(loaded, settings)],
-        partial(references, loaded, prompts, settings, on_progress=on_progress),
+        partial(references, loaded, prompts, settings, progress=progress.stage(name, len(prompts))),
         References.to_json,
         partial(References.from_json, prompts),
     )
@@ -244,7 +237,7 @@ def _by_gradients(
     harmless: References,
     answered: References,
     settings: SelectSettings,
-    report: OnProgress,
+    progress: Progress,
     journal: Journal,
 ) -> list[Candidate]:
     descent = settings.descent.model_copy(update={"seed": settings.seed})
@@ -261,13 +254,8 @@ def _by_gradients(
         material,
         descent,
         journal=journal,
-        on_progress=lambda done, total: report("descent", done, total),
+        progress=progress,
     )
-
-
-def stage(report: OnProgress, name: str, total: int) -> Callable[[int], None]:
-    """Turn the report of how much is done of one stage into that of a search."""
-    return lambda done: report(name, done, total)
 
 
 def pick(
@@ -280,7 +268,7 @@ def pick(
     method: Method,
     rule: Rule,
     most_confirmed: int,
-    report: OnProgress,
+    progress: Progress,
     order: Sequence[int] | None = None,
     notes: Sequence[str] = (),
     journal: Journal | None = None,
@@ -296,7 +284,7 @@ def pick(
         method: How the candidates were found.
         rule: What decides.
         most_confirmed: How many candidates are tried by generation at most.
-        report: Told of every stage.
+        progress: Told of every stage.
         order: The indices of those to be tried, the preferred one first; by default the rule's order.
         notes: What is to be said of the search already.
         journal: Keeps each confirmation, so that a killed search goes on with the next.
@@ -324,7 +312,7 @@ def pick(
             harmful,
             harmless,
             answers,
-            on_progress=stage(report, name, len(harmful) + len(harmless)),
+            progress=progress.stage(name, len(harmful) + len(harmless)),
         )
         told = _generated(loaded, answers)
         inputs = [_content(tried[number].intervention), harmful.token_ids, harmless.token_ids, *told]
