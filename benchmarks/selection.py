@@ -118,7 +118,7 @@ def search(
         "n_candidates": len(points),
         "points": points,
         "hypervolume": hypervolume(points, WORST),
-        "selection": selection.to_json(),
+        "selection": selection.record().to_json(),
         "pick": selection.candidate,
     }
 

@@ -15,7 +15,7 @@ import transformers
 
 import zoo
 from remove_refusals.baking.base import open_checkpoint
-from remove_refusals.baking.certificate import Certificate, certify
+from remove_refusals.baking.certificate import certify
 from remove_refusals.baking.disk import bake_on_disk
 from remove_refusals.baking.memory import edited_tensors, save_edited
 from remove_refusals.directions.direction import direction_from_vectors
@@ -27,6 +27,7 @@ from remove_refusals.modelmap.derive import map_model
 from remove_refusals.modelmap.knowledge import first_of_width
 from remove_refusals.modelmap.types import ModelMap
 from remove_refusals.models.checkpoint import tensor_hashes
+from remove_refusals.report.records import Certificate
 from remove_refusals.types import Direction, DirectionOrigin, Intervention
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "architectures.md"

@@ -8,6 +8,7 @@ import torch
 
 from remove_refusals.directions.separation import separation
 from remove_refusals.measure.statistics import mcnemar, mean_with_interval, wilson_rate
+from remove_refusals.report.records import AnalysisRecord
 from remove_refusals.types import Activations, PromptSet
 
 SETS = {"harmful": 3, "harmless": 3, "alarming": 2}
@@ -162,7 +163,7 @@ def analysis(n: int, n_layers: int, d_model: int = 8) -> dict[str, object]:
         hidden[..., 0] += shift
         hidden[:, :, 0] = 1.0
         parts.append(Activations(hidden, (-1,), prompts(name, n)))
-    return separation(*parts, model="the-base").to_json()
+    return AnalysisRecord.made(separation(*parts, model="the-base")).to_json()
 
 
 def write(directory: Path, *, sets: dict[str, int] | None = None, n_layers: int = 4, words: int = 0) -> Path:

@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM
 import tiny
 import zoo
 from architectures import entry
-from remove_refusals.baking.base import open_checkpoint
+from remove_refusals.baking.base import load_intervention, open_checkpoint
 from remove_refusals.baking.disk import bake_on_disk
 from remove_refusals.baking.lora import check_loads, is_adapter, peft_adapter, save_peft_adapter, with_adapter
 from remove_refusals.baking.memory import edited_tensors
 from remove_refusals.directions.direction import direction_from_vectors, save_direction
-from remove_refusals.directions.intervention import intervene, load_intervention
+from remove_refusals.directions.intervention import intervene
 from remove_refusals.directions.plan import resolve
 from remove_refusals.errors import ArchitectureError, DirectionError, ModelError
 from remove_refusals.modelmap.derive import map_model
@@ -252,7 +252,7 @@ class TestRepeat:
         record = json.loads(path.read_text())
         record["intervention"][0] |= change
         path.write_text(json.dumps(record))
-        with pytest.raises(DirectionError, match="has the edit"):
+        with pytest.raises(DirectionError, match=r"ablation\.json has at intervention\.0"):
             load_intervention(tmp_path / "made")
 
 

@@ -16,6 +16,7 @@ from remove_refusals.errors import DirectionError, NumericalError
 from remove_refusals.models.load import load
 from remove_refusals.progress import Progress
 from remove_refusals.prompts import embedded_prompts
+from remove_refusals.report.records import AnalysisRecord
 from remove_refusals.types import Activations, PromptSet
 
 SCORES = st.lists(st.integers(-5, 5), min_size=1, max_size=20)
@@ -131,7 +132,7 @@ def test_layers_against_a_direct_computation():
 
 
 def test_where_the_token_is_the_same_nothing_is_measured():
-    record = separation(*sets(2.0)).to_json()
+    record = AnalysisRecord.made(separation(*sets(2.0))).to_json()
     assert "auroc" not in record["layers"][0] and "projection" not in record["layers"][0]
     assert record["cosines"][0] == [None, None, None] and record["cosines"][1][0] is None
     assert record["cosines"][1][1] == record["cosines"][2][2] == 1
@@ -151,8 +152,8 @@ def test_cosines_against_the_directions():
 def test_the_picture_holds_what_the_difference_leaves():
     parts = sets(6.0)
     layer = separation(*parts).layers[1]
-    points = np.array([*layer.harmful, *layer.harmless])
-    assert min(x for x, _ in layer.harmful) > 0 > max(x for x, _ in layer.harmless)
+    points = np.array([*layer.projection.harmful, *layer.projection.harmless])
+    assert min(x for x, _ in layer.projection.harmful) > 0 > max(x for x, _ in layer.projection.harmless)
     states = torch.cat([part.hidden[:, 0, 1] for part in parts]).double().numpy()
     states -= states.mean(0)
     unit = mean_difference(*parts, layer=1).basis.double().numpy()
@@ -173,7 +174,7 @@ def test_turning_scaling_and_moving_the_stream_changes_no_separation(seed, scale
     for before, after in zip(plain.layers[1:], turned.layers[1:], strict=True):
         assert after.auroc == before.auroc
         assert after.difference_norm == pytest.approx(scale * before.difference_norm)
-        xs = [[x for x, _ in (*layer.harmful, *layer.harmless)] for layer in (before, after)]
+        xs = [[x for x, _ in (*layer.projection.harmful, *layer.projection.harmless)] for layer in (before, after)]
         np.testing.assert_allclose(xs[1], scale * np.array(xs[0]), rtol=1e-6, atol=1e-6 * scale)
 
 
@@ -181,7 +182,9 @@ def test_swapping_the_sets_turns_the_picture_round():
     parts = sets(1.0, n=(12, 12))
     there, back = separation(*parts), separation(*reversed(parts))
     assert there.layers[1].auroc == back.layers[1].auroc
-    np.testing.assert_allclose([x for x, _ in there.layers[1].harmful], [-x for x, _ in back.layers[1].harmless])
+    np.testing.assert_allclose(
+        [x for x, _ in there.layers[1].projection.harmful], [-x for x, _ in back.layers[1].projection.harmless]
+    )
 
 
 def test_too_few_prompts_and_what_is_not_finite():
@@ -211,7 +214,7 @@ def test_the_demo_model_tells_harmful_prompts_apart(demo):
     assert found.layers[-1].auroc.value > 0.95 and found.layers[-1].auroc.low > 0.85
     collected = [collect_activations(demo, part) for part in (harmful, harmless)]
     again = separation(*collected, model="demo")
-    assert again.to_json()["prompts"]["harmful"] == {
+    assert AnalysisRecord.made(again).to_json()["prompts"]["harmful"] == {
         "n": 60, "sha256": harmful.sha256, "ids": list(harmful.ids),
     }  # fmt: skip
     assert [layer.auroc for layer in again.layers] == [layer.auroc for layer in found.layers]

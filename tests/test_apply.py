@@ -154,7 +154,7 @@ def test_bake_writes_a_whole_model_and_its_record(loaded, tmp_path):
     assert saved.dtype == torch.bfloat16
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == loaded.tokenizer.chat_template
     record = json.loads((tmp_path / "out" / "ablation.json").read_text())
-    assert record == baked.record
+    assert record == baked.record.to_json()
     assert record["base"]["source"] == "source" and set(record["base"]["sha256"]) >= {
         "config.json",
         "model.safetensors",

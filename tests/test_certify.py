@@ -46,7 +46,7 @@ def changed(folder, change):
 
 def test_every_expert_is_certified(baked):
     _, _, _, certificate = baked
-    assert certificate.passed and certificate.left == ()
+    assert certificate.passed and certificate.left == {}
     assert len(certificate.edited) == 1 + zoo.N_LAYERS * (1 + 4)
     # What rounding to bfloat16 puts back is well under a hundredth of the direction.
     assert max(entry.share_left for entry in certificate.edited) < 0.01
@@ -92,7 +92,7 @@ def test_a_variant_is_what_is_saved_and_certified(tmp_path):
     vector = torch.randn(zoo.D_MODEL, generator=torch.Generator().manual_seed(0))
     intervention = intervene(direction_from_vectors(vector, DirectionOrigin("given")), zoo.N_LAYERS)
     kept = bake(loaded, intervention, tmp_path / "kept", variant="norm-preserving")
-    assert kept.certificate.passed and kept.record["plan"]["variant"] == "norm-preserving"
+    assert kept.certificate.passed and kept.record.plan.variant == "norm-preserving"
     name = "model.layers.1.mlp.down_proj.weight"
     before, after = (load_file(tmp_path / folder / "model.safetensors")[name] for folder in ("base", "kept"))
     torch.testing.assert_close(after.norm(dim=0), before.norm(dim=0))
@@ -134,7 +134,7 @@ def tied(folder):
 def test_an_untied_copy_is_certified_and_must_be_the_unedited_embedding(tmp_path):
     loaded, intervention = tied(tmp_path)
     result = bake(loaded, intervention, tmp_path / "edited", tied="untie")
-    assert result.certificate.passed and result.record["plan"]["embedding_untied"] is True
+    assert result.certificate.passed and result.record.plan.embedding_untied is True
     assert certify_directory(tmp_path / "edited", str(tmp_path / "base")).problems == ()
     files = [load_file(tmp_path / folder / "model.safetensors") for folder in ("base", "edited")]
     assert torch.equal(files[1]["lm_head.weight"], files[0]["model.embed_tokens.weight"])
@@ -150,7 +150,7 @@ def test_an_untied_copy_is_certified_and_must_be_the_unedited_embedding(tmp_path
 def test_a_tensor_that_stays_tied_is_certified_as_the_one_that_was_edited(tmp_path):
     loaded, intervention = tied(tmp_path)
     result = bake(loaded, intervention, tmp_path / "edited", tied="both")
-    assert result.certificate.passed and result.record["plan"]["embedding_untied"] is False
+    assert result.certificate.passed and result.record.plan.embedding_untied is False
     assert certify_directory(tmp_path / "edited", str(tmp_path / "base")).problems == ()
     assert "lm_head.weight" not in load_file(tmp_path / "edited" / "model.safetensors")
 
@@ -173,4 +173,4 @@ def test_a_leak_that_is_allowed_is_measured_and_recorded(tmp_path):
     leak = json.loads((tmp_path / "edited" / "ablation.json").read_text())["leak"]
     assert leak["largest_component"] > 1e-3 and "passes through" in leak["why"][0]
     exact = bake(tied(tmp_path / "tied")[0], intervention, tmp_path / "exact")
-    assert "leak" not in exact.record and max(exact.certificate.boundaries) < 1e-6
+    assert exact.record.leak is None and max(exact.certificate.boundaries) < 1e-6

@@ -46,7 +46,7 @@ def test_what_an_examination_leaves(settings, tmp_path):
     names = {path.name for path in (tmp_path / "seen").iterdir()}
     assert names == {"analysis.json", "scores.json", "rows.jsonl", "report.html"}
     record = json.loads((tmp_path / "seen" / "analysis.json").read_text())
-    assert record == json.loads(json.dumps(found.to_json()))
+    assert record == json.loads(json.dumps(found.record().to_json()))
     assert [part["position"] for part in record["positions"]] == list(range(-1, -9, -1))
     assert "".join(part["token"] for part in reversed(record["positions"])) == "istant: "
     assert [layer["layer"] for layer in record["layers"]] == [0, 1, 2]
@@ -85,7 +85,7 @@ def test_where_one_coordinate_holds_the_stream_its_part_is_removed_first(setting
         model.get_input_embeddings().weight[:, 7] = 300.0
     found = analyze(settings(model), answers=False)
     assert found.direction.origin.method == "projected-mean-difference" and found.layers == (1, 1)
-    assert found.to_json()["direction"]["taken_out_of"] == [1, 1]
+    assert found.record().to_json()["direction"]["taken_out_of"] == [1, 1]
 
 
 def test_a_mixture_of_experts(settings, tmp_path):

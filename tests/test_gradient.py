@@ -239,7 +239,7 @@ class TestSelect:
         assert all(torch.equal(before[name], value) for name, value in loaded.model.state_dict().items())
         assert all(parameter.requires_grad for parameter in loaded.model.parameters())
         again = select(loaded, prompts, quick, answers=answers)
-        assert again.to_json() == found.to_json()
+        assert again.record() == found.record()
         for one, other in zip(found.intervention.directions, again.intervention.directions, strict=True):
             assert torch.equal(one.basis, other.basis)
 

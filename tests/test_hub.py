@@ -19,6 +19,8 @@ from hub_stub import Hub
 from remove_refusals.errors import HubError
 from remove_refusals.models.source import licence_fields
 from remove_refusals.report.card import push
+from remove_refusals.report.records import Certificate
+from report_records import ablation
 
 TOKEN = "hf_only_for_the_stub"
 CARD = b"---\nlicense: other\nlicense_name: tiny\nlicense_link: LICENSE\nbase_model: maker/grandmother\n---\n# Tiny\n"
@@ -244,18 +246,19 @@ class TestRefused:
         with pytest.raises(HubError, match=r"ablation\.json"):
             push(tmp_path, "me/x")
         (tmp_path / "ablation.json").write_text("[]")
-        with pytest.raises(HubError, match="no record of an edit"):
+        with pytest.raises(HubError, match=r"ablation\.json has at the top"):
             push(tmp_path, "me/x")
 
-    @pytest.mark.parametrize("certificate", ['{"passed": false}', "[]", '{"passed": "yes"}'])
-    def test_a_failed_certificate(self, tmp_path: Path, certificate: str) -> None:
-        (tmp_path / "ablation.json").write_text('{"base": {}, "plan": {}, "versions": {}}')
-        (tmp_path / "certificate.json").write_text(certificate)
-        with pytest.raises(HubError, match="has not passed"):
+    @pytest.mark.parametrize("certificate", ['{"passed": false}', "[]", '{"passed": "yes"}', None])
+    def test_a_failed_certificate(self, tmp_path: Path, certificate: str | None) -> None:
+        (tmp_path / "ablation.json").write_text(json.dumps(ablation(2)))
+        failed = Certificate(problems=("It does not hold.",), edited=(), left={}, identical=0)
+        (tmp_path / "certificate.json").write_text(certificate or json.dumps(failed.to_json()))
+        with pytest.raises(HubError, match=r"has not passed" if certificate is None else r"certificate\.json has at"):
             push(tmp_path, "me/x")
 
     def test_no_adapter(self, tmp_path: Path) -> None:
-        (tmp_path / "ablation.json").write_text('{"base": {}, "plan": {}, "versions": {}}')
+        (tmp_path / "ablation.json").write_text(json.dumps(ablation(2)))
         with pytest.raises(HubError, match="--as lora"):
             push(tmp_path, "me/x", adapter_only=True)
 

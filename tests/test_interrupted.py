@@ -127,7 +127,7 @@ def test_whole_files_are_not_written_again(large):
     found = streamed(large, taken_out(), on_progress=lambda stage, done, total: seen.append(done))
     assert seen[0] == 3 and seen[-1] == len(checkpoint_files(large / "base"))
     assert {name: (found.directory / name).stat().st_mtime_ns for name in written} == written
-    assert found.record["base"]["sha256"] == file_hashes(large / "base")
+    assert found.record.base.sha256 == file_hashes(large / "base")
 
 
 def test_another_plan_is_not_mixed_with_an_unfinished_one(large):
@@ -135,7 +135,7 @@ def test_another_plan_is_not_mixed_with_an_unfinished_one(large):
     with pytest.raises(OutputError, match="begun with another plan"):
         streamed(large, taken_out(strength=0.5))
     found = streamed(large, taken_out(strength=0.5), force=True)
-    assert found.certificate.passed and found.record["intervention"][0]["strength"] == 0.5
+    assert found.certificate.passed and found.record.intervention[0].strength == 0.5
 
 
 def test_a_base_that_changed_is_not_mixed_with_an_unfinished_output(large):

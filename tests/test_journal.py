@@ -119,7 +119,7 @@ def test_a_killed_search_goes_on_with_the_stage_that_it_died_in(
     done = len((tmp_path / STAGES).read_text().splitlines())
     assert done >= 1
     found = search(loaded, prompts, tmp_path)
-    assert found.to_json() == undisturbed.to_json()
+    assert found.record() == undisturbed.record()
     for one, other in zip(found.intervention.directions, undisturbed.intervention.directions, strict=True):
         assert (one.basis == other.basis).all()
     names = [json.loads(line)["name"] for line in (tmp_path / STAGES).read_text().splitlines()]

@@ -315,7 +315,7 @@ class TestSearch:
         assert {edit.strength for edit in found.intervention.edits} == {1.0}
         assert all(torch.equal(before[name], value) for name, value in loaded.model.state_dict().items())
         again = select(loaded, parts, settings, answers=answers)
-        assert again.to_json() == found.to_json()
+        assert again.record() == found.record()
         assert torch.equal(again.intervention.directions[0].basis, direction.basis)
 
 

@@ -10,14 +10,14 @@ import tiny
 from remove_refusals.baking.certificate import certify_directory
 from remove_refusals.cli.talk import answer_rows
 from remove_refusals.directions.direction import direction_from_vectors, find_direction, load_direction, save_direction
-from remove_refusals.directions.intervention import CANDIDATES, intervene, load_candidates, save_candidates, scaled
+from remove_refusals.directions.intervention import intervene, scaled
 from remove_refusals.errors import DirectionError, ModelError, OutputError, PromptError
 from remove_refusals.examination import inspect
-from remove_refusals.files import STAGES, write_json
+from remove_refusals.files import STAGES
 from remove_refusals.models.load import load
 from remove_refusals.pipeline import compare, run
 from remove_refusals.progress import Progress
-from remove_refusals.search.candidates import Candidate, Selection
+from remove_refusals.search.candidates import CANDIDATES, Candidate, Selection, load_candidates, save_candidates
 from remove_refusals.settings import (
     DirectionSettings,
     EditSettings,
@@ -198,7 +198,7 @@ def test_what_a_search_tried_can_be_tried_again(settings, tmp_path):
     first = Intervention((directions[0], directions[1]), (SiteEdit("attn", 1, 0.5, 0), SiteEdit("mlp", 2, 1.5, 1)))
     second = Intervention((directions[1], directions[2]), (SiteEdit("mlp", 0, 1.0, 1),))
     candidates = [Candidate(name, one, 0.1, 0.2) for name, one in (("a", first), ("b", first), ("c", second))]
-    write_json(tmp_path / "selection.json", Selection("auto", tuple(candidates), 2, Rule()).to_json())
+    Selection("auto", tuple(candidates), 2, Rule()).record().write(tmp_path / "selection.json")
     save_candidates({0: first, 2: second}, tmp_path / CANDIDATES)
     found = load_candidates(tmp_path)
     assert list(found) == ["a", "c"]

@@ -25,6 +25,7 @@ from remove_refusals.models.chat_template import render
 from remove_refusals.models.generate import generate
 from remove_refusals.models.load import LoadedModel, load
 from remove_refusals.prompts import draw, embedded_prompts
+from remove_refusals.report.records import CandidateRecord
 from remove_refusals.settings import SITE_KINDS
 from remove_refusals.types import Intervention, PromptSet
 
@@ -53,9 +54,9 @@ def intervention(loaded: LoadedModel, model_map: ModelMap) -> Intervention:
 @pytest.fixture(scope="module")
 def page(loaded: LoadedModel, model_map: ModelMap, intervention: Intervention) -> Page:
     candidates = [
-        {"name": 'one "half"', "refusal": 0.4, "damage": 0.01},
-        {"name": "two", "refusal": 0.0, "damage": 0.02},
-        {"name": "three", "refusal": 0.9, "damage": 0.03},
+        CandidateRecord(name='one "half"', refusal=0.4, damage=0.01, strengths=()),
+        CandidateRecord(name="two", refusal=0.0, damage=0.02, strengths=()),
+        CandidateRecord(name="three", refusal=0.9, damage=0.03, strengths=()),
     ]
     half = intervene(intervention.directions[0], model_map.n_layers, strength=0.0)
     tried = {'one "half"': half, "two": intervention}

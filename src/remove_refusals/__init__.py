@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     )
     from remove_refusals.directions.hooks import ablated
     from remove_refusals.directions.intervention import intervene, intervene_per_layer
-    from remove_refusals.directions.separation import Separation, measure_separation, separation
+    from remove_refusals.directions.separation import measure_separation, separation
     from remove_refusals.errors import RemoveRefusalsError
     from remove_refusals.examination import Examination, analyze, diff
     from remove_refusals.measure.evaluate import evaluate
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from remove_refusals.report.page import html_report, write_html_report
     from remove_refusals.search.search import select, split_for_search
     from remove_refusals.settings import RunSettings, SelectSettings
-    from remove_refusals.types import Activations, Direction, Intervention, PromptSet
+    from remove_refusals.types import Activations, Direction, Intervention, PromptSet, Separation
 
 __version__ = version("remove-refusals")
 
@@ -58,7 +58,7 @@ _HOME = {
     "RemoveRefusalsError": "errors",
     "RunSettings": "settings",
     "SelectSettings": "settings",
-    "Separation": "directions.separation",
+    "Separation": "types",
     "ablated": "directions.hooks",
     "analyze": "examination",
     "bake": "baking.memory",

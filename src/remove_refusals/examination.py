@@ -12,10 +12,6 @@ import torch
 from remove_refusals.baking import disk_reader
 from remove_refusals.directions import (
     MOST_PROMPTS,
-    Contributions,
-    ExpertChoice,
-    Separation,
-    WriterShare,
     ablated,
     collect_activations,
     direction_sha256,
@@ -47,9 +43,17 @@ from remove_refusals.models import (
 )
 from remove_refusals.progress import SILENT, Progress
 from remove_refusals.prompts import draw, prompts_from
-from remove_refusals.report import write_html_report
+from remove_refusals.report import AnalysisRecord, LookedAtDirection, PositionRecord, write_html_report
 from remove_refusals.settings import RunSettings, published_name
-from remove_refusals.types import Activations, Direction, PromptSet
+from remove_refusals.types import (
+    Activations,
+    Contributions,
+    Direction,
+    ExpertChoice,
+    PromptSet,
+    Separation,
+    WriterShare,
+)
 
 MOST_POSITIONS = 8
 """So many tokens of the chat template's tail are looked at, from the end."""
@@ -86,32 +90,32 @@ class Examination:
     choices: tuple[ExpertChoice, ...]
     evaluation: Evaluation | None = None
 
-    def to_json(self) -> dict[str, Any]:
+    def record(self) -> AnalysisRecord:
         """Give the content of `analysis.json`; the evaluation has records of its own."""
         origin = self.direction.origin
-        positions = [
-            {
-                "position": part.position,
-                "token": self.tokens[part.position],
-                "auroc": [None if layer.auroc is None else asdict(layer.auroc) for layer in part.layers],
-            }
+        positions = (
+            PositionRecord(
+                position=part.position,
+                token=self.tokens[part.position],
+                auroc=tuple(layer.auroc for layer in part.layers),
+            )
             for part in (self.separation, *self.elsewhere)
-        ]
-        return {
-            **self.separation.to_json(),
-            "positions": positions,
-            "direction": {
-                "layer": origin.layer,
-                "position": origin.position,
-                "method": origin.method,
-                "sha256": direction_sha256(self.direction),
-                "taken_out_of": list(self.layers),
-            },
-            "contributions": self.contributions.to_json(),
-            "writer_shares": [asdict(share) for share in self.shares],
-            "expert_choices": [asdict(choice) for choice in self.choices],
-            "versions": versions(),
-        }
+        )
+        return AnalysisRecord.made(
+            self.separation,
+            positions=tuple(positions),
+            direction=LookedAtDirection(
+                layer=origin.layer,
+                position=origin.position,
+                method=origin.method,
+                sha256=direction_sha256(self.direction),
+                taken_out_of=self.layers,
+            ),
+            contributions=self.contributions,
+            writer_shares=self.shares,
+            expert_choices=self.choices,
+            versions=versions(),
+        )
 
 
 def analyze(
@@ -144,7 +148,7 @@ def analyze(
         return _examine(settings, answers=answers, progress=progress)
     with atomic_directory(Path(output), force=force) as directory:
         found = _examine(settings, answers=answers, progress=progress)
-        write_json(directory / "analysis.json", found.to_json())
+        found.record().write(directory / "analysis.json")
         if found.evaluation is not None:
             write_json(directory / "scores.json", found.evaluation.to_json())
             write_jsonl(directory / "rows.jsonl", (row.to_json() for row in found.evaluation.rows))

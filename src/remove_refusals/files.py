@@ -325,7 +325,10 @@ def _check_finite(data: object, path: Path, place: str) -> None:
 
 
 class Record(BaseModel):
-    """What is written to disk and read back: frozen, strict about its fields, and what is None is left out."""
+    """What is written to disk and read back: frozen, strict about its fields, and what is None is left out.
+
+    What a class computes (`computed_field`) is written and not read: such a class has `extra="ignore"`.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -349,8 +352,11 @@ class Record(BaseModel):
     @classmethod
     def of(cls, data: object, source: object, *, error: type[RemoveRefusalsError]) -> Self:
         """Check data that was read from `source`, which the error names."""
+        # As JSON, where a list may be a tuple and nothing else is turned into what it is not. Half a character, which
+        # JSON can hold and no file can, becomes a question mark.
+        text = json.dumps(data, ensure_ascii=False).encode(errors="replace")
         try:
-            return cls.model_validate(data, strict=False)
+            return cls.model_validate_json(text, strict=True)
         except ValidationError as cause:
             first = cause.errors()[0]
             place = ".".join(map(str, first["loc"])) or "the top"

@@ -11,19 +11,16 @@ from pydantic import ValidationError
 
 from remove_refusals.baking import Baked, bake_on_disk, check_not_source, load_edited, open_checkpoint, write_baked
 from remove_refusals.directions import (
-    CANDIDATES,
     FoundDirection,
-    Separation,
     check_exact,
     find_direction,
     load_directions,
     make_intervention,
     measure_separation,
-    save_candidates,
     training_prompts,
 )
 from remove_refusals.errors import ModelError, RecordError, RemoveRefusalsError, SelectionError
-from remove_refusals.files import Journal, atomic_directory, check_target, read_json, write_json, write_jsonl
+from remove_refusals.files import Journal, atomic_directory, check_target, write_json, write_jsonl
 from remove_refusals.measure import (
     Evaluation,
     EvaluationPrompts,
@@ -37,14 +34,23 @@ from remove_refusals.modelmap import ModelMap, map_model
 from remove_refusals.models import LoadedModel, file_hashes, load_model, local_directory
 from remove_refusals.progress import SILENT, Progress
 from remove_refusals.prompts import prompts_from
-from remove_refusals.report import model_card, table, table_key, write_html_report
-from remove_refusals.search import SearchPrompts, Selection, select, split_for_search
+from remove_refusals.report import (
+    AblationRecord,
+    AnalysisRecord,
+    BaseRecord,
+    PromptsRecord,
+    model_card,
+    table,
+    table_key,
+    write_html_report,
+)
+from remove_refusals.search import CANDIDATES, SearchPrompts, Selection, save_candidates, select, split_for_search
 from remove_refusals.settings import (
     RunSettings,
     SelectSettings,
     published_name,
 )
-from remove_refusals.types import Direction, Intervention, PromptSet
+from remove_refusals.types import Direction, Intervention, PromptSet, Separation
 
 OUTLIER_SHARE = 0.5
 """From here on a single coordinate is called an outlier: it holds more than all others together."""
@@ -157,28 +163,28 @@ def _run_into(
     evaluation = measure(loaded, edited, prompts, settings.measure, judged=judged, journal=journal, progress=progress)
     evaluation = replace(evaluation, base=published_name(loaded.source), edited=output_name)
     notes = (*warnings(evaluation), *notes)
-    record = {
-        **baked.record,
+    more = {
         "settings": settings.record(),
         "prompts": _prompt_records(used, prompts),
-        **({} if selection is None else {"selection": selection.summary()}),
+        "selection": None if selection is None else selection.summary(),
         "scores": evaluation.to_json(),
-        "warnings": list(notes),
+        "warnings": notes,
     }
+    record = baked.record.model_copy(update=more)
     _write_records(directory, record, selection, evaluation, baked)
     separation = _separation(loaded, prompts, settings, model_map, progress)
     if separation is not None:
-        write_json(directory / "analysis.json", separation.to_json())
+        AnalysisRecord.made(separation).write(directory / "analysis.json")
     write_html_report(directory)
     return RunResult(replace(baked, record=record), evaluation, notes, selection)
 
 
 def _write_records(
-    directory: Path, record: dict[str, Any], selection: Selection | None, evaluation: Evaluation, baked: Baked
+    directory: Path, record: AblationRecord, selection: Selection | None, evaluation: Evaluation, baked: Baked
 ) -> None:
-    write_json(directory / "ablation.json", record)
+    record.write(directory / "ablation.json")
     if selection is not None:
-        write_json(directory / "selection.json", selection.to_json())
+        selection.record().write(directory / "selection.json")
         save_candidates(_kept(selection), directory / CANDIDATES)
     write_json(directory / "scores.json", evaluation.to_json())
     write_jsonl(directory / "rows.jsonl", (row.to_json() for row in evaluation.rows))
@@ -296,7 +302,7 @@ def _found(
     )
 
 
-def _prompt_records(used: tuple[PromptSet, ...], prompts: EvaluationPrompts) -> dict[str, dict[str, Any]]:
+def _prompt_records(used: tuple[PromptSet, ...], prompts: EvaluationPrompts) -> dict[str, PromptsRecord]:
     sets = {part.name if "_" in part.name else f"{part.name}_train": part for part in used}
     sets |= {
         f"{part.name}_test": part
@@ -304,7 +310,7 @@ def _prompt_records(used: tuple[PromptSet, ...], prompts: EvaluationPrompts) -> 
         if part
     }
     return {
-        name: {"source": published_name(part.source), "n": len(part), "sha256": part.sha256}
+        name: PromptsRecord(source=published_name(part.source), n=len(part), sha256=part.sha256)
         for name, part in sets.items()
     }
 
@@ -392,27 +398,24 @@ def reproduce(
         RecordError: If there is no record, or a file that it names cannot be found, or the base model is another one.
         RemoveRefusalsError: Of the type that fits what went wrong in the run.
     """
-    record = read_json(directory / "ablation.json", error=RecordError)
+    record = AblationRecord.read(directory / "ablation.json", error=RecordError)
     try:
-        assert isinstance(record, dict)
-        settings = RunSettings.model_validate(record["settings"])
-        base, prompts, before = record["base"], record["prompts"], record["versions"]
-    except (AssertionError, KeyError, ValidationError) as error:
+        settings = RunSettings.model_validate(record.settings)
+    except ValidationError as error:
         raise RecordError(
             f"The record {directory / 'ablation.json'} does not hold the settings of a run ({type(error).__name__}), "
             "expected what this version writes; use the version that made it."
         ) from error
     located = _located(settings.model_dump(), files or Path())
     settings = RunSettings.model_validate({**located, "model": model or settings.model})
-    _check_base(settings, base)
-    given = None if any("_test" not in name for name in prompts) else directory
+    _check_base(settings, record.base)
+    given = None if any("_test" not in name for name in record.prompts or ()) else directory
     # Beside the directory, where there is room for a model.
     with tempfile.TemporaryDirectory(dir=directory.resolve().parent, prefix=".reproduce-") as scratch:
         # Under its own name, which stands in the records.
         again = Path(scratch) / directory.resolve().name
         result = run(settings, again, direction_file=given, progress=progress)
-        after = result.baked.record["versions"]
-        return _compare(directory, again, before, after)
+        return _compare(directory, again, record.versions, result.baked.record.versions)
 
 
 def _located(settings: Any, files: Path) -> Any:
@@ -441,12 +444,12 @@ def _found_reproduction(name: str, files: Path) -> str:
     )
 
 
-def _check_base(settings: RunSettings, base: dict[str, Any]) -> None:
+def _check_base(settings: RunSettings, base: BaseRecord) -> None:
     place = local_directory(settings.model, settings.loading.revision)
-    if place is None or "sha256" not in base:
+    if place is None or base.sha256 is None:
         return
     now = file_hashes(place)
-    differing = sorted(name for name, sha in base["sha256"].items() if now.get(name) != sha)
+    differing = sorted(name for name, sha in base.sha256.items() if now.get(name) != sha)
     if differing:
         raise RecordError(
             f"The base model {settings.model} is not the one of the record: {differing[0]} "

@@ -7,8 +7,10 @@ of is in `map_types`.
 import hashlib
 import json
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import PlainSerializer
 
 from remove_refusals.errors import DirectionError
 from remove_refusals.settings import SiteKind
@@ -167,3 +169,169 @@ class Intervention:
 
     directions: tuple[Direction, ...]
     edits: tuple[SiteEdit, ...]
+
+
+@dataclass(frozen=True)
+class Auroc:
+    """The area under the receiver operating characteristic: how often a harmful prompt scores above a harmless one.
+
+    Attributes:
+        value: The share of pairs, ties counted half, from 0 to 1.
+        low: The lower end of the 95% interval.
+        high: The upper end.
+        n_harmful: How many harmful prompts there are.
+        n_harmless: How many harmless prompts there are.
+        seed: The seed that cut the sets into halves.
+    """
+
+    value: float
+    low: float
+    high: float
+    n_harmful: int
+    n_harmless: int
+    seed: int
+
+
+# A picture needs four digits, and a model of many layers has many points.
+Points = tuple[tuple[Annotated[float, PlainSerializer(lambda value: float(f"{value:.4g}"))], ...], ...]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Where each prompt lies in two dimensions.
+
+    The first is how far it is from the middle of the other half's means along their difference, the second the first
+    principal component of what the difference leaves.
+    """
+
+    harmful: Points
+    harmless: Points
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSeparation:
+    """How far apart the two sets lie at one index of the layer axis.
+
+    Attributes:
+        layer: The index: the stream before that layer, and the number of layers for the stream behind the last.
+        auroc: Of the projection on the mean difference of the prompts' other half; None where the means do not differ,
+            as before the first layer, when the token is the same in every prompt.
+        difference_norm: The norm of the difference of the means.
+        norm_harmful: The mean norm on harmful prompts.
+        norm_harmless: The mean norm on harmless prompts.
+        largest_coordinate_share: The largest coordinate's share of the summed squares.
+        projection: None where the means do not differ.
+    """
+
+    layer: int
+    auroc: Auroc | None = None
+    difference_norm: float
+    norm_harmful: float
+    norm_harmless: float
+    largest_coordinate_share: float
+    projection: Projection | None = None
+
+
+Cosine = Annotated[float, PlainSerializer(lambda value: round(value, 4))]
+
+
+@dataclass(frozen=True)
+class Separation:
+    """How far apart harmful and harmless prompts lie, layer by layer.
+
+    Attributes:
+        model: The model's name; None if it is not known.
+        position: The token position.
+        seed: The seed that cut the sets into halves, and drew from them where they were larger than what was looked at.
+        prompts: The harmful and the harmless prompts.
+        layers: One entry for each index of the layer axis.
+        cosines: `[n_layers + 1, n_layers + 1]`: between the mean differences of any two; None where there is none.
+    """
+
+    model: str | None
+    position: int
+    seed: int
+    prompts: tuple[PromptSet, PromptSet]
+    layers: tuple[LayerSeparation, ...]
+    cosines: tuple[tuple[Cosine | None, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contribution:
+    """What a site adds along a direction on harmful prompts more than on harmless ones.
+
+    Attributes:
+        site: The kind of site.
+        layer: The layer; None for the embedding.
+        value: The difference of the means.
+        low: The lower end of its 95% interval (Welch 1947).
+        high: The upper end.
+    """
+
+    site: SiteKind
+    layer: int | None = None
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contributions:
+    """Where the difference along a direction comes from.
+
+    Attributes:
+        layer: Where the direction was found, on the layer axis.
+        position: The token position.
+        stream: For each index of the layer axis the difference of the means along the direction.
+        sites: Embedding, attention and MLP of each layer, as far as their outputs explain what the layer adds.
+        n_harmful: How many harmful prompts there are.
+        n_harmless: How many harmless prompts there are.
+    """
+
+    layer: int | None = None
+    position: int
+    stream: tuple[float, ...]
+    sites: tuple[Contribution, ...]
+    n_harmful: int
+    n_harmless: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriterShare:
+    """How much of what a writer can write lies along a direction.
+
+    Attributes:
+        parameter: The writer.
+        site: The kind of its site.
+        layer: The layer; None for the embedding.
+        expert: The expert's index; None for a writer that is none.
+        value: The share of its squared norm, times the number of channels: 1 for a matrix that knows nothing of the
+            direction.
+    """
+
+    parameter: str
+    site: SiteKind
+    layer: int | None = None
+    expert: int | None = None
+    value: float
+
+
+@dataclass(frozen=True)
+class ExpertChoice:
+    """How often a router ranks an expert among those that a token goes through, by its logits alone.
+
+    Attributes:
+        layer: The layer.
+        expert: The expert.
+        harmful: The share of harmful prompts.
+        harmless: The share of harmless prompts.
+        n_harmful: How many harmful prompts there are.
+        n_harmless: How many harmless prompts there are.
+    """
+
+    layer: int
+    expert: int
+    harmful: float
+    harmless: float
+    n_harmful: int
+    n_harmless: int

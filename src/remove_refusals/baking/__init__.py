@@ -1,7 +1,7 @@
 """The room baking."""
 
-from remove_refusals.baking.base import Baked, BaseModel, Carried, check_not_source, open_checkpoint
-from remove_refusals.baking.certificate import Certificate, certify, certify_directory, disk_reader
+from remove_refusals.baking.base import Baked, BaseModel, Carried, check_not_source, load_intervention, open_checkpoint
+from remove_refusals.baking.certificate import certify, certify_directory, disk_reader
 from remove_refusals.baking.disk import bake_on_disk
 from remove_refusals.baking.gguf import bake_gguf_lora
 from remove_refusals.baking.lora import bake_lora, is_adapter, load_edited, with_adapter
@@ -11,7 +11,6 @@ __all__ = [
     "Baked",
     "BaseModel",
     "Carried",
-    "Certificate",
     "bake",
     "bake_gguf_lora",
     "bake_lora",
@@ -22,6 +21,7 @@ __all__ = [
     "disk_reader",
     "is_adapter",
     "load_edited",
+    "load_intervention",
     "open_checkpoint",
     "with_adapter",
     "write_baked",

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from remove_refusals.baking.certificate import Certificate
-from remove_refusals.directions import EditPlan, check_fit, describe_direction, resolve
-from remove_refusals.errors import CertificateError, CheckpointError, NotStreamedError, OutputError
+from remove_refusals.directions import EditPlan, check_fit, describe_direction, load_directions, resolve
+from remove_refusals.errors import CertificateError, CheckpointError, DirectionError, NotStreamedError, OutputError
 from remove_refusals.files import read_json, versions
 from remove_refusals.modelmap import ModelMap, by_stored_name, disk_tensors, map_model, skeleton_of
 from remove_refusals.models import (
@@ -27,8 +26,17 @@ from remove_refusals.models import (
     saved_dtype,
     weights_directory,
 )
+from remove_refusals.report import (
+    AblationRecord,
+    AdapterRecord,
+    BaseRecord,
+    Certificate,
+    DirectionRecord,
+    EditRecord,
+    PlanRecord,
+)
 from remove_refusals.settings import Tied, Variant
-from remove_refusals.types import Intervention
+from remove_refusals.types import Intervention, SiteEdit
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,14 +55,14 @@ class BaseModel:
     model: PreTrainedModel
     model_map: ModelMap
     tensor_of: Callable[[str], torch.Tensor]
-    record: dict[str, Any]
+    record: BaseRecord
     source: str
     revision: str | None
 
     @property
     def name(self) -> str:
         """What records call the model: a hub id, or the last part of a path."""
-        return str(self.record["source"])
+        return self.record.source
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +77,7 @@ class Carried:
 
     path: Path
     plan: EditPlan
-    record: dict[str, Any]
+    record: AblationRecord
 
 
 def base_in_memory(loaded: LoadedModel, model_map: ModelMap) -> BaseModel:
@@ -220,10 +228,6 @@ def _config(directory: Path) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-FORMAT = 1
-"""The version of the layout of `ablation.json`."""
-
-
 @dataclass(frozen=True, eq=False)
 class Baked:
     """What was written.
@@ -238,7 +242,7 @@ class Baked:
 
     directory: Path
     plan: EditPlan
-    record: dict[str, Any]
+    record: AblationRecord
     certificate: Certificate | None
 
 
@@ -287,37 +291,40 @@ def base_directory(loaded: LoadedModel) -> Path | None:
     return source if (source / SINGLE_FILE).is_file() or (source / INDEX_FILE).is_file() else None
 
 
+MODIFIED = "The refusal direction was taken out of this model's weights; it is not the base model."
+ADAPTED = "With this adapter the refusal direction is taken out; the base model's files are unchanged."
+
+
 def ablation_record(
-    base: Mapping[str, Any], intervention: Intervention, plan: EditPlan, model_map: ModelMap
-) -> dict[str, Any]:
-    """Say from what a model was made and how, as written to `ablation.json`.
+    base: BaseRecord,
+    intervention: Intervention,
+    plan: EditPlan,
+    model_map: ModelMap,
+    adapter: AdapterRecord | None = None,
+) -> AblationRecord:
+    """Say from what a model or an adapter was made and how, as written to `ablation.json`."""
+    return AblationRecord(
+        modified=MODIFIED if adapter is None else ADAPTED,
+        base=base,
+        directions=tuple(DirectionRecord(**describe_direction(direction)) for direction in intervention.directions),
+        intervention=tuple(EditRecord(**vars(edit)) for edit in intervention.edits),
+        plan=PlanRecord(
+            edited=tuple(entry.parameter for entry in plan.entries),
+            left=dict(plan.left),
+            variant=plan.variant,
+            embedding_untied=plan.untie,
+            tied_in_base=model_map.tied,
+        ),
+        versions=versions(),
+        adapter=adapter,
+    )
 
-    Args:
-        base: What `base_record` gives.
-        intervention: What was taken out where.
-        plan: What happened to which tensor.
-        model_map: The model's map.
 
-    Returns:
-        A JSON object: `format`, `base`, `directions`, `intervention`, `plan` and `versions`.
-    """
-    return {
-        "format": FORMAT,
-        "modified": "The refusal direction was taken out of this model's weights; it is not the base model.",
-        "base": dict(base),
-        "directions": [describe_direction(direction) for direction in intervention.directions],
-        "intervention": [
-            {key: value for key, value in vars(edit).items() if value not in {None, ()}} for edit in intervention.edits
-        ],
-        "plan": {
-            "edited": [entry.parameter for entry in plan.entries],
-            "left": dict(plan.left),
-            "variant": plan.variant,
-            "embedding_untied": plan.untie,
-            "tied_in_base": model_map.tied,
-        },
-        "versions": versions(),
-    }
+def load_intervention(directory: Path) -> Intervention:
+    """Read the intervention that a directory was made with, which can be resolved against the same base again."""
+    record = AblationRecord.read(directory / "ablation.json", error=DirectionError)
+    edits = tuple(SiteEdit(edit.kind, edit.layer, edit.strength, edit.direction) for edit in record.intervention)
+    return Intervention(load_directions(directory), edits)
 
 
 def base_record(
@@ -326,27 +333,15 @@ def base_record(
     model_type: str,
     dtype: torch.dtype | None,
     known: Mapping[str, str] | None = None,
-) -> dict[str, Any]:
-    """Say from what a model was made.
-
-    Args:
-        source: A directory or a hub id.
-        revision: The hub's commit.
-        model_type: The `model_type` of the config.
-        dtype: The data type of the saved weights.
-        known: SHA-256 of files of a directory that were computed before.
-
-    Returns:
-        A JSON object: `source`, `model_type`, and where they are known `revision` and `dtype`; of a directory `sha256`
-        of its files, and `card` with what its card says of licence and descent.
-    """
+) -> BaseRecord:
+    """Say from what a model was made; of `known` files the SHA-256 was computed before."""
     path = Path(source)
-    base: dict[str, Any] = {"source": source if not path.is_dir() else path.resolve().name}
-    if revision is not None:
-        base["revision"] = revision
-    base["model_type"] = model_type
-    base |= {"dtype": str(dtype).removeprefix("torch.")} if dtype else {}
-    if path.is_dir():
-        base["sha256"] = file_hashes(path, known)
-        base |= {"card": card} if (card := licence_fields(path)) else {}
-    return base
+    local = path.is_dir()
+    return BaseRecord(
+        source=path.resolve().name if local else source,
+        revision=revision,
+        model_type=model_type,
+        dtype=str(dtype).removeprefix("torch.") if dtype else None,
+        sha256=file_hashes(path, known) if local else None,
+        card=licence_fields(path) or None if local else None,
+    )

@@ -5,15 +5,14 @@ a unit in the last place of each number.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from remove_refusals.directions import EditPlan, PlanEntry, load_intervention, resolve
+from remove_refusals.baking.base import load_intervention
+from remove_refusals.directions import EditPlan, PlanEntry, resolve
 from remove_refusals.errors import CheckpointError
-from remove_refusals.files import read_json
 from remove_refusals.formula import blocks, project_out_in_place, whole_blocks
 from remove_refusals.modelmap import DiskTensor, ModelMap, by_stored_name, disk_names, map_model, skeleton_of
 from remove_refusals.models import (
@@ -31,22 +30,15 @@ from remove_refusals.models import (
     tensor_slices,
     workers,
 )
-from remove_refusals.settings import VARIANTS, Tied, Variant
+from remove_refusals.report import AblationRecord, Certificate, WriterCertificate
+from remove_refusals.settings import VARIANTS, Variant
 
 DEFAULT_MEMORY = 1 << 28
 """How many bytes are held at once if nothing is said."""
 
 
-FORMAT = 1
-"""The version of the layout of `certificate.json`."""
-
-
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float64: 2.0**-53}
 """Half a unit in the last place, relative to a number: the largest error of one rounding."""
-
-
-LARGEST_SHARE_OFF = 0.05
-"""How far the share that is left in a quantised tensor may be off: its rounding alone would hide a skipped writer."""
 
 
 @dataclass(frozen=True)
@@ -105,97 +97,6 @@ class _Pair:
     saved: Readable
 
 
-@dataclass(frozen=True)
-class WriterCertificate:
-    """What was measured on one tensor of the saved files that holds a writer or a part of one.
-
-    Attributes:
-        name: Its name on disk.
-        parameter: The parameter's name in the model.
-        kind: The kind of its site.
-        layer: The layer's index, or None for the embedding.
-        dtype: The saved dtype.
-        strength: The share that the plan takes out.
-        share_left: `‖QᵀW'‖ / ‖QᵀW‖`; a plain edit wants `|1 - strength|`.
-        error: How far `W'` is from the planned one, computed from the base in float32 (Frobenius norm).
-        allowed: What rounding to the saved dtype can cost at most.
-        requantising_alone: What quantising the unedited tensor anew would cost (Frobenius norm); None for plain floats.
-    """
-
-    name: str
-    parameter: str
-    kind: str
-    layer: int | None
-    dtype: str
-    strength: float
-    share_left: float
-    error: float
-    allowed: float
-    requantising_alone: float | None = None
-
-    @property
-    def passed(self) -> bool:
-        """Whether the deviation is within rounding; of a quantised tensor also the share that is left."""
-        off = 0.0 if self.requantising_alone is None else abs(self.share_left - abs(1 - self.strength))
-        return self.error <= self.allowed and off <= LARGEST_SHARE_OFF
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """What was measured on saved files against their base.
-
-    Attributes:
-        edited: One entry for each tensor that the plan edits.
-        left: Writers that the plan leaves alone, with the reason; their bytes are checked with the others.
-        identical: How many other tensors are the base's byte for byte.
-        problems: What does not hold, one sentence each; empty if the certificate passed.
-        dropped: Tensors of the base that the model has no place for and that were not saved again.
-        leaks: Why the edit cannot be exact, for a model that was edited all the same.
-        boundaries: The largest component along the direction, relative to the residual
-            stream's norm, before each layer and behind the last; None where the model was not run.
-    """
-
-    edited: tuple[WriterCertificate, ...]
-    left: tuple[tuple[str, str], ...]
-    identical: int
-    problems: tuple[str, ...]
-    leaks: tuple[str, ...] = ()
-    boundaries: tuple[float, ...] | None = None
-    dropped: tuple[str, ...] = ()
-
-    @property
-    def passed(self) -> bool:
-        """Whether the files hold what the plan says."""
-        return not self.problems
-
-    @property
-    def worst(self) -> WriterCertificate | None:
-        """The edited tensor with the largest share left beyond what the plan wants."""
-        return max(self.edited, key=lambda entry: abs(entry.share_left - abs(1 - entry.strength)), default=None)
-
-    def to_json(self) -> dict[str, Any]:
-        """Give the content of `certificate.json`; what was not measured is absent."""
-        record: dict[str, Any] = {
-            "format": FORMAT,
-            "passed": self.passed,
-            "problems": list(self.problems),
-            "edited": [
-                {key: value for key, value in asdict(entry).items() if value is not None or key == "layer"}
-                | {"passed": entry.passed}
-                for entry in self.edited
-            ],
-            "left": dict(self.left),
-            "identical_tensors": self.identical,
-        }
-        if self.dropped:
-            record["dropped"] = list(self.dropped)
-        if self.leaks:
-            record["leaks"] = list(self.leaks)
-        if self.boundaries is not None:
-            record["largest_component_at_layer_boundaries"] = list(self.boundaries)
-        return record
-
-
 def certify(
     directory: Path,
     base: Path,
@@ -243,7 +144,15 @@ def certify(
         if not entry.passed
     )
     identical = _compare_others(before, after, plan, model_map, apart, unchanged, problems)
-    return Certificate(tuple(edited), plan.left, identical, tuple(problems), plan.leaks, boundaries, tuple(dropped))
+    return Certificate(
+        problems=tuple(problems),
+        edited=tuple(edited),
+        left=dict(plan.left),
+        identical=identical,
+        dropped=tuple(dropped) or None,
+        leaks=plan.leaks or None,
+        boundaries=boundaries,
+    )
 
 
 def _pairs(
@@ -382,16 +291,11 @@ def certify_directory(directory: Path, base: str, *, trust_remote_code: bool = F
         DirectionError: If the record holds no intervention, or the directions do not fit the base.
         ArchitectureError: If the base cannot be mapped.
     """
-    record = read_json(directory / "ablation.json", error=CheckpointError)
+    record = AblationRecord.read(directory / "ablation.json", error=CheckpointError)
     base_directory = local_directory(base)
     if base_directory is None:
         raise CheckpointError(
             f"The base {base} is neither a directory nor in the hub's local cache, expected its files; download it."
-        )
-    if not isinstance(record, dict):
-        raise CheckpointError(
-            f"The record {directory / 'ablation.json'} is no JSON object, expected one as `bake` writes it; make the "
-            "directory again."
         )
     model = skeleton_of(base_directory, trust_remote_code=trust_remote_code)
     model_map = map_model(model)
@@ -400,29 +304,14 @@ def certify_directory(directory: Path, base: str, *, trust_remote_code: bool = F
         intervention,
         model_map,
         disk_reader(base_directory, lambda parameter: disk_names(model, parameter)[0], model_map),
-        tied=_tied(record, model_map),
+        tied="untie" if record.plan.embedding_untied or not model_map.tied else "both",
         allow_leak=True,
-        variant=_variant(record),
+        variant=_variant(record.plan.variant),
     )
     return certify(directory, base_directory, plan, model_map)
 
 
-def _tied(record: dict[str, Any], model_map: ModelMap) -> Tied:
-    plan = record.get("plan")
-    untied = isinstance(plan, dict) and plan.get("embedding_untied") is True
-    return "untie" if untied or not model_map.tied else "both"
-
-
-def _embedding_scale(record: dict[str, Any]) -> float | None:
-    """What was measured when the edit was made: the files alone do not say it."""
-    plan = record.get("plan")
-    found = plan.get("embedding_scale") if isinstance(plan, dict) else None
-    return float(found) if isinstance(found, int | float) and found != 0 else None
-
-
-def _variant(record: dict[str, Any]) -> Variant:
-    plan = record.get("plan")
-    found = plan.get("variant", "plain") if isinstance(plan, dict) else "plain"
+def _variant(found: str) -> Variant:
     for variant in VARIANTS:
         if found == variant:
             return variant

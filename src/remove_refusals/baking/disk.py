@@ -18,7 +18,7 @@ from remove_refusals.baking.base import (
     check_not_source,
     check_passed,
 )
-from remove_refusals.baking.certificate import Certificate, certify, disk_reader
+from remove_refusals.baking.certificate import certify, disk_reader
 from remove_refusals.baking.shards import DEFAULT_MEMORY, plan_files, stream_edited
 from remove_refusals.directions import DIRECTIONS, EditPlan, check_exact, check_fit, resolve, save_directions
 from remove_refusals.errors import CertificateError, NotStreamedError
@@ -29,6 +29,7 @@ from remove_refusals.models import (
     same_bytes,
     saved_dtype,
 )
+from remove_refusals.report import Certificate
 from remove_refusals.settings import Tied, Variant
 from remove_refusals.types import Intervention
 
@@ -118,7 +119,7 @@ def bake_on_disk(
         dtype = saved_dtype(str(checkpoint.directory), _config(checkpoint.directory))
         base = base_record(checkpoint.source, checkpoint.revision, model_map.model_type, dtype, hashes)
         record = ablation_record(base, intervention, plan, model_map)
-        write_json(directory / "ablation.json", record)
+        record.write(directory / "ablation.json")
         ledger.close()
     return Baked(target, plan, record, certificate)
 
@@ -204,5 +205,5 @@ def _certificate(checkpoint: Checkpoint, directory: Path, plan: EditPlan, memory
         for path in directory.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         raise
-    write_json(directory / "certificate.json", certificate.to_json())
+    certificate.write(directory / "certificate.json")
     return certificate

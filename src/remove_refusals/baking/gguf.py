@@ -19,6 +19,7 @@ from remove_refusals.directions import EditPlan, PlanEntry
 from remove_refusals.errors import ArchitectureError, OutputError, require_package
 from remove_refusals.files import atomic_file
 from remove_refusals.modelmap import DiskTensor, ModelMap, Writer
+from remove_refusals.report import AdapterRecord
 from remove_refusals.settings import Tied, Variant
 from remove_refusals.types import Intervention
 
@@ -55,13 +56,11 @@ def bake_gguf_lora(
     """
     plan = plan_for(base, intervention, tied=tied, allow_leak=allow_leak, variant=variant)
     adapter = gguf_lora(plan, base.model_map, base.tensor_of)
-    record = ablation_record(base.record, intervention, plan, base.model_map) | {
-        "modified": "With this adapter the refusal direction is taken out; the base model's files are unchanged.",
-        "adapter": {"kind": "gguf-lora", "rank": adapter.rank, "dtype": "float32", "tensors": len(adapter.tensors)},
-    }
+    described = AdapterRecord(kind="gguf-lora", rank=adapter.rank, dtype="float32", tensors=len(adapter.tensors))
+    record = ablation_record(base.record, intervention, plan, base.model_map, described)
     with atomic_file(Path(output), force=force) as staging:
         write_gguf_lora(
-            adapter, staging, name=f"{base.name} without refusals", base=base.name, record=json.dumps(record)
+            adapter, staging, name=f"{base.name} without refusals", base=base.name, record=json.dumps(record.to_json())
         )
     return Carried(Path(output), plan, record)
 

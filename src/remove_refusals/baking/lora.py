@@ -26,10 +26,11 @@ from remove_refusals.directions import (
     save_directions,
 )
 from remove_refusals.errors import ArchitectureError, ModelError, OutputError, require_package
-from remove_refusals.files import atomic_directory, write_json
+from remove_refusals.files import atomic_directory
 from remove_refusals.formula import project_out
 from remove_refusals.modelmap import ModelMap, skeleton
 from remove_refusals.models import LoadedModel, load_model
+from remove_refusals.report import AdapterRecord
 from remove_refusals.settings import ChatFormat, LoadSettings, Tied, Variant
 from remove_refusals.types import Intervention
 
@@ -72,16 +73,14 @@ def bake_lora(
     adapter = peft_adapter(
         base.model, plan, base.model_map, base.tensor_of, base=base.name, revision=base.revision, dtype=dtype
     )
-    record = ablation_record(base.record, intervention, plan, base.model_map) | {
-        "modified": "With this adapter the refusal direction is taken out; the base model's files are unchanged.",
-        "adapter": {
-            "kind": "peft-lora",
-            "rank": adapter.config["r"],
-            "dtype": str(dtype).removeprefix("torch."),
-            "tensors": len(adapter.tensors),
-            "biases": sum(".lora_" not in name for name in adapter.tensors),
-        },
-    }
+    described = AdapterRecord(
+        kind="peft-lora",
+        rank=adapter.config["r"],
+        dtype=str(dtype).removeprefix("torch."),
+        tensors=len(adapter.tensors),
+        biases=sum(".lora_" not in name for name in adapter.tensors),
+    )
+    record = ablation_record(base.record, intervention, plan, base.model_map, described)
     environment = Environment(
         loader=PackageLoader("remove_refusals", "data"), undefined=StrictUndefined, keep_trailing_newline=True
     )
@@ -91,7 +90,7 @@ def bake_lora(
         save_directions(intervention.directions, directory / DIRECTIONS)
         card = environment.get_template("adapter_card.md.jinja").render(record=record)
         (directory / "README.md").write_text(card, encoding="utf-8")
-        write_json(directory / "ablation.json", record)
+        record.write(directory / "ablation.json")
     return Carried(target, plan, record)
 
 

@@ -25,7 +25,7 @@ from remove_refusals.directions import (
     save_directions,
 )
 from remove_refusals.errors import ModelError
-from remove_refusals.files import atomic_directory, write_json
+from remove_refusals.files import atomic_directory
 from remove_refusals.formula import project_out
 from remove_refusals.modelmap import ModelMap, by_stored_name, disk_names, map_model, skeleton
 from remove_refusals.models import (
@@ -35,6 +35,7 @@ from remove_refusals.models import (
     load,
     quiet,
 )
+from remove_refusals.report import LeakRecord
 from remove_refusals.settings import Tied, Variant
 from remove_refusals.types import Intervention
 
@@ -199,7 +200,7 @@ def bake(
             variant=variant,
             model_map=model_map,
         )
-        write_json(directory / "ablation.json", baked.record)
+        baked.record.write(directory / "ablation.json")
     return replace(baked, directory=target)
 
 
@@ -237,13 +238,14 @@ def write_baked(
         certificate = certify(
             directory, base, plan, model_map, boundaries=_boundaries(loaded, directory, intervention, model_map)
         )
-        write_json(directory / "certificate.json", certificate.to_json())
+        certificate.write(directory / "certificate.json")
         check_passed(certificate)
     save_directions(intervention.directions, directory / DIRECTIONS)
     described = base_record(loaded.source, loaded.revision, model_map.model_type, loaded.checkpoint_dtype)
     record = ablation_record(described, intervention, plan, model_map)
     if certificate is not None and plan.leaks and certificate.boundaries is not None:
-        record["leak"] = {"why": list(plan.leaks), "largest_component": max(certificate.boundaries)}
+        leak = LeakRecord(why=plan.leaks, largest_component=max(certificate.boundaries))
+        record = record.model_copy(update={"leak": leak})
     return Baked(directory, plan, record, certificate)
 
 

@@ -240,7 +240,7 @@ def analyze(
     with console.progress() as progress:
         found = examination.analyze(settings, output, answers=answers, force=force, progress=progress)
     console.finish(
-        found.to_json() | {"output": str(output)},
+        found.record().to_json() | {"output": str(output)},
         f"Saved to {output}: report.html, analysis.json" + (", scores.json and rows.jsonl." if answers else "."),
         lambda: _show(found),
     )

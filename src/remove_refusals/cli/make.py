@@ -192,7 +192,7 @@ def run(
         console.show_evaluation(result.evaluation, result.warnings)
 
     data = {"output": str(target), "scores": result.evaluation.to_json(), "warnings": list(result.warnings)}
-    data |= {} if result.selection is None else {"selection": result.selection.summary()}
+    data |= {} if result.selection is None else {"selection": result.selection.summary().to_json()}
     last = f"Saved to {target}: the edited model, its records and its model card; report.html shows them."
     console.finish(data, last, show)
 
@@ -373,7 +373,7 @@ def bake(
         model_map = modelmap.map_model(loaded.model)
         baked = baking.bake(loaded, intervene(model_map), output, model_map=model_map, **options)
     console.finish(
-        {"output": str(output), "record": baked.record},
+        {"output": str(output), "record": baked.record.to_json()},
         f"Saved to {output}." + (f" Edited in memory: {reason}" if reason else ""),
         lambda: console.show_plan(baked.plan, model_map),
     )
@@ -408,8 +408,8 @@ def chosen(
         DirectionError: If not just one of the two is given, `--repeat` beside options that it would ignore, or what
             they name cannot be read.
     """
+    from remove_refusals.baking import load_intervention
     from remove_refusals.directions import direction as direction_files
-    from remove_refusals.directions import intervention as interventions
     from remove_refusals.directions import make_intervention
 
     if (direction is None) == (repeat is None) or (repeat is not None and as_given):
@@ -418,7 +418,7 @@ def chosen(
             "since the directory's record says that; leave the others out."
         )
     if repeat is not None:
-        intervention = interventions.load_intervention(repeat)
+        intervention = load_intervention(repeat)
         return lambda model_map: intervention
     assert direction is not None
     given = direction_files.load_directions(direction)
@@ -448,7 +448,7 @@ def _adapter(
     if model_map.tied and model_map.input_embedding in names:
         remarks.append("The embedding is tied: loaded, the adapter leaves the unembedding alone; merged, both change.")
     console.finish(
-        {"output": str(output), "record": carried.record},
+        {"output": str(output), "record": carried.record.to_json()},
         f"Saved to {output}: a {'PEFT' if kind == 'lora' else 'llama.cpp'} LoRA of the edit.",
         lambda: console.say_all(remarks),
     )

@@ -11,13 +11,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from remove_refusals.baking import Certificate
 from remove_refusals.cli.options import StageLog, current, write_log
 from remove_refusals.directions import EditPlan
 from remove_refusals.measure import Calibration, Evaluation, Label, SideBySide, Verdict, accuracy_rows, confusion_rows
 from remove_refusals.modelmap import ModelMap
 from remove_refusals.progress import Progress
-from remove_refusals.report import table, table_key
+from remove_refusals.report import Certificate, table, table_key
 from remove_refusals.search import Selection
 
 _MOST_ROWS = 12

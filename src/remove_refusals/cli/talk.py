@@ -130,13 +130,13 @@ def ui(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Where an answer is cut off.")] = 256,
 ) -> None:
     """A web page with both answers side by side, and how far each token lies along the direction."""
-    from remove_refusals import files as records
     from remove_refusals.cli import printing as console
     from remove_refusals.cli import web
     from remove_refusals.cli import web as web_page
     from remove_refusals.cli.web import Source
-    from remove_refusals.directions import intervention as interventions
     from remove_refusals.models import load_model
+    from remove_refusals.report import SelectionRecord
+    from remove_refusals.search import load_candidates
     from remove_refusals.settings import EditSettings, LoadSettings
 
     edit = EditSettings()
@@ -153,17 +153,16 @@ def ui(
         chat=chat_format(system_prompt, chat_template, plain),
     )
     make, model_map = _maker(given, edit, loaded)
-    searched = run is not None and (run / "selection.json").is_file()
-    found: Any = records.read_json(run / "selection.json", error=DirectionError) if searched and run else {}
-    candidates = found.get("candidates", [])
+    searched = run / "selection.json" if run is not None else None
+    found = SelectionRecord.read(searched, error=DirectionError) if searched and searched.is_file() else None
     page = web.Page(
         loaded,
         make(1.0, None),
         model_map,
         Source(model, "--run" if run is not None else "--direction", str(run or direction)),
-        candidates,
-        interventions.load_candidates(run) if run is not None else {},
-        candidates[found["picked"]]["name"] if candidates else None,
+        () if found is None else found.candidates,
+        load_candidates(run) if run is not None else {},
+        None if found is None else found.candidates[found.picked].name,
         max_new_tokens,
     )
     console.say(f"Serving on http://{host}:{port or 'the first free port from 7860 on'}; Ctrl-C ends it.")
@@ -178,8 +177,9 @@ def _given(
     Raises:
         DirectionError: If both or neither are given, or the candidate is not known.
     """
+    from remove_refusals.baking import load_intervention
     from remove_refusals.directions import direction as direction_files
-    from remove_refusals.directions import intervention as interventions
+    from remove_refusals.search import load_candidates
 
     if (direction is None) == (run is None):
         raise DirectionError("Neither or both of --direction and --run are given, expected one of them; pass one.")
@@ -189,8 +189,8 @@ def _given(
         return direction_files.load_directions(direction)
     assert run is not None
     if candidate is None:
-        return interventions.load_intervention(run)
-    found = interventions.load_candidates(run)
+        return load_intervention(run)
+    found = load_candidates(run)
     if candidate not in found:
         raise DirectionError(
             f"The candidate {candidate!r} is not among those whose directions {run} keeps, expected one of "

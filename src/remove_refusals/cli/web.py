@@ -14,6 +14,7 @@ from remove_refusals.directions import ablated, middle_direction, project_tokens
 from remove_refusals.errors import ModelError, require_package
 from remove_refusals.modelmap import ModelMap
 from remove_refusals.models import LoadedModel, render_conversation, stream
+from remove_refusals.report import CandidateRecord
 from remove_refusals.settings import SITE_KINDS, SiteKind
 from remove_refusals.types import Intervention
 
@@ -86,7 +87,7 @@ class Page:
     intervention: Intervention
     model_map: ModelMap
     source: Source
-    candidates: Sequence[Mapping[str, Any]] = ()
+    candidates: Sequence[CandidateRecord] = ()
     tried: Mapping[str, Intervention] = field(default_factory=dict)
     picked: str | None = None
     max_new_tokens: int = 256
@@ -353,7 +354,7 @@ def legend() -> str:
     )
 
 
-def front_drawing(candidates: Sequence[Mapping[str, Any]], kept: Sequence[str], chosen: str | None) -> str:
+def front_drawing(candidates: Sequence[CandidateRecord], kept: Sequence[str], chosen: str | None) -> str:
     """Draw the candidates of a search by damage and refusal; those that can be tried are buttons.
 
     Args:
@@ -364,19 +365,19 @@ def front_drawing(candidates: Sequence[Mapping[str, Any]], kept: Sequence[str], 
     Returns:
         An SVG drawing.
     """
-    largest = max((float(candidate["damage"]) for candidate in candidates), default=0.0) or 1.0
+    largest = max((candidate.damage for candidate in candidates), default=0.0) or 1.0
 
-    def at(candidate: Mapping[str, Any]) -> tuple[float, float]:
-        across = _MARGIN + (_WIDTH - 2 * _MARGIN) * float(candidate["damage"]) / largest
-        return across, _HEIGHT - _MARGIN - (_HEIGHT - 2 * _MARGIN) * float(candidate["refusal"])
+    def at(candidate: CandidateRecord) -> tuple[float, float]:
+        across = _MARGIN + (_WIDTH - 2 * _MARGIN) * candidate.damage / largest
+        return across, _HEIGHT - _MARGIN - (_HEIGHT - 2 * _MARGIN) * candidate.refusal
 
     marks = []
     for candidate in candidates:
         across, down = at(candidate)
-        name = html.escape(str(candidate["name"]), quote=True)
-        said = f"{name}: {float(candidate['refusal']):.1%} refused, damage {float(candidate['damage']):.3g}"
-        if candidate["name"] in kept:
-            ring = "chosen" if candidate["name"] == chosen else "kept"
+        name = html.escape(candidate.name, quote=True)
+        said = f"{name}: {candidate.refusal:.1%} refused, damage {candidate.damage:.3g}"
+        if candidate.name in kept:
+            ring = "chosen" if candidate.name == chosen else "kept"
             marks.append(
                 f'<circle cx="{across:.1f}" cy="{down:.1f}" r="8" data-candidate="{name}" role="button" tabindex="0" '
                 f'class="{ring}"><title>{said}: try it</title></circle>'

@@ -7,9 +7,6 @@ from remove_refusals.directions.activations import (
     project_tokens,
 )
 from remove_refusals.directions.attribution import (
-    Contributions,
-    ExpertChoice,
-    WriterShare,
     expert_choices,
     site_contributions,
     writer_shares,
@@ -37,35 +34,27 @@ from remove_refusals.directions.direction import (
 )
 from remove_refusals.directions.hooks import SiteKey, Steer, ablated, added, is_steerable, steered
 from remove_refusals.directions.intervention import (
-    CANDIDATES,
     check_fit,
     intervene,
     intervene_per_layer,
-    load_intervention,
     made_intervention,
     make_intervention,
-    save_candidates,
     scaled,
 )
 from remove_refusals.directions.plan import EditPlan, PlanEntry, check_exact, pull_back, resolve
-from remove_refusals.directions.separation import MOST_PROMPTS, Separation, measure_separation, separation
+from remove_refusals.directions.separation import MOST_PROMPTS, measure_separation, separation
 
 __all__ = [
-    "CANDIDATES",
     "DIRECTIONS",
     "METHOD_NAMES",
     "MOST_PROMPTS",
     "RECIPES",
-    "Contributions",
     "EditPlan",
-    "ExpertChoice",
     "FoundDirection",
     "PlanEntry",
     "Recipe",
-    "Separation",
     "SiteKey",
     "Steer",
-    "WriterShare",
     "ablated",
     "added",
     "check_exact",
@@ -83,7 +72,6 @@ __all__ = [
     "layer_index",
     "load_direction",
     "load_directions",
-    "load_intervention",
     "made_intervention",
     "make_intervention",
     "make_vector",
@@ -95,7 +83,6 @@ __all__ = [
     "project_tokens",
     "pull_back",
     "resolve",
-    "save_candidates",
     "save_direction",
     "save_directions",
     "scaled",

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -13,54 +12,10 @@ from remove_refusals.directions.plan import pull_back
 from remove_refusals.modelmap import ModelMap, Site, Writer
 from remove_refusals.models import LoadedModel
 from remove_refusals.settings import SiteKind
-from remove_refusals.types import Direction, PromptSet
+from remove_refusals.types import Contribution, Contributions, Direction, ExpertChoice, PromptSet, WriterShare
 
 _MULTIPLIER_TOLERANCE = 0.02
 """How far what a layer adds may be off its sites' outputs times one number: beyond the rounding of bfloat16."""
-
-
-@dataclass(frozen=True)
-class Contribution:
-    """What a site adds along a direction on harmful prompts more than on harmless ones.
-
-    Attributes:
-        site: The kind of site.
-        layer: The layer; None for the embedding.
-        value: The difference of the means.
-        low: The lower end of its 95% interval (Welch 1947).
-        high: The upper end.
-    """
-
-    site: SiteKind
-    layer: int | None
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class Contributions:
-    """Where the difference along a direction comes from.
-
-    Attributes:
-        layer: Where the direction was found, on the layer axis.
-        position: The token position.
-        stream: For each index of the layer axis the difference of the means along the direction.
-        sites: Embedding, attention and MLP of each layer, as far as their outputs explain what the layer adds.
-        n_harmful: How many harmful prompts there are.
-        n_harmless: How many harmless prompts there are.
-    """
-
-    layer: int | None
-    position: int
-    stream: tuple[float, ...]
-    sites: tuple[Contribution, ...]
-    n_harmful: int
-    n_harmless: int
-
-    def to_json(self) -> dict[str, Any]:
-        """Give the attributes."""
-        return asdict(self)
 
 
 def site_contributions(
@@ -107,12 +62,12 @@ def site_contributions(
     for layer in range(model_map.n_layers):
         sites += _of_layer(layer, found, stream)
     return Contributions(
-        direction.origin.layer,
-        position,
-        tuple(float(first.mean() - second.mean()) for first, second in stream),
-        tuple(sites),
-        len(harmful),
-        len(harmless),
+        layer=direction.origin.layer,
+        position=position,
+        stream=tuple(float(first.mean() - second.mean()) for first, second in stream),
+        sites=tuple(sites),
+        n_harmful=len(harmful),
+        n_harmless=len(harmless),
     )
 
 
@@ -146,9 +101,9 @@ def _contribution(kind: SiteKind, layer: int | None, harmful: torch.Tensor, harm
     value = float(harmful.mean() - harmless.mean())
     if float(harmful.std()) + float(harmless.std()) < 1e-6 * (float(harmful.abs().max()) + 1e-30):
         # The same number in every prompt: there is nothing that an interval could be of.
-        return Contribution(kind, layer, value, value, value)
+        return Contribution(site=kind, layer=layer, value=value, low=value, high=value)
     interval = ttest_ind(harmful.numpy(), harmless.numpy(), equal_var=False).confidence_interval()
-    return Contribution(kind, layer, value, float(interval.low), float(interval.high))
+    return Contribution(site=kind, layer=layer, value=value, low=float(interval.low), high=float(interval.high))
 
 
 _TOP_K = ("num_experts_per_tok", "moe_topk", "num_experts_per_token", "moe_k", "top_k")
@@ -156,47 +111,6 @@ _TOP_K = ("num_experts_per_tok", "moe_topk", "num_experts_per_token", "moe_k", "
 
 
 _EXPERT = re.compile(r"experts\.(\d+)\.")
-
-
-@dataclass(frozen=True)
-class WriterShare:
-    """How much of what a writer can write lies along a direction.
-
-    Attributes:
-        parameter: The writer.
-        site: The kind of its site.
-        layer: The layer; None for the embedding.
-        expert: The expert's index; None for a writer that is none.
-        value: The share of its squared norm, times the number of channels: 1 for a matrix that knows nothing of the
-            direction.
-    """
-
-    parameter: str
-    site: SiteKind
-    layer: int | None
-    expert: int | None
-    value: float
-
-
-@dataclass(frozen=True)
-class ExpertChoice:
-    """How often a router ranks an expert among those that a token goes through, by its logits alone.
-
-    Attributes:
-        layer: The layer.
-        expert: The expert.
-        harmful: The share of harmful prompts.
-        harmless: The share of harmless prompts.
-        n_harmful: How many harmful prompts there are.
-        n_harmless: How many harmless prompts there are.
-    """
-
-    layer: int
-    expert: int
-    harmful: float
-    harmless: float
-    n_harmful: int
-    n_harmless: int
 
 
 def writer_shares(loaded: LoadedModel, direction: Direction, model_map: ModelMap) -> tuple[WriterShare, ...]:
@@ -220,9 +134,14 @@ def writer_shares(loaded: LoadedModel, direction: Direction, model_map: ModelMap
             rows = weight.detach().movedim(writer.axis, -1)
             fused = rows.dim() > 2
             for index, part in enumerate(rows if fused else [rows]):
-                value = _share(part.to(torch.float32), basis)
-                expert = index if fused else _expert(writer)
-                shares.append(WriterShare(writer.parameter, site.kind, site.layer, expert, value))
+                found = WriterShare(
+                    parameter=writer.parameter,
+                    site=site.kind,
+                    layer=site.layer,
+                    expert=index if fused else _expert(writer),
+                    value=_share(part.to(torch.float32), basis),
+                )
+                shares.append(found)
     return tuple(shares)
 
 

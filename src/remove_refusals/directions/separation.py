@@ -1,8 +1,7 @@
 """How far apart harmful and harmless prompts lie in the residual stream, layer by layer; nothing is changed."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +15,7 @@ from remove_refusals.modelmap import ModelMap
 from remove_refusals.models import LoadedModel
 from remove_refusals.progress import SILENT, Progress
 from remove_refusals.prompts import draw
-from remove_refusals.types import Activations, PromptSet
+from remove_refusals.types import Activations, Auroc, LayerSeparation, Projection, PromptSet, Separation
 
 MOST_PROMPTS = 128
 """So many prompts of a set are looked at: each layer of each prompt is kept until the end."""
@@ -27,30 +26,6 @@ _NO_DIFFERENCE = 1e-6
 
 
 Array = npt.NDArray[np.float64]
-
-
-Points = tuple[tuple[float, float], ...]
-
-
-@dataclass(frozen=True)
-class Auroc:
-    """The area under the receiver operating characteristic: how often a harmful prompt scores above a harmless one.
-
-    Attributes:
-        value: The share of pairs, ties counted half, from 0 to 1.
-        low: The lower end of the 95% interval.
-        high: The upper end.
-        n_harmful: How many harmful prompts there are.
-        n_harmless: How many harmless prompts there are.
-        seed: The seed that cut the sets into halves.
-    """
-
-    value: float
-    low: float
-    high: float
-    n_harmful: int
-    n_harmless: int
-    seed: int
 
 
 Array_roc = npt.NDArray[np.float64]
@@ -69,86 +44,6 @@ def auroc(positive: Sequence[float] | Array_roc, negative: Sequence[float] | Arr
     m, n = len(positive), len(negative)
     ranks = rankdata(np.concatenate([positive, negative]))
     return float((ranks[:m].sum() - m * (m + 1) / 2) / (m * n))
-
-
-@dataclass(frozen=True)
-class LayerSeparation:
-    """How far apart the two sets lie at one index of the layer axis.
-
-    Attributes:
-        layer: The index: the stream before that layer, and the number of layers for the stream behind the last.
-        auroc: Of the projection on the mean difference of the prompts' other half; None where the means do not differ,
-            as before the first layer, when the token is the same in every prompt.
-        difference_norm: The norm of the difference of the means.
-        norm_harmful: The mean norm on harmful prompts.
-        norm_harmless: The mean norm on harmless prompts.
-        largest_coordinate_share: The largest coordinate's share of the summed squares.
-        harmful: For each harmful prompt where it lies in two dimensions: how far from the middle of the other half's
-            means along their difference, and along the first principal component of what the difference leaves. Empty
-            where the means do not differ.
-        harmless: The same of each harmless prompt.
-    """
-
-    layer: int
-    auroc: Auroc | None
-    difference_norm: float
-    norm_harmful: float
-    norm_harmless: float
-    largest_coordinate_share: float
-    harmful: Points = ()
-    harmless: Points = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """Give the attributes; what was not measured is left out."""
-        record: dict[str, Any] = {"layer": self.layer}
-        if self.auroc is not None:
-            record["auroc"] = asdict(self.auroc)
-        for name in ("difference_norm", "norm_harmful", "norm_harmless", "largest_coordinate_share"):
-            record[name] = getattr(self, name)
-        if self.harmful:
-            parts = {"harmful": self.harmful, "harmless": self.harmless}
-            # A picture needs four digits, and a model of many layers has many points.
-            record["projection"] = {
-                name: [[float(f"{number:.4g}") for number in point] for point in points]
-                for name, points in parts.items()
-            }
-        return record
-
-
-@dataclass(frozen=True)
-class Separation:
-    """How far apart harmful and harmless prompts lie, layer by layer.
-
-    Attributes:
-        model: The model's name; None if it is not known.
-        position: The token position.
-        seed: The seed that cut the sets into halves, and drew from them where they were larger than what was looked at.
-        prompts: The harmful and the harmless prompts.
-        layers: One entry for each index of the layer axis.
-        cosines: `[n_layers + 1, n_layers + 1]`: between the mean differences of any two; None where there is none.
-    """
-
-    model: str | None
-    position: int
-    seed: int
-    prompts: tuple[PromptSet, PromptSet]
-    layers: tuple[LayerSeparation, ...]
-    cosines: tuple[tuple[float | None, ...], ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Give the content of `analysis.json`."""
-        return {
-            "format": 1,
-            **({} if self.model is None else {"model": self.model}),
-            "position": self.position,
-            "seed": self.seed,
-            "prompts": {
-                name: {"n": len(part), "sha256": part.sha256, "ids": list(part.ids)}
-                for name, part in zip(("harmful", "harmless"), self.prompts, strict=True)
-            },
-            "layers": [layer.to_json() for layer in self.layers],
-            "cosines": [[None if number is None else round(number, 4) for number in row] for row in self.cosines],
-        }
 
 
 def measure_separation(
@@ -237,7 +132,13 @@ def separation(
 def _layer(index: int, harmful: Array, harmless: Array, share: float, seed: int) -> LayerSeparation:
     difference = harmful.mean(axis=0) - harmless.mean(axis=0)
     norms = [float(np.linalg.norm(part, axis=1).mean()) for part in (harmful, harmless)]
-    found = LayerSeparation(index, None, float(np.linalg.norm(difference)), norms[0], norms[1], share)
+    found = LayerSeparation(
+        layer=index,
+        difference_norm=float(np.linalg.norm(difference)),
+        norm_harmful=norms[0],
+        norm_harmless=norms[1],
+        largest_coordinate_share=share,
+    )
     halves = [_halves(len(part), seed) for part in (harmful, harmless)]
     along: list[Array] = [np.empty(len(harmful)), np.empty(len(harmless))]
     values, sizes = [], []
@@ -257,10 +158,8 @@ def _layer(index: int, harmful: Array, harmless: Array, share: float, seed: int)
     across = _first_component(np.concatenate([harmful, harmless]), difference)
     points = list(zip(np.concatenate(along).tolist(), across.tolist(), strict=True))
     measured = Auroc(value, low, high, len(harmful), len(harmless), seed)
-    return LayerSeparation(
-        index, measured, found.difference_norm, norms[0], norms[1], share,
-        tuple(points[: len(harmful)]), tuple(points[len(harmful) :]),
-    )  # fmt: skip
+    drawn = Projection(tuple(points[: len(harmful)]), tuple(points[len(harmful) :]))
+    return replace(found, auroc=measured, projection=drawn)
 
 
 def _halves(n: int, seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

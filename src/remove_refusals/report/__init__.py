@@ -2,10 +2,46 @@
 
 from remove_refusals.report.card import Pushed, model_card, push
 from remove_refusals.report.page import html_report, write_html_report
+from remove_refusals.report.records import (
+    AblationRecord,
+    AdapterRecord,
+    AnalysisRecord,
+    BaseRecord,
+    CandidateRecord,
+    Certificate,
+    DirectionRecord,
+    EditRecord,
+    LeakRecord,
+    LookedAtDirection,
+    PlanRecord,
+    PositionRecord,
+    PromptsRecord,
+    SelectionRecord,
+    SelectionSummary,
+    StrengthRecord,
+    WriterCertificate,
+)
 from remove_refusals.report.words import table, table_key
 
 __all__ = [
+    "AblationRecord",
+    "AdapterRecord",
+    "AnalysisRecord",
+    "BaseRecord",
+    "CandidateRecord",
+    "Certificate",
+    "DirectionRecord",
+    "EditRecord",
+    "LeakRecord",
+    "LookedAtDirection",
+    "PlanRecord",
+    "PositionRecord",
+    "PromptsRecord",
     "Pushed",
+    "SelectionRecord",
+    "SelectionSummary",
+    "StrengthRecord",
+    "WriterCertificate",
     "html_report",
     "model_card",
     "push",

@@ -12,14 +12,13 @@ from huggingface_hub.repocard import metadata_load
 from huggingface_hub.utils._validators import validate_repo_id
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from remove_refusals.baking import Certificate
 from remove_refusals.errors import HubError
-from remove_refusals.files import read_json
 from remove_refusals.models import CARD, CARRIED_FIELDS, HTTPError, licence_fields, model_source
+from remove_refusals.report.records import AblationRecord, Certificate, DirectionRecord
 
 
 def model_card(
-    record: Mapping[str, Any], table: Sequence[Sequence[str]], key: str, certificate: Certificate | None = None
+    record: AblationRecord, table: Sequence[Sequence[str]], key: str, certificate: Certificate | None = None
 ) -> str:
     """Write the model card of an edited model.
 
@@ -42,19 +41,19 @@ def model_card(
         table=table,
         key=key,
         certificate=certificate,
-        worst=100 * abs(worst.share_left - abs(1 - worst.strength)) if worst is not None else 0.0,
-        strengths=sorted({edit["strength"] for edit in record["intervention"]}),
-        groups=_alike(record["directions"]),
+        worst=100 * worst.off if worst is not None else 0.0,
+        strengths=sorted({edit.strength for edit in record.intervention}),
+        groups=_alike(record.directions),
     )
     return text
 
 
-def _alike(directions: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+def _alike(directions: Sequence[DirectionRecord]) -> list[list[DirectionRecord]]:
     """Put directions together that differ in nothing but the layer, so that a card needs one line for them."""
-    groups: dict[str, list[Mapping[str, Any]]] = {}
+    groups: dict[str, list[DirectionRecord]] = {}
     for direction in directions:
-        recipe = {key: value for key, value in direction.items() if key not in ("layer", "sha256", "length")}
-        groups.setdefault(str(sorted(recipe.items(), key=lambda item: item[0])), []).append(direction)
+        recipe = direction.model_dump_json(exclude={"layer", "sha256", "length"})
+        groups.setdefault(recipe, []).append(direction)
     return list(groups.values())
 
 
@@ -167,17 +166,11 @@ def push(
     return Pushed(made.repo_id, str(made), commit.oid, private, sent, left_out, carried, notes)
 
 
-def _checked_record(directory: Path) -> Mapping[str, Any]:
+def _checked_record(directory: Path) -> AblationRecord:
     """Read `ablation.json`, and check that the certificate beside it did not fail."""
-    record = read_json(directory / "ablation.json", error=HubError)
-    if not (isinstance(record, dict) and {"base", "plan", "versions"} <= set(record)):
-        raise HubError(
-            f"The file {directory / 'ablation.json'} is no record of an edit, expected one that `run` or `bake` left; "
-            "make the directory again."
-        )
+    record = AblationRecord.read(directory / "ablation.json", error=HubError)
     place = directory / "certificate.json"
-    certificate = read_json(place, error=HubError) if place.is_file() else {"passed": True}
-    if not (isinstance(certificate, dict) and certificate.get("passed") is True):
+    if place.is_file() and not Certificate.read(place, error=HubError).passed:
         raise HubError(
             f"The certificate {place} has not passed, expected files that hold what their record says; make the "
             "directory again."
@@ -210,16 +203,16 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _carried(
-    record: Mapping[str, Any], base: str | None, token: str | None, endpoint: str | None
+    record: AblationRecord, base: str | None, token: str | None, endpoint: str | None
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Find what the base's card says of its licence, and what model the card is to name as base."""
-    on_hub = None if "sha256" in record["base"] else str(record["base"]["source"])
-    found = dict(record["base"].get("card", {}))
+    on_hub = None if record.base.sha256 is not None else record.base.source
+    found = dict(record.base.card or {})
     place = base if base is not None else on_hub
     if place is not None and Path(model_source(place)).is_dir():
         found |= licence_fields(Path(model_source(place)))
     elif place is not None:
-        on_hub, revision = place, record["base"].get("revision") if base is None else None
+        on_hub, revision = place, record.base.revision if base is None else None
         found |= _hub_fields(place, revision, token, endpoint)
     if on_hub is not None:
         found["base_model"] = on_hub
@@ -240,7 +233,7 @@ def _hub_fields(repo: str, revision: str | None, token: str | None, endpoint: st
     return {name: found[name] for name in CARRIED_FIELDS if name in found}
 
 
-def _card(directory: Path, record: Mapping[str, Any], carried: Mapping[str, Any]) -> str:
+def _card(directory: Path, record: AblationRecord, carried: Mapping[str, Any]) -> str:
     """Give the directory's card, or one written from its record, with the fields of the base."""
     place = directory / CARD
     text = place.read_text(encoding="utf-8") if place.is_file() else model_card(record, (), "")

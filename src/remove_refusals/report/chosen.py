@@ -82,7 +82,8 @@ def strengths(material: Material) -> View | None:
     if material.ablation is not None and "intervention" in material.ablation:
         edits = [{"site": edit["kind"], "layer": None, **edit} for edit in material.ablation["intervention"]]
     elif material.selection is not None:
-        edits = material.selection["candidates"][material.selection["picked"]]["strengths"]
+        found = material.selection["candidates"][material.selection["picked"]]["strengths"]
+        edits = [{"layer": None, **edit} for edit in found]
     else:
         return None
     in_layers = [edit for edit in edits if edit["layer"] is not None]

@@ -193,7 +193,7 @@ def _positions(positions: Sequence[Mapping[str, Any]]) -> Heat:
 
 
 def _contributions(record: Mapping[str, Any]) -> View_origins:
-    sites = [site for site in record["sites"] if site["layer"] is not None]
+    sites = [site for site in record["sites"] if site.get("layer") is not None]
     across = integers(0, len(record["stream"]) - 2)
     up = scale_of([0.0, *(site["value"] for site in sites)])
     rows = []
@@ -209,7 +209,7 @@ def _contributions(record: Mapping[str, Any]) -> View_origins:
         "table": (
             ("site", "layer", "contribution", "95% interval"),
             [
-                (site["site"], _layer(site["layer"]), number(site["value"]), interval(site))
+                (site["site"], _layer(site.get("layer")), number(site["value"]), interval(site))
                 for site in sorted(record["sites"], key=lambda site: -abs(site["value"]))
             ],
         ),
@@ -222,7 +222,7 @@ def _shares(shares: Sequence[Mapping[str, Any]]) -> View_origins | None:
     ranked = sorted(shares, key=lambda share: -share["value"])
     return {
         "picture": _experts(
-            [{**share, "shade": share["value"]} for share in shares if share["expert"] is not None],
+            [{**share, "shade": share["value"]} for share in shares if share.get("expert") is not None],
             "How much of what each expert can write lies along the direction, by layer",
             lambda most: (f"{number(most)} times chance", "none", ""),
         ),
@@ -230,7 +230,7 @@ def _shares(shares: Sequence[Mapping[str, Any]]) -> View_origins | None:
         "table": (
             ("writer", "layer", "expert", "times chance"),
             [
-                (share["parameter"], _layer(share["layer"]), _layer(share["expert"]), number(share["value"]))
+                (share["parameter"], _layer(share.get("layer")), _layer(share.get("expert")), number(share["value"]))
                 for share in ranked[:_MOST_LISTED]
             ],
         ),

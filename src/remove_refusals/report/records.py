@@ -1,12 +1,293 @@
-"""The records in a run's directory, as far as they are there."""
+"""What a run's directory says of itself: the records that are written to disk and read back, each with its type."""
 
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field, computed_field
 
 from remove_refusals.errors import RecordError
-from remove_refusals.files import read_json
+from remove_refusals.files import Record, read_json
+from remove_refusals.settings import SiteKind
+from remove_refusals.types import Auroc, Contributions, Cosine, ExpertChoice, LayerSeparation, Separation, WriterShare
+
+LARGEST_SHARE_OFF = 0.05
+"""How far the share that is left in a quantised tensor may be off: its rounding alone would hide a skipped writer."""
+
+
+class BaseRecord(Record):
+    """From what a model was made; of a directory the hashes of its files, and what its card says of its licence."""
+
+    source: str
+    revision: str | None = None
+    model_type: str
+    dtype: str | None = None
+    sha256: dict[str, str] | None = None
+    card: dict[str, Any] | None = None
+
+
+class DirectionRecord(Record):
+    """What a direction is and where it came from."""
+
+    # Those of an older version may say more.
+    model_config = ConfigDict(extra="ignore")
+
+    sha256: str
+    d_model: int
+    rank: int
+    method: str
+    model: str | None = None
+    layer: int | None = None
+    position: int | tuple[int, ...] | None = None
+    seed: int | None = None
+    n_harmful: int | None = None
+    n_harmless: int | None = None
+    harmful_sha256: str | None = None
+    harmless_sha256: str | None = None
+    length: float | None = None
+
+
+class EditRecord(Record):
+    """How much of which direction was taken out at the sites of one kind in one layer, or in the embedding."""
+
+    kind: SiteKind
+    layer: int | None = None
+    strength: float
+    direction: int = 0
+
+
+class PlanRecord(Record):
+    """What happened to which tensor: those that were edited, and those that were left, each with the reason."""
+
+    edited: tuple[str, ...]
+    left: dict[str, str]
+    variant: str = "plain"
+    embedding_untied: bool = False
+    tied_in_base: bool = False
+
+
+class PromptsRecord(Record):
+    """Which prompts were used."""
+
+    source: str
+    n: int
+    sha256: str
+
+
+class SelectionSummary(Record):
+    """What was picked by which rule, and what should be said of it."""
+
+    method: str
+    rule: str
+    n_candidates: int
+    picked: str
+    refusal: float
+    damage: float
+    confirmation: dict[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+
+
+class LeakRecord(Record):
+    """Why an edit is not exact, and the most of the direction that is left at any layer's boundary."""
+
+    why: tuple[str, ...]
+    largest_component: float
+
+
+class AdapterRecord(Record):
+    """What an adapter holds."""
+
+    kind: str
+    rank: int
+    dtype: str
+    tensors: int
+    biases: int | None = None
+
+
+class AblationRecord(Record):
+    """`ablation.json`: from what a model was made and how; of a run also its settings and what it measured."""
+
+    format: Literal[1] = 1
+    modified: str = ""
+    base: BaseRecord
+    directions: tuple[DirectionRecord, ...]
+    intervention: tuple[EditRecord, ...]
+    plan: PlanRecord
+    versions: dict[str, str]
+    adapter: AdapterRecord | None = None
+    leak: LeakRecord | None = None
+    settings: dict[str, Any] | None = None
+    prompts: dict[str, PromptsRecord] | None = None
+    selection: SelectionSummary | None = None
+    scores: dict[str, Any] | None = None
+    warnings: tuple[str, ...] | None = None
+
+
+class WriterCertificate(Record):
+    """What was measured on one tensor of the saved files that holds a writer or a part of one.
+
+    Attributes:
+        name: Its name on disk.
+        parameter: The parameter's name in the model.
+        strength: The share that the plan takes out.
+        share_left: `‖QᵀW'‖ / ‖QᵀW‖`; a plain edit wants `|1 - strength|`.
+        error: How far `W'` is from the planned one, computed from the base in float32 (Frobenius norm).
+        allowed: What rounding to the saved dtype can cost at most.
+        requantising_alone: What quantising the unedited tensor anew would cost (Frobenius norm); None for plain floats.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    name: str
+    parameter: str
+    kind: SiteKind
+    layer: int | None = None
+    dtype: str
+    strength: float
+    share_left: float
+    error: float
+    allowed: float
+    requantising_alone: float | None = None
+
+    @property
+    def off(self) -> float:
+        """How far the share that is left is from the one that the plan wants."""
+        return abs(self.share_left - abs(1 - self.strength))
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def passed(self) -> bool:
+        """Whether the deviation is within rounding; of a quantised tensor also the share that is left."""
+        return self.error <= self.allowed and (self.requantising_alone is None or self.off <= LARGEST_SHARE_OFF)
+
+
+class Certificate(Record):
+    """`certificate.json`: what was measured on saved files against their base.
+
+    Attributes:
+        problems: What does not hold, one sentence each; empty if the certificate passed.
+        edited: One entry for each tensor that the plan edits.
+        left: Writers that the plan leaves alone, with the reason; their bytes are checked with the others.
+        identical: How many other tensors are the base's byte for byte.
+        dropped: Tensors of the base that the model has no place for and that were not saved again.
+        leaks: Why the edit cannot be exact, for a model that was edited all the same.
+        boundaries: The largest component along the direction, relative to the residual stream's norm, before each
+            layer and behind the last; None where the model was not run.
+    """
+
+    model_config = ConfigDict(extra="ignore", populate_by_name=True)
+
+    format: Literal[1] = 1
+    problems: tuple[str, ...]
+    edited: tuple[WriterCertificate, ...]
+    left: dict[str, str]
+    identical: int = Field(validation_alias="identical_tensors", serialization_alias="identical_tensors")
+    dropped: tuple[str, ...] | None = None
+    leaks: tuple[str, ...] | None = None
+    boundaries: tuple[float, ...] | None = Field(
+        None,
+        validation_alias="largest_component_at_layer_boundaries",
+        serialization_alias="largest_component_at_layer_boundaries",
+    )
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def passed(self) -> bool:
+        """Whether the files hold what the plan says."""
+        return not self.problems
+
+    @property
+    def worst(self) -> WriterCertificate | None:
+        """The edited tensor with the largest share left beyond what the plan wants."""
+        return max(self.edited, key=lambda entry: entry.off, default=None)
+
+
+class StrengthRecord(EditRecord):
+    """The same as an `EditRecord`, under the name that `selection.json` has for a kind of site."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    kind: SiteKind = Field(validation_alias="site", serialization_alias="site")
+
+
+class CandidateRecord(Record):
+    """One candidate: what the search measured of it, and what generation showed, if it was tried."""
+
+    name: str
+    refusal: float
+    damage: float
+    strengths: tuple[StrengthRecord, ...]
+    confirmation: dict[str, Any] | None = None
+
+
+class SelectionRecord(Record):
+    """`selection.json`: every candidate, the front of those that no other beats, and the pick, by their index."""
+
+    method: str
+    rule: str
+    picked: int
+    front: tuple[int, ...]
+    notes: tuple[str, ...] = ()
+    candidates: tuple[CandidateRecord, ...]
+
+
+class LookedAt(Record):
+    """Prompts that a model was run on, with what each is called in other records."""
+
+    n: int
+    sha256: str
+    ids: tuple[str, ...] = ()
+
+
+class PositionRecord(Record):
+    """How far apart the two sets lie at one token of the chat template's tail, for each index of the layer axis."""
+
+    position: int
+    token: str
+    auroc: tuple[Auroc | None, ...]
+
+
+class LookedAtDirection(Record):
+    """The direction of an examination, and the first and the last layer that it was taken out of."""
+
+    layer: int | None = None
+    position: int | tuple[int, ...] | None = None
+    method: str
+    sha256: str
+    taken_out_of: tuple[int, int]
+
+
+class AnalysisRecord(Record):
+    """`analysis.json`: how far apart harmful and harmless prompts lie; of an examination also where that comes from."""
+
+    format: Literal[1] = 1
+    model: str | None = None
+    position: int
+    seed: int
+    prompts: dict[str, LookedAt]
+    layers: tuple[LayerSeparation, ...]
+    cosines: tuple[tuple[Cosine | None, ...], ...]
+    positions: tuple[PositionRecord, ...] | None = None
+    direction: LookedAtDirection | None = None
+    contributions: Contributions | None = None
+    writer_shares: tuple[WriterShare, ...] | None = None
+    expert_choices: tuple[ExpertChoice, ...] | None = None
+    versions: dict[str, str] | None = None
+
+    @classmethod
+    def made(cls, separated: Separation, **more: Any) -> "AnalysisRecord":
+        """Make it of a separation; what else an examination found is `more`."""
+        sets = zip(("harmful", "harmless"), separated.prompts, strict=True)
+        return cls(
+            model=separated.model,
+            position=separated.position,
+            seed=separated.seed,
+            prompts={name: LookedAt(n=len(part), sha256=part.sha256, ids=part.ids) for name, part in sets},
+            layers=separated.layers,
+            cosines=separated.cosines,
+            **more,
+        )
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,13 @@
 """The room search."""
 
-from remove_refusals.search.candidates import Candidate, Confirmation, Selection
+from remove_refusals.search.candidates import (
+    CANDIDATES,
+    Candidate,
+    Confirmation,
+    Selection,
+    load_candidates,
+    save_candidates,
+)
 from remove_refusals.search.continuations import (
     Probe,
     Vocabulary,
@@ -33,6 +40,7 @@ from remove_refusals.search.references import References, references
 from remove_refusals.search.search import SearchPrompts, pick, select, split_for_search
 
 __all__ = [
+    "CANDIDATES",
     "N_OPENING_TOKENS",
     "Bench",
     "Candidate",
@@ -54,6 +62,7 @@ __all__ = [
     "keep_below",
     "learn_openings",
     "likely_tokens",
+    "load_candidates",
     "log_probabilities",
     "make_options",
     "make_probes",
@@ -61,6 +70,7 @@ __all__ = [
     "pick",
     "references",
     "refusal_probabilities",
+    "save_candidates",
     "search_layers",
     "select",
     "split_for_search",

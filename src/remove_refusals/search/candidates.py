@@ -1,12 +1,22 @@
 """Candidates of a search, the front of those that no other beats, and the rule that picks one."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import safetensors
+import safetensors.torch
+import torch
+
+from remove_refusals.directions import DIRECTIONS, direction_sha256
+from remove_refusals.errors import DirectionError
+from remove_refusals.files import atomic_file
 from remove_refusals.measure import Mean, Rate
+from remove_refusals.report import CandidateRecord, SelectionRecord, SelectionSummary, StrengthRecord
 from remove_refusals.settings import Method, Rule
-from remove_refusals.types import Intervention
+from remove_refusals.types import Direction, DirectionOrigin, Intervention, SiteEdit
 
 
 @dataclass(frozen=True)
@@ -75,14 +85,15 @@ class Candidate:
     damage: float
     confirmation: Confirmation | None = None
 
-    def to_json(self) -> dict[str, Any]:
+    def record(self) -> CandidateRecord:
         """Give name and scores, and the strengths by layer and kind of site."""
-        record: dict[str, Any] = {"name": self.name, "refusal": self.refusal, "damage": self.damage}
-        record["strengths"] = [
-            {"site": edit.kind, "layer": edit.layer, "strength": edit.strength, "direction": edit.direction}
-            for edit in self.intervention.edits
-        ]
-        return record if self.confirmation is None else record | {"confirmation": self.confirmation.to_json()}
+        return CandidateRecord(
+            name=self.name,
+            refusal=self.refusal,
+            damage=self.damage,
+            strengths=tuple(StrengthRecord(**vars(edit)) for edit in self.intervention.edits),
+            confirmation=None if self.confirmation is None else self.confirmation.to_json(),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,25 +129,69 @@ class Selection:
         """The indices of the candidates that no other beats, by rising damage."""
         return front([(candidate.refusal, candidate.damage) for candidate in self.candidates])
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> SelectionSummary:
         """Say what was picked by which rule, and what should be said of it."""
-        record: dict[str, Any] = {"method": self.method, "rule": str(self.rule), "n_candidates": len(self.candidates)}
-        picked = {"picked": self.candidate.name, "refusal": self.candidate.refusal, "damage": self.candidate.damage}
-        found = self.candidate.confirmation
-        return (
-            record | picked | ({} if found is None else {"confirmation": found.to_json()}) | {"notes": list(self.notes)}
+        picked = self.candidate.record()
+        return SelectionSummary(
+            method=self.method,
+            rule=str(self.rule),
+            n_candidates=len(self.candidates),
+            picked=picked.name,
+            refusal=picked.refusal,
+            damage=picked.damage,
+            confirmation=picked.confirmation,
+            notes=self.notes,
         )
 
-    def to_json(self) -> dict[str, Any]:
+    def record(self) -> SelectionRecord:
         """Give the content of `selection.json`."""
-        return {
-            "method": self.method,
-            "rule": str(self.rule),
-            "picked": self.picked,
-            "front": list(self.front),
-            "notes": list(self.notes),
-            "candidates": [candidate.to_json() for candidate in self.candidates],
-        }
+        return SelectionRecord(
+            method=self.method,
+            rule=str(self.rule),
+            picked=self.picked,
+            front=self.front,
+            notes=self.notes,
+            candidates=tuple(candidate.record() for candidate in self.candidates),
+        )
+
+
+CANDIDATES = f"{DIRECTIONS}/candidates.safetensors"
+
+
+def save_candidates(interventions: Mapping[int, Intervention], path: Path) -> None:
+    """Write the directions of candidates, by their number in `selection.json`, each direction once."""
+    tensors: dict[str, torch.Tensor] = {}
+    names: dict[str, list[str]] = {}
+    for number, intervention in interventions.items():
+        found = {direction_sha256(direction)[:16]: direction.basis for direction in intervention.directions}
+        names[str(number)] = [direction_sha256(direction)[:16] for direction in intervention.directions]
+        tensors |= {name: basis.contiguous() for name, basis in found.items()}
+    with atomic_file(path) as staging:
+        safetensors.torch.save_file(tensors, staging, {"candidates": json.dumps(names)})
+
+
+def load_candidates(directory: Path) -> dict[str, Intervention]:
+    """Read the candidates of a run's search whose directions were kept, by name in the order of `selection.json`."""
+    path = directory / CANDIDATES
+    if not path.exists():
+        return {}
+    record = SelectionRecord.read(directory / "selection.json", error=DirectionError)
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            names = json.loads(file.metadata()["candidates"])
+            bases = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        found = {}
+        for number, kept in sorted(names.items(), key=lambda item: int(item[0])):
+            candidate = record.candidates[int(number)]
+            edits = (SiteEdit(edit.kind, edit.layer, edit.strength, edit.direction) for edit in candidate.strengths)
+            directions = tuple(Direction(bases[name], DirectionOrigin("search")) for name in kept)
+            found[candidate.name] = Intervention(directions, tuple(edits))
+    except (KeyError, IndexError, TypeError, ValueError, safetensors.SafetensorError) as error:
+        raise DirectionError(
+            f"The candidates in {path} cannot be read ({type(error).__name__}: {error}), expected what `run` leaves; "
+            "make the directory again."
+        ) from error
+    return found
 
 
 def front(points: Sequence[tuple[float, float]]) -> tuple[int, ...]:
