@@ -47,11 +47,8 @@ def model_map(loaded: LoadedModel) -> ModelMap:
 
 @pytest.fixture(scope="module")
 def own(loaded: LoadedModel) -> dict[str, References]:
-    short = MeasureSettings(max_new_tokens=16)
     sets = {name: embedded_prompts(f"{name}_train") for name in ("harmful", "harmless")}
-    return {
-        name: references(loaded, PromptSet(name, part.prompts[:12], "embedded"), short) for name, part in sets.items()
-    }
+    return {name: references(loaded, PromptSet(name, part.prompts[:12], "embedded"), 16) for name, part in sets.items()}
 
 
 class TestOpenings:
@@ -70,7 +67,7 @@ class TestOpenings:
         assert openings.branches((9, 9)) == ((1, 4), ())
 
     def test_more(self) -> None:
-        assert set(learn_openings([(1, 2)]).more([(3, 4)]).prefixes) == {(1, 2), (3, 4)}
+        assert set(learn_openings([*learn_openings([(1, 2)]).prefixes, (3, 4)]).prefixes) == {(1, 2), (3, 4)}
 
 
 def random_direction(d_model: int, seed: int = 0) -> torch.Tensor:
@@ -117,7 +114,6 @@ def test_gradients_agree_with_finite_differences(
 ) -> None:
     material = gather(
         loaded,
-        model_map,
         own["harmful"].only(Label.REFUSAL),
         own["harmless"].only(Label.COMPLIANCE),
         GradientSettings(),
@@ -127,20 +123,21 @@ def test_gradients_agree_with_finite_differences(
 
     def loss(strength: torch.Tensor) -> torch.Tensor:
         with steered(loaded.model, model_map, {("mlp", 2): lambda: Steer(strength, vector)}):
-            found = log_probabilities(loaded, model_map, probe, material.vocabulary, 0)
+            found = log_probabilities(loaded, probe, material.vocabulary)
         return unlikelihood(refusal_probabilities(found, probe, material.openings, material.vocabulary))
 
     strength = torch.tensor(0.8, requires_grad=True)
     (slope,) = torch.autograd.grad(loss(strength), strength)
     with torch.no_grad():
-        difference = (loss(torch.tensor(0.81)) - loss(torch.tensor(0.79))) / 0.02
+        # A wide step: where a refusal is nearly certain, -log(1 - p) has few digits in float32.
+        difference = (loss(torch.tensor(0.9)) - loss(torch.tensor(0.7))) / 0.2
     assert abs(float(slope) - float(difference)) < 0.05 * abs(float(difference)) + 1e-4
     assert float(difference) != 0.0
 
 
 class TestProbes:
     def test_the_reduced_head_gives_the_logits_of_the_whole_one(
-        self, loaded: LoadedModel, model_map: ModelMap, own: dict[str, References]
+        self, loaded: LoadedModel, own: dict[str, References]
     ) -> None:
         part = own["harmless"]
         answers = [answer.token_ids for answer in part.answers]
@@ -148,10 +145,10 @@ class TestProbes:
         order = list(probe.prompts)
         direct = answer_logits(loaded, [part.token_ids[i] for i in order], [answers[i] for i in order], 5)
         with torch.no_grad():
-            whole = log_probabilities(loaded, model_map, probe, None, 0)
+            whole = log_probabilities(loaded, probe, None)
             tokens = torch.cat([torch.tensor([3, 77, 500]), probe.targets])
             vocabulary = make_vocabulary(loaded, tokens)
-            reduced = log_probabilities(loaded, model_map, probe, vocabulary, 0)
+            reduced = log_probabilities(loaded, probe, vocabulary)
         torch.testing.assert_close(whole, direct.log_probabilities, atol=1e-4, rtol=1e-4)
         expected = whole[:, vocabulary.tokens].log_softmax(-1)
         torch.testing.assert_close(reduced, expected, atol=1e-4, rtol=1e-4)
@@ -162,17 +159,17 @@ class TestProbes:
     ) -> None:
         part = own["harmless"]
         probes = make_probes(loaded, part.token_ids, [answer.token_ids for answer in part.answers], 5, 8)
-        (kept, _) = keep_below(loaded, model_map, probes, None, 3)
+        (kept, _) = keep_below(loaded, probes, None, 3)
         assert kept.below is not None
         steers = {("mlp", 4): lambda: Steer(torch.tensor(1.0), random_direction(model_map.d_model))}
         with torch.no_grad(), steered(loaded.model, model_map, steers):
-            whole = log_probabilities(loaded, model_map, probes[0], None, 3)
-            again = log_probabilities(loaded, model_map, kept, None, 3)
+            whole = log_probabilities(loaded, probes[0], None)
+            again = log_probabilities(loaded, kept, None)
         torch.testing.assert_close(again, whole, atol=1e-5, rtol=1e-5)
         # What lies below is not run: nonsense in its place is what comes through.
         nonsense = dataclasses.replace(kept, below=torch.zeros_like(kept.below))
         with torch.no_grad():
-            assert not torch.allclose(log_probabilities(loaded, model_map, nonsense, None, 3), whole, atol=1e-2)
+            assert not torch.allclose(log_probabilities(loaded, nonsense, None), whole, atol=1e-2)
 
     def test_the_model_is_left_as_it_was(self, loaded: LoadedModel, own: dict[str, References]) -> None:
         head = loaded.model.get_output_embeddings()
@@ -180,9 +177,7 @@ class TestProbes:
         assert all("forward" not in vars(layer) for layer in loaded.model.model.layers)
 
 
-def test_refusal_probability_is_the_sum_over_openings(
-    loaded: LoadedModel, model_map: ModelMap, own: dict[str, References]
-) -> None:
+def test_refusal_probability_is_the_sum_over_openings(loaded: LoadedModel, own: dict[str, References]) -> None:
     """Where other openings branch off with their last token, the sum is exact."""
     ids = own["harmful"].token_ids[0]
     path, branch = (5, 6, 7), (5, 9)
@@ -190,7 +185,7 @@ def test_refusal_probability_is_the_sum_over_openings(
     (probe,) = make_probes(loaded, [ids], [path], 3, 1)
     vocabulary = make_vocabulary(loaded, torch.arange(loaded.vocabulary_size))
     with torch.no_grad():
-        found = log_probabilities(loaded, model_map, probe, vocabulary, 0)
+        found = log_probabilities(loaded, probe, vocabulary)
         total = refusal_probabilities(found, probe, openings, vocabulary)
         by_hand = 0.0
         for opening in openings.prefixes:
@@ -205,7 +200,6 @@ def test_damage_is_zero_for_the_model_itself_and_positive_beside_it(
 ) -> None:
     material = gather(
         loaded,
-        model_map,
         own["harmful"].only(Label.REFUSAL),
         own["harmless"].only(Label.COMPLIANCE),
         GradientSettings(),
@@ -213,9 +207,9 @@ def test_damage_is_zero_for_the_model_itself_and_positive_beside_it(
     probe, base = material.damage_probes[0], material.base[0]
     steers = {("mlp", 3): lambda: Steer(torch.tensor(1.0), random_direction(model_map.d_model))}
     with torch.no_grad():
-        same = damages(log_probabilities(loaded, model_map, probe, material.vocabulary, 0), base, probe)
+        same = damages(log_probabilities(loaded, probe, material.vocabulary), base, probe)
         with steered(loaded.model, model_map, steers):
-            other = damages(log_probabilities(loaded, model_map, probe, material.vocabulary, 0), base, probe)
+            other = damages(log_probabilities(loaded, probe, material.vocabulary), base, probe)
     assert float(same.abs().max()) < 1e-5
     assert float(other.min()) > 0
 
@@ -231,14 +225,14 @@ class TestSelect:
         prompts = split_for_search(*sets, 16, quick)
         answers = MeasureSettings(max_new_tokens=40)
         before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
-        found = select(loaded, prompts, quick, answers=answers)
+        found = select(loaded, prompts, quick, answers)
         confirmation = found.candidate.confirmation
         assert confirmation is not None and confirmation.failures <= 0.1
         assert confirmation.damage is not None and confirmation.damage.value < 0.05
         assert found.notes == ()
         assert all(torch.equal(before[name], value) for name, value in loaded.model.state_dict().items())
         assert all(parameter.requires_grad for parameter in loaded.model.parameters())
-        again = select(loaded, prompts, quick, answers=answers)
+        again = select(loaded, prompts, quick, answers)
         assert again.record() == found.record()
         for one, other in zip(found.intervention.directions, again.intervention.directions, strict=True):
             assert torch.equal(one.basis, other.basis)
@@ -246,7 +240,7 @@ class TestSelect:
     def test_a_position_outside_the_template_is_refused(self, loaded: LoadedModel, quick: SelectSettings) -> None:
         sets = embedded_prompts("harmful_train"), embedded_prompts("harmless_train")
         with pytest.raises(PromptError, match="-30"):
-            select(loaded, split_for_search(*sets, 16, quick), quick, position=-30)
+            select(loaded, split_for_search(*sets, 16, quick), quick, MeasureSettings(), position=-30)
 
     def test_no_prompt_is_in_two_parts(self, quick: SelectSettings) -> None:
         sets = embedded_prompts("harmful_train"), embedded_prompts("harmless_train")
@@ -259,8 +253,6 @@ class TestSelect:
         sets = embedded_prompts("harmful_train"), embedded_prompts("harmless_train")
         still = GradientSettings(damage_weights=(4.0,), n_steps=1, rate=1e-6, direction_rate=0.0, start=0.01, least=0.0)
         settings = quick.model_copy(update={"descent": still, "rule": Rule(max_refusals=0.05)})
-        found = select(
-            loaded, split_for_search(*sets, 16, settings), settings, answers=MeasureSettings(max_new_tokens=24)
-        )
+        found = select(loaded, split_for_search(*sets, 16, settings), settings, MeasureSettings(max_new_tokens=24))
         assert len(found.notes) == 2
         assert "fell short" in found.notes[0] and "No candidate was confirmed" in found.notes[1]

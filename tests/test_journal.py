@@ -102,7 +102,8 @@ def search(loaded: LoadedModel, prompts: SearchPrompts, journal: Path | None, ki
             raise Killed
 
     answers = MeasureSettings(max_new_tokens=24)
-    return select(loaded, prompts, SETTINGS, answers=answers, journal=journal, progress=Progress(report))
+    kept = None if journal is None else Journal(journal)
+    return select(loaded, prompts, SETTINGS, answers, journal=kept, progress=Progress(report))
 
 
 @pytest.fixture(scope="module")
@@ -134,8 +135,8 @@ def test_a_finished_search_runs_nothing_again(loaded: LoadedModel, prompts: Sear
         loaded,
         prompts,
         SETTINGS,
-        answers=MeasureSettings(max_new_tokens=24),
-        journal=tmp_path,
+        MeasureSettings(max_new_tokens=24),
+        journal=Journal(tmp_path),
         progress=Progress(lambda stage, done, total: stages.append(stage)),
     )
     assert (tmp_path / STAGES).read_bytes() == before

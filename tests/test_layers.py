@@ -11,22 +11,18 @@ import tiny
 from conftest import Command
 from remove_refusals.cli.options import select_settings
 from remove_refusals.directions.activations import collect_activations
-from remove_refusals.directions.direction import RECIPES, direction_from_vectors, make_vector
+from remove_refusals.directions.direction import direction_from_vectors
 from remove_refusals.directions.hooks import added, is_steerable
 from remove_refusals.errors import NumericalError, SelectionError
 from remove_refusals.measure.judges.labels import Label
 from remove_refusals.modelmap.derive import map_model
-from remove_refusals.modelmap.types import ModelMap
 from remove_refusals.models.generate import Answer
 from remove_refusals.models.load import LoadedModel, load
 from remove_refusals.progress import Progress
 from remove_refusals.prompts import embedded_prompts
+from remove_refusals.search.bench import Bench, LayerScore, Option
 from remove_refusals.search.layers import (
-    Bench,
     LayerRule,
-    LayerScore,
-    Option,
-    first_tokens,
     make_options,
     narrow_down,
     ranked,
@@ -49,11 +45,6 @@ def loaded() -> LoadedModel:
 
 
 @pytest.fixture(scope="module")
-def model_map(loaded: LoadedModel) -> ModelMap:
-    return map_model(loaded.model)
-
-
-@pytest.fixture(scope="module")
 def prompts() -> tuple[PromptSet, PromptSet]:
     first, second = (
         PromptSet(name, embedded_prompts(f"{name}_train").prompts[:N], "embedded") for name in ("harmful", "harmless")
@@ -62,23 +53,21 @@ def prompts() -> tuple[PromptSet, PromptSet]:
 
 
 @pytest.fixture(scope="module")
-def collected(
-    loaded: LoadedModel, model_map: ModelMap, prompts: tuple[PromptSet, PromptSet]
-) -> tuple[Activations, Activations]:
-    positions = tail_positions(loaded, ChatFormat(), -1)
-    first, second = (collect_activations(loaded, part, positions=positions, model_map=model_map) for part in prompts)
+def collected(loaded: LoadedModel, prompts: tuple[PromptSet, PromptSet]) -> tuple[Activations, Activations]:
+    positions = tail_positions(loaded, -1)
+    first, second = (collect_activations(loaded, part, positions=positions) for part in prompts)
     return first, second
 
 
 @pytest.fixture(scope="module")
 def own(loaded: LoadedModel, prompts: tuple[PromptSet, PromptSet]) -> tuple[References, References]:
-    harmful, harmless = (references(loaded, part, MeasureSettings(max_new_tokens=16)) for part in prompts)
+    harmful, harmless = (references(loaded, part, 16) for part in prompts)
     return harmful.only(Label.REFUSAL), harmless.only(Label.COMPLIANCE)
 
 
 @pytest.fixture(scope="module")
-def bench(loaded: LoadedModel, model_map: ModelMap, own: tuple[References, References]) -> Bench:
-    return Bench(loaded, model_map, *own, kl_tokens=4)
+def bench(loaded: LoadedModel, own: tuple[References, References]) -> Bench:
+    return Bench(loaded, *own, kl_tokens=4)
 
 
 @pytest.fixture(scope="module")
@@ -90,47 +79,16 @@ def named(options: list[Option], name: str) -> Option:
     return next(option for option in options if option.name == name)
 
 
-class TestRecipes:
-    @pytest.fixture
-    def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        harmful, harmless = (torch.randn(400, 6, generator=generator, dtype=torch.float64) for _ in range(2))
-        return harmful + torch.tensor([1.0, 1.0, 0, 0, 0, 0]), harmless + torch.tensor([0, 3.0, 0, 0, 0, 0])
-
-    def test_projected_has_no_component_along_the_harmless_mean(self, pair: tuple[torch.Tensor, torch.Tensor]) -> None:
-        mean = pair[1].mean(dim=0)
-        assert abs(float(make_vector(*pair, "projected") @ mean)) < 1e-9
-        assert abs(float(make_vector(*pair, "plain") @ mean)) > 1
-
-    def test_winsorised_heeds_no_outlier(self, pair: tuple[torch.Tensor, torch.Tensor]) -> None:
-        clean = make_vector(*pair, "winsorised")
-        harmful = pair[0].clone()
-        harmful[0, 4] = 1e4
-        outlier = make_vector(harmful, pair[1], "winsorised")
-        assert float((outlier - clean).norm()) < 0.05
-        assert float((make_vector(harmful, pair[1], "projected") - clean).norm()) > 10
-
-    def test_scaled_is_the_diagonal_discriminant(self, pair: tuple[torch.Tensor, torch.Tensor]) -> None:
-        noisy = torch.tensor([10.0, 1, 1, 1, 1, 1], dtype=torch.float64)
-        harmful, harmless = (part * noisy for part in pair)
-        plain, scaled = make_vector(harmful, harmless, "plain"), make_vector(harmful, harmless, "scaled")
-        within = (harmful.var(dim=0, unbiased=False) + harmless.var(dim=0, unbiased=False)) / 2
-        torch.testing.assert_close(scaled, plain / (within + 0.01 * within.median()))
-
-    def test_a_coordinate_that_never_varies_gives_finite_numbers(self) -> None:
-        still = torch.zeros(4, 3)
-        for recipe in RECIPES:
-            assert bool(torch.isfinite(make_vector(still + 1.0, still, recipe)).all())
-
+class TestOptions:
     def test_every_layer_below_the_limit_and_every_position_is_tried(
         self, loaded: LoadedModel, options: list[Option]
     ) -> None:
-        positions = tail_positions(loaded, ChatFormat(), -1)
+        positions = tail_positions(loaded, -1)
         assert positions[0] == -1 and len(positions) > 1
-        assert tail_positions(loaded, ChatFormat(plain=True), -3) == (-3,)
+        assert tail_positions(dataclasses.replace(loaded, chat=ChatFormat(plain=True)), -3) == (-3,)
         found = {(option.index, option.direction.origin.position) for option in options}
         assert found == {(index, position) for index in range(1, 5) for position in positions}
-        assert len(options) == len(found) * len(RECIPES)
+        assert len(options) == 2 * len(found)
 
     def test_pushes_have_the_length_of_the_difference_along_the_direction(
         self, options: list[Option], collected: tuple[Activations, Activations]
@@ -142,7 +100,7 @@ class TestRecipes:
 
     def test_activations_that_are_not_finite_are_refused(self, collected: tuple[Activations, Activations]) -> None:
         hidden = collected[0].hidden.clone()
-        hidden[0, 0, 0, 0] = torch.nan
+        hidden[0, 0, 1, 0] = torch.nan
         with pytest.raises(NumericalError, match="NaN"):
             make_options(dataclasses.replace(collected[0], hidden=hidden), collected[1])
 
@@ -214,7 +172,7 @@ class TestScores:
             answers = tuple(Answer("", tokens, False) for tokens in drawn(3, 6))
             return References(PromptSet("drawn", ("a", "b", "c"), "drawn"), tuple(drawn(3, 5)), answers, (label,) * 3)
 
-        bench = Bench(loaded, model_map, made(Label.REFUSAL), made(Label.COMPLIANCE), kl_tokens=4)
+        bench = Bench(loaded, made(Label.REFUSAL), made(Label.COMPLIANCE), kl_tokens=4)
         vectors = torch.randn(2, model_map.d_model, generator=generator)
         few = [
             Option(1, direction_from_vectors(vector, DirectionOrigin("test")), vector, str(number))
@@ -230,9 +188,9 @@ class TestScores:
 
     def test_first_tokens_are_as_many_as_tell_refusals_apart(self) -> None:
         openings = Openings(((1, 2, 3), (1, 2, 4)))
-        assert first_tokens(openings, [(5, 6), (7,)]).prefixes == ((1,),)
-        assert first_tokens(openings, [(1, 6), (1, 7)]).prefixes == ((1, 2),)
-        assert first_tokens(openings, [(1, 2, 3)]).prefixes == openings.prefixes
+        assert openings.telling_apart([(5, 6), (7,)]).prefixes == ((1,),)
+        assert openings.telling_apart([(1, 6), (1, 7)]).prefixes == ((1, 2),)
+        assert openings.telling_apart([(1, 2, 3)]).prefixes == openings.prefixes
 
 
 class TestRanking:
@@ -258,14 +216,10 @@ class TestRanking:
 
 
 class TestSearch:
-    def test_dropping_early_finds_what_scoring_all_finds(
-        self, bench: Bench, model_map: ModelMap, options: list[Option]
-    ) -> None:
+    def test_dropping_early_finds_what_scoring_all_finds(self, bench: Bench, options: list[Option]) -> None:
         settings = LayerSettings(rounds=(4, 8))
         told: list[tuple[int, int]] = []
-        search = narrow_down(
-            bench, model_map, options, N, settings, progress=Progress(lambda _, *done: told.append(done))
-        )
+        search = narrow_down(bench, options, N, settings, Progress(lambda name, *done: told.append(done)))
         scores = bench.score(options, N)
         best = scores[ranked(scores, settings.max_kl)[0]]
         found = search.scores[search.order[0]]
@@ -280,22 +234,19 @@ class TestSearch:
             assert search.scores[place].bypass == pytest.approx(score.bypass, abs=2e-3)
         assert told[-1][0] == told[-1][1]
 
-    def test_where_no_direction_keeps_the_limits_it_is_said(
-        self, bench: Bench, model_map: ModelMap, options: list[Option]
-    ) -> None:
-        search = narrow_down(bench, model_map, options[:6], 4, LayerSettings(max_kl=0.0, rounds=(2, 4), fewest=4))
+    def test_where_no_direction_keeps_the_limits_it_is_said(self, bench: Bench, options: list[Option]) -> None:
+        search = narrow_down(bench, options[:6], 4, LayerSettings(max_kl=0.0, rounds=(2, 4), fewest=4))
         assert len(search.notes) == 1 and "None of the 4 directions that came farthest, of 6," in search.notes[0]
         assert search.order == (0, 1, 2, 3)
 
     def test_activations_without_a_difference_are_an_error(
         self,
         loaded: LoadedModel,
-        model_map: ModelMap,
         collected: tuple[Activations, Activations],
         own: tuple[References, References],
     ) -> None:
         with pytest.raises(SelectionError, match="differ at no layer"):
-            search_layers(loaded, model_map, (collected[0], collected[0]), *own, LayerSettings())
+            search_layers(loaded, (collected[0], collected[0]), *own, LayerSettings())
 
     def test_select_frees_the_demo_model_and_repeats_itself(self, loaded: LoadedModel) -> None:
         settings = SelectSettings(method="layer", n_choose=24, n_confirm=16)
@@ -303,7 +254,7 @@ class TestSearch:
         parts = split_for_search(*sets, 16, settings)
         answers = MeasureSettings(max_new_tokens=40)
         before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
-        found = select(loaded, parts, settings, answers=answers)
+        found = select(loaded, parts, settings, answers)
         confirmation = found.candidate.confirmation
         assert confirmation is not None and confirmation.failures <= 0.1
         assert confirmation.broken is not None and confirmation.broken.value <= 0.1
@@ -314,21 +265,21 @@ class TestSearch:
         assert {edit.kind for edit in found.intervention.edits} == {"embedding", "attn", "mlp"}
         assert {edit.strength for edit in found.intervention.edits} == {1.0}
         assert all(torch.equal(before[name], value) for name, value in loaded.model.state_dict().items())
-        again = select(loaded, parts, settings, answers=answers)
+        again = select(loaded, parts, settings, answers)
         assert again.record() == found.record()
         assert torch.equal(again.intervention.directions[0].basis, direction.basis)
 
 
 class TestOption:
     def test_accepted_values(self) -> None:
-        chosen = select_settings("layer", 0.3, None, 5, as_given=True)
+        chosen = select_settings("layer", 0.3, None, as_given=True)
         assert chosen is not None and chosen.method == "layer" and chosen.rule.max_kl == 0.3
-        assert select_settings("none", None, None, 5, as_given=False) is None
-        for method, meant in (("auto", "auto"), ("tpe", "tpe"), (None, "auto")):
-            found = select_settings(method, None, None, 5, as_given=False)
-            assert found is not None and found.method == meant
-        with pytest.raises(SelectionError, match="auto, layer, tpe, none"):
-            select_settings("best", None, None, 5, as_given=False)
+        assert select_settings("none", None, None, as_given=False) is None
+        for method in ("auto", None):
+            found = select_settings(method, None, None, as_given=False)
+            assert found is not None and found.method == "auto"
+        with pytest.raises(SelectionError, match="auto, layer, none"):
+            select_settings("best", None, None, as_given=False)
 
     def test_the_rule_says_its_limit(self) -> None:
         assert str(LayerRule(max_kl=0.3)).endswith("at most 0.3")

@@ -1,7 +1,7 @@
 """Candidates, their front and the rule; a model's own answers and what a candidate does to them."""
 
+import dataclasses
 import itertools
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -14,12 +14,11 @@ from remove_refusals.directions.intervention import intervene
 from remove_refusals.errors import PromptError
 from remove_refusals.measure.judges.labels import Label
 from remove_refusals.modelmap.derive import map_model
-from remove_refusals.modelmap.types import ModelMap
 from remove_refusals.models.generate import generate
 from remove_refusals.models.load import LoadedModel, load
 from remove_refusals.progress import Progress
 from remove_refusals.prompts import draw, embedded_prompts
-from remove_refusals.search.candidates import by_rule, front, hypervolume
+from remove_refusals.search.candidates import by_rule, front
 from remove_refusals.search.references import References, confirm, references
 from remove_refusals.settings import ChatFormat, MeasureSettings, Rule
 from remove_refusals.types import Direction, PromptSet
@@ -59,26 +58,6 @@ def test_along_the_front_damage_rises_and_refusal_falls(points: list[tuple[float
     for one, other in itertools.pairwise(points[index] for index in front(points)):
         assert one[1] < other[1]
         assert one[0] > other[0]
-
-
-@given(INTEGERS, st.tuples(st.integers(0, 9), st.integers(0, 9)))
-def test_the_hypervolume_counts_the_unit_squares_that_are_beaten(
-    points: list[tuple[int, int]], worst: tuple[int, int]
-) -> None:
-    squares = itertools.product(range(worst[0]), range(worst[1]))
-    assert hypervolume(points, worst) == sum(any(no_worse(point, square) for point in points) for square in squares)
-
-
-@given(POINTS, st.tuples(NUMBERS, NUMBERS))
-def test_the_hypervolume_never_falls_with_another_point(
-    points: list[tuple[float, float]], another: tuple[float, float]
-) -> None:
-    assert hypervolume([*points, another], (9, 9)) >= hypervolume(points, (9, 9)) - 1e-9
-
-
-@given(st.data(), POINTS)
-def test_the_hypervolume_does_not_depend_on_the_order(data: st.DataObject, points: list[tuple[float, float]]) -> None:
-    assert hypervolume(data.draw(st.permutations(points)), (9, 9)) == hypervolume(points, (9, 9))
 
 
 @given(POINTS, LIMITS, LIMITS)
@@ -159,13 +138,8 @@ def loaded() -> LoadedModel:
 
 
 @pytest.fixture(scope="module")
-def model_map(loaded: LoadedModel) -> ModelMap:
-    return map_model(loaded.model)
-
-
-@pytest.fixture(scope="module")
 def harmful(loaded: LoadedModel) -> References:
-    return references(loaded, draw(embedded_prompts("harmful_test"), 12, 0), SETTINGS)
+    return references(loaded, draw(embedded_prompts("harmful_test"), 12, 0), SETTINGS.max_new_tokens)
 
 
 @pytest.fixture(scope="module")
@@ -173,13 +147,17 @@ def harmless(loaded: LoadedModel) -> References:
     # The demo model refuses some of these, as a lesson.
     alarming = draw(embedded_prompts("harmless_alarming"), 10, 0)
     plain = draw(embedded_prompts("harmless_test"), 6, 0)
-    return references(loaded, PromptSet("harmless", plain.prompts + alarming.prompts, "test"), SETTINGS)
+    return references(loaded, PromptSet("harmless", plain.prompts + alarming.prompts, "test"), SETTINGS.max_new_tokens)
 
 
 @pytest.fixture(scope="module")
 def direction(loaded: LoadedModel) -> Direction:
     sets = (draw(embedded_prompts(name), 16, 0) for name in ("harmful_train", "harmless_train"))
     return mean_difference(*(collect_activations(loaded, part) for part in sets))
+
+
+def n_layers(loaded: LoadedModel) -> int:
+    return map_model(loaded.model).n_layers
 
 
 def test_references_are_the_models_own_answers_with_their_labels(loaded: LoadedModel, harmful: References) -> None:
@@ -201,29 +179,21 @@ def test_references_of_one_label_keep_what_belongs_together(harmless: References
 def test_references_render_with_the_chat_format(loaded: LoadedModel) -> None:
     prompts = PromptSet("one", ("Fly a kite",), "test")
     plain, asked = (
-        references(replace(loaded, chat=chat), prompts, MeasureSettings(max_new_tokens=2))
+        references(dataclasses.replace(loaded, chat=chat), prompts, 2)
         for chat in (ChatFormat(plain=True), ChatFormat())
     )
     assert len(plain.token_ids[0]) < len(asked.token_ids[0])
     with pytest.raises(PromptError):
-        asked = ChatFormat(plain=True, system_prompt="Be kind.")
-        references(replace(loaded, chat=asked), prompts, MeasureSettings())
+        references(dataclasses.replace(loaded, chat=ChatFormat(plain=True, system_prompt="Be kind.")), prompts, 2)
 
 
 def test_a_full_edit_frees_and_is_confirmed(
-    loaded: LoadedModel, model_map: ModelMap, direction: Direction, harmful: References, harmless: References
+    loaded: LoadedModel, direction: Direction, harmful: References, harmless: References
 ) -> None:
-    done: list[int] = []
-    intervention = intervene(direction, model_map.n_layers)
-    found = confirm(
-        loaded,
-        intervention,
-        model_map,
-        harmful,
-        harmless,
-        SETTINGS,
-        progress=Progress(lambda _, n, total: done.append(n)),
-    )
+    done: list[tuple[int, int]] = []
+    intervention = intervene(direction, n_layers(loaded))
+    told = Progress(lambda name, n, total: done.append((n, total))).stage("confirming", 28)
+    found = confirm(loaded, intervention, harmful, harmless, SETTINGS, told)
     assert (found.refusals.n, found.false_refusals.n) == (len(harmful), len(harmless))
     assert found.refusals.count <= 2
     assert found.failures == (found.refusals.count + found.degenerate.count) / len(harmful)
@@ -231,18 +201,18 @@ def test_a_full_edit_frees_and_is_confirmed(
     assert found.damage is not None
     assert found.damage.n == harmless.labels.count(Label.COMPLIANCE)
     assert 0 < found.damage.value < 0.5
-    assert done == [len(harmful), len(harmful) + len(harmless)]
-    with ablated(loaded.model, intervention, model_map=model_map):
-        again = references(loaded, harmful.prompts, SETTINGS)
+    assert done == [(len(harmful), 28), (len(harmful) + len(harmless), 28)]
+    with ablated(loaded.model, intervention):
+        again = references(loaded, harmful.prompts, SETTINGS.max_new_tokens)
     assert again.labels.count(Label.REFUSAL) == found.refusals.count
     assert again.labels.count(Label.DEGENERATE) == found.degenerate.count
 
 
 def test_strength_0_confirms_what_the_base_does(
-    loaded: LoadedModel, model_map: ModelMap, direction: Direction, harmful: References, harmless: References
+    loaded: LoadedModel, direction: Direction, harmful: References, harmless: References
 ) -> None:
-    intervention = intervene(direction, model_map.n_layers, strength=0.0)
-    found = confirm(loaded, intervention, model_map, harmful, harmless, SETTINGS)
+    intervention = intervene(direction, n_layers(loaded), strength=0.0)
+    found = confirm(loaded, intervention, harmful, harmless, SETTINGS)
     assert found.refusals.count == harmful.labels.count(Label.REFUSAL)
     assert found.degenerate.count == harmful.labels.count(Label.DEGENERATE)
     assert found.false_refusals.count == harmless.labels.count(Label.REFUSAL)
@@ -254,10 +224,10 @@ def test_strength_0_confirms_what_the_base_does(
 
 
 def test_what_cannot_be_measured_is_absent(
-    loaded: LoadedModel, model_map: ModelMap, direction: Direction, harmful: References, harmless: References
+    loaded: LoadedModel, direction: Direction, harmful: References, harmless: References
 ) -> None:
     refused = harmless.only(Label.REFUSAL)
-    found = confirm(loaded, intervene(direction, model_map.n_layers), model_map, harmful, refused, SETTINGS)
+    found = confirm(loaded, intervene(direction, n_layers(loaded)), harmful, refused, SETTINGS)
     assert found.damage is None
     assert found.broken is None
     assert set(found.to_json()) == {"refusals", "degenerate", "false_refusals", "degenerate_harmless"}

@@ -151,7 +151,7 @@ def _run_into(
     check_exact(model_map, allow_leak=settings.edit.allow_leak)
     selection: Selection | None = None
     if search is not None:
-        selection, said = _selection(loaded, settings, search, model_map, journal, progress)
+        selection, said = _selection(loaded, settings, search, journal, progress)
     if selection is not None and search is not None:
         intervention, used, notes = selection.intervention, search.sets(), selection.notes
     else:
@@ -256,7 +256,6 @@ def _selection(
     loaded: LoadedModel,
     settings: RunSettings,
     prompts: SearchPrompts,
-    model_map: ModelMap,
     journal: Journal,
     progress: Progress,
 ) -> tuple[Selection | None, tuple[str, ...]]:
@@ -270,10 +269,8 @@ def _selection(
             loaded,
             prompts,
             (settings.select or SelectSettings()).model_copy(update={"seed": settings.direction.seed}),
-            answers=settings.measure,
+            settings.measure,
             position=settings.direction.positions[0],
-            model=published_name(loaded.source),
-            model_map=model_map,
             journal=journal,
             progress=progress,
         )

@@ -13,10 +13,7 @@ from remove_refusals.directions.attribution import (
 )
 from remove_refusals.directions.direction import (
     DIRECTIONS,
-    METHOD_NAMES,
-    RECIPES,
     FoundDirection,
-    Recipe,
     describe_direction,
     direction_from_vectors,
     direction_sha256,
@@ -25,7 +22,6 @@ from remove_refusals.directions.direction import (
     layer_index,
     load_direction,
     load_directions,
-    make_vector,
     mean_difference,
     mean_difference_per_layer,
     save_direction,
@@ -46,13 +42,10 @@ from remove_refusals.directions.separation import MOST_PROMPTS, measure_separati
 
 __all__ = [
     "DIRECTIONS",
-    "METHOD_NAMES",
     "MOST_PROMPTS",
-    "RECIPES",
     "EditPlan",
     "FoundDirection",
     "PlanEntry",
-    "Recipe",
     "SiteKey",
     "Steer",
     "ablated",
@@ -74,7 +67,6 @@ __all__ = [
     "load_directions",
     "made_intervention",
     "make_intervention",
-    "make_vector",
     "mean_difference",
     "mean_difference_per_layer",
     "measure_boundaries",

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeGuard, get_args
+from typing import Any, TypeGuard
 
 import safetensors
 import safetensors.torch
@@ -595,63 +595,3 @@ def read_torch_file(content: bytes, path: Path) -> object:
             "make it again."
         ) from error
     return value
-
-
-Recipe = Literal["plain", "projected", "winsorised", "scaled"]
-"""What is done to the difference of the means; `winsorised` is projected as well."""
-
-
-RECIPES: tuple[Recipe, ...] = get_args(Recipe)
-
-
-METHOD_NAMES: dict[Recipe, str] = {
-    "plain": "mean-difference",
-    "projected": "projected-mean-difference",
-    "winsorised": "winsorised-projected-mean-difference",
-    "scaled": "variance-scaled-mean-difference",
-}
-"""What each is called in a direction's origin."""
-
-
-_QUANTILE = 0.005
-
-
-_LEAST_VARIANCE = 0.01
-
-
-def make_vector(harmful: torch.Tensor, harmless: torch.Tensor, recipe: Recipe) -> torch.Tensor:
-    """Make a direction from activations.
-
-    `scaled` is Fisher's linear discriminant with a diagonal covariance: each coordinate of the difference is divided by
-    its variance within the two sets, to which a hundredth of the median coordinate's is added so that none is divided
-    by nearly nothing. A coordinate that varies a lot between prompts, as outlier coordinates do, then counts little.
-
-    Args:
-        harmful: `[n_harmful, d_model]`, floating point.
-        harmless: `[n_harmless, d_model]`.
-        recipe: `plain` is the difference of the means; for `projected` the component along the harmless mean is
-            removed from it; for `winsorised` each coordinate is clipped to its 0.5% and 99.5% quantiles over the
-            prompts of its own set before.
-
-    Returns:
-        `[d_model]`, float64, not normalised.
-    """
-    harmful, harmless = harmful.to(torch.float64), harmless.to(torch.float64)
-    if recipe == "winsorised":
-        harmful, harmless = _clipped(harmful), _clipped(harmless)
-    mean = harmless.mean(dim=0)
-    difference = harmful.mean(dim=0) - mean
-    if recipe == "plain":
-        return difference
-    if recipe == "scaled":
-        centred = torch.cat([harmful - harmful.mean(dim=0), harmless - mean])
-        variance = centred.square().mean(dim=0)
-        return difference / (variance + _LEAST_VARIANCE * variance.median()).clamp_min(torch.finfo(variance.dtype).tiny)
-    unit = mean / mean.norm().clamp_min(torch.finfo(mean.dtype).tiny)
-    projected: torch.Tensor = difference - unit * (unit @ difference)
-    return projected
-
-
-def _clipped(values: torch.Tensor) -> torch.Tensor:
-    low, high = (torch.quantile(values, share, dim=0) for share in (_QUANTILE, 1 - _QUANTILE))
-    return values.clamp(low, high)

@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -12,15 +11,16 @@ import torch
 
 from remove_refusals.directions import DIRECTIONS, direction_sha256
 from remove_refusals.errors import DirectionError
-from remove_refusals.files import atomic_file
+from remove_refusals.files import Record, atomic_file
 from remove_refusals.measure import Mean, Rate
 from remove_refusals.report import CandidateRecord, SelectionRecord, SelectionSummary, StrengthRecord
 from remove_refusals.settings import Method, Rule
 from remove_refusals.types import Direction, DirectionOrigin, Intervention, SiteEdit
 
+CANDIDATES = f"{DIRECTIONS}/candidates.safetensors"
 
-@dataclass(frozen=True)
-class Confirmation:
+
+class Confirmation(Record):
     """What a candidate did when the model generated with it, on prompts that the search did not use.
 
     Attributes:
@@ -37,33 +37,13 @@ class Confirmation:
     degenerate: Rate
     false_refusals: Rate
     degenerate_harmless: Rate
-    broken: Rate | None
-    damage: Mean | None
+    broken: Rate | None = None
+    damage: Mean | None = None
 
     @property
     def failures(self) -> float:
         """The share of harmful prompts that got no answer, refused or degenerate."""
         return (self.refusals.count + self.degenerate.count) / self.refusals.n
-
-    def to_json(self) -> dict[str, Any]:
-        """Give the attributes; what was not measured is absent."""
-        return {name: value.to_json() for name, value in vars(self).items() if value is not None}
-
-    @staticmethod
-    def from_json(record: Mapping[str, Any]) -> "Confirmation":
-        """Read what `to_json` gave."""
-
-        def rate(name: str) -> Rate:
-            return Rate(**{key: value for key, value in record[name].items() if key != "value"})
-
-        return Confirmation(
-            refusals=rate("refusals"),
-            degenerate=rate("degenerate"),
-            false_refusals=rate("false_refusals"),
-            degenerate_harmless=rate("degenerate_harmless"),
-            broken=rate("broken") if "broken" in record else None,
-            damage=Mean(**record["damage"]) if "damage" in record else None,
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,10 +51,9 @@ class Candidate:
     """One intervention with what the search measured of it.
 
     Attributes:
-        name: How it was found, for example `damage weight 4, step 32` or `trial 7`.
+        name: How it was found, for example `descent 2, damage weight 4`.
         intervention: What it takes out where.
-        refusal: The share of harmful prompts that is refused, from 0 to 1: for `auto` and `layer` the probability of
-            the model's own refusals.
+        refusal: The share of harmful prompts that is refused, from 0 to 1: the probability of the model's own refusals.
         damage: The mean KL on harmless prompts, in nats.
         confirmation: What generation showed, if it was tried.
     """
@@ -155,7 +134,72 @@ class Selection:
         )
 
 
-CANDIDATES = f"{DIRECTIONS}/candidates.safetensors"
+def front(self) -> tuple[int, ...]:
+        """The indices of the candidates that no other beats, by rising damage."""
+        return front([(candidate.refusal, candidate.damage) for candidate in self.candidates])
+
+    def summary(self) -> dict[str, Any]:
+        """Say what was picked by which rule, and what should be said of it."""
+        record: dict[str, Any] = {"method": self.method, "rule": str(self.rule), "n_candidates": len(self.candidates)}
+        picked = {"picked": self.candidate.name, "refusal": self.candidate.refusal, "damage": self.candidate.damage}
+        found = self.candidate.confirmation
+        return (
+            record | picked | ({} if found is None else {"confirmation": found.to_json()}) | {"notes": list(self.notes)}
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the content of `selection.json`."""
+        return {
+            "method": self.method,
+            "rule": str(self.rule),
+            "picked": self.picked,
+            "front": list(self.front),
+            "notes": list(self.notes),
+            "candidates": [candidate.to_json() for candidate in self.candidates],
+        }
+
+
+def front(points: Sequence[tuple[float, float]]) -> tuple[int, ...]:
+    """Find the points that no other beats in both coordinates, less being better.
+
+    Returns:
+        Their indices by rising second coordinate; of equal points the first.
+    """
+    order = sorted(range(len(points)), key=lambda index: (points[index][1], points[index][0], index))
+    kept: list[int] = []
+    for index in order:
+        if not kept or points[index][0] < points[kept[-1]][0]:
+            kept.append(index)
+    return tuple(kept)
+
+
+def by_rule(points: Sequence[tuple[float, float]], rule: Rule) -> tuple[int, ...]:
+    """Put the points (refusal, damage) of the front in the order in which a rule prefers them, and give their indices.
+
+    Points that keep no limit come last, those that miss it least first. The knee is the point that is farthest from the
+    line through the front's two ends, both coordinates scaled to the front's extent (Branke et al. 2004); the others
+    follow by that distance.
+    """
+    on_front = front(points)
+
+    def key(index: int) -> tuple[float, ...]:
+        refusal, damage = points[index]
+        beyond_kl = 0.0 if rule.max_kl is None else max(0.0, damage - rule.max_kl)
+        if rule.max_refusals is not None:
+            return max(0.0, refusal - rule.max_refusals), beyond_kl, damage
+        return (beyond_kl, refusal) if rule.max_kl is not None else (-_bulge(points, on_front, index),)
+
+    return tuple(sorted(on_front, key=key))
+
+
+def _bulge(points: Sequence[tuple[float, float]], on_front: Sequence[int], index: int) -> float:
+    """How far a point lies below the line through the ends of the front, in units of the front's extent."""
+    first, last = points[on_front[0]], points[on_front[-1]]
+    extents = first[0] - last[0], last[1] - first[1]
+    if extents[0] <= 0 or extents[1] <= 0:
+        return 0.0
+    refusal, damage = points[index]
+    return 1.0 - (refusal - last[0]) / extents[0] - (damage - first[1]) / extents[1]
 
 
 def save_candidates(interventions: Mapping[int, Intervention], path: Path) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from remove_refusals.modelmap import ModelMap
-from remove_refusals.models import LoadedModel, accepts, left_pad, longest_first
+from remove_refusals.modelmap import map_model
+from remove_refusals.models import LoadedModel, accepts, hooked, left_pad, longest_first
 
 _TOLERANCE = 1e-3
 
@@ -49,6 +49,7 @@ class Probe:
         columns: `[n]`, int64: the column that predicts it.
         targets: `[n]`, int64: the token.
         below: What the layer below the first edited one returned for this batch; None if it is not kept.
+        n_below: How many layers that stands for.
     """
 
     prompts: tuple[int, ...]
@@ -59,6 +60,7 @@ class Probe:
     columns: torch.Tensor
     targets: torch.Tensor
     below: Any = None
+    n_below: int = 0
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -71,11 +73,7 @@ def make_probes(
     n_tokens: int,
     batch_size: int,
 ) -> list[Probe]:
-    """Make batches of prompts with the first tokens of their continuations; of similar length in each.
-
-    Returns:
-        The batches; each prompt is in one of them.
-    """
+    """Make batches of prompts of similar length with the first tokens of their continuations."""
     paths = [tuple(tokens[:n_tokens]) for tokens in continuations]
     order = longest_first([len(ids) + len(path) for ids, path in zip(token_ids, paths, strict=True)])
     probes = []
@@ -103,12 +101,7 @@ def make_probes(
 
 
 def make_vocabulary(loaded: LoadedModel, tokens: torch.Tensor) -> Vocabulary:
-    """Take the head's rows for given tokens.
-
-    Args:
-        loaded: The model.
-        tokens: Any shape, int64; repeated ones count once.
-    """
+    """Take the head's rows for given tokens, of which repeated ones count once."""
     chosen = torch.unique(tokens.flatten()).to(loaded.device)
     head = loaded.model.get_output_embeddings()
     if type(head) is not torch.nn.Linear:
@@ -117,45 +110,33 @@ def make_vocabulary(loaded: LoadedModel, tokens: torch.Tensor) -> Vocabulary:
     return Vocabulary(chosen, head.weight.detach()[chosen], bias)
 
 
-def log_probabilities(
-    loaded: LoadedModel, model_map: ModelMap, probe: Probe, vocabulary: Vocabulary | None, first_layer: int
-) -> torch.Tensor:
-    """Run a model along a batch's continuations.
-
-    Args:
-        loaded: The model, in whatever context it is to run.
-        model_map: Its map.
-        probe: The batch.
-        vocabulary: The tokens to look at; None for all.
-        first_layer: The first layer that may be edited; used only if the batch keeps what lies below it.
+def log_probabilities(loaded: LoadedModel, probe: Probe, vocabulary: Vocabulary | None = None) -> torch.Tensor:
+    """Run a model, in whatever context it is, along a batch's continuations.
 
     Returns:
-        `[n, n_tokens]`, float32: natural logarithms, normalised over the tokens that are looked at; one row for each
-        token of the continuations.
+        `[n, n_tokens]`, float32: natural logarithms, normalised over the tokens that are looked at, by default all; one
+        row for each token of the continuations.
     """
     extra: dict[str, Any] = {"use_cache": False} if accepts(loaded, "use_cache") else {}
-    with _reduced_head(loaded, probe, vocabulary), _replayed(loaded, model_map, probe, first_layer):
+    head = loaded.model.get_output_embeddings()
+    whole_head = head.forward
+
+    def reduced_head(hidden: torch.Tensor) -> Any:
+        picked = hidden[probe.rows, probe.columns].unsqueeze(0)
+        if vocabulary is None:
+            return whole_head(picked)
+        if vocabulary.weight is None:
+            return whole_head(picked).index_select(-1, vocabulary.tokens)
+        return torch.nn.functional.linear(picked, vocabulary.weight, vocabulary.bias)
+
+    with ExitStack() as exchanged:
+        exchanged.enter_context(_forward_of(head, reduced_head))
+        for name in map_model(loaded.model).layers[: probe.n_below] if probe.n_below else ():
+            layer = loaded.model.get_submodule(name)
+            exchanged.enter_context(_forward_of(layer, lambda *_, **__: probe.below))
         logits = loaded.model(**probe.inputs, **extra).logits
     found: torch.Tensor = logits[0].float().log_softmax(-1)
     return found
-
-
-@contextmanager
-def _reduced_head(loaded: LoadedModel, probe: Probe, vocabulary: Vocabulary | None) -> Iterator[None]:
-    """Let the head see the rows that count, and give the tokens that count."""
-    head = loaded.model.get_output_embeddings()
-    original = head.forward
-
-    def forward(hidden: torch.Tensor) -> Any:
-        picked = hidden[probe.rows, probe.columns].unsqueeze(0)
-        if vocabulary is None:
-            return original(picked)
-        if vocabulary.weight is None:
-            return original(picked).index_select(-1, vocabulary.tokens)
-        return torch.nn.functional.linear(picked, vocabulary.weight, vocabulary.bias)
-
-    with _forward_of(head, forward):
-        yield
 
 
 @contextmanager
@@ -172,60 +153,31 @@ def _forward_of(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterato
             module.forward = exchanged
 
 
-@contextmanager
-def _replayed(loaded: LoadedModel, model_map: ModelMap, probe: Probe, first_layer: int) -> Iterator[None]:
-    """Let the layers below the first edited one return what was kept of them."""
-    if probe.below is None:
-        yield
-        return
-    modules = [loaded.model.get_submodule(name) for name in model_map.layers[:first_layer]]
-    with ExitStack() as stack:
-        for module in modules:
-            stack.enter_context(_forward_of(module, lambda *_, **__: probe.below))
-        yield
-
-
 def keep_below(
-    loaded: LoadedModel, model_map: ModelMap, probes: Sequence[Probe], vocabulary: Vocabulary | None, first_layer: int
+    loaded: LoadedModel, probes: Sequence[Probe], vocabulary: Vocabulary | None, first_layer: int
 ) -> list[Probe]:
-    """Compute once what lies below the first layer that is edited.
+    """Compute once what lies below the first layer that is edited, for batches that do not hold it yet.
 
-    Args:
-        loaded: The model as it stands.
-        model_map: Its map.
-        probes: The batches.
-        vocabulary: The tokens to look at.
-        first_layer: The first layer that may be edited.
-
-    Returns:
-        The batches with what was kept; as they were, if `first_layer` is 0 or if running on from what was kept does not
-        give what running the whole model gives, as in models whose layers hand on more than the residual stream.
+    The batches come back as they were if running on from what was kept does not give what running the whole model
+    gives, as in models whose layers hand on more than the residual stream.
     """
-    if first_layer == 0:
+    kept: list[Probe] = []
+    if first_layer == 0 or all(probe.n_below for probe in probes):
         return list(probes)
-    kept = []
-    for index, probe in enumerate(probes):
+    below = map_model(loaded.model).layers[first_layer - 1]
+    for probe in probes:
+        outputs: list[Any] = []
         with torch.inference_mode(False), torch.no_grad():
-            with _recorded(loaded, model_map.layers[first_layer - 1]) as outputs:
-                whole = log_probabilities(loaded, model_map, probe, vocabulary, first_layer)
+            with hooked(loaded.model, behind=[(below, lambda *given, kept=outputs: kept.append(given[-1]))]):
+                whole = log_probabilities(loaded, probe, vocabulary)
             if len(outputs) != 1:
                 return list(probes)
-            kept.append(replace(probe, below=outputs[0]))
-            if index == 0:
-                again = log_probabilities(loaded, model_map, kept[0], vocabulary, first_layer)
+            kept.append(replace(probe, below=outputs[0], n_below=first_layer))
+            if len(kept) == 1:
+                again = log_probabilities(loaded, kept[0], vocabulary)
                 if not torch.allclose(again, whole, atol=_TOLERANCE, rtol=_TOLERANCE):
                     return list(probes)
     return kept
-
-
-@contextmanager
-def _recorded(loaded: LoadedModel, layer: str) -> Iterator[list[Any]]:
-    outputs: list[Any] = []
-    handle = loaded.model.get_submodule(layer).register_forward_hook(lambda _, args, output: outputs.append(output))
-    try:
-        yield outputs
-    finally:
-        handle.remove()
 
 
 @contextmanager

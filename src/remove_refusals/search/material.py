@@ -1,4 +1,4 @@
-"""What a search by gradients runs on, and the two scores on all of it."""
+"""What a search by gradients runs on, and its two scores: how likely a refusal is, and the damage."""
 
 import math
 from collections import Counter
@@ -9,8 +9,8 @@ import torch
 
 from remove_refusals.directions import SiteKey, Steer, steered
 from remove_refusals.measure import Label, judge_phrases
-from remove_refusals.modelmap import ModelMap
-from remove_refusals.models import Answer, LoadedModel, generate
+from remove_refusals.modelmap import map_model
+from remove_refusals.models import Answer, LoadedModel
 from remove_refusals.search.continuations import (
     Probe,
     Vocabulary,
@@ -22,6 +22,16 @@ from remove_refusals.search.continuations import (
 )
 from remove_refusals.search.references import References
 from remove_refusals.settings import GradientSettings
+
+N_OPENING_TOKENS = 6
+"""How many tokens of a refusal are looked at: enough that hardly another answer begins with them."""
+
+
+_MOST_OPENINGS = 24
+
+
+_LIKELY = 1e-3
+"""The probability from which on a token is looked at."""
 
 
 @dataclass(frozen=True)
@@ -35,26 +45,38 @@ class Openings:
     prefixes: tuple[tuple[int, ...], ...]
 
     def branches(self, path: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-        """Give the tokens by which another opening leaves a path, for each place on it.
-
-        Args:
-            path: The first tokens of an answer.
-
-        Returns:
-            For each token of the path the other tokens that come next in openings that share the path up to there.
-        """
+        """Give, for each token of a path, the other tokens that come next in openings that share the path up to it."""
         found = []
         for place, token in enumerate(path):
             shared = tuple(path[:place])
-            others = {prefix[place] for prefix in self.prefixes if len(prefix) > place and prefix[:place] == shared} - {
-                token
+            next_tokens = {
+                prefix[place] for prefix in self.prefixes if len(prefix) > place and prefix[:place] == shared
             }
-            found.append(tuple(sorted(others)))
+            found.append(tuple(sorted(next_tokens - {token})))
         return tuple(found)
 
-    def more(self, answers: Iterable[Sequence[int]]) -> "Openings":
-        """Add the openings of more refusals."""
-        return learn_openings([*self.prefixes, *answers])
+    def telling_apart(self, answers: Sequence[Sequence[int]]) -> "Openings":
+        """Cut the openings down to as few tokens as a tenth of the answers, which are no refusals, begin with at most.
+
+        The paper looks at the first token. A direction that is added at its full length can make a model repeat that
+        token, which is a refusal begun, though no opening in full. Where answers begin as refusals do, more are needed.
+        """
+        for n_tokens in range(1, N_OPENING_TOKENS):
+            few = learn_openings(self.prefixes, n_tokens)
+            alike = sum(any(tuple(answer[: len(head)]) == head for head in few.prefixes) for answer in answers)
+            if alike <= 0.1 * len(answers):
+                return few
+        return self
+
+
+def learn_openings(refusals: Iterable[Sequence[int]], n_tokens: int = N_OPENING_TOKENS) -> Openings:
+    """Learn at most 24 openings from refusals' first tokens; longer ones that begin with a shorter one are left out."""
+    counts = Counter(tuple(answer[:n_tokens]) for answer in refusals if len(answer))
+    kept: list[tuple[int, ...]] = []
+    for prefix, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+        if not any(other != prefix and prefix[: len(other)] == other for other in counts):
+            kept.append(prefix)
+    return Openings(tuple(kept[:_MOST_OPENINGS]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +84,8 @@ class Material:
     """What a search runs on.
 
     Attributes:
-        refused: The harmful prompts that the model refused, with its answers.
+        loaded: The model.
+        refused: The harmful prompts that it refused, with its answers.
         openings: How its refusals open.
         refusal_probes: Batches of those prompts with the openings of their refusals.
         damage_probes: Batches of harmless prompts with the model's answers.
@@ -71,6 +94,7 @@ class Material:
         first_layer: The first layer that may be edited.
     """
 
+    loaded: LoadedModel
     refused: References
     openings: Openings
     refusal_probes: tuple[Probe, ...]
@@ -79,10 +103,27 @@ class Material:
     vocabulary: Vocabulary
     first_layer: int
 
+    def refusals(self, batch: int) -> torch.Tensor:
+        """Run a batch of harmful prompts: `[n_prompts]`, the probability that each is refused."""
+        probe = self.refusal_probes[batch]
+        found = log_probabilities(self.loaded, probe, self.vocabulary)
+        return refusal_probabilities(found, probe, self.openings, self.vocabulary)
+
+    def damages(self, batch: int) -> torch.Tensor:
+        """Run a batch of harmless prompts: `[n_prompts]`, the KL along the answer to each, in nats."""
+        probe = self.damage_probes[batch]
+        return damages(log_probabilities(self.loaded, probe, self.vocabulary), self.base[batch], probe)
+
+    def score(self, steers: Mapping[SiteKey, Callable[[], Steer]]) -> tuple[float, float]:
+        """Run all of it: the mean probability of a refusal, and the mean KL in nats."""
+        with frozen(self.loaded, gradients=False), steered(self.loaded.model, map_model(self.loaded.model), steers):
+            refusals = torch.cat([self.refusals(batch) for batch in range(len(self.refusal_probes))])
+            kls = torch.cat([self.damages(batch) for batch in range(len(self.damage_probes))])
+        return float(refusals.mean()), float(kls.mean())
+
 
 def gather(
     loaded: LoadedModel,
-    model_map: ModelMap,
     refused: References,
     answered: References,
     settings: GradientSettings,
@@ -90,135 +131,60 @@ def gather(
     first_layer: int = 0,
     more_refusals: Sequence[Sequence[int]] = (),
 ) -> Material:
-    """Prepare the batches of a search and what the base model predicts on them.
+    """Prepare batches of refused and answered prompts, and what the model predicts on them as it stands.
 
-    Args:
-        loaded: The model as it stands.
-        model_map: Its map.
-        refused: Harmful prompts that it refused.
-        answered: Harmless prompts that it answered.
-        settings: How the descent goes.
-        first_layer: The first layer that may be edited.
-        more_refusals: The tokens of other refusals, for their openings.
+    `more_refusals` are the tokens of other refusals, for their openings.
     """
     paths = [answer.token_ids for answer in refused.answers]
-    openings = learn_openings([*paths, *more_refusals])
-    harmful = make_probes(loaded, refused.token_ids, paths, N_OPENING_TOKENS, settings.batch_size)
     own = [answer.token_ids for answer in answered.answers]
+    harmful = make_probes(loaded, refused.token_ids, paths, N_OPENING_TOKENS, settings.batch_size)
     harmless = make_probes(loaded, answered.token_ids, own, settings.kl_tokens, settings.batch_size)
     with frozen(loaded, gradients=False):
-        likely = [
-            likely_tokens(log_probabilities(loaded, model_map, probe, None, 0)) for probe in (*harmful, *harmless)
-        ]
-        named = [torch.tensor(prefix, device=loaded.device) for prefix in openings.prefixes]
-        targets = [probe.targets for probe in (*harmful, *harmless)]
-        vocabulary = make_vocabulary(loaded, torch.cat([*likely, *named, *targets]))
-        harmful = keep_below(loaded, model_map, harmful, vocabulary, first_layer)
-        harmless = keep_below(loaded, model_map, harmless, vocabulary, first_layer)
-        base = [log_probabilities(loaded, model_map, probe, vocabulary, first_layer) for probe in harmless]
-    return Material(refused, openings, tuple(harmful), tuple(harmless), tuple(base), vocabulary, first_layer)
+        tokens = [likely_tokens(log_probabilities(loaded, probe)) for probe in (*harmful, *harmless)]
+    tokens += [probe.targets for probe in harmless]
+    openings = learn_openings([*paths, *more_refusals])
+    return _prepared(loaded, refused, openings, (harmful, harmless), tokens, first_layer)
 
 
-def score(
-    loaded: LoadedModel, model_map: ModelMap, steers: Mapping[SiteKey, Callable[[], Steer]], material: Material
-) -> tuple[float, float]:
-    """Measure refusal and damage on all of a search's material.
-
-    Returns:
-        The mean probability of the model's own refusals, and the mean KL in nats.
-    """
-    with frozen(loaded, gradients=False), steered(loaded.model, model_map, steers):
-        refusals, kls = [], []
-        for probe in material.refusal_probes:
-            found = log_probabilities(loaded, model_map, probe, material.vocabulary, material.first_layer)
-            refusals.append(refusal_probabilities(found, probe, material.openings, material.vocabulary))
-        for probe, base in zip(material.damage_probes, material.base, strict=True):
-            found = log_probabilities(loaded, model_map, probe, material.vocabulary, material.first_layer)
-            kls.append(damages(found, base, probe))
-    return float(torch.cat(refusals).mean()), float(torch.cat(kls).mean())
-
-
-def first_words(
+def _prepared(
     loaded: LoadedModel,
-    model_map: ModelMap,
-    steers: Mapping[SiteKey, Callable[[], Steer]],
-    material: Material,
-    settings: GradientSettings,
-) -> list[Answer]:
-    """Generate a little, as a candidate does, for some of the prompts that the model refused."""
-    with steered(loaded.model, model_map, steers):
-        prompts = material.refused.token_ids[: settings.n_check]
-        return generate(loaded, prompts, max_new_tokens=settings.n_check_tokens)
+    refused: References,
+    openings: Openings,
+    probes: tuple[Sequence[Probe], Sequence[Probe]],
+    tokens: Sequence[torch.Tensor],
+    first_layer: int,
+) -> Material:
+    """Take the head's rows for the tokens, the openings and what the harmful batches go along; run the base model."""
+    named = [torch.tensor(prefix, device=loaded.device) for prefix in openings.prefixes]
+    with frozen(loaded, gradients=False):
+        vocabulary = make_vocabulary(loaded, torch.cat([*tokens, *named, *(probe.targets for probe in probes[0])]))
+        harmful, harmless = (keep_below(loaded, part, vocabulary, first_layer) for part in probes)
+        base = [log_probabilities(loaded, probe, vocabulary) for probe in harmless]
+    return Material(loaded, refused, openings, tuple(harmful), tuple(harmless), tuple(base), vocabulary, first_layer)
 
 
 def with_new_refusals(
-    loaded: LoadedModel,
-    model_map: ModelMap,
-    answers: Sequence[Answer],
-    material: Material,
-    settings: GradientSettings,
+    answers: Sequence[Answer], material: Material, settings: GradientSettings
 ) -> tuple[Material, float]:
-    """Look in a candidate's answers for refusals that open in a way that is not known yet.
-
-    Args:
-        loaded: The model.
-        model_map: Its map.
-        answers: What `first_words` gave.
-        material: What the candidate was found on.
-        settings: How the descent goes.
+    """Look in what a candidate answers to the first prompts for refusals that open in a way that is not known yet.
 
     Returns:
         Material with their openings; a prompt that is refused in another way is looked at along that way from now on.
         And the share of the answers that refuse.
     """
-    refused = material.refused
-    labels = [judge_phrases(answer.text, refused.prompts.prompts[index]) for index, answer in enumerate(answers)]
-    found = {index: answer for index, answer in enumerate(answers) if labels[index] is Label.REFUSAL}
-    share = len(found) / len(answers)
-    if not found:
+    before, loaded = material.refused, material.loaded
+    labels = [judge_phrases(answer.text, before.prompts.prompts[index]) for index, answer in enumerate(answers)]
+    refusals = {index: answer for index, answer in enumerate(answers) if labels[index] is Label.REFUSAL}
+    share = len(refusals) / len(answers)
+    if not refusals:
         return material, share
-    now = replace(refused, answers=tuple(found.get(index, answer) for index, answer in enumerate(refused.answers)))
-    openings = material.openings.more(answer.token_ids for answer in found.values())
-    paths = [answer.token_ids for answer in now.answers]
-    probes = make_probes(loaded, now.token_ids, paths, N_OPENING_TOKENS, settings.batch_size)
-    with frozen(loaded, gradients=False):
-        named = [torch.tensor(prefix, device=loaded.device) for prefix in openings.prefixes]
-        tokens = torch.cat([material.vocabulary.tokens, *named, *(probe.targets for probe in probes)])
-        vocabulary = make_vocabulary(loaded, tokens)
-        probes = keep_below(loaded, model_map, probes, vocabulary, material.first_layer)
-        base = tuple(
-            log_probabilities(loaded, model_map, probe, vocabulary, material.first_layer)
-            for probe in material.damage_probes
-        )
-    learned = replace(
-        material, refused=now, openings=openings, refusal_probes=tuple(probes), base=base, vocabulary=vocabulary
-    )
-    return learned, share
-
-
-N_OPENING_TOKENS = 6
-"""How many tokens of a refusal are looked at: enough that hardly another answer begins with them."""
-
-
-_MOST = 24
-
-
-def learn_openings(refusals: Iterable[Sequence[int]], n_tokens: int = N_OPENING_TOKENS) -> Openings:
-    """Learn openings from refusals.
-
-    Args:
-        refusals: The tokens of answers that refuse.
-        n_tokens: How many tokens of each are looked at.
-
-    Returns:
-        Their distinct first tokens, at most 24 of them; longer ones that begin with a shorter one are left out.
-    """
-    counts = Counter(tuple(answer[:n_tokens]) for answer in refusals if len(answer))
-    kept: list[tuple[int, ...]] = []
-    for prefix, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
-        if not any(other != prefix and prefix[: len(other)] == other for other in counts):
-            kept.append(prefix)
-    return Openings(tuple(kept[:_MOST]))
+    refused = replace(before, answers=tuple(refusals.get(index, own) for index, own in enumerate(before.answers)))
+    openings = learn_openings([*material.openings.prefixes, *(answer.token_ids for answer in refusals.values())])
+    paths = [answer.token_ids for answer in refused.answers]
+    harmful = make_probes(loaded, refused.token_ids, paths, N_OPENING_TOKENS, settings.batch_size)
+    both = harmful, material.damage_probes
+    tokens = [material.vocabulary.tokens]
+    return _prepared(loaded, refused, openings, both, tokens, material.first_layer), share
 
 
 def refusal_probabilities(
@@ -259,13 +225,7 @@ def refusal_probabilities(
 def damages(log_probabilities: torch.Tensor, base: torch.Tensor, probe: Probe) -> torch.Tensor:
     """The KL divergence from the base model along its own answers.
 
-    Args:
-        log_probabilities: `[n, n_tokens]`, float32.
-        base: The base model's, of the same shape.
-        probe: The batch.
-
-    Returns:
-        `[n_prompts]`, float32, in nats: the mean over the tokens of each answer.
+    Both are `[n, n_tokens]`, float32. Returns `[n_prompts]`, in nats: the mean over the tokens of each answer.
     """
     kl = (base.exp() * (base - log_probabilities)).sum(dim=1)
     n = torch.bincount(probe.rows, minlength=len(probe))
@@ -278,14 +238,6 @@ def unlikelihood(probabilities: torch.Tensor) -> torch.Tensor:
     return surprise.mean()
 
 
-def likely_tokens(log_probabilities: torch.Tensor, least: float = 1e-3) -> torch.Tensor:
-    """The tokens that are likely at any of the places.
-
-    Args:
-        log_probabilities: `[n, vocabulary]`, float32.
-        least: The probability from which on a token is likely.
-
-    Returns:
-        `[any]`, int64, each token once.
-    """
-    return (log_probabilities > math.log(least)).any(dim=0).nonzero()[:, 0]
+def likely_tokens(log_probabilities: torch.Tensor) -> torch.Tensor:
+    """The tokens, each once, that are likely at any of the places of `[n, vocabulary]`."""
+    return (log_probabilities > math.log(_LIKELY)).any(dim=0).nonzero()[:, 0]

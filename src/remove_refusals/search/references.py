@@ -1,12 +1,13 @@
 """What the base model does on the prompts of a search, and what a candidate does to that."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 from remove_refusals.directions import ablated
-from remove_refusals.measure import Label, distances_along, judge_phrases, mean_with_interval, wilson_rate
-from remove_refusals.modelmap import ModelMap
+from remove_refusals.files import Journal
+from remove_refusals.measure import Label, Rate, distances_along, judge_phrases, mean_with_interval, wilson_rate
 from remove_refusals.models import Answer, LoadedModel, generate, render
 from remove_refusals.progress import SILENT, Progress
 from remove_refusals.search.candidates import Confirmation
@@ -16,14 +17,7 @@ from remove_refusals.types import Intervention, PromptSet
 
 @dataclass(frozen=True, eq=False)
 class References:
-    """A model's own answers to prompts.
-
-    Attributes:
-        prompts: The prompts.
-        token_ids: The rendered prompts.
-        answers: The greedy answers.
-        labels: What the phrase judge calls them.
-    """
+    """A model's own greedy answers to rendered prompts, and what the phrase judge calls them."""
 
     prompts: PromptSet
     token_ids: tuple[tuple[int, ...], ...]
@@ -32,22 +26,6 @@ class References:
 
     def __len__(self) -> int:
         return len(self.prompts)
-
-    def to_json(self) -> list[Any]:
-        """Give all but the prompts."""
-        labels = [str(label) for label in self.labels]
-        return [self.token_ids, [answer.to_json() for answer in self.answers], labels]
-
-    @staticmethod
-    def from_json(prompts: PromptSet, record: Sequence[Any]) -> "References":
-        """Read what `to_json` gave."""
-        token_ids, answers, labels = record
-        return References(
-            prompts,
-            tuple(tuple(ids) for ids in token_ids),
-            tuple(Answer.from_json(answer) for answer in answers),
-            tuple(Label(label) for label in labels),
-        )
 
     def only(self, label: Label) -> "References":
         """Give the prompts whose answer has a label."""
@@ -69,22 +47,26 @@ class References:
 def references(
     loaded: LoadedModel,
     prompts: PromptSet,
-    settings: MeasureSettings,
-    *,
+    max_new_tokens: int,
+    journal: Journal | None = None,
     progress: Progress = SILENT,
 ) -> References:
-    """Let a model, as it stands, answer prompts greedily.
+    """Let a model, as it stands, answer prompts greedily."""
+    name = f"own answers, {prompts.name}"
+    token_ids = tuple(tuple(ids) for ids in render(loaded, prompts.prompts))
+    progress = progress.stage(name, len(prompts))
+    answers = (journal or Journal()).remember(
+        name,
+        [token_ids, max_new_tokens],
+        partial(generate, loaded, token_ids, max_new_tokens=max_new_tokens, progress=progress),
+        lambda answers: [answer.to_json() for answer in answers],
+        lambda record: [Answer.from_json(answer) for answer in record],
+    )
+    return labelled(prompts, token_ids, answers)
 
-    Returns:
-        Its answers with their labels.
 
-    Raises:
-        PromptError: If a prompt cannot be rendered.
-        ModelError: If a prompt does not fit the model, or memory runs out.
-        NumericalError: If logits are NaN.
-    """
-    token_ids = [tuple(ids) for ids in render(loaded, prompts.prompts)]
-    answers = generate(loaded, token_ids, max_new_tokens=settings.max_new_tokens, progress=progress)
+def labelled(prompts: PromptSet, token_ids: Sequence[tuple[int, ...]], answers: Sequence[Answer]) -> References:
+    """Put prompts and answers together with the labels of the phrase judge."""
     labels = tuple(judge_phrases(answer.text, prompt) for answer, prompt in zip(answers, prompts.prompts, strict=True))
     return References(prompts, tuple(token_ids), tuple(answers), labels)
 
@@ -92,37 +74,22 @@ def references(
 def confirm(
     loaded: LoadedModel,
     intervention: Intervention,
-    model_map: ModelMap,
     harmful: References,
     harmless: References,
     settings: MeasureSettings,
-    *,
     progress: Progress = SILENT,
 ) -> Confirmation:
-    """Generate with an intervention and measure what it does, by hooks.
+    """Generate with an intervention and measure, by hooks, what it does to the base model's own answers."""
 
-    Args:
-        loaded: The base model.
-        intervention: What to take out where.
-        model_map: The model's map.
-        harmful: The base model's answers to harmful prompts.
-        harmless: Its answers to harmless prompts.
-        settings: How to generate; as in `references`.
-        progress: Told how many prompts are done.
+    def edited() -> AbstractContextManager[None]:
+        return ablated(loaded.model, intervention)
 
-    Returns:
-        What was measured.
-
-    Raises:
-        As `references`; ArchitectureError if hooks cannot be exact on the model.
-    """
-    labels: list[list[Label]] = []
-    with ablated(loaded.model, intervention, model_map=model_map):
+    now: list[References] = []
+    with edited():
         for part in (harmful, harmless):
-            told = progress.after(sum(map(len, labels)))
+            told = progress.after(sum(map(len, now)))
             answers = generate(loaded, part.token_ids, max_new_tokens=settings.max_new_tokens, progress=told)
-            pairs = zip(answers, part.prompts.prompts, strict=True)
-            labels.append([judge_phrases(answer.text, prompt) for answer, prompt in pairs])
+            now.append(labelled(part.prompts, part.token_ids, answers))
     answered = harmless.only(Label.COMPLIANCE)
     distances = distances_along(
         loaded,
@@ -130,21 +97,21 @@ def confirm(
         answered.token_ids,
         [answer.token_ids for answer in answered.answers],
         settings.kl_tokens,
-        edited_context=lambda: ablated(loaded.model, intervention, model_map=model_map),
+        edited_context=edited,
     )
-    now = [label for label, before in zip(labels[1], harmless.labels, strict=True) if before is Label.COMPLIANCE]
-    rates = [
-        wilson_rate(found.count(label), len(found), part.prompts.sha256)
-        for part, found in zip((harmful, harmless), labels, strict=True)
-        for label in (Label.REFUSAL, Label.DEGENERATE)
-    ]
-    assert rates[0] is not None and rates[1] is not None and rates[2] is not None and rates[3] is not None
-    means = [sum(distance.kl) / len(distance.kl) for distance in distances]
+    kept = [label for label, before in zip(now[1].labels, harmless.labels, strict=True) if before is Label.COMPLIANCE]
+    sha = answered.prompts.sha256
     return Confirmation(
-        refusals=rates[0],
-        degenerate=rates[1],
-        false_refusals=rates[2],
-        degenerate_harmless=rates[3],
-        broken=wilson_rate(sum(label is not Label.COMPLIANCE for label in now), len(now), answered.prompts.sha256),
-        damage=mean_with_interval(means, answered.prompts.sha256),
+        refusals=_rate(now[0], Label.REFUSAL),
+        degenerate=_rate(now[0], Label.DEGENERATE),
+        false_refusals=_rate(now[1], Label.REFUSAL),
+        degenerate_harmless=_rate(now[1], Label.DEGENERATE),
+        broken=wilson_rate(sum(label is not Label.COMPLIANCE for label in kept), len(kept), sha),
+        damage=mean_with_interval([sum(distance.kl) / len(distance.kl) for distance in distances], sha),
     )
+
+
+def _rate(part: References, label: Label) -> Rate:
+    rate = wilson_rate(part.labels.count(label), len(part), part.prompts.sha256)
+    assert rate is not None
+    return rate
