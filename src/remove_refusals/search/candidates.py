@@ -134,31 +134,6 @@ class Selection:
         )
 
 
-def front(self) -> tuple[int, ...]:
-        """The indices of the candidates that no other beats, by rising damage."""
-        return front([(candidate.refusal, candidate.damage) for candidate in self.candidates])
-
-    def summary(self) -> dict[str, Any]:
-        """Say what was picked by which rule, and what should be said of it."""
-        record: dict[str, Any] = {"method": self.method, "rule": str(self.rule), "n_candidates": len(self.candidates)}
-        picked = {"picked": self.candidate.name, "refusal": self.candidate.refusal, "damage": self.candidate.damage}
-        found = self.candidate.confirmation
-        return (
-            record | picked | ({} if found is None else {"confirmation": found.to_json()}) | {"notes": list(self.notes)}
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """Give the content of `selection.json`."""
-        return {
-            "method": self.method,
-            "rule": str(self.rule),
-            "picked": self.picked,
-            "front": list(self.front),
-            "notes": list(self.notes),
-            "candidates": [candidate.to_json() for candidate in self.candidates],
-        }
-
-
 def front(points: Sequence[tuple[float, float]]) -> tuple[int, ...]:
     """Find the points that no other beats in both coordinates, less being better.
 
@@ -236,76 +211,3 @@ def load_candidates(directory: Path) -> dict[str, Intervention]:
             "make the directory again."
         ) from error
     return found
-
-
-def front(points: Sequence[tuple[float, float]]) -> tuple[int, ...]:
-    """Find the points that no other beats in both coordinates, less being better.
-
-    Args:
-        points: Pairs, here of refusal and damage.
-
-    Returns:
-        The indices of the front by rising second coordinate; of equal points the first.
-    """
-    order = sorted(range(len(points)), key=lambda index: (points[index][1], points[index][0], index))
-    kept: list[int] = []
-    for index in order:
-        if not kept or points[index][0] < points[kept[-1]][0]:
-            kept.append(index)
-    return tuple(kept)
-
-
-def hypervolume(points: Sequence[tuple[float, float]], worst: tuple[float, float]) -> float:
-    """Measure the area that points beat (Zitzler and Thiele 1998), less being better.
-
-    Args:
-        points: Pairs, here of refusal and damage.
-        worst: The corner that the area ends at; points beyond it in either coordinate add nothing.
-
-    Returns:
-        The area between the front and the corner, at least 0.
-    """
-    inside = [point for point in points if point[0] < worst[0] and point[1] < worst[1]]
-    area, above = 0.0, worst[0]
-    for index in front(inside):
-        refusal, damage = inside[index]
-        area += (above - refusal) * (worst[1] - damage)
-        above = refusal
-    return area
-
-
-def by_rule(points: Sequence[tuple[float, float]], rule: Rule) -> tuple[int, ...]:
-    """Put the points of the front in the order in which a rule prefers them.
-
-    Args:
-        points: Pairs of refusal and damage.
-        rule: The rule. Points that keep no limit come last, those that miss it least first. The knee is the point
-            that is farthest from the line through the front's two ends, both coordinates scaled to the front's extent
-            (Branke et al. 2004); the others follow by that distance.
-
-    Returns:
-        The indices of the front's points, the preferred one first.
-    """
-    on_front = front(points)
-    if rule.max_refusals is not None:
-        limit, cap = rule.max_refusals, rule.max_kl
-
-        def few_refusals(index: int) -> tuple[float, float, float]:
-            refusal, damage = points[index]
-            return max(0.0, refusal - limit), max(0.0, damage - cap) if cap is not None else 0.0, damage
-
-        return tuple(sorted(on_front, key=few_refusals))
-    if rule.max_kl is not None:
-        most = rule.max_kl
-        return tuple(sorted(on_front, key=lambda index: (max(0.0, points[index][1] - most), points[index][0])))
-    return tuple(sorted(on_front, key=lambda index: -_bulge(points, on_front, index)))
-
-
-def _bulge(points: Sequence[tuple[float, float]], on_front: Sequence[int], index: int) -> float:
-    """How far a point lies below the line through the ends of the front, in units of the front's extent."""
-    first, last = points[on_front[0]], points[on_front[-1]]
-    extents = first[0] - last[0], last[1] - first[1]
-    if extents[0] <= 0 or extents[1] <= 0:
-        return 0.0
-    refusal, damage = points[index]
-    return 1.0 - (refusal - last[0]) / extents[0] - (damage - first[1]) / extents[1]
