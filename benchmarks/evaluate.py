@@ -14,7 +14,8 @@ from collections.abc import Callable
 
 import torch
 
-from remove_refusals.measure.evaluate import EvaluationPrompts, evaluate
+from remove_refusals.measure.answers import EvaluationPrompts
+from remove_refusals.measure.evaluate import evaluate
 from remove_refusals.models.batches import first_batch_size, left_pad, longest_first
 from remove_refusals.models.chat_template import render
 from remove_refusals.models.load import LoadedModel, load

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from remove_refusals.measure.evaluate import EvaluationPrompts
+from remove_refusals.measure.answers import EvaluationPrompts
 from remove_refusals.measure.judges.labels import Label
 from remove_refusals.modelmap.derive import map_model
 from remove_refusals.modelmap.types import ModelMap

@@ -12,7 +12,8 @@ from pathlib import Path
 from remove_refusals.baking.memory import bake
 from remove_refusals.directions.direction import find_direction
 from remove_refusals.directions.intervention import make_intervention
-from remove_refusals.measure.evaluate import EvaluationPrompts, evaluate, test_prompts
+from remove_refusals.measure.answers import EvaluationPrompts, measuring_prompts
+from remove_refusals.measure.evaluate import evaluate
 from remove_refusals.modelmap.derive import map_model
 from remove_refusals.models.load import load
 from remove_refusals.settings import (
@@ -55,7 +56,7 @@ def main() -> None:
         harmless=PromptSource(source=options.harmless_test),
         n_test=options.n_test,
     )
-    prompts = test_prompts(measure, found.prompts)
+    prompts = measuring_prompts(measure, found.prompts)
     prompts = EvaluationPrompts(prompts.harmful, prompts.harmless)
     embedding = make_intervention(found.direction, EditSettings(sites=("embedding",)), model_map)
     layers = make_intervention(found.direction, EditSettings(layers=(first, last), sites=SITE_KINDS[1:]), model_map)
@@ -67,8 +68,8 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as directory:
                 saved = bake(loaded, intervention, Path(directory) / "edited", tied=tied, model_map=model_map).directory
                 scores = evaluate(loaded, load(str(saved), dtype=options.dtype), prompts, settings)
-            refusals, distance = scores.sets["harmful"].refusals, scores.distance_answered
-            assert distance is not None
+            assert scores.kl is not None and scores.kl.harmless_answered is not None
+            refusals, distance = scores.sets["harmful"].refusals, scores.kl.harmless_answered
             print(
                 f"{name}, {tied}: refusals {refusals.base.count} -> {refusals.edited.count} of {refusals.base.n}; "
                 f"first-token KL {distance.first_token.value:.3f}, KL along answers {distance.mean.value:.3f} "

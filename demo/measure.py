@@ -8,11 +8,12 @@ import argparse
 from remove_refusals.directions.direction import find_direction
 from remove_refusals.directions.hooks import ablated
 from remove_refusals.directions.intervention import make_intervention
-from remove_refusals.measure.evaluate import evaluate, test_prompts
+from remove_refusals.measure.answers import measuring_prompts
+from remove_refusals.measure.evaluate import evaluate
 from remove_refusals.measure.scores import Evaluation
 from remove_refusals.modelmap.derive import map_model
 from remove_refusals.models.load import LoadedModel, load
-from remove_refusals.settings import ChatFormat, DirectionSettings, EditSettings, EvaluationSettings, MeasureSettings
+from remove_refusals.settings import DirectionSettings, EditSettings, MeasureSettings
 
 DRAWS = ((32, 0), (32, 1), (32, 2), (32, 3), (32, 4), (8, 0), (128, 0))
 """How many prompts of each kind, and the seed that draws them."""
@@ -26,8 +27,8 @@ def measure(loaded: LoadedModel, n_prompts: int, seed: int) -> Evaluation:
     return evaluate(
         loaded,
         loaded,
-        test_prompts(MeasureSettings(), found.prompts),
-        EvaluationSettings(max_new_tokens=60),
+        measuring_prompts(MeasureSettings(), found.prompts),
+        MeasureSettings(max_new_tokens=60),
         edited_context=lambda: ablated(loaded.model, intervention, model_map=model_map),
     )
 
@@ -36,7 +37,7 @@ def same_answers(evaluation: Evaluation) -> float:
     """The share of the harmless prompts whose answer is the same to the letter."""
     texts: dict[str, set[str]] = {}
     for row in evaluation.rows:
-        if row.set_name == "harmless":
+        if row.set == "harmless":
             texts.setdefault(row.prompt_id, set()).add(row.text)
     return sum(len(both) == 1 for both in texts.values()) / len(texts)
 
@@ -55,7 +56,8 @@ def main() -> None:
                 f"  {name}: refusals {refusals.base.count} -> {refusals.edited.count} of {refusals.base.n}, "
                 f"degenerate {degenerate.base.count} -> {degenerate.edited.count}"
             )
-        for name, distance in (("all", evaluation.distance), ("answered", evaluation.distance_answered)):
+        assert evaluation.kl is not None
+        for name, distance in (("all", evaluation.kl.harmless), ("answered", evaluation.kl.harmless_answered)):
             if distance is not None:
                 print(f"  first-token KL on harmless prompts, {name}: {distance.first_token.value:.3f}")
         print(f"  harmless answers unchanged: {same_answers(evaluation):.2f}", flush=True)

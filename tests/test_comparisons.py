@@ -80,7 +80,7 @@ def test_newcombes_interval_has_its_published_value() -> None:
     assert (found.low, found.high) == pytest.approx((0.026, 0.507), abs=5e-4)
     assert found.test.p_value == pytest.approx(0.0703, abs=5e-5)
     assert found.verdict is Verdict.UNDECIDED
-    assert found.to_json()["decided"] is False
+    assert (found.to_json()["verdict"], found.decided) == ("undecided", False)
 
 
 def test_rates_are_decided_by_the_exact_test() -> None:
@@ -93,7 +93,7 @@ def test_rates_are_decided_by_the_exact_test() -> None:
     assert paired_rates([], []) is None
     assert verdict(lower.test) is Verdict.LOWER
     assert verdict(lower.test, p_value=0.06) is Verdict.UNDECIDED
-    assert verdict(McNemar(0, 9, 0.0039, 20)) is Verdict.HIGHER
+    assert verdict(McNemar(only_first=0, only_second=9, p_value=0.0039, n=20)) is Verdict.HIGHER
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60))

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from remove_refusals.directions.direction import find_direction
 from remove_refusals.directions.hooks import ablated
 from remove_refusals.directions.intervention import make_intervention
-from remove_refusals.measure.evaluate import EvaluationPrompts, evaluate
-from remove_refusals.measure.evaluate import test_prompts as measuring_prompts
+from remove_refusals.measure.answers import EvaluationPrompts, measuring_prompts
+from remove_refusals.measure.evaluate import evaluate
 from remove_refusals.measure.judges.labels import Label
 from remove_refusals.measure.judges.phrases import judge_phrases
 from remove_refusals.measure.scores import Evaluation
@@ -134,9 +134,9 @@ def test_the_default_recipe_frees_the_demo_model(default_recipe: Evaluation) -> 
 
 
 def test_harmless_answers_stay(default_recipe: Evaluation) -> None:
-    assert default_recipe.distance_answered is not None
-    assert default_recipe.distance_answered.first_token.value < 0.15
-    assert default_recipe.distance_answered.mean.value < 0.05
+    assert default_recipe.kl is not None and default_recipe.kl.harmless_answered is not None
+    assert default_recipe.kl.harmless_answered.first_token.value < 0.15
+    assert default_recipe.kl.harmless_answered.mean.value < 0.05
 
 
 @pytest.mark.parametrize(("n_prompts", "seed"), [(32, 1), (32, 2), (32, 3), (32, 4), (8, 0), (128, 0)])

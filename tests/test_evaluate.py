@@ -5,18 +5,31 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib import resources
+from pathlib import Path
 
 import jsonschema
 import pytest
 import torch
+from pydantic import ValidationError
 
 import tiny
-from remove_refusals.errors import ModelError, NumericalError, PromptError
-from remove_refusals.measure.evaluate import EvaluationPrompts, evaluate, warnings
+from remove_refusals.errors import ModelError, NumericalError, PromptError, RecordError
+from remove_refusals.measure.answers import EvaluationPrompts
+from remove_refusals.measure.evaluate import evaluate, warnings
 from remove_refusals.measure.judges.labels import Judgement, Label
 from remove_refusals.measure.judges.phrases import judge_phrases
-from remove_refusals.measure.scores import Distance, Evaluation, PairedRate, SetScores, Thinking
+from remove_refusals.measure.scores import (
+    Distance,
+    Distances,
+    Evaluation,
+    HowMeasured,
+    PairedRate,
+    Perplexities,
+    SetScores,
+    TaskScore,
+    Thinking,
+    read_rows,
+)
 from remove_refusals.measure.statistics import (
     JudgeAccuracy,
     McNemar,
@@ -25,9 +38,9 @@ from remove_refusals.measure.statistics import (
     Rate,
     mcnemar,
     paired_difference,
+    verdict,
     wilson_rate,
 )
-from remove_refusals.measure.tasks import TaskScore
 from remove_refusals.models.chat_template import render
 from remove_refusals.models.generate import generate
 from remove_refusals.models.load import LoadedModel
@@ -44,8 +57,8 @@ SETTINGS = MeasureSettings(max_new_tokens=12, kl_tokens=5)
 
 REFUSAL, ANSWER, ECHO = "I can't help with that.", "Here you are.", "again and "
 SPOKEN = (REFUSAL, ANSWER, ECHO)
-PLAIN = SETTINGS.model_copy(update={"max_new_tokens": 20})
-"""For what `speaker` makes, which has no chat template."""
+LONGER = MeasureSettings(max_new_tokens=20, kl_tokens=5)
+HOW = HowMeasured(judge="phrases", max_new_tokens=12, kl_tokens=5)
 
 
 @pytest.fixture(scope="module")
@@ -92,11 +105,11 @@ def test_a_model_against_itself(base: LoadedModel) -> None:
         for pair in (scores.refusals, scores.degenerate):
             assert pair.base == pair.edited
             assert (pair.mcnemar.only_first, pair.mcnemar.only_second, pair.mcnemar.p_value) == (0, 0, 1.0)
-    assert found.distance is not None
-    assert found.distance.first_token.value == pytest.approx(0, abs=1e-5)
-    assert found.distance.mean.value == pytest.approx(0, abs=1e-5)
-    assert found.base_perplexity == found.edited_perplexity
-    assert found.base_perplexity is not None and found.base_perplexity.value >= 1
+    assert found.kl is not None and found.perplexity is not None
+    assert found.kl.harmless.first_token.value == pytest.approx(0, abs=1e-5)
+    assert found.kl.harmless.mean.value == pytest.approx(0, abs=1e-5)
+    assert found.perplexity.base == found.perplexity.edited
+    assert found.perplexity.base.value >= 1
     assert warnings(found) == ()
 
 
@@ -121,24 +134,24 @@ def test_distance_and_perplexity_equal_a_direct_computation(base: LoadedModel, e
         base_loss -= float(log_p[rows, targets].sum())
         edited_loss -= float(log_q[rows, targets].sum())
         n_tokens += len(along)
-    assert found.distance is not None and found.base_perplexity is not None and found.edited_perplexity is not None
+    assert found.kl is not None and found.perplexity is not None
     assert min(means) > 1e-3
-    assert found.distance.first_token.value == pytest.approx(sum(first) / 4, rel=1e-3, abs=1e-5)
-    assert found.distance.mean.value == pytest.approx(sum(means) / 4, rel=1e-3, abs=1e-5)
-    assert found.base_perplexity.value == pytest.approx(math.exp(base_loss / n_tokens), rel=1e-4)
-    assert found.edited_perplexity.value == pytest.approx(math.exp(edited_loss / n_tokens), rel=1e-4)
-    assert found.base_perplexity.n_tokens == n_tokens
+    assert found.kl.harmless.first_token.value == pytest.approx(sum(first) / 4, rel=1e-3, abs=1e-5)
+    assert found.kl.harmless.mean.value == pytest.approx(sum(means) / 4, rel=1e-3, abs=1e-5)
+    assert found.perplexity.base.value == pytest.approx(math.exp(base_loss / n_tokens), rel=1e-4)
+    assert found.perplexity.edited.value == pytest.approx(math.exp(edited_loss / n_tokens), rel=1e-4)
+    assert found.perplexity.base.n_tokens == n_tokens
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, None])
 def test_batch_size_changes_nothing(base: LoadedModel, edited: LoadedModel, batch_size: int | None) -> None:
     expected = evaluate(base, edited, PROMPTS, SETTINGS)
-    pair = [replace(loaded, batch_size=batch_size) for loaded in (base, edited)]
-    found = evaluate(*pair, PROMPTS, SETTINGS)
+    resized = [replace(loaded, batch_size=batch_size) for loaded in (base, edited)]
+    found = evaluate(*resized, PROMPTS, SETTINGS)
     assert found.rows == expected.rows
     assert found.sets == expected.sets
-    assert found.distance is not None and expected.distance is not None
-    assert found.distance.mean.value == pytest.approx(expected.distance.mean.value, rel=1e-3)
+    assert found.kl is not None and expected.kl is not None
+    assert found.kl.harmless.mean.value == pytest.approx(expected.kl.harmless.mean.value, rel=1e-3)
 
 
 def test_an_edit_in_a_context_is_measured_like_an_edited_model(base: LoadedModel, edited: LoadedModel) -> None:
@@ -155,15 +168,15 @@ def test_an_edit_in_a_context_is_measured_like_an_edited_model(base: LoadedModel
 
     one = LoadedModel(model, base.tokenizer, "base", batch_size=2)
     found = evaluate(one, one, PROMPTS, SETTINGS, edited_context=edit)
-    assert replace(found, edited="edited") == evaluate(base, edited, PROMPTS, SETTINGS)
+    assert found.model_copy(update={"edited": "edited"}) == evaluate(base, edited, PROMPTS, SETTINGS)
 
 
 def test_refusals_are_counted_and_paired(careful: LoadedModel) -> None:
     willing = speaker({"?": ANSWER, ".": ANSWER, ANSWER: "</s>"}, "willing")
-    found = evaluate(careful, willing, PROMPTS, PLAIN)
+    found = evaluate(careful, willing, PROMPTS, LONGER)
     counts = {name: (part.refusals.base.count, part.refusals.edited.count) for name, part in found.sets.items()}
     assert counts == {"harmful": (3, 0), "harmless": (1, 0), "alarming": (1, 0)}
-    assert found.sets["harmful"].refusals.mcnemar == McNemar(3, 0, 0.25, 3)
+    assert found.sets["harmful"].refusals.mcnemar == McNemar(only_first=3, only_second=0, p_value=0.25, n=3)
     assert {name: part.refusals.base.n for name, part in found.sets.items()} == {
         "harmful": 3,
         "harmless": 4,
@@ -176,31 +189,32 @@ def test_refusals_are_counted_and_paired(careful: LoadedModel) -> None:
 
 def test_prompts_that_base_refused_falsely_are_left_out_of_the_damage(careful: LoadedModel) -> None:
     willing = speaker({"?": ANSWER, ".": ANSWER, ANSWER: "</s>", REFUSAL: "</s>"})
-    found = evaluate(careful, willing, PROMPTS, PLAIN)
+    found = evaluate(careful, willing, PROMPTS, LONGER)
     answered = PromptSet("harmless", ("Name a colour.", "Tell a joke.", "2 + 2."), "test")
-    assert found.distance is not None and found.distance_answered is not None
-    assert (found.distance.first_token.n, found.distance_answered.first_token.n) == (4, 3)
-    assert found.distance.mean.prompts_sha256 == HARMLESS.sha256
-    assert found.distance_answered.mean.prompts_sha256 == answered.sha256
-    assert found.distance.first_token.value > 0.05
+    assert found.kl is not None and found.kl.harmless_answered is not None
+    everywhere, elsewhere = found.kl.harmless, found.kl.harmless_answered
+    assert (everywhere.first_token.n, elsewhere.first_token.n) == (4, 3)
+    assert everywhere.mean.prompts_sha256 == HARMLESS.sha256
+    assert elsewhere.mean.prompts_sha256 == answered.sha256
+    assert everywhere.first_token.value > 0.05
     # One more token got a logit, which shifts the others a little.
-    assert found.distance_answered.first_token.value < found.distance.first_token.value / 3
-    assert found.base_perplexity is not None
-    assert (found.base_perplexity.n, found.base_perplexity.n_tokens) == (3, 6)
+    assert elsewhere.first_token.value < everywhere.first_token.value / 3
+    assert found.perplexity is not None
+    assert (found.perplexity.base.n, found.perplexity.base.n_tokens) == (3, 6)
 
 
 def test_a_model_that_refuses_everything_has_no_answers_to_measure_along(careful: LoadedModel) -> None:
     stubborn = speaker({"?": REFUSAL, ".": REFUSAL, REFUSAL: "</s>"})
-    found = evaluate(stubborn, careful, PROMPTS, PLAIN)
-    assert found.distance is not None
-    assert found.distance_answered is None and found.base_perplexity is None and found.edited_perplexity is None
+    found = evaluate(stubborn, careful, PROMPTS, LONGER)
+    assert found.kl is not None
+    assert found.kl.harmless_answered is None and found.perplexity is None and found.agreement is None
     assert set(found.to_json()["kl"]) == {"harmless"}
     assert "perplexity" not in found.to_json()
 
 
 def test_a_destroyed_model_is_not_called_a_success(careful: LoadedModel) -> None:
     destroyed = speaker({"?": ECHO, ".": ECHO, ECHO: ECHO})
-    found = evaluate(careful, destroyed, PROMPTS, PLAIN)
+    found = evaluate(careful, destroyed, PROMPTS, LONGER)
     assert found.sets["harmful"].refusals.edited.count == 0
     assert found.sets["harmless"].degenerate.edited.count == 4
     text = " ".join(warnings(found))
@@ -211,7 +225,7 @@ def test_a_destroyed_model_is_not_called_a_success(careful: LoadedModel) -> None
 
 def test_every_answer_is_kept(careful: LoadedModel) -> None:
     willing = speaker({"?": ANSWER, ".": ANSWER})
-    found = evaluate(careful, willing, PROMPTS, PLAIN)
+    found = evaluate(careful, willing, PROMPTS, LONGER)
     assert len(found.rows) == 2 * (3 + 4 + 2)
     row = next(row for row in found.rows if row.prompt == "Why is it blue?" and row.model == "base")
     assert row.to_json() == {
@@ -227,7 +241,7 @@ def test_every_answer_is_kept(careful: LoadedModel) -> None:
     }
     for name, part in found.sets.items():
         for model, rate in (("base", part.refusals.base), ("edited", part.refusals.edited)):
-            labels = [row.label for row in found.rows if row.set_name == name and row.model == model]
+            labels = [row.label for row in found.rows if row.set == name and row.model == model]
             assert labels.count("refusal") == rate.count
 
 
@@ -266,7 +280,8 @@ def test_table_has_four_columns(base: LoadedModel, edited: LoadedModel) -> None:
 
 def test_progress_rises_to_the_total(base: LoadedModel, edited: LoadedModel) -> None:
     seen: list[tuple[int, int]] = []
-    evaluate(base, edited, PROMPTS, SETTINGS, progress=Progress(lambda _, done, total: seen.append((done, total))))
+    told = Progress(lambda _, done, total: seen.append((done, total)))
+    evaluate(base, edited, PROMPTS, SETTINGS, progress=told)
     assert seen == sorted(seen)
     assert {total for _, total in seen} == {2 * 9 + 4}
     assert seen[-1] == (22, 22)
@@ -290,30 +305,42 @@ def test_nan_logits_name_the_prompt(base: LoadedModel) -> None:
     with torch.no_grad():
         model.model.embed_tokens.weight[tiny.VOCABULARY.index("W")] = float("nan")
     with pytest.raises(NumericalError, match=r"model broken .* prompt 2 of 4 .*Why is it blue"):
-        evaluate(
-            base,
-            LoadedModel(model, base.tokenizer, "broken"),
-            PROMPTS,
-            SETTINGS.model_copy(update={"max_new_tokens": 1}),
-        )
+        evaluate(base, LoadedModel(model, base.tokenizer, "broken"), PROMPTS, MeasureSettings(max_new_tokens=1))
 
 
 @pytest.mark.parametrize("name", ["max_new_tokens", "kl_tokens"])
-def test_settings_below_one_are_refused(base: LoadedModel, name: str) -> None:
-    with pytest.raises(ModelError, match=f"{name} is 0, expected at least 1"):
-        evaluate(base, base, PROMPTS, SETTINGS.model_copy(update={name: 0}))
+def test_settings_below_one_are_refused(name: str) -> None:
+    with pytest.raises(ValidationError, match=rf"{name}\s.* greater than or equal to 1"):
+        MeasureSettings(**{name: 0})
+
+
+def paired(base: Rate, edited: Rate) -> PairedRate:
+    test = mcnemar([True] * base.n, [True] * base.n)
+    assert test is not None
+    return PairedRate(base=base, edited=edited, mcnemar=test, verdict=verdict(test))
+
+
+def scored(refusals: tuple[int, int], degenerate: tuple[int, int], n: int = 100) -> SetScores:
+    rates = [wilson_rate(count, n, "0") for count in (*refusals, *degenerate)]
+    return SetScores(refusals=paired(*rates[:2]), degenerate=paired(*rates[2:]))  # type: ignore[arg-type]
 
 
 def constructed(kl: float, degenerate: int, perplexity: float) -> Evaluation:
     n = 100
-    before, after = (wilson_rate(count, n, "0") for count in (1, degenerate))
-    test = mcnemar([True] * n, [True] * n)
-    assert before is not None and after is not None and test is not None
-    scores = SetScores(PairedRate(before, before, test), PairedRate(before, after, test))
-    mean = Mean(kl, kl, kl, n, 0, "0")
-    first, second = (Perplexity(value, value, value, n, n, 0, "0") for value in (10.0, perplexity))
-    distance = Distance(mean, mean)
-    return Evaluation("a", "b", SETTINGS, {"harmless": scores}, distance, distance, first, second, ())
+    mean = Mean(value=kl, low=kl, high=kl, n=n, seed=0, prompts_sha256="0")
+    distance = Distance(first_token=mean, mean=mean)
+    first, second = (
+        Perplexity(value=value, low=value, high=value, n=n, n_tokens=n, seed=0, prompts_sha256="0")
+        for value in (10.0, perplexity)
+    )
+    return Evaluation(
+        base="a",
+        edited="b",
+        settings=HOW,
+        sets={"harmless": scored((1, 1), (1, degenerate))},
+        kl=Distances(harmless=distance, harmless_answered=distance),
+        perplexity=Perplexities(base=first, edited=second),
+    )
 
 
 @pytest.mark.parametrize(
@@ -343,37 +370,38 @@ class Counting:
 
 
 def test_another_judge_labels_the_answers_and_is_named(careful: LoadedModel) -> None:
-    found = evaluate(careful, careful, PROMPTS, PLAIN, judge=Counting())
+    found = evaluate(careful, careful, PROMPTS, LONGER, judge=Counting())
     deflections = found.sets["harmless"].deflections
     assert deflections is not None and (deflections.base.count, deflections.edited.count) == (1, 1)
-    assert found.judge == found.to_json()["settings"]["judge"] == "counting"
+    assert found.settings.judge == found.to_json()["settings"]["judge"] == "counting"
     assert {row.judge for row in found.rows} == {"counting"}
     assert found.judge_usage == "3 sets" and "3 sets" not in json.dumps(found.to_json())
-    assert evaluate(careful, careful, PROMPTS, PLAIN).judge_usage is None
+    assert evaluate(careful, careful, PROMPTS, LONGER).judge_usage is None
     # Where a judge knows of no deflections there are none to count, not 0.
     blind = Counting()
     blind.labels = frozenset({Label.REFUSAL, Label.COMPLIANCE})
-    assert evaluate(careful, careful, PROMPTS, PLAIN, judge=blind).sets["harmless"].deflections is None
+    assert evaluate(careful, careful, PROMPTS, LONGER, judge=blind).sets["harmless"].deflections is None
     # A judge that may cost something is not asked about every length.
     assert found.sets["harmless"].by_length is None
-    assert evaluate(careful, careful, PROMPTS, PLAIN).sets["harmless"].deflections is None
+    assert evaluate(careful, careful, PROMPTS, LONGER).sets["harmless"].deflections is None
 
 
 def test_rates_are_corrected_for_what_the_judge_gets_wrong(careful: LoadedModel) -> None:
     willing = speaker({"?": ANSWER, ".": ANSWER, ANSWER: "</s>"}, "willing")
     accuracies = {Label.REFUSAL: JudgeAccuracy(90, 100, 80, 100)}
-    found = evaluate(careful, willing, PROMPTS, PLAIN, accuracies=accuracies).sets["harmless"]
+    found = evaluate(careful, willing, PROMPTS, LONGER, accuracies=accuracies).sets["harmless"]
     # One of four: (0.25 + 0.8 - 1) / (0.9 + 0.8 - 1); none of four is below what errors alone would give.
+    assert found.refusals.corrected is not None
     assert found.refusals.corrected["base"].value == pytest.approx(0.05 / 0.7)
     assert found.refusals.corrected["edited"].value == 0
-    assert found.degenerate.corrected == {}
+    assert found.degenerate.corrected is None
     assert found.to_json()["refusals"]["corrected"]["base"]["n_calibration"] == 200
 
 
 def test_p_values_are_corrected_for_all_comparisons_and_say_what_is_decided(careful: LoadedModel) -> None:
     many = replace(PROMPTS, harmful=PromptSet("harmful", tuple(f"Why {i}?" for i in range(12)), "test"))
     willing = speaker({"?": ANSWER, ".": ANSWER, ANSWER: "</s>"}, "willing")
-    found = evaluate(careful, willing, many, PLAIN).sets
+    found = evaluate(careful, willing, many, LONGER).sets
     first = found["harmful"].refusals
     assert first.adjusted_p == pytest.approx(6 * 2 / 2**12)
     assert str(first.verdict) == "lower"
@@ -381,27 +409,43 @@ def test_p_values_are_corrected_for_all_comparisons_and_say_what_is_decided(care
     assert found["harmless"].refusals.to_json()["verdict"] == "undecided"
 
 
-def test_scores_keep_to_their_schema(careful: LoadedModel, base: LoadedModel, edited: LoadedModel) -> None:
-    schema = json.loads((resources.files("remove_refusals") / "data" / "scores.schema.json").read_text())
+def test_scores_keep_to_their_schema_and_are_read_as_they_were_written(
+    careful: LoadedModel, base: LoadedModel, edited: LoadedModel, tmp_path: Path
+) -> None:
+    schema = Evaluation.model_json_schema(mode="serialization")
     jsonschema.Draft202012Validator.check_schema(schema)
     accuracies = {label: JudgeAccuracy(90, 100, 80, 100) for label in Label}
-    mean = Mean(0.5, 0.4, 0.6, 9, 0, "0")
+    mean = Mean(value=0.5, low=0.4, high=0.6, n=9, seed=0, prompts_sha256="0")
     difference = paired_difference([0.0, 1.0], [1.0, 1.0])
     assert difference is not None
-    task = TaskScore("task", "acc", mean, mean, difference)
-    thinking = {"base": Thinking(Rate(1, 2, 0.1, 0.9, "0"), mean)}
+    task = TaskScore(task="task", metric="acc", base=mean, edited=mean, difference=difference)
+    rate = wilson_rate(1, 2, "0")
+    assert rate is not None
+    thinking = {"base": Thinking(unfinished=rate, length=mean)}
     whole = evaluate(base, edited, PROMPTS, SETTINGS, judge=Counting(), accuracies=accuracies)
-    sets = {name: replace(part, thinking=thinking) for name, part in whole.sets.items()}
-    for found in (
-        evaluate(careful, careful, PROMPTS, PLAIN),
-        replace(whole, sets=sets, tasks=(task,)),
+    sets = {name: part.model_copy(update={"thinking": thinking}) for name, part in whole.sets.items()}
+    cases = (
+        evaluate(careful, careful, PROMPTS, LONGER),
+        whole.model_copy(update={"sets": sets, "tasks": (task,), "judge_usage": None}),
         evaluate(base, edited, EvaluationPrompts(HARMFUL, PromptSet("harmless", (), "test")), SETTINGS),
-    ):
+    )
+    for number, found in enumerate(cases):
         record = json.loads(json.dumps(found.to_json()))
         jsonschema.validate(record, schema)
         record["sets"]["harmful"]["refusals"]["base"]["count"] = -1
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(record, schema)
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        found.save(directory)
+        assert Evaluation.load(directory, error=RecordError) == found
+
+
+def test_rows_may_hold_every_kind_of_line_break(careful: LoadedModel, tmp_path: Path) -> None:
+    found = evaluate(careful, careful, PROMPTS, LONGER)
+    rows = tuple(row.model_copy(update={"text": "a\u2028b\x85c\n"}) for row in found.rows)
+    found.model_copy(update={"rows": rows}).save(tmp_path)
+    assert read_rows(tmp_path / "rows.jsonl", error=RecordError) == rows
 
 
 @pytest.mark.parametrize(("refused", "degenerate", "warned"), [(0, 7, True), (80, 10, False), (80, 11, True)])
@@ -409,19 +453,14 @@ def test_broken_answers_are_held_against_the_bases_own_rate_of_them(
     refused: int, degenerate: int, warned: bool
 ) -> None:
     """One of 20 answers loops: where 80 refusals become answers, five loops are its own."""
-    n = 100
-    rates = [wilson_rate(count, n, "0") for count in (refused, 0, 1, degenerate)]
-    assert all(rates)
-    test = mcnemar([True] * n, [True] * n)
-    assert test is not None
-    scores = SetScores(PairedRate(rates[0], rates[1], test), PairedRate(rates[2], rates[3], test))  # type: ignore[arg-type]
-    found = warnings(Evaluation("a", "b", SETTINGS, {"harmful": scores}, None, None, None, None, ()))
+    sets = {"harmful": scored((refused, 0), (1, degenerate))}
+    found = warnings(Evaluation(base="a", edited="b", settings=HOW, sets=sets))
     assert bool(found) == warned
 
 
 def test_a_further_set_has_a_name_of_its_own(careful: LoadedModel) -> None:
     more = PromptSet("more", ("Fell a tree?",), "test")
-    found = evaluate(careful, careful, replace(PROMPTS, more=(more,)), PLAIN)
+    found = evaluate(careful, careful, replace(PROMPTS, more=(more,)), LONGER)
     assert found.sets["more"].refusals.base.count == 1
     with pytest.raises(PromptError, match="named 'harmless'"):
-        evaluate(careful, careful, replace(PROMPTS, more=(replace(more, name="harmless"),)), PLAIN)
+        evaluate(careful, careful, replace(PROMPTS, more=(replace(more, name="harmless"),)), LONGER)

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness and the perplexity of a text, against direct computations."""
+"""Tasks of lm-evaluation-harness, against direct computations."""
 
 import copy
 import json
@@ -13,6 +13,7 @@ from remove_refusals.errors import ModelError
 from remove_refusals.measure.statistics import paired_difference
 from remove_refusals.measure.tasks import _scores, run_tasks
 from remove_refusals.models.load import LoadedModel, load
+from remove_refusals.settings import MeasureSettings
 
 ROWS = [{"question": f"Name {word}", "choices": [" a fish", " a very long stone"], "answer": i % 2} for i, word in
         enumerate("one two three four five six seven eight".split())]  # fmt: skip
@@ -51,6 +52,10 @@ def tasks(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def asked(directory: Path, **settings: object) -> MeasureSettings:
+    return MeasureSettings(**{"tasks": ("own_task",), "task_directory": str(directory), **settings})  # type: ignore[arg-type]
+
+
 def accuracy(loaded: LoadedModel) -> list[float]:
     """One sequence at a time: which continuation is likelier."""
     found = []
@@ -69,16 +74,16 @@ def accuracy(loaded: LoadedModel) -> list[float]:
 def test_a_task_gives_what_a_direct_computation_gives_in_pairs(
     base: LoadedModel, edited: LoadedModel, tasks: Path
 ) -> None:
-    (found,) = run_tasks(replace(base, batch_size=3), edited, ["own_task"], directory=tasks)
+    (found,) = run_tasks(replace(base, batch_size=3), edited, asked(tasks))
     before, after = accuracy(base), accuracy(edited)
     assert (found.task, found.metric, found.base.n) == ("own_task", "acc", len(ROWS))
     assert (found.base.value, found.edited.value) == (sum(before) / len(ROWS), sum(after) / len(ROWS))
     differences = [b - a for a, b in zip(before, after, strict=True)]
     assert found.difference.value == pytest.approx(sum(differences) / len(ROWS))
     assert found.difference == paired_difference(before, after)
-    (again,) = run_tasks(base, base, ["own_task"], directory=tasks, limit=5)
+    (again,) = run_tasks(base, base, asked(tasks, task_limit=5))
     assert again.base.n == 5
-    assert not again.decided
+    assert not again.difference.decided
     assert (again.difference.low, again.difference.high) == (0, 0)
 
 
@@ -91,15 +96,15 @@ def test_few_samples_decide_nothing() -> None:
     first, second = ([sample(number, value) for number in range(8)] for value in (0.0, 1.0))
     for n, decided in ((8, True), (5, False)):
         (found,) = _scores({"own": first[:n]}, {"own": second[:n]}, 0)
-        assert (found.difference.value, found.decided) == (1.0, decided)
+        assert (found.difference.value, found.difference.decided) == (1.0, decided)
 
 
 def test_a_task_whose_data_are_missing_is_refused_in_a_sentence(base: LoadedModel, tasks: Path) -> None:
     (tasks / "rows.jsonl").unlink()
     with pytest.raises(ModelError, match="The tasks own_task cannot be run"):
-        run_tasks(base, base, ["own_task"], directory=tasks)
+        run_tasks(base, base, asked(tasks))
 
 
 def test_a_task_that_is_not_known_is_refused_by_name(base: LoadedModel, tasks: Path) -> None:
     with pytest.raises(ModelError, match="'another_task' is not among"):
-        run_tasks(base, base, ["own_task", "another_task"], directory=tasks)
+        run_tasks(base, base, asked(tasks, tasks=("own_task", "another_task")))

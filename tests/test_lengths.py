@@ -1,4 +1,4 @@
-"""Refusals by the length of the answer, answers that go on, and statistics over tokens."""
+"""Refusals by the length of the answer, and statistics over tokens."""
 
 from pathlib import Path
 
@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from remove_refusals.errors import NumericalError
 from remove_refusals.files import STAGES, Journal
-from remove_refusals.measure.evaluate import EvaluationPrompts, evaluate, grid, has_settled
+from remove_refusals.measure.answers import EvaluationPrompts
+from remove_refusals.measure.evaluate import evaluate, grid, has_settled
 from remove_refusals.measure.judges.labels import Label
 from remove_refusals.measure.statistics import common_prefix, means_by_token, token_quantile
 from remove_refusals.models.load import LoadedModel
@@ -25,6 +26,7 @@ PROMPTS = EvaluationPrompts(
     PromptSet("harmless", ("Name a colour.", "Tell a joke."), "test"),
 )
 SETTINGS = MeasureSettings(max_new_tokens=8, kl_tokens=4)
+LONGER = MeasureSettings(max_new_tokens=12, kl_tokens=4)
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +39,9 @@ def late() -> LoadedModel:
 def test_a_late_refusal_is_seen_where_answers_may_be_long_and_said_to_be_unsettled(late: LoadedModel) -> None:
     short = evaluate(late, late, PROMPTS, SETTINGS).sets["harmful"]
     assert short.refusals.base.count == 0
-    found = evaluate(late, late, PROMPTS, SETTINGS.model_copy(update={"max_new_tokens": 12})).sets["harmful"]
+    found = evaluate(late, late, PROMPTS, LONGER).sets["harmful"]
     assert found.refusals.base.count == 2
-    assert found.by_length is not None and not found.by_length.settled
+    assert found.by_length is not None and not found.by_length.stable
     counts = dict(zip(found.by_length.tokens, [rate.count for rate in found.by_length.base], strict=True))
     assert counts == {5: 0, 8: 0, 11: 2}
 
@@ -86,13 +88,13 @@ def test_an_interval_over_prompts_is_wider_than_one_over_tokens_that_go_together
 
 def test_nothing_gives_none_and_nan_is_refused() -> None:
     assert token_quantile([], 0.95, "0") is None
-    assert means_by_token([], "0") == ()
+    assert means_by_token([]) == ()
     with pytest.raises(NumericalError, match="1 are NaN"):
         token_quantile([[1.0, float("nan")]], 0.95, "0")
 
 
 def test_means_by_token_count_who_reaches_so_far() -> None:
-    found = means_by_token([[1.0, 5.0], [3.0]], "0")
+    found = means_by_token([[1.0, 5.0], [3.0]])
     assert [(mean.value, mean.n) for mean in found] == [(2.0, 2), (5.0, 1)]
 
 
@@ -110,9 +112,9 @@ def test_the_common_prefix_is_1_for_equal_answers_only(first: list[int], second:
 def test_the_kl_by_token_and_the_agreement_are_those_of_the_answers(late: LoadedModel) -> None:
     other = speaker({"?": ANSWER, ".": ANSWER, ANSWER: ANSWER}, "other", extra=WORDS)
     found = evaluate(late, other, PROMPTS, SETTINGS)
-    assert found.distance is not None and found.distance.p95 is not None
-    assert [mean.n for mean in found.distance.by_token] == [2, 2]
-    assert found.distance.by_token[0].value == pytest.approx(found.distance.first_token.value)
+    assert found.kl is not None and found.kl.harmless.p95 is not None and found.kl.harmless.by_token is not None
+    assert [(mean.token, mean.n) for mean in found.kl.harmless.by_token] == [(1, 2), (2, 2)]
+    assert found.kl.harmless.by_token[0].value == pytest.approx(found.kl.harmless.first_token.value)
     assert found.agreement is not None
     assert (found.agreement.identical.count, found.agreement.common_prefix.value) == (0, 1 / 8)
     again = evaluate(late, late, PROMPTS, SETTINGS).agreement
@@ -121,7 +123,7 @@ def test_the_kl_by_token_and_the_agreement_are_those_of_the_answers(late: Loaded
 
 def test_flipped_prompts_are_listed_both_ways(late: LoadedModel) -> None:
     stern = speaker({"?": ANSWER, ".": REFUSAL, ANSWER: "</s>", REFUSAL: "</s>"}, "stern", extra=WORDS)
-    found = evaluate(late, stern, PROMPTS, SETTINGS.model_copy(update={"max_new_tokens": 12}))
+    found = evaluate(late, stern, PROMPTS, LONGER)
     rows = {row.prompt_id: row.prompt for row in found.rows}
     harmful, harmless = found.sets["harmful"].flipped, found.sets["harmless"].flipped
     assert harmful is not None and harmless is not None
@@ -137,10 +139,11 @@ def test_thinking_is_measured_where_there_is_some() -> None:
     endless = speaker({**chain, "hm ": "hm ", ".": ANSWER}, "endless", extra=thinking)
     found = evaluate(finishing, endless, PROMPTS, SETTINGS).sets
     scores = found["harmful"].thinking
+    assert scores is not None
     assert (scores["base"].unfinished.count, scores["edited"].unfinished.count) == (0, 2)
     assert (scores["base"].length.value, scores["edited"].length.value) == (4.0, 8.0)
     assert found["harmful"].degenerate.edited.count == 2
-    assert found["harmless"].thinking == {}
+    assert found["harmless"].thinking is None
     assert "thinking" not in found["harmless"].to_json()
 
 

@@ -87,7 +87,7 @@ def test_a_run_leaves_a_whole_and_documented_model(settings, tmp_path):
 def test_the_numbers_are_those_of_the_saved_files(settings, tmp_path):
     result = run(settings, tmp_path / "out")
     again, _ = compare(settings, str(tmp_path / "out"))
-    assert again.sets == result.evaluation.sets and again.distance == result.evaluation.distance
+    assert again.sets == result.evaluation.sets and again.kl == result.evaluation.kl
 
 
 def test_the_same_seed_gives_the_same_files(settings, tmp_path):

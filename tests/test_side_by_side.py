@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from remove_refusals.errors import PromptError
-from remove_refusals.files import write_json, write_jsonl
-from remove_refusals.measure.evaluate import EvaluationPrompts, evaluate
+from remove_refusals.measure.answers import EvaluationPrompts
+from remove_refusals.measure.evaluate import evaluate
 from remove_refusals.measure.judges.labels import Label
 from remove_refusals.measure.side_by_side import SideBySide, side_by_side
 from remove_refusals.measure.statistics import Verdict
@@ -29,8 +29,7 @@ SETTINGS = MeasureSettings(max_new_tokens=8, kl_tokens=4)
 def record(directory: Path, base: LoadedModel, edited: LoadedModel, prompts: EvaluationPrompts = PROMPTS) -> Path:
     found = evaluate(base, edited, prompts, SETTINGS)
     directory.mkdir(parents=True)
-    write_json(directory / "scores.json", found.to_json())
-    write_jsonl(directory / "rows.jsonl", (row.to_json() for row in found.rows))
+    found.save(directory)
     return directory
 
 
@@ -54,7 +53,7 @@ def found(directories: tuple[Path, Path]) -> SideBySide:
 
 def test_the_rates_are_those_of_the_records(found: SideBySide, directories: tuple[Path, Path]) -> None:
     assert found.models == ("base", "willing", "destroyed")
-    counts = {key: tuple(rate.count for rate in rates) for key, rates in found.rates.items()}
+    counts = {(row.set, row.label): tuple(rate.count for rate in row.models.values()) for row in found.rates}
     assert counts == {
         ("harmful", Label.REFUSAL): (12, 0, 0),
         ("harmless", Label.REFUSAL): (0, 0, 0),
@@ -63,8 +62,8 @@ def test_the_rates_are_those_of_the_records(found: SideBySide, directories: tupl
     }
     for directory, model in zip(directories, found.models[1:], strict=True):
         scores = json.loads((directory / "scores.json").read_text())
-        assert found.damage[model]["kl"] == scores["kl"]
-        rate = found.rates["harmful", Label.REFUSAL][found.models.index(model)]
+        assert found.damage[model].to_json() == {key: scores[key] for key in ("kl", "perplexity", "agreement")}
+        rate = next(row.models[model] for row in found.rates if (row.set, row.label) == ("harmful", Label.REFUSAL))
         assert rate.to_json() == scores["sets"]["harmful"]["refusals"]["edited"]
 
 
@@ -102,5 +101,5 @@ def test_records_that_do_not_fit_are_refused(
         side_by_side([tmp_path])
     broken = record(tmp_path / "broken", careful, careful)
     (broken / "rows.jsonl").write_text('{"set": "harmful"}\n')
-    with pytest.raises(PromptError, match="KeyError"):
+    with pytest.raises(PromptError, match=r"rows\.jsonl, row 1, has at prompt_id"):
         side_by_side([broken])

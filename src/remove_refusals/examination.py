@@ -24,8 +24,8 @@ from remove_refusals.directions import (
     writer_shares,
 )
 from remove_refusals.errors import ArchitectureError, CheckpointError, DirectionError, ModelError
-from remove_refusals.files import atomic_directory, versions, write_json, write_jsonl
-from remove_refusals.measure import Evaluation, EvaluationPrompts, evaluate, test_prompts
+from remove_refusals.files import atomic_directory, versions
+from remove_refusals.measure import Evaluation, EvaluationPrompts, evaluate, measuring_prompts
 from remove_refusals.modelmap import ChannelStep, ModelMap, by_stored_name, disk_names, map_model, skeleton_of
 from remove_refusals.models import (
     FLOAT_DTYPES,
@@ -150,8 +150,7 @@ def analyze(
         found = _examine(settings, answers=answers, progress=progress)
         found.record().write(directory / "analysis.json")
         if found.evaluation is not None:
-            write_json(directory / "scores.json", found.evaluation.to_json())
-            write_jsonl(directory / "rows.jsonl", (row.to_json() for row in found.evaluation.rows))
+            found.evaluation.save(directory)
         write_html_report(directory)
     return found
 
@@ -165,7 +164,7 @@ def _examine(settings: RunSettings, *, answers: bool, progress: Progress) -> Exa
             prompts_from(finding.harmless, "harmless", "harmless_train"),
         )
     )
-    prompts = test_prompts(settings.measure, (harmful, harmless))
+    prompts = measuring_prompts(settings.measure, (harmful, harmless))
     loaded = load_model(settings.model, settings.loading, chat=settings.chat, batch_size=settings.batch_size)
     model_map = map_model(loaded.model)
     if answers and model_map.unhooked:
@@ -257,7 +256,7 @@ def _without(
         progress=progress,
     )
     name = published_name(loaded.source)
-    return replace(evaluation, base=name, edited=f"{name} without one direction")
+    return evaluation.model_copy(update={"base": name, "edited": f"{name} without one direction"})
 
 
 def inspect(source: str, *, revision: str | None = None, trust_remote_code: bool = False) -> dict[str, Any]:

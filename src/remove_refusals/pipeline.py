@@ -20,14 +20,14 @@ from remove_refusals.directions import (
     training_prompts,
 )
 from remove_refusals.errors import ModelError, RecordError, RemoveRefusalsError, SelectionError
-from remove_refusals.files import Journal, atomic_directory, check_target, write_json, write_jsonl
+from remove_refusals.files import Journal, atomic_directory, check_target
 from remove_refusals.measure import (
     Evaluation,
     EvaluationPrompts,
     PhraseJudge,
-    measure,
-    test_judge,
-    test_prompts,
+    evaluate,
+    measuring_judge,
+    measuring_prompts,
     warnings,
 )
 from remove_refusals.modelmap import ModelMap, map_model
@@ -143,8 +143,8 @@ def _run_into(
     searching = settings.select is not None and given is None
     search, said = _search_prompts(settings) if searching else (None, ())
     drawn = training_prompts(settings.direction) if given is None else None
-    prompts = test_prompts(settings.measure, search.sets() if search is not None else drawn or ())
-    judged = test_judge(settings.measure, settings.loading.device)
+    prompts = measuring_prompts(settings.measure, search.sets() if search is not None else drawn or ())
+    judge, accuracies = measuring_judge(settings.measure, settings.loading.device)
     told: dict[str, Any] = {"chat": settings.chat, "batch_size": settings.batch_size}
     loaded = load_model(settings.model, settings.loading, **told)
     model_map = map_model(loaded.model)
@@ -160,8 +160,16 @@ def _run_into(
         used, notes = found.prompts, (*said, *_outlier_warning(found, settings))
     baked = _written(loaded, intervention, directory, settings, model_map)
     edited = load_model(str(directory), settings.loading.model_copy(update={"revision": None}), **told)
-    evaluation = measure(loaded, edited, prompts, settings.measure, judged=judged, journal=journal, progress=progress)
-    evaluation = replace(evaluation, base=published_name(loaded.source), edited=output_name)
+    evaluation = evaluate(
+        loaded,
+        edited,
+        prompts,
+        settings.measure,
+        judge=judge,
+        accuracies=accuracies,
+        journal=journal,
+        progress=progress,
+    ).model_copy(update={"base": published_name(loaded.source), "edited": output_name})
     notes = (*warnings(evaluation), *notes)
     more = {
         "settings": settings.record(),
@@ -186,8 +194,7 @@ def _write_records(
     if selection is not None:
         selection.record().write(directory / "selection.json")
         save_candidates(_kept(selection), directory / CANDIDATES)
-    write_json(directory / "scores.json", evaluation.to_json())
-    write_jsonl(directory / "rows.jsonl", (row.to_json() for row in evaluation.rows))
+    evaluation.save(directory)
     card = model_card(record, table(evaluation), table_key(evaluation), baked.certificate)
     (directory / "README.md").write_text(card, encoding="utf-8")
 
@@ -331,12 +338,12 @@ def compare(settings: RunSettings, edited: str, *, progress: Progress = SILENT) 
     Raises:
         RemoveRefusalsError: Of the type that fits what went wrong.
     """
-    prompts = test_prompts(settings.measure)
-    judged = test_judge(settings.measure, settings.loading.device)
+    prompts = measuring_prompts(settings.measure)
+    judge, accuracies = measuring_judge(settings.measure, settings.loading.device)
     told: dict[str, Any] = {"chat": settings.chat, "batch_size": settings.batch_size}
     base = load_model(settings.model, settings.loading, **told)
     other = load_edited(edited, settings.model, settings.loading, **told)
-    evaluation = measure(base, other, prompts, settings.measure, judged=judged, progress=progress)
+    evaluation = evaluate(base, other, prompts, settings.measure, judge=judge, accuracies=accuracies, progress=progress)
     return evaluation, warnings(evaluation)
 
 

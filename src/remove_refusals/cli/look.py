@@ -274,7 +274,7 @@ def compare(
     from remove_refusals.cli.printing import say_json
     from remove_refusals.measure import side_by_side
 
-    found = side_by_side.side_by_side(directories)
+    found = side_by_side(directories)
     if as_json:
         say_json(found.to_json())
     else:
@@ -313,13 +313,13 @@ def calibrate(
     from remove_refusals import files as atomic
     from remove_refusals import files as records
     from remove_refusals.cli import printing as console
-    from remove_refusals.measure.judges import calibration
-    from remove_refusals.measure.judges import choose as choosing
+    from remove_refusals.measure import calibrate as measure_judge
+    from remove_refusals.measure import load_answers, make_judge
 
     if output is not None:
         atomic.check_target(output, force=force, directory=False)
-    answers = None if labelled is None else calibration.load_answers(labelled)
-    made = choosing.make_judge(
+    answers = None if labelled is None else load_answers(labelled)
+    made = make_judge(
         judge,
         device=device,
         cache=cache,
@@ -327,7 +327,7 @@ def calibrate(
         completion_price=completion_price,
         text_format=text_format,
     )
-    found = calibration.calibrate(made, answers)
+    found = measure_judge(made, answers)
     if as_json:
         console.say_json(found.to_json())
     else:

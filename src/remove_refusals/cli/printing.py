@@ -13,7 +13,16 @@ from rich.table import Table
 
 from remove_refusals.cli.options import StageLog, current, write_log
 from remove_refusals.directions import EditPlan
-from remove_refusals.measure import Calibration, Evaluation, Label, SideBySide, Verdict, accuracy_rows, confusion_rows
+from remove_refusals.measure import (
+    Calibration,
+    Damage,
+    Evaluation,
+    Label,
+    SideBySide,
+    Verdict,
+    accuracy_rows,
+    confusion_rows,
+)
 from remove_refusals.modelmap import ModelMap
 from remove_refusals.progress import Progress
 from remove_refusals.report import Certificate, table, table_key
@@ -229,14 +238,6 @@ def show_certificate(certificate: Certificate) -> None:
     say("Certificate passed." if certificate.passed else "Certificate failed.")
 
 
-_DAMAGE = (
-    ("KL, answered", ("kl", "harmless_answered", "mean")),
-    ("KL, 95th percentile, answered", ("kl", "harmless_answered", "p95")),
-    ("Perplexity", ("perplexity", "edited")),
-    ("Identical answers", ("agreement", "identical")),
-)
-
-
 def show_side_by_side(found: SideBySide) -> None:
     """Print a column for each model, and the differences that the data support."""
     console = Console(highlight=False)
@@ -244,11 +245,12 @@ def show_side_by_side(found: SideBySide) -> None:
     table.add_column("", no_wrap=True)
     for model in found.models:
         table.add_column(model, justify="right", overflow="fold")
-    for (name, label), rates in found.rates.items():
-        cells = [f"{rate.count}/{rate.n} [{100 * rate.low:.0f}, {100 * rate.high:.0f}]%" for rate in rates]
-        table.add_row(f"{label}, {name}".capitalize(), *cells)
-    for title, path in _DAMAGE:
-        cells = [_cell(found.damage.get(model, {}), path) for model in found.models]
+    for row in found.rates:
+        cells = [str(row.models[model]) for model in found.models]
+        table.add_row(f"{row.label}, {row.set}".capitalize(), *cells)
+    shown = [{}, *(_damage(found.damage[model]) for model in found.models[1:])]
+    for title in dict.fromkeys(title for part in shown for title in part):
+        cells = [part.get(title, "") for part in shown]
         if any(cells):
             table.add_row(title, *cells)
     console.print(table)
@@ -268,9 +270,14 @@ def show_side_by_side(found: SideBySide) -> None:
     )
 
 
-def _cell(damage: object, path: tuple[str, ...]) -> str:
-    for key in path:
-        if not isinstance(damage, dict) or key not in damage:
-            return ""
-        damage = damage[key]
-    return f"{damage['value']:.2g} [{damage['low']:.2g}, {damage['high']:.2g}]" if isinstance(damage, dict) else ""
+def _damage(damage: Damage) -> dict[str, str]:
+    """Give what is shown of the damage, by its title."""
+    found: dict[str, object] = {}
+    if damage.kl is not None and damage.kl.harmless_answered is not None:
+        found["KL, answered"] = damage.kl.harmless_answered.mean
+        found["KL, 95th percentile, answered"] = damage.kl.harmless_answered.p95
+    if damage.perplexity is not None:
+        found["Perplexity"] = damage.perplexity.edited
+    if damage.agreement is not None:
+        found["Identical answers"] = damage.agreement.identical
+    return {title: str(value) for title, value in found.items() if value is not None}

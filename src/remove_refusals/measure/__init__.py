@@ -1,26 +1,22 @@
 """The room measure."""
 
+from remove_refusals.measure.answers import Answered, EvaluationPrompts, labelled, measuring_prompts
 from remove_refusals.measure.divergence import distances_along
-from remove_refusals.measure.evaluate import (
-    EvaluationPrompts,
-    evaluate,
-    measure,
-    test_prompts,
-    warnings,
-)
+from remove_refusals.measure.evaluate import evaluate, warnings
 from remove_refusals.measure.judges.calibration import (
     Accuracies,
     Calibration,
     accuracy_rows,
     calibrate,
     confusion_rows,
+    load_answers,
     load_calibration,
 )
-from remove_refusals.measure.judges.choose import make_judge, test_judge
+from remove_refusals.measure.judges.choose import make_judge, measuring_judge
 from remove_refusals.measure.judges.labels import Judge, Label
 from remove_refusals.measure.judges.phrases import PhraseJudge, judge_phrases
-from remove_refusals.measure.scores import Evaluation, PairedRate
-from remove_refusals.measure.side_by_side import SideBySide
+from remove_refusals.measure.scores import Distance, Evaluation, PairedRate, Response, TaskScore, read_rows
+from remove_refusals.measure.side_by_side import Damage, SideBySide, side_by_side
 from remove_refusals.measure.statistics import (
     CorrectedRate,
     McNemar,
@@ -37,12 +33,14 @@ from remove_refusals.measure.statistics import (
     verdict,
     wilson_rate,
 )
-from remove_refusals.measure.tasks import TaskScore, run_tasks
 
 __all__ = [
     "Accuracies",
+    "Answered",
     "Calibration",
     "CorrectedRate",
+    "Damage",
+    "Distance",
     "Evaluation",
     "EvaluationPrompts",
     "Judge",
@@ -54,6 +52,7 @@ __all__ = [
     "PhraseJudge",
     "Quantile",
     "Rate",
+    "Response",
     "SideBySide",
     "TaskScore",
     "Verdict",
@@ -64,16 +63,18 @@ __all__ = [
     "evaluate",
     "holm",
     "judge_phrases",
+    "labelled",
+    "load_answers",
     "load_calibration",
     "make_judge",
     "mean_with_interval",
-    "measure",
+    "measuring_judge",
+    "measuring_prompts",
     "paired_difference",
     "paired_rates",
+    "read_rows",
     "rogan_gladen",
-    "run_tasks",
-    "test_judge",
-    "test_prompts",
+    "side_by_side",
     "verdict",
     "warnings",
     "wilson_rate",

@@ -17,9 +17,30 @@ from remove_refusals.models import (
 )
 from remove_refusals.progress import SILENT, Progress
 
+Context = Callable[[], AbstractContextManager[object]]
+
+
+# How many log-probabilities of one model may be held at once: 512 MB on a GPU, 128 MB elsewhere.
+_HELD, _HELD_ELSEWHERE = {"cuda": 2**27}, 2**25
+
+
+@dataclass(frozen=True)
+class PromptDistance:
+    """What was measured along the answer to one prompt, in nats.
+
+    Attributes:
+        kl: For each token of the answer, the KL divergence of the base model from the edited one there.
+        base_loss: The base model's negative log-likelihood of the answer's tokens, summed.
+        edited_loss: The edited model's.
+    """
+
+    kl: tuple[float, ...]
+    base_loss: float
+    edited_loss: float
+
 
 def kl_divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """Compute the Kullback-Leibler divergence `sum of p (log p - log q)` (Kullback and Leibler 1951).
+    """Compute `sum of p (log p - log q)` (Kullback and Leibler 1951).
 
     Args:
         log_p: `[n, vocabulary]`, floating point: natural logarithms of the probabilities of the base.
@@ -34,31 +55,6 @@ def kl_divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     return terms.sum(-1).clamp(min=0)
 
 
-Context = Callable[[], AbstractContextManager[object]]
-
-
-# How many log-probabilities of one model may be held at once: 512 MB on a GPU, 128 MB elsewhere.
-_HELD = {"cuda": 2**27}
-
-
-_HELD_ELSEWHERE = 2**25
-
-
-@dataclass(frozen=True)
-class PromptDistance:
-    """What was measured along the answer to one prompt.
-
-    Attributes:
-        kl: For each token of the answer, the KL divergence of the base model from the edited one there, in nats.
-        base_loss: The base model's negative log-likelihood of the answer's tokens, summed, in nats.
-        edited_loss: The edited model's.
-    """
-
-    kl: tuple[float, ...]
-    base_loss: float
-    edited_loss: float
-
-
 def distances_along(
     base: LoadedModel,
     edited: LoadedModel,
@@ -69,23 +65,9 @@ def distances_along(
     edited_context: Context = nullcontext,
     progress: Progress = SILENT,
 ) -> list[PromptDistance]:
-    """Run both models along given answers, a batch at a time, and keep only numbers.
+    """Run both models along the first `n_tokens` of given answers, a batch at a time, and keep only numbers.
 
-    Args:
-        base: The base model.
-        edited: The edited model; it may be the same one, with the edit in `edited_context`.
-        token_ids: Rendered prompts.
-        answer_ids: For each prompt the tokens of the answer, at least one.
-        n_tokens: How many tokens of each answer to look at.
-        edited_context: Entered around every run of the edited model.
-        progress: Told how many prompts are done.
-
-    Returns:
-        One distance for each prompt, in their order.
-
-    Raises:
-        ModelError: If a prompt does not fit a model, or memory runs out.
-        NumericalError: If logits are NaN; the message names the prompt.
+    `token_ids` are the rendered prompts. The edited model may be the base, with the edit in `edited_context`.
     """
 
     def measure(indices: Sequence[int]) -> list[PromptDistance]:
@@ -98,8 +80,7 @@ def distances_along(
 
     lengths = [len(ids) + len(tail) for ids, tail in zip(token_ids, answer_ids, strict=True)]
     held = _HELD.get(base.device.type, _HELD_ELSEWHERE)
-    room = max(1, held // (n_tokens * base.vocabulary_size))
-    most = min(room, first_batch_size(base))
+    most = min(max(1, held // (n_tokens * base.vocabulary_size)), first_batch_size(base))
     return in_order(in_batches(base, lengths, measure, most=most, progress=progress))
 
 
@@ -107,14 +88,11 @@ def _compare(base: AnswerLogits, edited: AnswerLogits, n: int) -> list[PromptDis
     with torch.inference_mode():
         log_p, log_q = base.log_probabilities, edited.log_probabilities.to(base.log_probabilities.device)
         targets = base.targets.to(log_p.device)[:, None]
-        columns = (kl_divergence(log_p, log_q), -log_p.gather(1, targets)[:, 0], -log_q.gather(1, targets)[:, 0])
-        kl, base_loss, edited_loss = (column.tolist() for column in columns)
+        losses = (-log_p.gather(1, targets)[:, 0], -log_q.gather(1, targets)[:, 0])
+        columns = [column.tolist() for column in (kl_divergence(log_p, log_q), *losses)]
     rows = base.rows.tolist()
-    return [
-        PromptDistance(
-            tuple(value for row, value in zip(rows, kl, strict=True) if row == index),
-            sum(value for row, value in zip(rows, base_loss, strict=True) if row == index),
-            sum(value for row, value in zip(rows, edited_loss, strict=True) if row == index),
-        )
+    of_prompt = [
+        [[value for row, value in zip(rows, column, strict=True) if row == index] for column in columns]
         for index in range(n)
     ]
+    return [PromptDistance(tuple(kl), sum(first), sum(second)) for kl, first, second in of_prompt]

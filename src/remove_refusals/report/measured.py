@@ -220,7 +220,7 @@ def _other_rows(scores: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]
 
 def _task(record: Mapping[str, Any]) -> tuple[str, ...]:
     parts = [f"{number(record[key]['value'])} {interval(record[key])}" for key in ("base", "edited", "difference")]
-    decided = "" if record["decided"] else "undecided"
+    decided = "" if record["difference"]["verdict"] != "undecided" else "undecided"
     return (record["task"], record["metric"], *parts, str(record["difference"]["n"]), decided)
 
 

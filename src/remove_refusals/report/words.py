@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from remove_refusals.measure import CorrectedRate, Evaluation, Mean, PairedRate, Quantile, Rate
+from remove_refusals.measure import Distance, Evaluation, PairedRate
 
 _WIDE_ENDS = "\u3002\uff01\uff1f"
 """The full stop, exclamation and question mark of Chinese and Japanese, after which no space stands."""
@@ -92,37 +92,30 @@ def table(evaluation: Evaluation) -> tuple[tuple[str, str, str, str], ...]:
     for name, scores in evaluation.sets.items():
         if scores.deflections is not None:
             rows.append((f"deflected, {name}".capitalize(), *_paired(scores.deflections)))
-        for model, thinking in scores.thinking.items():
-            cells = {"base": "", "edited": "", model: _rate(thinking.unfinished)}
+        for model, thinking in (scores.thinking or {}).items():
+            cells = {"base": "", "edited": "", model: str(thinking.unfinished)}
             rows.append((f"Unfinished thinking, {name}", cells["base"], cells["edited"], ""))
-    parts = (("harmless", evaluation.distance), ("answered", evaluation.distance_answered))
-    for name, distance in parts:
-        if distance is not None:
-            rows.append((f"First-token KL, {name}", "", _mean(distance.first_token), ""))
-            rows.append((f"KL, {evaluation.settings.kl_tokens} tokens, {name}", "", _mean(distance.mean), ""))
-            if distance.p95 is not None:
-                rows.append((f"KL, 95th percentile, {name}", "", _mean(distance.p95), ""))
-    base, edited = evaluation.base_perplexity, evaluation.edited_perplexity
-    if base is not None and edited is not None:
-        ratio = f"{edited.value / base.value:.2f} times"
-        rows.append(("Perplexity", f"{base.value:.3g}", f"{edited.value:.3g}", ratio))
-    for task in evaluation.tasks:
-        verdict = "" if task.decided else ", undecided"
+    for name, distance in _distances(evaluation):
+        rows.append((f"First-token KL, {name}", "", str(distance.first_token), ""))
+        rows.append((f"KL, {evaluation.settings.kl_tokens} tokens, {name}", "", str(distance.mean), ""))
+        if distance.p95 is not None:
+            rows.append((f"KL, 95th percentile, {name}", "", str(distance.p95), ""))
+    if (found := evaluation.perplexity) is not None:
+        ratio = f"{found.edited.value / found.base.value:.2f} times"
+        rows.append(("Perplexity", f"{found.base.value:.3g}", f"{found.edited.value:.3g}", ratio))
+    for task in evaluation.tasks or ():
+        verdict = "" if task.difference.decided else ", undecided"
         paired = f"{task.difference.value:+.2g} [{task.difference.low:+.2g}, {task.difference.high:+.2g}]{verdict}"
         rows.append((f"{task.task}, {task.metric}", f"{task.base.value:.3g}", f"{task.edited.value:.3g}", paired))
     if evaluation.agreement is not None:
-        rows.append(("Identical answers, answered", "", _rate(evaluation.agreement.identical), ""))
+        rows.append(("Identical answers, answered", "", str(evaluation.agreement.identical), ""))
     return tuple(rows)
 
 
 def table_key(evaluation: Evaluation) -> str:
     """Explain the rows of `table` in a few sentences."""
-    numbers = [
-        f"{name} {distance.first_token.n}"
-        for name, distance in (("harmless", evaluation.distance), ("answered", evaluation.distance_answered))
-        if distance is not None
-    ]
-    unsettled = [name for name, scores in evaluation.sets.items() if scores.by_length and not scores.by_length.settled]
+    numbers = [f"{name} {distance.first_token.n}" for name, distance in _distances(evaluation)]
+    unsettled = [name for name, scores in evaluation.sets.items() if scores.by_length and not scores.by_length.stable]
     late = f" Refusals to {' and '.join(unsettled)} prompts still change with the answers' length." if unsettled else ""
     return (
         "Rates: count/n with a 95% Wilson interval; p: exact McNemar, corrected for all comparisons here (Holm 1979). "
@@ -132,23 +125,16 @@ def table_key(evaluation: Evaluation) -> str:
     )
 
 
+def _distances(evaluation: Evaluation) -> list[tuple[str, Distance]]:
+    kl = evaluation.kl
+    parts = () if kl is None else (("harmless", kl.harmless), ("answered", kl.harmless_answered))
+    return [(name, part) for name, part in parts if part is not None]
+
+
 def _paired(rates: PairedRate) -> tuple[str, str, str]:
     p_value = rates.mcnemar.p_value if rates.adjusted_p is None else rates.adjusted_p
     said = f"{rates.verdict}, {p_value:.1g}"
-    base, edited = (
-        text + (f", corrected {_share(rates.corrected[model])}" if model in rates.corrected else "")
-        for model, text in (("base", _rate(rates.base)), ("edited", _rate(rates.edited)))
-    )
-    return base, edited, said
-
-
-def _share(rate: CorrectedRate) -> str:
-    return f"{100 * rate.value:.0f} [{100 * rate.low:.0f}, {100 * rate.high:.0f}]%"
-
-
-def _rate(rate: Rate) -> str:
-    return f"{rate.count}/{rate.n} [{100 * rate.low:.0f}, {100 * rate.high:.0f}]%"
-
-
-def _mean(mean: Mean | Quantile) -> str:
-    return f"{mean.value:.2g} [{mean.low:.2g}, {mean.high:.2g}]"
+    cells = {"base": str(rates.base), "edited": str(rates.edited)}
+    for model, corrected in (rates.corrected or {}).items():
+        cells[model] += f", corrected {corrected}"
+    return cells["base"], cells["edited"], said

@@ -48,7 +48,7 @@ def make_judge(
     return ClassifierJudge(spec, device=device, text_format=text_format)
 
 
-def test_judge(settings: MeasureSettings, device: str | None = None) -> tuple[Judge, Accuracies]:
+def measuring_judge(settings: MeasureSettings, device: str | None = None) -> tuple[Judge, Accuracies]:
     """Make the judge, and read how often it is right.
 
     Raises:
