@@ -16,7 +16,7 @@ import torch
 
 from remove_refusals.measure.answers import EvaluationPrompts
 from remove_refusals.measure.evaluate import evaluate
-from remove_refusals.models.batches import first_batch_size, left_pad, longest_first
+from remove_refusals.models.batches import first_batch_size, left_padded, longest_first
 from remove_refusals.models.chat_template import render
 from remove_refusals.models.load import LoadedModel, load
 from remove_refusals.prompts import prompts_from
@@ -32,8 +32,7 @@ def bare_generation(loaded: LoadedModel, prompts: EvaluationPrompts, max_new_tok
         token_ids = render(loaded, part.prompts)
         order, size = longest_first([len(ids) for ids in token_ids]), first_batch_size(loaded)
         for start in range(0, len(order), size):
-            batch = left_pad([token_ids[index] for index in order[start : start + size]], loaded.pad_token_id)
-            inputs = batch.inputs(loaded)
+            inputs = left_padded(loaded, [token_ids[index] for index in order[start : start + size]])
             with torch.inference_mode():
                 found = loaded.model.generate(
                     **inputs,
@@ -42,7 +41,7 @@ def bare_generation(loaded: LoadedModel, prompts: EvaluationPrompts, max_new_tok
                     eos_token_id=ends,
                     pad_token_id=loaded.pad_token_id,
                 )
-            n_tokens += found[:, batch.input_ids.shape[1] :].numel()
+            n_tokens += found[:, inputs["input_ids"].shape[1] :].numel()
     return n_tokens
 
 

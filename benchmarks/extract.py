@@ -30,7 +30,7 @@ from remove_refusals.directions.activations import collect_activations
 from remove_refusals.directions.direction import layer_index
 from remove_refusals.modelmap.derive import map_model
 from remove_refusals.modelmap.types import ModelMap
-from remove_refusals.models.batches import accepts, left_pad, longest_first
+from remove_refusals.models.batches import accepts, left_padded, longest_first
 from remove_refusals.models.chat_template import render
 from remove_refusals.models.load import LoadedModel, load
 from remove_refusals.progress import Progress
@@ -58,7 +58,7 @@ def wait(loaded: LoadedModel) -> None:
 
 def bare_seconds(loaded: LoadedModel, batch: Batch) -> float:
     """Time the decoder without the head on one padded batch."""
-    inputs = left_pad(batch, loaded.pad_token_id).inputs(loaded)
+    inputs = left_padded(loaded, batch)
     extra = {"use_cache": False} if accepts(loaded, "use_cache") else {}
     decoder = getattr(loaded.model, loaded.model.base_model_prefix)
     wait(loaded)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 
-from remove_refusals.models.batches import left_pad
+from remove_refusals.models.batches import left_padded
 from remove_refusals.models.generate import generate
 from remove_refusals.models.load import LoadedModel, load
 
@@ -36,9 +36,8 @@ def median_seconds(function: Callable[[], object], repeats: int) -> float:
 
 def bare_pass(loaded: LoadedModel, token_ids: list[list[int]]) -> torch.Tensor:
     """Run the decoder and the head on a contiguous last position; return the next tokens, `[n]`."""
-    batch = left_pad(token_ids, loaded.pad_token_id)
     with torch.inference_mode():
-        hidden = loaded.model.base_model(**batch.inputs(loaded)).last_hidden_state
+        hidden = loaded.model.base_model(**left_padded(loaded, token_ids)).last_hidden_state
         logits: torch.Tensor = loaded.model.get_output_embeddings()(hidden[:, -1].contiguous())
         return logits.argmax(-1)
 

@@ -14,6 +14,7 @@ import torch
 import transformers
 
 import zoo
+from hashing import tensor_hashes
 from remove_refusals.baking.base import open_checkpoint
 from remove_refusals.baking.certificate import certify
 from remove_refusals.baking.disk import bake_on_disk
@@ -26,7 +27,6 @@ from remove_refusals.errors import ArchitectureError, ModelError, NotStreamedErr
 from remove_refusals.modelmap.derive import map_model
 from remove_refusals.modelmap.knowledge import first_of_width
 from remove_refusals.modelmap.types import ModelMap
-from remove_refusals.models.checkpoint import tensor_hashes
 from remove_refusals.report.records import Certificate
 from remove_refusals.types import Direction, DirectionOrigin, Intervention
 

@@ -14,7 +14,7 @@ from remove_refusals.models.batches import (
     accepts,
     check_prompts,
     contiguous_head,
-    left_pad,
+    left_padded,
     longest_first,
     with_backoff,
 )
@@ -57,23 +57,23 @@ def greedy_by_hand(model: PreTrainedModel, ids: Sequence[int], n: int) -> tuple[
     return tuple(sequence[len(ids) :])
 
 
-def test_left_pad() -> None:
-    batch = left_pad([[5, 6, 7], [8]], 9)
-    assert batch.input_ids.tolist() == [[5, 6, 7], [9, 9, 8]]
-    assert batch.attention_mask.tolist() == [[1, 1, 1], [0, 0, 1]]
-    assert batch.position_ids.tolist() == [[0, 1, 2], [0, 0, 0]]
-    assert batch.input_ids.dtype == batch.attention_mask.dtype == batch.position_ids.dtype == torch.int64
+def test_left_padded(loaded: LoadedModel) -> None:
+    inputs = left_padded(loaded, [[5, 6, 7], [8]])
+    assert inputs["input_ids"].tolist() == [[5, 6, 7], [0, 0, 8]]
+    assert inputs["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert inputs["position_ids"].tolist() == [[0, 1, 2], [0, 0, 0]]
+    assert {tensor.dtype for tensor in inputs.values()} == {torch.int64}
 
 
 def test_position_ids_are_given_only_to_models_that_take_them(loaded: LoadedModel) -> None:
-    assert set(left_pad([[5]], 0).inputs(loaded)) == {"input_ids", "attention_mask", "position_ids"}
+    assert set(left_padded(loaded, [[5]])) == {"input_ids", "attention_mask", "position_ids"}
     assert not accepts(loaded, "no_such_argument")
 
 
 @pytest.mark.parametrize("ids", [[[]], [[1, 2], []]])
 def test_prompts_without_tokens_are_refused(loaded: LoadedModel, ids: list[list[int]]) -> None:
     with pytest.raises(PromptError, match="0 tokens"):
-        left_pad(ids, 0)
+        left_padded(loaded, ids)
     with pytest.raises(PromptError, match="0 tokens"):
         generate(loaded, ids)
 
@@ -242,7 +242,7 @@ def test_answer_logits_of_empty_answers(loaded: LoadedModel, prompts: list[list[
 def test_the_head_sees_contiguous_input_only_inside_the_context(loaded: LoadedModel, prompts: list[list[int]]) -> None:
     seen: list[bool] = []
     head = loaded.model.get_output_embeddings()
-    batch = left_pad(prompts[:3], 0).inputs(loaded)
+    batch = left_padded(loaded, prompts[:3])
     with torch.inference_mode(), contiguous_head(loaded):
         handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0].is_contiguous()))
         loaded.model(**batch, logits_to_keep=1)

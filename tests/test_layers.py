@@ -169,7 +169,7 @@ class TestScores:
             return [tuple(row) for row in torch.randint(3, 30, (n, length), generator=generator).tolist()]
 
         def made(label: Label) -> References:
-            answers = tuple(Answer("", tokens, False) for tokens in drawn(3, 6))
+            answers = tuple(Answer(text="", token_ids=tokens, finished=False) for tokens in drawn(3, 6))
             return References(PromptSet("drawn", ("a", "b", "c"), "drawn"), tuple(drawn(3, 5)), answers, (label,) * 3)
 
         bench = Bench(loaded, made(Label.REFUSAL), made(Label.COMPLIANCE), kl_tokens=4)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import BartConfig, BartForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import BartConfig, BartForCausalLM, T5Config, T5ForConditionalGeneration, pipeline
 from transformers.utils import logging
 
 import tiny
@@ -22,7 +23,7 @@ from remove_refusals.models.chat_template import render
 from remove_refusals.models.generate import generate
 from remove_refusals.models.load import load
 from remove_refusals.prompts import embedded_prompts
-from remove_refusals.settings import DirectionSettings
+from remove_refusals.settings import ChatFormat, DirectionSettings
 
 
 @pytest.fixture(scope="module")
@@ -291,3 +292,29 @@ def test_4bit_model_answers_with_the_direction_taken_out(tmp_path: Path) -> None
     assert [judge_phrases(answer.text) for answer in ablated_answers].count(Label.REFUSAL) <= 2
     with pytest.raises(ModelError, match="quantised"):
         bake(small, intervene(directions[1], small.model.config.num_hidden_layers), tmp_path / "edited")
+
+
+def test_a_model_in_memory_is_taken_as_it_is(saved: Path, tmp_path: Path) -> None:
+    model, tokenizer = tiny.llama(), tiny.tokenizer()
+    loaded = load(model, tokenizer, chat=ChatFormat(plain=True), batch_size=3)
+    assert (loaded.model, loaded.tokenizer) == tuple(loaded) == (model, tokenizer)
+    assert (loaded.source, loaded.checkpoint_dtype) == ("LlamaForCausalLM", torch.float32)
+    assert (loaded.chat.plain, loaded.batch_size) == (True, 3)
+    assert load(model, saved).tokenizer.get_vocab() == tokenizer.get_vocab()
+    assert tuple(load(pipeline("text-generation", model=model, tokenizer=tokenizer))) == (model, tokenizer)
+    found = find_direction(loaded, DirectionSettings(n_prompts=4))
+    bake(loaded, intervene(found.direction, 2), tmp_path / "edited")
+    edited = load(tmp_path / "edited")
+    with ablated(model, intervene(found.direction, 2)):
+        expected = generate(loaded, [[5, 6, 7]], max_new_tokens=5)
+    assert generate(edited, [[5, 6, 7]], max_new_tokens=5) == expected
+
+
+def test_what_is_no_model_in_memory_is_said(saved: Path) -> None:
+    adapted = get_peft_model(tiny.llama(), LoraConfig(target_modules=["down_proj"]))
+    assert "merge_and_unload" in refused(adapted, tokenizer=tiny.tokenizer())
+    assert "training mode" in refused(tiny.llama().train(), tokenizer=tiny.tokenizer())
+    assert "expected a decoder with a head" in refused(tiny.llama().model, tokenizer=tiny.tokenizer())
+    assert "Linear" in refused(torch.nn.Linear(2, 2), tokenizer=tiny.tokenizer())
+    assert "is a NoneType" in refused(tiny.llama())
+    assert "option device" in refused(tiny.llama(), tokenizer=tiny.tokenizer(), device="cpu")

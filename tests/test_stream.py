@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import zoo
+from hashing import tensor_hashes
 from remove_refusals.baking.certificate import certify_directory
 from remove_refusals.baking.memory import bake
 from remove_refusals.baking.shards import LEDGER_FILE
@@ -25,7 +26,6 @@ from remove_refusals.models.checkpoint import (
     opened,
     read_slice,
     read_tensor,
-    tensor_hashes,
     tensor_slices,
     write_slice,
 )

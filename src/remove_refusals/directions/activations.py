@@ -13,7 +13,7 @@ from remove_refusals.models import (
     LoadedModel,
     accepts,
     in_batches,
-    left_pad,
+    left_padded,
     render,
 )
 from remove_refusals.progress import SILENT, Progress
@@ -182,7 +182,7 @@ def run_decoder(loaded: LoadedModel, token_ids: Sequence[Sequence[int]]) -> None
     """Run prompts through the decoder for what hooks see of it, padded on the left, without head and cache."""
     decoder = getattr(loaded.model, loaded.model.base_model_prefix, loaded.model)
     extra = {"use_cache": False} if accepts(loaded, "use_cache") else {}
-    decoder(**left_pad(token_ids, loaded.pad_token_id).inputs(loaded), **extra)
+    decoder(**left_padded(loaded, token_ids), **extra)
 
 
 def _runs_each_layer_once(loaded: LoadedModel, model_map: ModelMap, token_ids: Sequence[Sequence[int]]) -> bool:
@@ -218,10 +218,9 @@ def measure_boundaries(loaded: LoadedModel, direction: Direction, model_map: Mod
         ArchitectureError: If the layers hand on several streams.
     """
     tokens = [[(7 * index + 3) % min(loaded.vocabulary_size, 1000) for index in range(_N_PROBE_TOKENS)]]
-    batch = left_pad(tokens, loaded.pad_token_id)
     positions = tuple(range(-_N_PROBE_TOKENS, 0))
     with torch.inference_mode(), _residual_stream(loaded, model_map, positions, model_map.n_layers) as found:
-        loaded.model(**batch.inputs(loaded))
+        loaded.model(**left_padded(loaded, tokens))
     basis = direction.basis.to(loaded.device)
     shares = [found[index].to(torch.float32) for index in range(model_map.n_layers + 1)]
     return tuple(float(((h @ basis).norm(dim=-1) / h.norm(dim=-1).clamp_min(1e-30)).max()) for h in shares)

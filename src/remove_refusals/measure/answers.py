@@ -117,5 +117,5 @@ def kept_answers(
         [list(map(list, token_ids)), max_new_tokens],
         lambda: generate(loaded, token_ids, max_new_tokens=max_new_tokens, progress=progress),
         lambda answers: [answer.to_json() for answer in answers],
-        lambda record: [Answer.from_json(answer) for answer in record],
+        lambda record: [Answer.model_validate(answer) for answer in record],
     )

@@ -1,4 +1,4 @@
-"""The room models."""
+"""A model on disk and in memory, on one device or many, and running it."""
 
 from remove_refusals.models.batches import (
     MOST_PROMPTS,
@@ -8,7 +8,7 @@ from remove_refusals.models.batches import (
     hooked,
     in_batches,
     in_order,
-    left_pad,
+    left_padded,
     longest_first,
 )
 from remove_refusals.models.chat_template import check_positions, render, render_conversation, template_tail_length
@@ -38,28 +38,21 @@ from remove_refusals.models.checkpoint import (
     write_slice,
 )
 from remove_refusals.models.generate import Answer, AnswerLogits, answer_logits, generate, stream
-from remove_refusals.models.load import (
-    HTTPError,
-    LoadedModel,
-    check_complete,
-    explained,
-    find_source,
-    fingerprint,
-    load,
-    load_model,
-    pick_device,
-    quiet,
-    saved_dtype,
-)
+from remove_refusals.models.load import LoadedModel, fingerprint, load, load_model, pick_device, saved_dtype
 from remove_refusals.models.quantised import BYTES_PER_NUMBER, BlockTensor, find_block_tensor
 from remove_refusals.models.source import (
     CARD,
     CARRIED_FIELDS,
+    HTTPError,
     cached_commit,
+    check_complete,
     check_trust,
+    explained,
+    find_source,
     licence_fields,
     local_directory,
     model_source,
+    quiet,
     weights_directory,
 )
 
@@ -101,7 +94,7 @@ __all__ = [
     "hooked",
     "in_batches",
     "in_order",
-    "left_pad",
+    "left_padded",
     "licence_fields",
     "load",
     "load_model",

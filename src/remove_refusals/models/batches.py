@@ -3,8 +3,7 @@
 import gc
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -34,36 +33,24 @@ _OUT_OF_MEMORY = (
 )
 
 
-@dataclass(frozen=True, eq=False)
-class TokenBatch:
-    """Token sequences padded on the left to one length, so that all of them end at the last column.
+def left_padded(loaded: LoadedModel, token_ids: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+    """Pad token sequences, none of them empty, on the left, so that all of them end at the last column.
 
-    Attributes:
-        input_ids: `[n, length]`, int64.
-        attention_mask: `[n, length]`, int64; 0 where padded.
-        position_ids: `[n, length]`, int64; counted from 0 at each sequence's first token, 0 where padded.
+    Returns:
+        The arguments for the model's `forward`, `[n, length]`, int64, on its device: `attention_mask` is 0 where
+        padded; `position_ids`, if it takes them, count from 0 at each sequence's first token.
     """
-
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    position_ids: torch.Tensor
-
-    def inputs(self, loaded: LoadedModel) -> dict[str, Any]:
-        """Give the arguments for the model's `forward`, on its device; positions only if it takes them."""
-        tensors = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
-        if accepts(loaded, "position_ids"):
-            tensors["position_ids"] = self.position_ids
-        return {name: tensor.to(loaded.device) for name, tensor in tensors.items()}
-
-
-def left_pad(token_ids: Sequence[Sequence[int]], pad_id: int) -> TokenBatch:
-    """Pad token sequences, at least one and none of them empty, on the left; the batch is on the CPU."""
     if any(len(ids) == 0 for ids in token_ids):
         raise PromptError("A rendered prompt has 0 tokens, expected at least 1; leave empty prompts out.")
     length = max(len(ids) for ids in token_ids)
-    input_ids = torch.tensor([[pad_id] * (length - len(ids)) + list(ids) for ids in token_ids])
     mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in token_ids])
-    return TokenBatch(input_ids, mask, (mask.cumsum(-1) - 1).clamp(min=0))
+    inputs = {
+        "input_ids": torch.tensor([[loaded.pad_token_id] * (length - len(ids)) + list(ids) for ids in token_ids]),
+        "attention_mask": mask,
+    }
+    if accepts(loaded, "position_ids"):
+        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    return {name: tensor.to(loaded.device) for name, tensor in inputs.items()}
 
 
 def longest_first(lengths: Sequence[int]) -> list[int]:
@@ -118,14 +105,8 @@ def with_backoff(
 ) -> Iterator[tuple[Sequence[T], R]]:
     """Run a function over batches; when memory runs out, halve the batch size and go on from where it failed.
 
-    Args:
-        function: Called with consecutive items; a call that runs out of memory must leave nothing behind.
-        items: All items.
-        batch_size: How many to begin with.
-        fitting: Given the next so many items, says how many of them, at least 1, make a batch; by default all.
-
-    Yields:
-        Each batch with its result, in order; every item is in one batch.
+    Given the next items, `fitting` says how many of them, at least 1, make a batch. Each batch is given with its
+    result, in order; a call that runs out of memory must leave nothing behind.
     """
     start, size = 0, max(1, batch_size)
     while start < len(items):
@@ -218,8 +199,7 @@ def hooked(
             handle.remove()
 
 
-@contextmanager
-def contiguous_head(loaded: LoadedModel) -> Iterator[None]:
+def contiguous_head(loaded: LoadedModel) -> AbstractContextManager[None]:
     """Make the unembedding's input contiguous as long as the context lasts.
 
     The slice of the last positions is not, and with weights that need no gradient (as in every model that PEFT has
@@ -227,16 +207,11 @@ def contiguous_head(loaded: LoadedModel) -> Iterator[None]:
     gigabytes: with 32 prompts, the whole prefill of a 270M model with a vocabulary of 262144 took 1.7 times as long.
     """
     head = loaded.model.get_output_embeddings()
-    if head is None:
-        yield
-        return
-    handle = head.register_forward_pre_hook(
-        lambda _, inputs: tuple(value.contiguous() if isinstance(value, torch.Tensor) else value for value in inputs)
-    )
-    try:
-        yield
-    finally:
-        handle.remove()
+
+    def contiguous(module: torch.nn.Module, inputs: Any, options: Any) -> Any:
+        return tuple(value.contiguous() if isinstance(value, torch.Tensor) else value for value in inputs), options
+
+    return nullcontext() if head is None else hooked(head, before=[("", contiguous)])
 
 
 def _unless_out_of_memory(function: Callable[[Sequence[T]], R], batch: Sequence[T]) -> tuple[R] | None:

@@ -18,21 +18,22 @@ from remove_refusals.errors import CheckpointError
 from remove_refusals.files import read_json
 
 SINGLE_FILE = "model.safetensors"
-
-
 INDEX_FILE = "model.safetensors.index.json"
 
+FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+"""The data types that an edit computes with, by their names in a safetensors header."""
 
-HASHED_SUFFIXES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
-"""The files that decide what a model does: weights, configs, tokenizer, chat template, code of its own."""
+COPY_BYTES = 1 << 23
+"""How much is read and written at once: enough for the disk to work on several requests at a time."""
 
+LEAST_MEMORY = 64 << 20
+"""Below this a worker's slices would be so small that it crawls."""
+
+# The files that decide what a model does: weights, configs, tokenizer, chat template, code of its own.
+_HASHED_SUFFIXES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
 
 # The format's own limit: https://huggingface.co/docs/safetensors, section "Format".
 _MAX_HEADER_BYTES = 100_000_000
-
-
-_BLOCK_BYTES = 1 << 22
-
 
 _DTYPE_BITS = {
     **dict.fromkeys(("F4",), 4),
@@ -46,15 +47,7 @@ _DTYPE_BITS = {
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies in a safetensors file.
-
-    Attributes:
-        name: The tensor's name on disk.
-        dtype: The format's name of the data type, for example `BF16`.
-        shape: Its shape.
-        start: The offset of its first byte from the beginning of the file.
-        stop: The offset just after its last byte.
-    """
+    """Where one tensor lies in a safetensors file: from the byte `start` to before `stop`, counted in the file."""
 
     name: str
     dtype: str
@@ -65,40 +58,26 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class ShardHeader:
-    """The checked header of one safetensors file.
-
-    Attributes:
-        path: The file.
-        tensors: Its tensors in the order of their bytes.
-        metadata: The header's `__metadata__`.
-    """
+    """The checked header of one safetensors file, its tensors in the order of their bytes."""
 
     path: Path
     tensors: tuple[TensorEntry, ...]
     metadata: Mapping[str, str]
 
 
+Place = tuple[Path, TensorEntry]
+"""A file and where in it a tensor lies."""
+
+
 def checkpoint_files(directory: Path) -> tuple[Path, ...]:
-    """Find the weight files of a checkpoint: the single file, or else the shards that the index names.
-
-    Args:
-        directory: The checkpoint's directory.
-
-    Returns:
-        The paths, sorted by name; each of them exists.
-
-    Raises:
-        CheckpointError: If there are none, or if the index is malformed, names a missing shard, or names a path
-            outside the directory.
-    """
+    """Find the weight files of a checkpoint, sorted by name: the single file, or else the shards of the index."""
     if not directory.is_dir():
         raise CheckpointError(
             f"The checkpoint {directory} is not a directory, expected one with {SINGLE_FILE} or {INDEX_FILE}; "
             "check the path."
         )
-    single = directory / SINGLE_FILE
-    if single.is_file():
-        return (single,)
+    if (directory / SINGLE_FILE).is_file():
+        return (directory / SINGLE_FILE,)
     if (directory / INDEX_FILE).is_file():
         return tuple(directory / shard for shard in sorted(set(_weight_map(directory).values())))
     raise CheckpointError(
@@ -107,21 +86,10 @@ def checkpoint_files(directory: Path) -> tuple[Path, ...]:
     )
 
 
-def checkpoint_tensors(directory: Path) -> dict[str, tuple[Path, TensorEntry]]:
-    """Read every header of a checkpoint and check them against the index.
-
-    Args:
-        directory: The checkpoint's directory.
-
-    Returns:
-        For each tensor name the file that holds it and its place there, in the order of files and bytes.
-
-    Raises:
-        CheckpointError: As for `checkpoint_files` and `read_header`; or if a tensor lies in two files, or if index
-            and shards do not agree on which tensors there are and where.
-    """
+def checkpoint_tensors(directory: Path) -> dict[str, Place]:
+    """Read every header of a checkpoint, in the order of files and bytes, and check them against the index."""
     files = checkpoint_files(directory)
-    found: dict[str, tuple[Path, TensorEntry]] = {}
+    found: dict[str, Place] = {}
     for path in files:
         for tensor in read_header(path).tensors:
             if tensor.name in found:
@@ -130,23 +98,21 @@ def checkpoint_tensors(directory: Path) -> dict[str, tuple[Path, TensorEntry]]:
                     f"{directory}, expected it once; download the checkpoint again."
                 )
             found[tensor.name] = (path, tensor)
-    if files != (directory / SINGLE_FILE,):
-        _check_index(directory, found)
+    if files == (directory / SINGLE_FILE,):
+        return found
+    weight_map = _weight_map(directory)
+    for name in sorted(weight_map.keys() | found.keys()):
+        listed, actual = weight_map.get(name), found[name][0].name if name in found else None
+        if listed != actual:
+            raise CheckpointError(
+                f"The index of {directory} puts the tensor {name} in {listed or 'no shard'}, expected the one that "
+                f"holds it, which is {actual or 'none'}; download the checkpoint again."
+            )
     return found
 
 
 def read_header(path: Path) -> ShardHeader:
-    """Read and check the header of a safetensors file, without its data.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The header, with the offsets counted from the beginning of the file.
-
-    Raises:
-        CheckpointError: If the file is missing, truncated or corrupt, with what is wrong.
-    """
+    """Read and check the header of a safetensors file, without its data."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -155,10 +121,7 @@ def read_header(path: Path) -> ShardHeader:
                 raise _corrupt(path, f"is {size} bytes long and announces a header of {length} bytes")
             text = file.read(length)
     except OSError as error:
-        raise CheckpointError(
-            f"The weight file {path} cannot be read ({error.strerror}), expected a safetensors file; check the path "
-            "and its permissions."
-        ) from error
+        raise _unreadable(f"weight file {path}", error) from error
     try:
         header = json.loads(text, object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as error:
@@ -168,54 +131,32 @@ def read_header(path: Path) -> ShardHeader:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _corrupt(path, "has `__metadata__` that does not map strings to strings")
-    tensors = sorted(
-        (_tensor_entry(path, name, value, 8 + length) for name, value in header.items()),
-        key=lambda tensor: (tensor.start, tensor.stop),
-    )
     end = 8 + length
+    entries = (_tensor_entry(path, name, value, end) for name, value in header.items())
+    tensors = tuple(sorted(entries, key=lambda tensor: (tensor.start, tensor.stop)))
     for tensor in tensors:
         if tensor.start != end:
             raise _corrupt(path, f"has the tensor {tensor.name} at byte {tensor.start}, not at {end}")
         end = tensor.stop
     if end != size:
         raise _corrupt(path, f"is {size} bytes long where its header needs {end}")
-    return ShardHeader(path, tuple(tensors), metadata)
+    return ShardHeader(path, tensors, metadata)
 
 
 def file_hashes(directory: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Hash the files that decide what a model does: weights, configs, tokenizer, chat template, code of its own.
-
-    Args:
-        directory: The checkpoint's directory.
-        known: Hashes that were computed before; these files are not read again.
-
-    Returns:
-        SHA-256 as 64 hex digits for each file name, sorted by name; hidden files and subdirectories are left out.
-
-    Raises:
-        CheckpointError: If a weight file is missing (see `checkpoint_files`) or a file cannot be read.
-    """
+    """Hash (SHA-256) the files that decide what a model does, sorted by name; what is known is not read again."""
     if not any(directory.glob("pytorch_model*.bin")):
         checkpoint_files(directory)
-    paths = [path for path in sorted(directory.iterdir()) if path.suffix in HASHED_SUFFIXES and path.name[0] != "."]
-    known = known or {}
-    return {path.name: known.get(path.name) or _hash(path, 0, None) for path in paths if path.is_file()}
-
-
-def tensor_hashes(directory: Path) -> dict[str, str]:
-    """Hash the bytes of each tensor of a checkpoint, one block at a time.
-
-    Args:
-        directory: The checkpoint's directory.
-
-    Returns:
-        SHA-256 as 64 hex digits of each tensor's raw bytes (little endian, row-major), sorted by tensor name.
-
-    Raises:
-        CheckpointError: As for `checkpoint_tensors`, or if a file cannot be read.
-    """
-    tensors = checkpoint_tensors(directory)
-    return {name: _hash(path, entry.start, entry.stop) for name, (path, entry) in sorted(tensors.items())}
+    hashes = dict(known or {})
+    paths = [path for path in sorted(directory.iterdir()) if path.suffix in _HASHED_SUFFIXES and path.name[0] != "."]
+    for path in paths:
+        if path.is_file() and path.name not in hashes:
+            try:
+                with path.open("rb") as file:
+                    hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as error:
+                raise _unreadable(f"file {path}", error) from error
+    return {path.name: hashes[path.name] for path in paths if path.is_file()}
 
 
 def _weight_map(directory: Path) -> dict[str, str]:
@@ -223,16 +164,13 @@ def _weight_map(directory: Path) -> dict[str, str]:
     path = directory / INDEX_FILE
     index = read_json(path, error=CheckpointError)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if (
-        not isinstance(weight_map, dict)
-        or not weight_map
-        or not all(isinstance(shard, str) for shard in weight_map.values())
-    ):
+    shards = weight_map.values() if isinstance(weight_map, dict) else ()
+    if not isinstance(weight_map, dict) or not shards or not all(isinstance(shard, str) for shard in shards):
         raise CheckpointError(
             f"The index {path} has no `weight_map` from tensor names to file names, expected one; download the "
             "checkpoint again."
         )
-    for shard in sorted(set(weight_map.values())):
+    for shard in sorted(set(shards)):
         if Path(shard).name != shard or "\\" in shard or shard in ("", ".", ".."):
             raise CheckpointError(
                 f"The index {path} names the shard {shard!r}, expected the name of a file in the same directory; do "
@@ -246,21 +184,9 @@ def _weight_map(directory: Path) -> dict[str, str]:
     return weight_map
 
 
-def _check_index(directory: Path, found: Mapping[str, tuple[Path, TensorEntry]]) -> None:
-    weight_map = _weight_map(directory)
-    for name in sorted(weight_map.keys() | found.keys()):
-        listed, actual = weight_map.get(name), found[name][0].name if name in found else None
-        if listed != actual:
-            raise CheckpointError(
-                f"The index of {directory} puts the tensor {name} in {listed or 'no shard'}, expected the one that "
-                f"holds it, which is {actual or 'none'}; download the checkpoint again."
-            )
-
-
 def _tensor_entry(path: Path, name: str, value: object, data_start: int) -> TensorEntry:
-    dtype = value.get("dtype") if isinstance(value, dict) else None
-    shape = value.get("shape") if isinstance(value, dict) else None
-    offsets = value.get("data_offsets") if isinstance(value, dict) else None
+    described = value if isinstance(value, dict) else {}
+    dtype, shape, offsets = (described.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise _corrupt(path, f"describes the tensor {name} without a dtype, shape and two data offsets")
     if dtype not in _DTYPE_BITS:
@@ -290,24 +216,11 @@ def _corrupt(path: Path, what: str) -> CheckpointError:
     )
 
 
-def _hash(path: Path, start: int, stop: int | None) -> str:
-    """Hash the bytes of `path` from `start` to before `stop`, or to the end of the file."""
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            file.seek(start)
-            while block := file.read(_BLOCK_BYTES if stop is None else min(_BLOCK_BYTES, stop - file.tell())):
-                digest.update(block)
-    except OSError as error:
-        raise CheckpointError(
-            f"The file {path} cannot be read ({error.strerror}), expected a readable file; check its permissions and "
-            "the disk."
-        ) from error
-    return digest.hexdigest()
-
-
-Place = tuple[Path, TensorEntry]
-"""A file and where in it a tensor lies."""
+def _unreadable(what: str, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"The {what} cannot be read ({error.strerror}), expected a readable file; check the path, its permissions and "
+        "the disk."
+    )
 
 
 def same_bytes(first: Place, second: Place) -> bool:
@@ -325,14 +238,6 @@ def same_bytes(first: Place, second: Place) -> bool:
             if not np.array_equal(part[0], part[1]):
                 return False
     return True
-
-
-FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-"""The data types that an edit computes with, by their names in a safetensors header."""
-
-
-COPY_BYTES = 1 << 23
-"""How much is read and written at once: enough for the disk to work on several requests at a time."""
 
 
 @dataclass(frozen=True)
@@ -355,17 +260,7 @@ class TensorSlice:
 
 
 def tensor_slices(shape: Sequence[int], axis: int, item_bytes: int, most: int) -> Iterator[TensorSlice]:
-    """Cut a tensor into parts that fit a limit.
-
-    Args:
-        shape: The tensor's shape.
-        axis: The axis of width d_model, which is kept whole.
-        item_bytes: The size of one number.
-        most: The most numbers of a part; a part holds one input in any case.
-
-    Yields:
-        Parts that together are the tensor.
-    """
+    """Cut a tensor into parts of at most so many numbers, or one input, with the axis of width d_model kept whole."""
     d_model = shape[axis]
     outer, inner = math.prod(shape[:axis]), math.prod(shape[axis + 1 :])
     matrix = d_model * inner * item_bytes
@@ -385,15 +280,11 @@ def tensor_slices(shape: Sequence[int], axis: int, item_bytes: int, most: int) -
 
 @contextmanager
 def opened(path: Path) -> Iterator[int]:
-    """Open a file for reading only and give its descriptor.
-
-    Raises:
-        CheckpointError: If it cannot be opened.
-    """
+    """Open a file for reading only and give its descriptor."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError as error:
-        raise _unreadable(str(path), error) from error
+        raise _unreadable(f"weight file {path}", error) from error
     try:
         yield descriptor
     finally:
@@ -401,17 +292,13 @@ def opened(path: Path) -> Iterator[int]:
 
 
 def read_into(descriptor: int, buffer: memoryview, offset: int) -> None:
-    """Fill a buffer from a file.
-
-    Raises:
-        CheckpointError: If the file cannot be read or ends too early.
-    """
+    """Fill a buffer from a file."""
     done = 0
     while done < len(buffer):
         try:
             count = os.preadv(descriptor, [buffer[done:]], offset + done)
         except OSError as error:
-            raise _unreadable("that is being read", error) from error
+            raise _unreadable("weight file that is being read", error) from error
         if count == 0:
             raise CheckpointError(
                 f"A weight file ends at byte {offset + done}, expected {len(buffer) - done} more there; it was cut off "
@@ -421,11 +308,7 @@ def read_into(descriptor: int, buffer: memoryview, offset: int) -> None:
 
 
 def write_from(descriptor: int, buffer: memoryview, offset: int) -> None:
-    """Write a buffer to a file at a place.
-
-    Raises:
-        OSError: If it cannot be written.
-    """
+    """Write a buffer to a file at a place."""
     done = 0
     while done < len(buffer):
         done += os.pwrite(descriptor, buffer[done:], offset + done)
@@ -452,9 +335,6 @@ def read_slice(
 
     Returns:
         `[outer, d_model, inner]`, contiguous.
-
-    Raises:
-        CheckpointError: If the file cannot be read or ends too early.
     """
     size = part.run * part.runs
     raw = torch.empty(size, dtype=torch.uint8) if room is None else room[:size]
@@ -471,11 +351,7 @@ def read_slice(
 
 
 def write_slice(descriptor: int, start: int, part: TensorSlice, tensor: torch.Tensor) -> None:
-    """Write a part of a tensor; the arguments are those of `read_slice`, `tensor` is what that gives.
-
-    Raises:
-        OSError: If it cannot be written.
-    """
+    """Write a part of a tensor; the arguments are those of `read_slice`, `tensor` is what that gives."""
     view = bytes_of(tensor)
     for index in range(part.runs):
         place = index * part.run
@@ -488,18 +364,7 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
 
 
 def read_tensor(path: Path, entry: TensorEntry) -> torch.Tensor:
-    """Read one floating-point tensor of a safetensors file whole.
-
-    Args:
-        path: The file.
-        entry: Where the tensor lies in it.
-
-    Returns:
-        The tensor, of its shape and data type.
-
-    Raises:
-        CheckpointError: If it is of another kind of data type, or cannot be read.
-    """
+    """Read one floating-point tensor of a safetensors file whole."""
     dtype = float_dtype(path, entry)
     raw = torch.empty(entry.stop - entry.start, dtype=torch.uint8)
     with opened(path) as descriptor:
@@ -508,11 +373,7 @@ def read_tensor(path: Path, entry: TensorEntry) -> torch.Tensor:
 
 
 def float_dtype(path: Path, entry: TensorEntry) -> torch.dtype:
-    """Give the data type of a tensor that is to be computed with.
-
-    Raises:
-        CheckpointError: If it is not one of `FLOAT_DTYPES`.
-    """
+    """Give the data type of a tensor that is to be computed with."""
     if entry.dtype not in FLOAT_DTYPES:
         raise CheckpointError(
             f"The tensor {entry.name} of {path.name} is saved as {entry.dtype}, expected one of "
@@ -521,39 +382,15 @@ def float_dtype(path: Path, entry: TensorEntry) -> torch.dtype:
     return FLOAT_DTYPES[entry.dtype]
 
 
-def _unreadable(what: str, error: OSError) -> CheckpointError:
-    return CheckpointError(
-        f"The weight file {what} cannot be read ({error.strerror}), expected a readable file; check its permissions "
-        "and the disk."
-    )
-
-
-LEAST_MEMORY = 64 << 20
-"""Below this a worker's slices would be so small that it crawls."""
-
-
-# What the plan, the headers and the records take comes out of the budget too.
-_FOR_WORKERS = 0.75
-
-
-def default_jobs() -> int:
-    """How many files are worked on at once if nothing is said: more than four add nothing but load on the disk."""
-    return min(4, os.cpu_count() or 1)
-
-
 def shares(memory: int, jobs: int | None, n_tasks: int) -> tuple[int, int]:
-    """Divide memory among workers.
+    """Divide memory, in bytes, among workers: give their number, fewer where it is too small, and the bytes of each.
 
-    Args:
-        memory: How many bytes may be held in all.
-        jobs: How many workers are wanted; None for `default_jobs`.
-        n_tasks: How many there is work for.
-
-    Returns:
-        The number of workers, fewer where the memory is too small for so many, and the bytes of each.
+    By default they are at most four: more add nothing but load on the disk.
     """
-    count = max(1, min(jobs or default_jobs(), memory // LEAST_MEMORY, n_tasks))
-    return count, int(memory * _FOR_WORKERS) // count
+    jobs = jobs or min(4, os.cpu_count() or 1)
+    count = max(1, min(jobs, memory // LEAST_MEMORY, n_tasks))
+    # What the plan, the headers and the records take comes out of the budget too.
+    return count, int(memory * 0.75) // count
 
 
 @contextmanager

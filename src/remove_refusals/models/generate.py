@@ -12,6 +12,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, TextIteratorStreamer
 
 from remove_refusals.errors import NumericalError
+from remove_refusals.files import Record
 from remove_refusals.models.batches import (
     accepts,
     check_prompts,
@@ -19,15 +20,14 @@ from remove_refusals.models.batches import (
     first_batch_size,
     in_batches,
     in_order,
-    left_pad,
+    left_padded,
     n_positions,
 )
 from remove_refusals.models.load import LoadedModel
 from remove_refusals.progress import SILENT, Progress
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(Record):
     """A greedy continuation of one prompt.
 
     Attributes:
@@ -39,16 +39,6 @@ class Answer:
     text: str
     token_ids: tuple[int, ...]
     finished: bool
-
-    def to_json(self) -> list[Any]:
-        """Give the attributes in their order."""
-        return [self.text, list(self.token_ids), self.finished]
-
-    @staticmethod
-    def from_json(record: Sequence[Any]) -> "Answer":
-        """Read what `to_json` gave."""
-        text, token_ids, finished = record
-        return Answer(text, tuple(token_ids), finished)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,11 +74,10 @@ def generate(
     check_prompts(loaded, token_ids, max_new_tokens)
 
     def answer(indices: Sequence[int]) -> list[Answer]:
-        batch = left_pad([token_ids[index] for index in indices], loaded.pad_token_id)
-        inputs = batch.inputs(loaded) | {"logits_processor": [_FiniteLogits(loaded, token_ids, indices)]}
-        continued = _run_generate(loaded, inputs, max_new_tokens)
-        ends = _end_token_ids(loaded)
-        return [_to_answer(loaded, row, ends) for row in continued[:, batch.input_ids.shape[1] :].tolist()]
+        inputs = left_padded(loaded, [token_ids[index] for index in indices])
+        watched = {"logits_processor": [_FiniteLogits(loaded, token_ids, indices)]}
+        continued = _run_generate(loaded, inputs | watched, max_new_tokens)
+        return [_to_answer(loaded, row) for row in continued[:, inputs["input_ids"].shape[1] :].tolist()]
 
     lengths = [len(ids) for ids in token_ids]
     return in_order(in_batches(loaded, lengths, answer, most=first_batch_size(loaded), progress=progress))
@@ -103,12 +92,15 @@ def stream(loaded: LoadedModel, token_ids: Sequence[int], *, max_new_tokens: int
     n_tokens = min(max_new_tokens, (n_positions(loaded) or max_new_tokens + len(token_ids)) - len(token_ids))
     stop = threading.Event()
     streamer = TextIteratorStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    inputs = left_pad([token_ids], loaded.pad_token_id).inputs(loaded)
-    inputs |= {"logits_processor": [_FiniteLogits(loaded, [token_ids], [0])], "stopping_criteria": [_Stopped(stop)]}
+    watched = {
+        "logits_processor": [_FiniteLogits(loaded, [token_ids], [0])],
+        "stopping_criteria": [_Stopped(stop)],
+        "streamer": streamer,
+    }
 
     def run() -> None:
         try:
-            _run_generate(loaded, inputs | {"streamer": streamer}, n_tokens)
+            _run_generate(loaded, left_padded(loaded, [token_ids]) | watched, n_tokens)
         finally:
             streamer.text_queue.put(streamer.stop_signal)
 
@@ -134,13 +126,13 @@ def answer_logits(
     """
     check_prompts(loaded, token_ids, n_tokens)
     answers = [list(ids[:n_tokens]) for ids in answer_ids]
-    batch = left_pad([[*ids, *tail[:-1]] for ids, tail in zip(token_ids, answers, strict=True)], loaded.pad_token_id)
+    inputs = left_padded(loaded, [[*ids, *tail[:-1]] for ids, tail in zip(token_ids, answers, strict=True)])
     width = max(1, *(len(tail) for tail in answers), 1)
     extra: dict[str, Any] = {"use_cache": False} if accepts(loaded, "use_cache") else {}
     if accepts(loaded, "logits_to_keep"):
         extra["logits_to_keep"] = width
     with torch.inference_mode(), contiguous_head(loaded):
-        logits = loaded.model(**batch.inputs(loaded), **extra).logits[:, -width:]
+        logits = loaded.model(**inputs, **extra).logits[:, -width:]
         # All sequences end at the last column, so an answer of m tokens is predicted by the last m of them.
         lengths = torch.tensor([len(tail) for tail in answers])
         rows, columns = (torch.arange(width) >= width - lengths[:, None]).nonzero(as_tuple=True)
@@ -184,12 +176,13 @@ def _end_token_ids(loaded: LoadedModel) -> set[int]:
     return {int(token) for token in (*ends, loaded.tokenizer.eos_token_id) if token is not None}
 
 
-def _to_answer(loaded: LoadedModel, continuation: Sequence[int], ends: set[int]) -> Answer:
+def _to_answer(loaded: LoadedModel, continuation: Sequence[int]) -> Answer:
     """Cut a continuation after its first end token."""
+    ends = _end_token_ids(loaded)
     length = next((index for index, token in enumerate(continuation) if token in ends), None)
     kept = tuple(continuation if length is None else continuation[: length + 1])
     text = loaded.tokenizer.decode(kept if length is None else kept[:length], skip_special_tokens=True)
-    return Answer(text, kept, length is not None)
+    return Answer(text=text, token_ids=kept, finished=length is not None)
 
 
 class _FiniteLogits:

@@ -2,28 +2,28 @@
 
 import hashlib
 import json
-import pickle
-import textwrap
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, constants, errors
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.configuration_utils import PretrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import logging
 
 from remove_refusals.errors import ModelError, require_package
 from remove_refusals.models.checkpoint import FLOAT_DTYPES, INDEX_FILE, SINGLE_FILE, checkpoint_tensors
-from remove_refusals.models.source import cached_commit, check_trust, model_source
+from remove_refusals.models.source import (
+    cached_commit,
+    check_complete,
+    check_model_type,
+    explained,
+    find_source,
+    model_source,
+    quiet,
+)
 from remove_refusals.settings import ChatFormat, LoadSettings
 
 
@@ -189,18 +189,7 @@ def load_model(
     wanted = _parse_dtype(settings.dtype)
     access: dict[str, Any] = {"revision": revision, "local_files_only": find_source(name, revision)}
     with quiet(bars=Path(name).is_dir()), explained(f"The model {name}"):
-        described, _ = PretrainedConfig.get_config_dict(name, **access)
-        _check_model_type(name, described, settings.trust_remote_code)
-        access["trust_remote_code"] = settings.trust_remote_code
-        if (commit := cached_commit(name, revision)) is not None:
-            # A branch may move between two requests.
-            access["revision"] = commit
-        config = AutoConfig.from_pretrained(name, **access)
-        if getattr(config, "is_encoder_decoder", False):
-            raise ModelError(
-                f"The model {name} of type {config.model_type} is an encoder-decoder, expected a decoder that "
-                "continues its prompt; choose a causal language model."
-            )
+        described, config = _read_config(name, access, settings.trust_remote_code)
         saved = saved_dtype(name, described)
         quantised = settings.load_in_4bit or "quantization_config" in described
         if wanted is None and where.type == "cpu" and settings.device_map is None and not quantised:
@@ -210,7 +199,7 @@ def load_model(
             config=config,
             dtype="auto" if wanted is None else wanted,
             device_map=settings.device_map or {"": where},
-            **offloading(settings.offload, settings.max_memory),
+            **_offloading(settings.offload, settings.max_memory),
             quantization_config=_four_bit(wanted or saved or torch.float32) if settings.load_in_4bit else None,
             ignore_mismatched_sizes=True,  # so that they are reported with their names, below
             output_loading_info=True,
@@ -223,7 +212,7 @@ def load_model(
         built.eval(),
         tokenizer,
         source=name,
-        revision=commit or revision,
+        revision=access["revision"],
         checkpoint_dtype=saved,
         unused_tensors=tuple(sorted(report["unexpected_keys"])),
         trust_remote_code=settings.trust_remote_code,
@@ -232,25 +221,27 @@ def load_model(
     )
 
 
+def _read_config(name: str, access: dict[str, Any], trust_remote_code: bool) -> tuple[dict[str, Any], Any]:
+    """Read the configuration, as a dictionary and as Transformers has it; note in `access` which commit it is of."""
+    described, _ = PretrainedConfig.get_config_dict(name, **access)
+    check_model_type(name, described, trust_remote_code)
+    access["trust_remote_code"] = trust_remote_code
+    if (commit := cached_commit(name, access["revision"])) is not None:
+        # A branch may move between two requests.
+        access["revision"] = commit
+    config = AutoConfig.from_pretrained(name, **access)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"The model {name} of type {config.model_type} is an encoder-decoder, expected a decoder that "
+            "continues its prompt; choose a causal language model."
+        )
+    return described, config
+
+
 def _load_tokenizer(name: str, **access: Any) -> Tokenizer:
     with quiet(bars=True), explained(f"The tokenizer of {name}"):
         found: Tokenizer = AutoTokenizer.from_pretrained(name, **access)
     return found
-
-
-def _check_model_type(name: str, described: Mapping[str, Any], trust_remote_code: bool) -> None:
-    check_trust(name, described, trust_remote_code)
-    model_type, code = described.get("model_type"), described.get("auto_map") or {}
-    if not model_type and "AutoConfig" not in code:
-        raise ModelError(
-            f"The config.json of {name} names no model_type, expected one that Transformers knows; check the file."
-        )
-    if "AutoModelForCausalLM" not in code and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        reason = "has no causal form" if model_type in CONFIG_MAPPING_NAMES else "this Transformers does not know"
-        raise ModelError(
-            f"The model {name} is of type {model_type}, which {reason}, expected a decoder that continues its prompt; "
-            "choose another model or upgrade Transformers."
-        )
 
 
 def saved_dtype(name: str, described: Mapping[str, Any]) -> torch.dtype | None:
@@ -281,17 +272,11 @@ def _four_bit(compute: torch.dtype) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
 
 
-_N_VALUES = 64
-
-
 def fingerprint(loaded: LoadedModel) -> str:
-    """Tell models apart by their configurations and parameters.
+    """Hash what tells models apart, 16 hexadecimal digits.
 
     What counts is the configuration, the kind of device, and of each parameter its shape, dtype, sum, norm, and values
     spread over it.
-
-    Returns:
-        16 hexadecimal digits of a hash.
     """
     config = loaded.model.config.to_dict()
     for name in ("_name_or_path", "transformers_version"):
@@ -301,7 +286,7 @@ def fingerprint(loaded: LoadedModel) -> str:
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         if not parameter.is_meta and parameter.is_floating_point():
             values = parameter.detach().flatten()
-            digest.update(str(values[:: max(1, len(values) // _N_VALUES)].float().tolist()).encode())
+            digest.update(str(values[:: max(1, len(values) // 64)].float().tolist()).encode())
             # Rounded, since the order of a sum depends on how many threads there are.
             norm = torch.linalg.vector_norm(values, dtype=torch.float32)
             sums = float(values.sum(dtype=torch.float64)), float(norm)
@@ -309,99 +294,8 @@ def fingerprint(loaded: LoadedModel) -> str:
     return digest.hexdigest()[:16]
 
 
-_HUB_TIMEOUT_SECONDS = 10.0
-
-
-HTTPError: type[Exception] = errors.HfHubHTTPError.__mro__[1]
-"""The hub's client has changed the HTTP package under it before; its own error always derives from that package's."""
-
-
-# What Transformers, its config validation, safetensors and torch raise for a checkpoint that they cannot read.
-_PYTHON_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError, EOFError)
-
-
-_LOADING_ERRORS = (*_PYTHON_ERRORS, SafetensorError, errors.StrictDataclassError)
-
-
-def find_source(name: str, revision: str | None) -> bool:
-    """Check that a model is there.
-
-    Args:
-        name: A directory or a hub id.
-        revision: The hub's branch, tag or commit.
-
-    Returns:
-        Whether only local files are to be read: it is a directory, or the hub is out of reach.
-
-    Raises:
-        ModelError: If it is neither a directory with a `config.json` nor on the hub.
-        CheckpointError: If a weight file of a directory is truncated, corrupt or missing.
-    """
-    path = Path(name)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"The directory {name} has no config.json, expected a Hugging Face model; check the path.")
-        if (path / SINGLE_FILE).exists() or (path / INDEX_FILE).exists():
-            checkpoint_tensors(path)
-        return True
-    if path.exists() or name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
-        what = "is a file" if path.exists() else "does not exist"
-        raise ModelError(f"The model {name} {what}, expected a directory with a config.json; check the path.")
-    return _hub_is_out_of_reach(name, revision)
-
-
-def _hub_is_out_of_reach(name: str, revision: str | None) -> bool:
-    """Ask the hub once, because each of the many requests of a load would be retried for half a minute."""
-    if constants.HF_HUB_OFFLINE:
-        return True
-    try:
-        HfApi().model_info(name, revision=revision, timeout=_HUB_TIMEOUT_SECONDS)
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
-        at = f" at revision {revision}" if revision else ""
-        raise ModelError(
-            f"The model {name}{at} is neither a directory nor on the hub for you to read, expected one of them; check "
-            "the name, and log in with `hf auth login` if it is gated or private."
-        ) from error
-    except (OSError, HTTPError):
-        return True
-    return False
-
-
-def check_complete(name: str, report: Mapping[str, Any]) -> None:
-    """Refuse what Transformers would fill with random numbers.
-
-    Args:
-        name: The model, for the error.
-        report: What `from_pretrained` gives with `output_loading_info`.
-
-    Raises:
-        ModelError: If a tensor of the model is missing in the checkpoint or has another shape there.
-    """
-    for tensor, found, expected in sorted(report["mismatched_keys"]):
-        raise ModelError(
-            f"The tensor {tensor} of {name} has shape {tuple(found)}, expected {tuple(expected)} from its config.json; "
-            "download or convert the model again."
-        )
-    if missing := sorted(report["missing_keys"]):
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise ModelError(
-            f"The checkpoint {name} lacks {', '.join(missing[:3])}{more}, expected every tensor of the model that its "
-            "config.json describes; download or convert it again."
-        )
-
-
 def pick_device(device: str | torch.device | None) -> torch.device:
-    """Give the device asked for, or by default `cuda`, `mps` or `cpu`, the first that is there.
-
-    Args:
-        device: What was asked for.
-
-    Returns:
-        The device.
-
-    Raises:
-        ModelError: If it is not there.
-    """
+    """Give the device asked for, or by default `cuda`, `mps` or `cpu`, the first that is there."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     present = [kind for kind, there in available.items() if there]
     if device is None:
@@ -415,16 +309,8 @@ def pick_device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
-def offloading(offload: str | Path | None, max_memory: str | None) -> dict[str, Any]:
-    """Give what `from_pretrained` needs so that what fits into no memory stays on the disk.
-
-    Args:
-        offload: The directory for it.
-        max_memory: How much of this machine's memory the weights may take, such as `8GiB`.
-
-    Raises:
-        ModelError: If the size cannot be read.
-    """
+def _offloading(offload: str | Path | None, max_memory: str | None) -> dict[str, Any]:
+    """Give what `from_pretrained` needs so that what fits into no memory, `8GiB` say, stays on the disk."""
     settings: dict[str, Any] = {} if offload is None else {"offload_folder": str(offload)}
     if max_memory is not None:
         from accelerate.utils import convert_file_size_to_int, get_max_memory
@@ -435,57 +321,3 @@ def offloading(offload: str | Path | None, max_memory: str | None) -> dict[str, 
             raise ModelError(f"The size {max_memory!r} is none, expected one such as 8GiB; correct it.") from error
         settings["max_memory"] = get_max_memory() | {"cpu": size}
     return settings
-
-
-@contextmanager
-def explained(what: str) -> Iterator[None]:
-    """Turn whatever a broken checkpoint raises into one sentence.
-
-    Args:
-        what: What is being loaded, with its name, as the beginning of the sentence.
-
-    Raises:
-        ModelError: Instead of what was raised within.
-    """
-    try:
-        yield
-    except torch.cuda.OutOfMemoryError as error:
-        raise ModelError(
-            f"{what} does not fit into the device's memory, expected enough for its weights; use a smaller data type, "
-            "4-bit loading or a device map."
-        ) from error
-    except pickle.UnpicklingError as error:
-        raise ModelError(
-            f"{what} has weights that are corrupt or hold more than tensors, expected plain tensors; do not load them "
-            "in any other way, but look for safetensors files."
-        ) from error
-    except _LOADING_ERRORS as error:
-        text = textwrap.shorten(str(error), 240, placeholder=" …").rstrip(".")
-        if "couldn't connect" in text or isinstance(error, errors.OfflineModeIsEnabled):
-            raise ModelError(
-                f"{what} is neither a directory nor in the local cache and the hub cannot be reached, expected one of "
-                "them; check the name or the network."
-            ) from error
-        raise ModelError(
-            f"{what} cannot be loaded ({type(error).__name__}: {text}), expected files that Transformers can "
-            "read; check or download them again."
-        ) from error
-
-
-@contextmanager
-def quiet(*, bars: bool) -> Iterator[None]:
-    """Silence Transformers' warnings while the context lasts.
-
-    Args:
-        bars: Whether to hide its progress bars too; hidden, those of downloads are not seen either.
-    """
-    verbosity, hide = logging.get_verbosity(), bars and logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    if hide:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if hide:
-            logging.enable_progress_bar()

@@ -36,22 +36,13 @@ from remove_refusals.models.checkpoint import (
 
 Format = Literal["FP8 e4m3 in blocks", "MXFP4", "INT4 in groups"]
 
-
 FP8_BLOCK = 128
-
-
 _MXFP4_BLOCK, MXFP4_BYTES = 32, 16
-
-
 INT4_WORD = 8
-
-
 INT4_GROUP = 256
 """The widest group of numbers with one scale that is edited: slices are as wide as a group at least."""
 
-
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-
 
 BYTES_PER_NUMBER = 128
 """What rounding holds for each number of a slice, generously."""
@@ -59,13 +50,7 @@ BYTES_PER_NUMBER = 128
 
 @dataclass(frozen=True, eq=False)
 class BlockTensor:
-    """A quantised tensor and its scales.
-
-    Attributes:
-        format: How it is stored.
-        weights: Where the numbers are.
-        scales: Where the scales are.
-    """
+    """A quantised tensor and its scales: how it is stored, and where the two lie."""
 
     format: Format
     weights: Place
@@ -123,18 +108,7 @@ class BlockTensor:
         return list(zip(first, second, strict=True))
 
     def read(self, files: tuple[int, int], part: tuple[TensorSlice, TensorSlice]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Read a part.
-
-        Args:
-            files: The open files of weights and scales.
-            part: One of `parts`.
-
-        Returns:
-            The numbers as floats, `[outer, d_model, n]`, float32; and the scales as they are stored.
-
-        Raises:
-            CheckpointError: If the file cannot be read, or holds a number that is none.
-        """
+        """Read one of `parts` from both files: floats `[outer, d_model, n]`, float32, and the scales as stored."""
         raw = read_slice(files[0], self.weights[1].start, part[0], torch.uint8)
         scales = read_slice(files[1], self.scales[1].start, part[1], self.scale_dtype)
         codes = torch.stack((raw & 15, raw >> 4), dim=-1).flatten(-2) if self.packed else raw
@@ -272,15 +246,7 @@ def _grid(form: Format) -> torch.Tensor:
 
 
 def find_block_tensor(name: str, stored: Mapping[str, Place]) -> BlockTensor | None:
-    """Look for a quantised tensor of a known format among a checkpoint's.
-
-    Args:
-        name: The name that the unquantised tensor would have.
-        stored: The checkpoint's tensors.
-
-    Returns:
-        The tensor, or None if there is none of a known format under that name.
-    """
+    """Look among a checkpoint's tensors for a quantised one, by the name that the unquantised one would have."""
     weights, scales = stored.get(name), stored.get(f"{name}_scale_inv")
     if weights is not None and scales is not None and weights[1].dtype == "F8_E4M3" and len(weights[1].shape) == 2:
         expected = tuple(-(-size // FP8_BLOCK) for size in weights[1].shape)

@@ -1,27 +1,41 @@
-"""Where a model lies (a directory, a hub id, or the demo model of the package), and whether its own code may be run."""
+"""Where a model lies (directory, hub id, or the demo model of the package), and what is wrong if it cannot be had."""
 
-from collections.abc import Mapping
+import pickle
+import textwrap
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
+import torch
+from huggingface_hub import HfApi, constants, errors, snapshot_download, try_to_load_from_cache
 from huggingface_hub.repocard import metadata_load
+from safetensors import SafetensorError
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
 from yaml import YAMLError
 
 from remove_refusals.errors import ModelError
+from remove_refusals.models.checkpoint import INDEX_FILE, SINGLE_FILE, checkpoint_tensors
 from remove_refusals.settings import DEMO
 
 CARD = "README.md"
 """A model card's name in a directory or a repository."""
 
-
 CARRIED_FIELDS = ("license", "license_name", "license_link", "base_model")
 """What a card says of licence and descent; it holds for what is made from the model too."""
 
-
 _WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
+
+
+HTTPError: type[Exception] = errors.HfHubHTTPError.__mro__[1]
+"""The hub's client has changed the HTTP package under it before; its own error always derives from that package's."""
+
+# What Transformers, its config validation, safetensors and torch raise for a checkpoint that they cannot read.
+_PYTHON_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError, EOFError)
+_LOADING_ERRORS = (*_PYTHON_ERRORS, SafetensorError, errors.StrictDataclassError)
 
 
 def model_source(model: str) -> str:
@@ -35,50 +49,26 @@ def model_source(model: str) -> str:
 
 
 def local_directory(model: str, revision: str | None = None) -> Path | None:
-    """Find a model's files on this machine.
-
-    Args:
-        model: A directory, a hub id, or `demo`.
-        revision: The hub's branch, tag or commit.
-
-    Returns:
-        The directory, in the hub's cache for a hub id; None if it is in neither.
-    """
+    """Find the directory of a model on this machine, in the hub's cache for a hub id; None if it is not there."""
     source = Path(model_source(model))
     if source.is_dir():
         return source
     try:
         found = try_to_load_from_cache(model, "config.json", revision=revision)
-    except HFValidationError:
+    except errors.HFValidationError:
         # A path to something that is not there cannot be a hub id.
         return None
     return Path(found).parent if isinstance(found, str) else None
 
 
 def cached_commit(model: str, revision: str | None = None) -> str | None:
-    """Say which commit of a model on the hub this machine has.
-
-    Args:
-        model: A directory, a hub id, or `demo`.
-        revision: The hub's branch, tag or commit.
-
-    Returns:
-        The commit; None for a directory, and for what is not in the hub's cache.
-    """
+    """Say which commit of a model on the hub this machine has; None for a directory, and for what is not here."""
     directory = None if Path(model_source(model)).is_dir() else local_directory(model, revision)
     return directory.name if directory is not None else None
 
 
 def weights_directory(model: str, revision: str | None = None) -> Path | None:
-    """Find a model's safetensors files on this machine, or bring them here from the hub.
-
-    Args:
-        model: A directory, a hub id, or `demo`.
-        revision: The hub's branch, tag or commit.
-
-    Returns:
-        The directory; None if the hub does not have the model or cannot be reached.
-    """
+    """Find a model's safetensors files on this machine, or bring them here; None if the hub does not give them."""
     found = local_directory(model, revision)
     if found is not None and (Path(model_source(model)).is_dir() or any(found.glob("*.safetensors"))):
         return found
@@ -90,14 +80,7 @@ def weights_directory(model: str, revision: str | None = None) -> Path | None:
 
 
 def licence_fields(directory: Path) -> dict[str, Any]:
-    """Read what a directory's model card says of licence and descent.
-
-    Args:
-        directory: A model.
-
-    Returns:
-        Those of `CARRIED_FIELDS` that its card has; none where there is no card, or none that can be read.
-    """
+    """Read those of `CARRIED_FIELDS` that the model card in a directory has."""
     try:
         found = metadata_load(directory / CARD) if (directory / CARD).is_file() else None
     except (OSError, ValueError, YAMLError):
@@ -107,18 +90,7 @@ def licence_fields(directory: Path) -> dict[str, Any]:
 
 
 def check_trust(name: str, described: Mapping[str, Any], trust_remote_code: bool) -> None:
-    """Check that code which a checkpoint comes with and cannot do without may be run.
-
-    Args:
-        name: The checkpoint, for the error.
-        described: The content of its `config.json`.
-        trust_remote_code: Whether such code may be run.
-
-    Raises:
-        ModelError: If it may not.
-    """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
+    """Check that code which a checkpoint comes with, by its `config.json`, and cannot do without may be run."""
     model_type = described.get("model_type")
     needed = "AutoModelForCausalLM" in (described.get("auto_map") or {})
     if needed and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not trust_remote_code:
@@ -126,3 +98,105 @@ def check_trust(name: str, described: Mapping[str, Any], trust_remote_code: bool
             f"The model {name} of type {model_type} needs code that comes with it, expected permission to run it; "
             "read that code and pass trust_remote_code if you trust it."
         )
+
+
+def check_model_type(name: str, described: Mapping[str, Any], trust_remote_code: bool) -> None:
+    """Check that a `config.json` is that of a causal language model whose code, if it brings any, may be run."""
+    check_trust(name, described, trust_remote_code)
+    model_type, code = described.get("model_type"), described.get("auto_map") or {}
+    if not model_type and "AutoConfig" not in code:
+        raise ModelError(
+            f"The config.json of {name} names no model_type, expected one that Transformers knows; check the file."
+        )
+    if "AutoModelForCausalLM" not in code and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        reason = "has no causal form" if model_type in CONFIG_MAPPING_NAMES else "this Transformers does not know"
+        raise ModelError(
+            f"The model {name} is of type {model_type}, which {reason}, expected a decoder that continues its prompt; "
+            "choose another model or upgrade Transformers."
+        )
+
+
+def find_source(name: str, revision: str | None) -> bool:
+    """Check that a model is there; give whether only local files are to be read, as the hub is out of reach."""
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"The directory {name} has no config.json, expected a Hugging Face model; check the path.")
+        if (path / SINGLE_FILE).exists() or (path / INDEX_FILE).exists():
+            checkpoint_tensors(path)
+        return True
+    if path.exists() or name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
+        what = "is a file" if path.exists() else "does not exist"
+        raise ModelError(f"The model {name} {what}, expected a directory with a config.json; check the path.")
+    # The hub is asked once, because each of the many requests of a load would be retried for half a minute.
+    if constants.HF_HUB_OFFLINE:
+        return True
+    try:
+        HfApi().model_info(name, revision=revision, timeout=10.0)
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
+        at = f" at revision {revision}" if revision else ""
+        raise ModelError(
+            f"The model {name}{at} is neither a directory nor on the hub for you to read, expected one of them; check "
+            "the name, and log in with `hf auth login` if it is gated or private."
+        ) from error
+    except (OSError, HTTPError):
+        return True
+    return False
+
+
+def check_complete(name: str, report: Mapping[str, Any]) -> None:
+    """Refuse what Transformers would fill with random numbers, by the loading info that `from_pretrained` gives."""
+    for tensor, found, expected in sorted(report["mismatched_keys"]):
+        raise ModelError(
+            f"The tensor {tensor} of {name} has shape {tuple(found)}, expected {tuple(expected)} from its config.json; "
+            "download or convert the model again."
+        )
+    if missing := sorted(report["missing_keys"]):
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ModelError(
+            f"The checkpoint {name} lacks {', '.join(missing[:3])}{more}, expected every tensor of the model that its "
+            "config.json describes; download or convert it again."
+        )
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Turn whatever a broken checkpoint raises into one sentence that begins with what is being loaded."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise ModelError(
+            f"{what} does not fit into the device's memory, expected enough for its weights; use a smaller data type, "
+            "4-bit loading or a device map."
+        ) from error
+    except pickle.UnpicklingError as error:
+        raise ModelError(
+            f"{what} has weights that are corrupt or hold more than tensors, expected plain tensors; do not load them "
+            "in any other way, but look for safetensors files."
+        ) from error
+    except _LOADING_ERRORS as error:
+        text = textwrap.shorten(str(error), 240, placeholder=" …").rstrip(".")
+        if "couldn't connect" in text or isinstance(error, errors.OfflineModeIsEnabled):
+            raise ModelError(
+                f"{what} is neither a directory nor in the local cache and the hub cannot be reached, expected one of "
+                "them; check the name or the network."
+            ) from error
+        raise ModelError(
+            f"{what} cannot be loaded ({type(error).__name__}: {text}), expected files that Transformers can "
+            "read; check or download them again."
+        ) from error
+
+
+@contextmanager
+def quiet(*, bars: bool) -> Iterator[None]:
+    """Silence Transformers' warnings, and its progress bars if they are to be hidden, downloads' too."""
+    verbosity, hide = logging.get_verbosity(), bars and logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if hide:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if hide:
+            logging.enable_progress_bar()

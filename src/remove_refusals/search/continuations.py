@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from remove_refusals.modelmap import map_model
-from remove_refusals.models import LoadedModel, accepts, hooked, left_pad, longest_first
+from remove_refusals.models import LoadedModel, accepts, hooked, left_padded, longest_first
 
 _TOLERANCE = 1e-3
 
@@ -80,10 +80,8 @@ def make_probes(
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
         tails = [paths[index] for index in part]
-        batch = left_pad(
-            [[*token_ids[index], *tail[:-1]] for index, tail in zip(part, tails, strict=True)], loaded.pad_token_id
-        )
-        width = batch.input_ids.shape[1]
+        sequences = [[*token_ids[index], *tail[:-1]] for index, tail in zip(part, tails, strict=True)]
+        width = max(map(len, sequences))
         lengths = torch.tensor([len(tail) for tail in tails])
         rows, columns = (torch.arange(width) >= width - lengths[:, None]).nonzero(as_tuple=True)
         probes.append(
@@ -91,7 +89,7 @@ def make_probes(
                 prompts=tuple(part),
                 token_ids=tuple(tuple(token_ids[index]) for index in part),
                 paths=tuple(tails),
-                inputs=batch.inputs(loaded),
+                inputs=left_padded(loaded, sequences),
                 rows=rows.to(loaded.device),
                 columns=columns.to(loaded.device),
                 targets=torch.tensor([token for tail in tails for token in tail], device=loaded.device),

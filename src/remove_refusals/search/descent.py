@@ -149,7 +149,7 @@ def _unpack_into(steering: Steering, record: Mapping[str, Any]) -> list[Answer]:
     """Put into `steering` what a descent had reached, and give the answers after it."""
     steering.strengths.copy_(torch.tensor(record["strengths"]))
     steering.directions.copy_(torch.tensor(record["directions"]))
-    return [Answer.from_json(answer) for answer in record["answers"]]
+    return [Answer.model_validate(answer) for answer in record["answers"]]
 
 
 def _orders(material: Material, seed: int) -> Iterator[tuple[int, int]]:
