@@ -241,7 +241,7 @@ def _by_length(loaded: LoadedModel, both: Both, judge: Judge) -> RefusalsByLengt
             # As the answers would have been if they had been cut off there.
             cut = [answer.token_ids[:length] for answer in part.answers]
             texts = [loaded.tokenizer.decode(ids, skip_special_tokens=True) for ids in cut]
-            answers = [Answer(text, ids, False) for text, ids in zip(texts, cut, strict=True)]
+            answers = [Answer(text=text, token_ids=ids, finished=False) for text, ids in zip(texts, cut, strict=True)]
             found[length] = labelled(part.prompts, part.token_ids, answers, judge)
         rates.append(tuple(answered.rate(Label.REFUSAL) for answered in found.values()))
         settled = settled and has_settled(found[max(1, longest // 2)].labels, found[longest].labels)
