@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from remove_refusals.cli.chat import ChatState, Make, converse
+from remove_refusals.cli.talk import ChatState, Make, converse
 from remove_refusals.directions.activations import collect_activations
 from remove_refusals.directions.direction import direction_from_vectors, mean_difference
 from remove_refusals.directions.hooks import ablated

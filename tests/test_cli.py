@@ -445,6 +445,18 @@ class TestSelect:
         assert found.code == 2 and "--select auto" in found.err
         assert not (tmp_path / "edited").exists()
 
+    @pytest.mark.parametrize("how", ["typed", "in a file"])
+    def test_a_default_that_is_typed_counts_as_given(
+        self, command: Command, llama_directory: Path, inputs: Inputs, tmp_path: Path, how: str
+    ) -> None:
+        (tmp_path / "run.toml").write_text("layer = 0.6\n")
+        typed = ("--layer", "0.6") if how == "typed" else ("--config", tmp_path / "run.toml")
+        given = (llama_directory, "-o", tmp_path / "edited", *inputs.train, *inputs.test, *typed)
+        refused = command("run", *given, "--select", "layer")
+        assert refused.code == 2 and "--select layer and options that say what to take out" in refused.err
+        fine(command("run", *given))
+        assert json.loads((tmp_path / "edited" / "ablation.json").read_text())["settings"]["select"] is None
+
     def test_whoever_says_what_to_take_out_gets_no_search(self, command: Command, tmp_path: Path) -> None:
         output = tmp_path / "edited"
         found = command("run", "demo", "-o", output, "--position", "-1,-2", "--n-test", 4, "--max-new-tokens", 8)

@@ -14,9 +14,17 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from remove_refusals.cli.main import app
-from remove_refusals.cli.options import default_configuration, read_configuration
+from remove_refusals.cli.options import default_configuration, made, read_configuration, settings_of
 from remove_refusals.errors import ConfigurationError, RecordError
 from remove_refusals.pipeline import reproduce
+from remove_refusals.settings import (
+    DirectionSettings,
+    EditSettings,
+    MeasureSettings,
+    PromptSource,
+    RunFiles,
+    RunSettings,
+)
 
 WORDS = {
     "a": "rob hack lie",
@@ -25,11 +33,6 @@ WORDS = {
     "d": "steal break burn",
     "e": "bake water paint",
 }
-
-
-@pytest.fixture(scope="module")
-def parameters():
-    return typer.main.get_command(app).commands["run"].params
 
 
 def command(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -64,19 +67,43 @@ def test_a_run_from_a_file_is_the_run_of_its_options_and_the_command_line_wins(p
     assert (settings["measure"]["max_new_tokens"], settings["measure"]["kl_tokens"]) == (6, 3)
 
 
-def test_the_default_file_is_toml_that_changes_nothing_and_names_every_option(parameters, tmp_path: Path) -> None:
-    text = default_configuration(parameters)
+def test_every_option_of_run_comes_from_the_tree() -> None:
+    names = {option.name for option in typer.main.get_command(app).commands["run"].params}
+    declared = {one.parameter for tree in (RunSettings, RunFiles) for one in settings_of(tree).values()}
+    assert names == declared | {"config", "help_all", "quiet", "log", "as_json"}
+
+
+def test_the_default_file_is_toml_that_changes_nothing_and_gives_the_tree_back(tmp_path: Path) -> None:
+    text = default_configuration()
     assert tomllib.loads(text) == {}
-    for parameter in parameters:
-        if parameter.name not in ("config", "help", "help_all", "quiet", "log", "as_json"):
-            assert f"# {parameter.name.replace('_', '-')} " in text
+    for tree in (RunSettings, RunFiles):
+        for name in settings_of(tree):
+            assert f"# {name} " in text
     # Each default, once its # is taken away, is what the command takes for granted anyway.
     lines = [line[2:] for line in text.splitlines() if line.startswith("# ") and " = " in line]
     (tmp_path / "all.toml").write_text("\n".join(lines))
-    found = read_configuration(tmp_path / "all.toml", parameters)
-    defaults = {parameter.name: parameter.default for parameter in parameters}
+    found = read_configuration(tmp_path / "all.toml")
     assert len(found) > 15
-    assert all(value in (defaults[name], str(defaults[name]), []) for name, value in found.items())
+    for tree in (RunSettings, RunFiles):
+        names = {one.parameter for one in settings_of(tree).values()}
+        assert made(tree, {name: value for name, value in found.items() if name in names}) == tree()
+
+
+def test_a_tree_is_its_record_again() -> None:
+    settings = RunSettings(
+        direction=DirectionSettings(harmful=PromptSource(source="a/b", column="c"), layer=3, position=(-1, -2)),
+        edit=EditSettings(layers=(2, 4), sites=("mlp",)),
+        measure=MeasureSettings(more=(("xstest", PromptSource(source="x.csv")),), tasks=("arc",)),
+        select=None,
+    )
+    assert RunSettings.model_validate(json.loads(json.dumps(settings.record()))) == settings
+
+
+@pytest.mark.parametrize("typed", [{"layer": "0.6"}, {"strength": 1.0}, {"sites": "embedding,attn,mlp"}])
+def test_a_default_that_is_typed_counts_as_given(typed: dict[str, object]) -> None:
+    assert made(RunSettings, typed) == RunSettings()
+    assert made(RunSettings, typed).says_what_to_take_out
+    assert not made(RunSettings, {"seed": 0, "tied": "untie"}).says_what_to_take_out
 
 
 @pytest.mark.parametrize(
@@ -89,12 +116,16 @@ def test_the_default_file_is_toml_that_changes_nothing_and_names_every_option(pa
         ("also = 'a=b'", "expected a list of texts"),
         ("[x]\nseed = 1\n[y]\nseed = 2", "'seed' in two tables"),
         ("seed = ", "expected TOML"),
+        ("n-prompts = 0", "'n-prompts' the value 0, expected at least 1"),
+        ("max-refusals = 1.5", "'max-refusals' the value 1.5, expected at most 1"),
+        ("tied = 'loose'", "'tied' the value 'loose', expected one of untie, both"),
+        ("layers = '9-'", "'layers' the value '9-', expected a range such as 8-20"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_said_with_key_and_value(parameters, tmp_path: Path, content, words) -> None:
+def test_what_is_wrong_with_a_file_is_said_with_key_and_value(tmp_path: Path, content, words) -> None:
     (tmp_path / "run.toml").write_text(content)
     with pytest.raises(ConfigurationError, match="cannot be read" if "TOML" in words else words.replace("'", "['\"]")):
-        read_configuration(tmp_path / "run.toml", parameters)
+        read_configuration(tmp_path / "run.toml")
     done = command("run", "--config", "run.toml", cwd=tmp_path)
     assert (
         done.returncode == 2 and done.stderr.startswith("Error: The configuration") and "Traceback" not in done.stderr

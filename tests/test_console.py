@@ -10,15 +10,17 @@ from pathlib import Path
 import pytest
 
 from conftest import Command, Inputs
-from remove_refusals.cli import options as completion
-from remove_refusals.settings import METHODS, SITE_KINDS, VARIANTS
+from remove_refusals.cli.command import complete_judge
+from remove_refusals.cli.options import complete_sites, settings_of
+from remove_refusals.settings import RunSettings
 
 
 class TestCompletion:
     def test_the_names_are_those_that_are_accepted(self) -> None:
-        assert completion.CHOICES["--select"] == (*METHODS, "none")
-        assert completion.CHOICES["--variant"] == VARIANTS
-        assert completion.SITES == SITE_KINDS
+        known = settings_of(RunSettings)
+        assert known["select"].choices == ("auto", "layer", "none")
+        assert known["variant"].choices == ("plain", "norm-preserving")
+        assert known["strength"].choices == ()
 
     def test_a_shell_is_told(self) -> None:
         def told(words: str) -> list[str]:
@@ -34,17 +36,17 @@ class TestCompletion:
         assert told("remove-refusals run --tied ") == ["untie", "both"]
 
     def test_sites_are_joined(self) -> None:
-        assert completion.sites("attn,") == ["attn,embedding", "attn,mlp"]
-        assert completion.sites("m") == ["mlp"]
+        assert complete_sites("attn,") == ["attn,embedding", "attn,mlp"]
+        assert complete_sites("m") == ["mlp"]
 
     def test_a_judge_is_built_in_or_a_directory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "mine" / "deep").mkdir(parents=True)
         (tmp_path / "phrase.txt").write_text("")
         monkeypatch.chdir(tmp_path)
-        assert completion.judge("") == ["phrases", "mine"]
-        assert completion.judge("mine/") == ["mine/deep"]
-        assert completion.judge(f"{tmp_path}/m") == [f"{tmp_path}/mine"]
-        assert completion.judge("nowhere/x") == []
+        assert complete_judge("") == ["phrases", "mine"]
+        assert complete_judge("mine/") == ["mine/deep"]
+        assert complete_judge(f"{tmp_path}/m") == [f"{tmp_path}/mine"]
+        assert complete_judge("nowhere/x") == []
 
 
 class TestOutput:

@@ -13,7 +13,7 @@ import typer
 
 from conftest import Command
 from remove_refusals import cli
-from remove_refusals.cli.main import FURTHER
+from remove_refusals.cli.options import FURTHER
 
 WIDTH, SCREEN = 100, 50
 WHOLE = typer.main.get_command(cli.app)

@@ -9,11 +9,11 @@ import torch
 
 import tiny
 from conftest import Command
-from remove_refusals.cli.options import select_settings
+from remove_refusals.cli.options import made
 from remove_refusals.directions.activations import collect_activations
 from remove_refusals.directions.direction import direction_from_vectors
 from remove_refusals.directions.hooks import added, is_steerable
-from remove_refusals.errors import NumericalError, SelectionError
+from remove_refusals.errors import ConfigurationError, NumericalError, SelectionError
 from remove_refusals.measure.judges.labels import Label
 from remove_refusals.modelmap.derive import map_model
 from remove_refusals.models.generate import Answer
@@ -32,7 +32,7 @@ from remove_refusals.search.layers import (
 from remove_refusals.search.material import Openings
 from remove_refusals.search.references import References, references
 from remove_refusals.search.search import select, split_for_search
-from remove_refusals.settings import ChatFormat, LayerSettings, MeasureSettings, SelectSettings
+from remove_refusals.settings import ChatFormat, LayerSettings, MeasureSettings, Rule, RunSettings, SelectSettings
 from remove_refusals.types import Activations, DirectionOrigin, PromptSet
 from zoo import build, inputs
 
@@ -272,14 +272,13 @@ class TestSearch:
 
 class TestOption:
     def test_accepted_values(self) -> None:
-        chosen = select_settings("layer", 0.3, None, as_given=True)
-        assert chosen is not None and chosen.method == "layer" and chosen.rule.max_kl == 0.3
-        assert select_settings("none", None, None, as_given=False) is None
-        for method in ("auto", None):
-            found = select_settings(method, None, None, as_given=False)
-            assert found is not None and found.method == "auto"
-        with pytest.raises(SelectionError, match="auto, layer, none"):
-            select_settings("best", None, None, as_given=False)
+        chosen = made(RunSettings, {"select": "layer", "max_kl": 0.3}).select
+        assert chosen.method == "layer" and chosen.rule == Rule(max_kl=0.3)
+        assert made(RunSettings, {"select": "none", "max_kl": 0.3}).select is None
+        for given in ({"select": "auto"}, {}):
+            assert made(RunSettings, given).select == SelectSettings()
+        with pytest.raises(ConfigurationError, match="--select is 'best', expected one of auto, layer, none"):
+            made(RunSettings, {"select": "best"})
 
     def test_the_rule_says_its_limit(self) -> None:
         assert str(LayerRule(max_kl=0.3)).endswith("at most 0.3")

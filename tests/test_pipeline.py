@@ -27,7 +27,7 @@ from remove_refusals.settings import (
     Rule,
     RunSettings,
 )
-from remove_refusals.types import DirectionOrigin, Intervention, PromptSet, SiteEdit
+from remove_refusals.types import DirectionOrigin, Intervention, SiteEdit
 
 
 def prompt_file(path, words):
@@ -185,7 +185,7 @@ def test_inspect_needs_no_weights(settings, tmp_path):
 
 def test_answer_rows(settings):
     loaded = load(settings.model)
-    rows = answer_rows(loaded, PromptSet("p", ("One", "Two"), "test"), None, max_new_tokens=5)
+    rows = answer_rows(loaded, ("One", "Two"), None, max_new_tokens=5)
     assert [row["prompt"] for row in rows] == ["One", "Two"]
     assert all(row["n_tokens"] <= 5 and row["ablated"] is False for row in rows)
 

@@ -60,9 +60,7 @@ def page(loaded: LoadedModel, model_map: ModelMap, intervention: Intervention) -
     ]
     half = intervene(intervention.directions[0], model_map.n_layers, strength=0.0)
     tried = {'one "half"': half, "two": intervention}
-    return Page(
-        loaded, intervention, model_map, SOURCE, candidates=candidates, tried=tried, picked="two", max_new_tokens=24
-    )
+    return Page(loaded, intervention, SOURCE, candidates=candidates, tried=tried, picked="two", max_new_tokens=24)
 
 
 def controls(model_map: ModelMap, strength: float = 1.0, candidate: str | None = None) -> Controls:
@@ -157,7 +155,7 @@ def test_projections_are_those_of_the_collected_stream(
 
 @pytest.fixture(scope="module")
 def served(page: Page) -> Iterator[str]:
-    web_page = pytest.importorskip("remove_refusals.web_page")
+    web_page = pytest.importorskip("remove_refusals.cli.web")
     pytest.importorskip("gradio")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -5,6 +5,7 @@ Each setting is declared here once. The options of the command, the TOML file an
 """
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -37,7 +38,9 @@ class Option:
 
 def setting(default: Any, description: str, *, ge: float | None = None, le: float | None = None, **option: Any) -> Any:
     """Declare a setting that is an option too; `option` are the attributes of `Option`."""
-    return Field(default, description=description, ge=ge, le=le, json_schema_extra={"option": option})
+    return Field(
+        default, description=description, ge=ge, le=le, validate_default=True, json_schema_extra={"option": option}
+    )
 
 
 class Settings(BaseModel):
@@ -45,10 +48,6 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     panel: ClassVar[str] = "General"
-
-
-def _source(value: Any) -> Any:
-    return {"source": value} if isinstance(value, str) else value
 
 
 class PromptSource(Settings):
@@ -59,6 +58,10 @@ class PromptSource(Settings):
     source: str | None = Field(default=None, description="A file or data set id.")
     column: str | None = setting(None, "The prompts' column in tables.")
     split: str | None = setting(None, "The split of data sets.")
+
+
+def _source(value: Any) -> Any:
+    return PromptSource(source=value) if isinstance(value, str) else value
 
 
 Prompts = Annotated[PromptSource, BeforeValidator(_source)]
@@ -152,9 +155,9 @@ Variant = Literal["plain", "norm-preserving"]
 
 
 def _layers(value: Any) -> Any:
-    if not isinstance(value, str):
+    if not isinstance(value, str | int):
         return value
-    first, dash, last = value.partition("-")
+    first, dash, last = str(value).partition("-")
     last = last if dash else first
     if not (first.isdecimal() and last.isdecimal()):
         raise ValueError(f"The layers are {value!r}, expected a range such as 8-20 or one layer such as 12.")
@@ -194,7 +197,7 @@ def _more(value: Any) -> Any:
     """Read sets by name from texts NAME=FILE; pairs stay as they are."""
     if not isinstance(value, list | tuple) or not all(isinstance(part, str) for part in value):
         return value
-    found: dict[str, str] = {}
+    found: dict[str, PromptSource] = {}
     for part in value:
         name, equals, place = part.partition("=")
         if not equals or not name.isidentifier() or not place:
@@ -204,7 +207,7 @@ def _more(value: Any) -> Any:
             )
         if name in _TAKEN or name in found:
             raise ValueError(f"The option --also names {name!r} twice, expected a name of its own; choose another.")
-        found[name] = place
+        found[name] = PromptSource(source=place)
     return tuple(found.items())
 
 
@@ -308,7 +311,7 @@ class SelectSettings(Settings):
 
     method: Method = setting(
         "auto",
-        "auto, layer or none; auto, unless options below say what to take out.",
+        "auto, layer, none; none if other options decide.",
         name="select",
         short=True,
         may_be_none=True,
@@ -376,13 +379,8 @@ def _size(value: Any) -> Any:
     """Read a number of bytes with a unit."""
     if not isinstance(value, str):
         return value
-    number, unit = value.strip().lower().removesuffix("b").removesuffix("i"), ""
-    if number[-1:] in "kmgt" and number:
-        number, unit = number[:-1], number[-1]
-    try:
-        size = int(float(number) * 1024 ** " kmgt".index(unit or " "))
-    except (ValueError, OverflowError):
-        size = 0
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgt]?)i?b?", value.strip().lower())
+    size = int(float(match[1]) * 1024 ** " kmgt".index(match[2] or " ")) if match else 0
     if size < 1 << 20:
         raise ValueError(f"The option --memory is {value!r}, expected a size of at least 1MiB, such as 500MiB or 2GiB.")
     return size
@@ -394,7 +392,7 @@ class DiskSettings(Settings):
     panel: ClassVar[str] = "Edit on disk"
 
     memory: Annotated[int, BeforeValidator(_size)] = setting(
-        1 << 30, "What is held at once beside Python itself, such as 2GiB.", metavar="SIZE"
+        "1GiB", "What is held at once beside Python itself, such as 2GiB.", metavar="SIZE"
     )
     jobs: int | None = setting(None, "Files written at once; up to 4.", ge=1)
     certify: bool = setting(True, "Read the files back and measure.")

@@ -1,6 +1,15 @@
 """The room baking."""
 
-from remove_refusals.baking.base import Baked, BaseModel, Carried, check_not_source, load_intervention, open_checkpoint
+from remove_refusals.baking.base import (
+    Baked,
+    BaseModel,
+    Carried,
+    base_in_memory,
+    base_on_disk,
+    check_not_source,
+    load_intervention,
+    open_checkpoint,
+)
 from remove_refusals.baking.certificate import certify, certify_directory, disk_reader
 from remove_refusals.baking.disk import bake_on_disk
 from remove_refusals.baking.gguf import bake_gguf_lora
@@ -15,6 +24,8 @@ __all__ = [
     "bake_gguf_lora",
     "bake_lora",
     "bake_on_disk",
+    "base_in_memory",
+    "base_on_disk",
     "certify",
     "certify_directory",
     "check_not_source",

@@ -1,784 +1,378 @@
-"""The options that several commands share, and what their values mean."""
+"""The options of commands, made from the tree of settings, and the same options from a TOML file."""
 
+import copy
 import functools
 import inspect
 import json
-import logging
-import re
-import sys
-import time
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from typer.core import TyperCommand
 
-from remove_refusals.errors import ConfigurationError, DirectionError, OutputError, PromptError, SelectionError
+from remove_refusals import settings
+from remove_refusals.cli.command import IN_FILE, TAKEN, Taken, complete_judge, with_output, with_parameters
+from remove_refusals.errors import ConfigurationError, PromptError
+from remove_refusals.settings import SITE_KINDS, DiskSettings, Option, PromptSource, RunFiles, RunSettings, Settings
 
-if TYPE_CHECKING:
-    from remove_refusals.settings import ChatFormat, DirectionSettings, EditSettings, PromptSource, SelectSettings
-
-
-CHOICES = {
-    "--select": ("auto", "layer", "none"),
-    "--tied": ("untie", "both"),
-    "--variant": ("plain", "norm-preserving"),
-}
-"""The values of options that take one name."""
+Place = tuple[str, ...]
+"""The names of settings from the root of a tree to one of them."""
 
 
-SITES = ("embedding", "attn", "mlp")
-"""What `--sites` takes, joined by commas."""
+@dataclass(frozen=True)
+class Setting:
+    """A setting that is an option.
+
+    Attributes:
+        name: The option without its dashes.
+        declared: Its declaration in the tree.
+        panel: What heads it on a help page.
+        places: Where in the tree it stands; a data set's column is one option for every prompt set.
+    """
+
+    name: str
+    declared: FieldInfo = field(repr=False)
+    option: Option
+    panel: str
+    places: tuple[Place, ...]
+
+    @property
+    def parameter(self) -> str:
+        """The name of the command's parameter."""
+        return self.name.replace("-", "_")
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The values, where it takes one of a few names."""
+        names = get_args(self.declared.annotation) if get_origin(self.declared.annotation) is Literal else ()
+        return (*names, "none") if self.option.may_be_none else names
+
+    @property
+    def default(self) -> Any:
+        """The default as it is typed: a number, true or false, a text, or None."""
+        default = self.declared.default
+        if isinstance(default, tuple):
+            return ",".join(default) or None
+        return None if isinstance(default, PromptSource) else default
+
+    @property
+    def is_list(self) -> bool:
+        """Whether it can be given several times."""
+        return self.places[0][-1] == "more"
 
 
-def one_of(option: str) -> Callable[[str], list[str]]:
-    """Give what completes an option that takes one name."""
-
-    def complete(incomplete: str) -> list[str]:
-        return [name for name in CHOICES[option] if name.startswith(incomplete)]
-
-    return complete
-
-
-def sites(incomplete: str) -> list[str]:
-    """Complete the last of several kinds of sites; those that stand there already are not offered again."""
-    *given, last = incomplete.split(",")
-    left = (site for site in SITES if site not in given and site.startswith(last))
-    return [",".join((*given, site)) for site in left]
-
-
-def judge(incomplete: str) -> list[str]:
-    """Complete a judge: the built-in one, or a directory with a classifier."""
-    directory, _, last = incomplete.rpartition("/")
-    parent = Path(directory or ("/" if incomplete.startswith("/") else "."))
-    found = ["phrases"] if "phrases".startswith(incomplete) else []
-    if parent.is_dir():
-        beside = sorted(path for path in parent.iterdir() if path.is_dir() and path.name.startswith(last))
-        prefix = incomplete[: len(incomplete) - len(last)]
-        found += [f"{prefix}{path.name}" for path in beside if not path.name.startswith(".")]
+@functools.cache
+def settings_of(kind: type[Settings]) -> dict[str, Setting]:
+    """Give the settings of a tree that are options, by their names."""
+    found: dict[str, Setting] = {}
+    for one in _walk(kind, ()):
+        known = found.get(one.name)
+        found[one.name] = one if known is None else replace(known, places=known.places + one.places)
     return found
 
 
-MODEL, PROMPTS, EDIT, MEASURE = "Model", "Direction", "Edit", "Measurement"
-
-
-CHOICE, DISK = "Choice", "Edit on disk"
-
-
-ModelArgument = Annotated[str, typer.Argument(help="A directory, a hub id, or 'demo', the embedded model.")]
-
-
-Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu; the first that is there.", rich_help_panel=MODEL)]
-
-
-Dtype = Annotated[
-    str,
-    typer.Option(help="auto: the checkpoint's on an accelerator, float32 on the CPU.", rich_help_panel=MODEL),
-]
-
-
-FourBit = Annotated[bool, typer.Option("--load-in-4bit", help="Load with bitsandbytes.", rich_help_panel=MODEL)]
-
-
-DeviceMap = Annotated[
-    str | None, typer.Option(help="auto spreads it over GPUs, memory and disk.", rich_help_panel=MODEL)
-]
-
-
-Offload = Annotated[str | None, typer.Option(help="With a map: a directory for the rest.", rich_help_panel=MODEL)]
-
-
-MaxMemory = Annotated[
-    str | None, typer.Option(help="With a map: the most memory for weights, as 8GiB.", rich_help_panel=MODEL)
-]
-
-
-RemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.", rich_help_panel=MODEL)
-]
-
-
-Revision = Annotated[str | None, typer.Option(help="The hub's branch, tag or commit.", rich_help_panel=MODEL)]
-
-
-SystemPrompt = Annotated[str | None, typer.Option(help="A system message before each prompt.", rich_help_panel=MODEL)]
-
-
-TemplateFile = Annotated[
-    Path | None, typer.Option("--chat-template", help="A Jinja file in place of the model's.", rich_help_panel=MODEL)
-]
-
-
-Plain = Annotated[bool, typer.Option("--plain", help="No chat template, for base models.", rich_help_panel=MODEL)]
-
-
-BatchSize = Annotated[
-    int | None, typer.Option(min=1, help="Prompts at once; found automatically.", rich_help_panel=MODEL)
-]
-
-
-Harmful = Annotated[str | None, typer.Option(help="File or data set of refused prompts.", rich_help_panel=PROMPTS)]
-
-
-Harmless = Annotated[str | None, typer.Option(help="File or data set of answered prompts.", rich_help_panel=PROMPTS)]
-
-
-Column = Annotated[str | None, typer.Option(help="The prompts' column in tables.", rich_help_panel=PROMPTS)]
-
-
-Split = Annotated[str | None, typer.Option(help="The split of data sets.", rich_help_panel=PROMPTS)]
-
-
-NPrompts = Annotated[int, typer.Option(min=1, help="How many of each are drawn.", rich_help_panel=PROMPTS)]
-
-
-Seed = Annotated[int, typer.Option(help="What draws them.", rich_help_panel=PROMPTS)]
-
-
-Layer = Annotated[str, typer.Option(help="Where: a fraction of depth (0.6) or an index (15).", rich_help_panel=PROMPTS)]
-
-
-def _positions(text: str) -> int | tuple[int, ...]:
-    """Read one token position or several, joined by commas."""
-    parts = str(text).split(",")
-    if not all(part.removeprefix("-").isdecimal() and int(part) < 0 for part in parts):
-        raise typer.BadParameter(f"{text!r} is not a negative number or several, such as -1 or -1,-2.")
-    return int(text) if len(parts) == 1 else tuple(map(int, parts))
-
-
-Position = Annotated[
-    Any,
-    typer.Option(
-        parser=_positions,
-        metavar="N[,N]",
-        help="Which token, from the end; for several the direction has a column each.",
-        rich_help_panel=PROMPTS,
-    ),
-]
-
-
-Projected = Annotated[
-    bool,
-    typer.Option("--projected", help="Remove the component along the harmless mean.", rich_help_panel=PROMPTS),
-]
-
-
-PerLayer = Annotated[
-    bool, typer.Option("--per-layer", help="For each layer a direction, found behind it.", rich_help_panel=PROMPTS)
-]
-
-
-DirectionFile = Annotated[
-    Path, typer.Option("--direction", help="A direction: .safetensors or .pt; or a directory of one for each layer.")
-]
-
-
-OptionalDirectionFile = Annotated[
-    Path | None, typer.Option("--direction", help="Use this direction instead.", rich_help_panel=PROMPTS)
-]
-
-
-Strength = Annotated[float, typer.Option(help="The share that is taken out.", rich_help_panel=EDIT)]
-
-
-LayerRange = Annotated[
-    str | None, typer.Option("--layers", help="Only these layers, such as 8-20.", rich_help_panel=EDIT)
-]
-
-
-Sites = Annotated[
-    str,
-    typer.Option(autocompletion=sites, help="Only these kinds, joined by commas.", rich_help_panel=EDIT),
-]
-
-
-TiedOption = Annotated[
-    str,
-    typer.Option(
-        "--tied",
-        autocompletion=one_of("--tied"),
-        help="A tied embedding: untie, or edit both.",
-        rich_help_panel=EDIT,
-    ),
-]
-
-
-AllowLeak = Annotated[
-    bool, typer.Option("--allow-leak", help="Edit even where no edit is exact; measure it.", rich_help_panel=EDIT)
-]
-
-
-VariantOption = Annotated[
-    str,
-    typer.Option(
-        "--variant",
-        autocompletion=one_of("--variant"),
-        help="plain or norm-preserving.",
-        rich_help_panel=EDIT,
-    ),
-]
-
-
-def _size(text: str) -> int:
-    """Read a number of bytes with a unit."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgt]?)i?b?", text.strip().lower())
-    size = int(float(match[1]) * 1024 ** " kmgt".index(match[2] or " ")) if match else 0
-    if size < 1 << 20:
-        raise typer.BadParameter(f"{text!r} is not a size of at least 1MiB, such as 500MiB or 2GiB.")
-    return size
-
-
-Memory = Annotated[
-    Any,
-    typer.Option(
-        "--memory",
-        parser=_size,
-        metavar="SIZE",
-        help="What is held at once beside Python itself, such as 2GiB.",
-        rich_help_panel=DISK,
-    ),
-]
-
-
-Jobs = Annotated[int | None, typer.Option(min=1, help="Files written at once; up to 4.", rich_help_panel=DISK)]
-
-
-Certify = Annotated[
-    bool, typer.Option("--certify/--no-certify", help="Read the files back and measure.", rich_help_panel=DISK)
-]
-
-
-SelectOption = Annotated[
-    str | None,
-    typer.Option(
-        "--select",
-        autocompletion=one_of("--select"),
-        help="auto, layer or none; auto, unless options below say what to take out.",
-        rich_help_panel=CHOICE,
-    ),
-]
-
-
-MaxKl = Annotated[float | None, typer.Option(min=0, help="Pick: the most damage, in nats.", rich_help_panel=CHOICE)]
-
-
-MaxRefusals = Annotated[
-    float | None, typer.Option(min=0, max=1, help="Pick: the largest share refused; 0.05.", rich_help_panel=CHOICE)
-]
-
-
-HarmfulTest = Annotated[str | None, typer.Option(help="Refused prompts to measure on.", rich_help_panel=MEASURE)]
-
-
-HarmlessTest = Annotated[str | None, typer.Option(help="Answered prompts to measure on.", rich_help_panel=MEASURE)]
-
-
-AlarmingTest = Annotated[str | None, typer.Option(help="Alarming but harmless prompts.", rich_help_panel=MEASURE)]
-
-
-NTest = Annotated[int | None, typer.Option(min=1, help="At most so many of each; all.", rich_help_panel=MEASURE)]
-
-
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Where an answer is cut off.", rich_help_panel=MEASURE)]
-
-
-KlTokens = Annotated[
-    int, typer.Option(min=1, help="Tokens of each answer that the KL is measured on.", rich_help_panel=MEASURE)
-]
-
-
-Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
-
-
-def direction_settings(
-    harmful: Any,
-    harmless: Any,
-    n_prompts: int,
-    seed: int,
-    layer: str,
-    position: int | tuple[int, ...],
-    projected: bool,
-    per_layer: bool,
-) -> "DirectionSettings":
-    """Give the settings that the options mean.
-
-    Raises:
-        DirectionError: If the layer is no number.
-    """
-    from remove_refusals.settings import DirectionSettings
-
-    return DirectionSettings(
-        harmful=harmful,
-        harmless=harmless,
-        n_prompts=n_prompts,
-        seed=seed,
-        layer=_layer(layer),
-        position=position,
-        projected=projected,
-        per_layer=per_layer,
+def _walk(kind: type[Settings], before: Place) -> Iterator[Setting]:
+    for name, declared in kind.model_fields.items():
+        place, extra = (*before, name), declared.json_schema_extra
+        parts = (declared.annotation, *get_args(declared.annotation))
+        inner = next((part for part in parts if isinstance(part, type) and issubclass(part, Settings)), None)
+        if isinstance(extra, dict):
+            option = Option(**extra["option"])  # type: ignore[arg-type]
+            place = (*place, "source") if inner is PromptSource else place
+            yield Setting(option.name or name.replace("_", "-"), declared, option, kind.panel, (place,))
+        if inner is not None:
+            yield from _walk(inner, (*before, name))
+
+
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command options in place of the parameters that are annotated with settings; see `takes`."""
+    taken = TAKEN.get(f"{command.__module__}.{command.__qualname__}")
+    own = inspect.signature(command, locals=vars(settings), eval_str=True).parameters
+    trees = {name: one.annotation for name, one in own.items() if _is_tree(one.annotation)}
+    if taken is None or not trees:
+        return command
+    used = {
+        name: [one for one in settings_of(tree).values() if tree is not RunSettings or _is_taken(one, taken)]
+        for name, tree in trees.items()
+    }
+
+    def called(context: typer.Context, **values: Any) -> None:
+        read: Mapping[str, Any] = context.meta.get(IN_FILE, {})
+        for name, tree in trees.items():
+            given = dict(taken.defaults) if tree is RunSettings else {}
+            for one in used[name]:
+                value, source = values.pop(one.parameter), context.get_parameter_source(one.parameter)
+                if source is not None and source.name == "COMMANDLINE":
+                    given[one.parameter] = value
+                elif one.parameter in read:
+                    given[one.parameter] = read[one.parameter]
+            values[name] = made(tree, given)
+        command(**values)
+
+    added = [(one, _parameter(one, taken.defaults)) for each in used.values() for one in each]
+    context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    arguments = [parameter for one, parameter in added if one.option.is_argument]
+    kept = [one for name, one in own.items() if name not in trees]
+    rest = [parameter for one, parameter in added if not one.option.is_argument]
+    return with_parameters(command, called, [context, *arguments, *kept, *rest])
+
+
+def _is_taken(setting: Setting, taken: Taken) -> bool:
+    dotted = [".".join(place) + "." for place in setting.places]
+    wanted = not taken.places or any(one.startswith(f"{place}.") for one in dotted for place in taken.places)
+    return wanted and not any(one.startswith(f"{place}.") for one in dotted for place in taken.without)
+
+
+def _is_tree(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Settings)
+
+
+_LIMITS = (("min", "ge"), ("max", "le"))
+
+
+def _parameter(setting: Setting, defaults: Mapping[str, Any]) -> inspect.Parameter:
+    """Declare a setting as Typer reads it."""
+    default, option = defaults.get(setting.parameter, setting.default), setting.option
+    parts = (setting.declared.annotation, *get_args(setting.declared.annotation))
+    kind: Any = next((part for part in (bool, int, float, Path) if part in parts), Path if option.is_file else str)
+    if setting.is_list:
+        kind = list[str]
+    elif option.metavar is not None or {int, float} <= set(parts):
+        # What has more than one form is read by the tree.
+        kind, default = str, str(default)
+    shown: dict[str, Any] = {"help": setting.declared.description, "rich_help_panel": setting.panel}
+    shown |= {"rich_help_panel": None} if setting.panel == Settings.panel else {}
+    if option.is_argument:
+        info: Any = typer.Argument(help=setting.declared.description)
+    else:
+        names = [f"--{setting.name}", *([option.flag] if option.flag else [])]
+        if kind is bool and default:
+            names = [f"--{setting.name}/--no-{setting.name}"]
+        if kind in (int, float):
+            for limit in setting.declared.metadata:
+                # Of annotated_types, which Pydantic makes of `ge` and `le`.
+                shown |= {name: value for name, at in _LIMITS if (value := getattr(limit, at, None)) is not None}
+        complete = COMPLETIONS.get(setting.name)
+        if setting.choices:
+            complete = _completing(setting.choices)
+        info = typer.Option(*names, metavar=option.metavar, autocompletion=complete, **shown)
+    kind = kind if default is not None else kind | None
+    return inspect.Parameter(
+        setting.parameter, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info]
     )
 
 
-def _layer(text: str) -> float | int:
+def made(tree: type[Settings], given: Mapping[str, Any], source: Path | None = None) -> Any:
+    """Make settings of what is given by the options' parameter names; only that counts as set.
+
+    Raises:
+        ConfigurationError: If something is not accepted; it names the option, or the file `source` and its key.
+        PromptError: If a file whose text is asked for cannot be read.
+    """
+    known = {one.parameter: one for one in settings_of(tree).values()}
+    data: dict[str, Any] = {}
+    left_out: list[Place] = []
+    for name, value in given.items():
+        option = known[name]
+        for place in option.places:
+            part = data
+            for step in place[:-1]:
+                part = part.setdefault(step, {})
+            part[place[-1]] = _text_of(Path(value)) if option.option.is_file else value
+            left_out += [place[:-1]] if option.option.may_be_none and value == "none" else []
+    for parent in left_out:
+        data[parent[0]] = None
     try:
-        return int(text) if text.lstrip("+-").isdecimal() else float(text)
-    except ValueError:
-        raise DirectionError(
-            f"The layer is {text!r}, expected a fraction of depth such as 0.6 or an index such as 15."
-        ) from None
+        # A file has to name things by their kinds, as JSON does: true is no number there, and a number no text.
+        strict = source is not None
+        found = tree.model_validate_json(json.dumps(data, default=str), strict=True) if strict else tree(**data)
+    except ValidationError as error:
+        raise _wrong(error, list(known.values()), source) from None
+    tables = {name: given[name] for name in ("column", "split") if name in given}
+    if tables and isinstance(found, RunSettings) and found.measure.more:
+        more = tuple((name, one.model_copy(update=tables)) for name, one in found.measure.more)
+        return found.model_copy(update={"measure": found.measure.model_copy(update={"more": more})})
+    return found
 
 
-def edit_settings(
-    strength: float,
-    layers: str | None,
-    sites: str,
-    tied: str = "untie",
-    variant: str = "plain",
-    allow_leak: bool = False,
-) -> "EditSettings":
-    """Give the settings that the options mean.
-
-    Raises:
-        DirectionError: If a value is not among the accepted ones.
-    """
-    from remove_refusals.settings import SITE_KINDS, VARIANTS, EditSettings
-
-    kinds = tuple(kind for kind in SITE_KINDS if kind in sites.split(","))
-    if set(kinds) != set(sites.split(",")):
-        raise DirectionError(f"The sites are {sites!r}, expected some of {','.join(SITE_KINDS)}, joined by commas.")
-    return EditSettings(
-        strength=strength,
-        layers=_range(layers),
-        sites=kinds,
-        tied=_one_of("--tied", tied, ("untie", "both")),
-        variant=_one_of("--variant", variant, VARIANTS),
-        allow_leak=allow_leak,
-    )
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptError(
+            f"The chat template {path} cannot be read ({error}), expected a Jinja file in UTF-8."
+        ) from error
 
 
-def _one_of(option: str, value: str, accepted: tuple[Any, ...]) -> Any:
-    if value not in accepted:
-        raise DirectionError(f"{option} is {value!r}, expected one of {', '.join(accepted)}.")
-    return value
+_EXPECTED = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "a text",
+    "path": "a text",
+    "tuple": "a list of texts",
+    "greater": "at least {ge}",
+    "less": "at most {le}",
+}
 
 
-def _range(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    first, dash, last = text.partition("-")
-    if not dash:
-        last = first
-    if not (first.isdecimal() and last.isdecimal()):
-        raise DirectionError(f"The layers are {text!r}, expected a range such as 8-20 or one layer such as 12.")
-    return int(first), int(last)
-
-
-def chat_format(system_prompt: str | None, chat_template: Path | None, plain: bool) -> "ChatFormat":
-    """Give the chat format that the options mean; the template is read from its file.
-
-    Raises:
-        PromptError: If the file cannot be read.
-    """
-    from remove_refusals.settings import ChatFormat
-
-    text = None
-    if chat_template is not None:
-        try:
-            text = chat_template.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise PromptError(
-                f"The chat template {chat_template} cannot be read ({error}), expected a Jinja file in UTF-8."
-            ) from error
-    return ChatFormat(system_prompt=system_prompt, chat_template=text, plain=plain)
-
-
-def select_settings(
-    method: str | None, max_kl: float | None, max_refusals: float | None, *, as_given: bool
-) -> "SelectSettings | None":
-    """Give the settings of the search that the options mean.
-
-    Args:
-        method: The option `--select`; None if it was not given.
-        max_kl: The most damage.
-        max_refusals: The largest share of refusals.
-        as_given: Whether other options say what to take out, so that nothing is searched unless it is asked for.
-
-    Returns:
-        The settings, or None where nothing is searched.
-
-    Raises:
-        SelectionError: If the method is not among the accepted ones.
-    """
-    from remove_refusals.settings import METHODS, Method, Rule, SelectSettings
-
-    accepted = (*METHODS, "none")
-    if method not in (None, *accepted):
-        raise SelectionError(f"--select is {method!r}, expected one of {', '.join(accepted)}.")
-    if method == "none" or (method is None and as_given):
-        return None
-    rule = Rule(max_kl=max_kl, max_refusals=max_refusals if max_refusals is not None or max_kl is not None else 0.05)
-    chosen: Method = next((known for known in METHODS if known == method), METHODS[0])
-    return SelectSettings(method=chosen, rule=rule)
-
-
-def check_choice(method: str | None, *, as_given: bool) -> None:
-    """Check that a search is not asked for beside options that it would have to ignore.
-
-    Args:
-        method: The option `--select`; None if it was not given.
-        as_given: Whether other options say what to take out.
-
-    Raises:
-        SelectionError: If it is.
-    """
-    if method not in (None, "none") and as_given:
-        raise SelectionError(
-            f"--select {method} and options that say what to take out are both given, expected one of them; leave "
-            "--select out, or --direction, --layer, --strength, --layers, --sites, --variant, --projected, "
-            "--per-layer and all positions but one."
+def _wrong(error: ValidationError, known: list[Setting], source: Path | None) -> ConfigurationError:
+    """Say in one sentence what is wrong with the first of the settings that are."""
+    first = error.errors()[0]
+    place = tuple(map(str, first["loc"]))
+    setting = next(one for one in known if any(place[: len(part)] == part for part in one.places))
+    sentence = str(first["ctx"]["error"]) if first["type"] == "value_error" else None
+    if setting.choices:
+        expected = f"one of {', '.join(setting.choices)}"
+    elif sentence is not None:
+        expected = sentence.partition(", expected ")[2].partition(";")[0].removesuffix(".")
+    else:
+        expected = _EXPECTED.get(first["type"].split("_")[0], first["msg"]).format(**first.get("ctx", {}))
+    if source is not None:
+        return ConfigurationError(
+            f"The configuration {source} gives '{setting.name}' the value {first['input']!r}, expected {expected}; "
+            "correct it."
         )
+    return ConfigurationError(sentence or f"--{setting.name} is {first['input']!r}, expected {expected}.")
 
 
-Also = Annotated[
-    list[str] | None,
-    typer.Option(metavar="NAME=FILE", help="Another harmless set, such as XSTest.", rich_help_panel=MEASURE),
-]
-
-
-Tasks = Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness, by comma.", rich_help_panel=MEASURE)]
-
-
-TaskFiles = Annotated[
-    str | None, typer.Option(help="A directory with task files of your own.", rich_help_panel=MEASURE)
-]
-
-
-TaskLimit = Annotated[int | None, typer.Option(min=1, help="At most so many samples each.", rich_help_panel=MEASURE)]
-
-
-JudgeOption = Annotated[
-    str,
-    typer.Option(
-        "--judge",
-        autocompletion=judge,
-        help="phrases, a classifier, or URL#MODEL.",
-        rich_help_panel=MEASURE,
-    ),
-]
-
-
-CalibrationFile = Annotated[
-    str | None,
-    typer.Option("--calibration", help="From `judge calibrate`: corrects the rates.", rich_help_panel=MEASURE),
-]
-
-
-_TAKEN = ("harmful", "harmless", "alarming")
-
-
-def more_sets(also: list[str] | None, column: str | None, split: str | None) -> "tuple[tuple[str, PromptSource], ...]":
-    """Read what `--also` says.
-
-    Raises:
-        PromptError: If it is not a name and a file, or a name is used twice.
-    """
-    from remove_refusals.settings import PromptSource
-
-    found: dict[str, PromptSource] = {}
-    for text in also or ():
-        name, equals, place = text.partition("=")
-        if not equals or not name.isidentifier() or not place:
-            raise PromptError(
-                f"The option --also is {text!r}, expected NAME=FILE, the name of letters, digits and _; write for "
-                "example --also xstest=xstest.csv."
-            )
-        if name in _TAKEN or name in found:
-            raise PromptError(f"The option --also names {name!r} twice, expected a name of its own; choose another.")
-        found[name] = PromptSource(source=place, column=column, split=split)
-    return tuple(found.items())
-
-
-def task_names(tasks: str | None) -> tuple[str, ...]:
-    """Split the names of tasks at commas."""
-    return tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
-
-
-_NOT_IN_A_FILE = ("config", "help", "help_all", "quiet", "log", "as_json")
-
-
-def read_configuration(path: Path, parameters: Sequence[Any]) -> dict[str, Any]:
-    """Read a command's options from a TOML file.
-
-    Args:
-        path: The file; its keys are the options' names without the dashes before them, in any tables or none.
-        parameters: The command's parameters, as Click knows them.
+def read_configuration(path: Path) -> dict[str, Any]:
+    """Read the options of `run` from a TOML file, whose keys may stand in any tables or none.
 
     Returns:
-        Values by parameter name, for Click's `default_map`, so that the command line wins.
+        Values by parameter name; only what stands in the file.
 
     Raises:
-        ConfigurationError: If the file cannot be read, or a key or the kind of a value is not known.
+        ConfigurationError: If the file cannot be read, or a key or a value is not accepted.
     """
     try:
-        found = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigurationError(
             f"The configuration {path} cannot be read ({error}), expected TOML in UTF-8; `remove-refusals config` "
             "writes one to begin with."
         ) from error
-    known = {parameter.name: parameter for parameter in parameters if parameter.name not in _NOT_IN_A_FILE}
-    values: dict[str, Any] = {}
-    for key, value in _flat(found, path).items():
-        name = key.replace("-", "_")
-        if name not in known:
-            raise ConfigurationError(
-                f"The configuration {path} has the key '{key}', expected one of "
-                f"{', '.join(_key(parameter) for parameter in known.values())}; correct or remove it."
-            )
-        values[name] = _checked(path, key, value, known[name])
-    return values
-
-
-def _flat(found: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Put the keys of all tables together."""
     flat: dict[str, Any] = {}
-    for key, value in found.items():
-        for inner, content in value.items() if isinstance(value, dict) else ((key, value),):
-            if inner in flat:
+    for key, value in content.items():
+        for inner, part in value.items() if isinstance(value, dict) else ((key, value),):
+            name = inner.replace("-", "_")
+            if name in flat:
                 raise ConfigurationError(
                     f"The configuration {path} has the key '{inner}' in two tables, expected it once; remove one."
                 )
-            flat[inner] = content
+            flat[name] = part
+    trees = {tree: {one.parameter: one.name for one in settings_of(tree).values()} for tree in (RunSettings, RunFiles)}
+    known = {name: key for names in trees.values() for name, key in names.items()}
+    for name in flat:
+        if name not in known:
+            raise ConfigurationError(
+                f"The configuration {path} has the key '{name.replace('_', '-')}', expected one of "
+                f"{', '.join(known.values())}; correct or remove it."
+            )
+    for tree, names in trees.items():
+        made(tree, {name: value for name, value in flat.items() if name in names}, path)
     return flat
 
 
-def _checked(path: Path, key: str, value: object, parameter: Any) -> Any:
-    """Check a value's kind; what it may be within that is checked as on the command line."""
-    multiple, kind = bool(getattr(parameter, "multiple", False)), _kind(parameter)
-    if getattr(parameter, "is_flag", False):
-        expected, right = "true or false", isinstance(value, bool)
-    elif multiple:
-        expected = "a list of texts"
-        right = isinstance(value, list) and all(isinstance(part, str) for part in value)
-    elif kind is int:
-        expected, right = "a whole number", isinstance(value, int) and not isinstance(value, bool)
-    elif kind is float:
-        expected, right = "a number", isinstance(value, int | float) and not isinstance(value, bool)
-    else:
-        expected = "a text"
-        right = isinstance(value, str | int | float) and not isinstance(value, bool)
-    if not right:
-        raise ConfigurationError(
-            f"The configuration {path} gives '{key}' the value {value!r}, expected {expected}; correct it."
-        )
-    return value if multiple or kind in (int, float, bool) else str(value)
-
-
-def _kind(parameter: Any) -> type:
-    """Give what a parameter's value is: newer versions of Typer keep the annotation, older ones a type of Click."""
-    descriptor = getattr(parameter, "type_descriptor", None)
-    if descriptor is not None:
-        return descriptor.annotation if isinstance(descriptor.annotation, type) else str
-    names = {"integer": int, "integer range": int, "float": float, "float range": float, "boolean": bool}
-    return names.get(parameter.type.name, str)
-
-
-def default_configuration(parameters: Sequence[Any]) -> str:
-    """Write every option with its help and its default, all of them as comments.
-
-    Args:
-        parameters: The command's parameters, as Click knows them.
-
-    Returns:
-        TOML; what is left as it is changes nothing.
-    """
+def default_configuration() -> str:
+    """Write every option of `run` with its description and its default, all of them as comments, as TOML."""
     lines = [
         "# Options of `remove-refusals run --config FILE`. Each line that begins with a key shows its default; take",
         "# away the # to change it. What the command line says counts more.",
     ]
-    panels: dict[str, list[Any]] = {}
-    for parameter in parameters:
-        if parameter.name not in _NOT_IN_A_FILE:
-            panels.setdefault(getattr(parameter, "rich_help_panel", None) or "General", []).append(parameter)
+    panels: dict[str, list[Setting]] = {}
+    for tree in (RunFiles, RunSettings):
+        for setting in settings_of(tree).values():
+            panels.setdefault(setting.panel, []).append(setting)
     for panel, members in panels.items():
         lines += ["", f"## {panel}"]
-        for parameter in members:
-            lines += ["", *(f"# {line}" for line in (getattr(parameter, "help", None) or "").splitlines())]
-            lines.append(f"# {_key(parameter)}{_literal(parameter)}")
+        for setting in members:
+            # JSON's numbers, booleans and texts are TOML's.
+            literal = " is not set" if setting.default is None else f" = {json.dumps(setting.default)}"
+            literal = " = []" if setting.is_list else literal
+            lines += ["", f"# {setting.declared.description}", f"# {setting.name}{literal}"]
     return "\n".join(lines) + "\n"
 
 
-def _key(parameter: Any) -> str:
-    return str(parameter.name).replace("_", "-")
+def _completing(choices: tuple[str, ...]) -> Callable[[str], list[str]]:
+    def complete(incomplete: str) -> list[str]:
+        return [name for name in choices if name.startswith(incomplete)]
+
+    return complete
 
 
-def _literal(parameter: Any) -> str:
-    default = parameter.default
-    if default is None:
-        return " = []" if getattr(parameter, "multiple", False) else " is not set"
-    # JSON's numbers, booleans and texts are TOML's.
-    return " = " + json.dumps(default if isinstance(default, bool | int | float) else str(default))
+def complete_sites(incomplete: str) -> list[str]:
+    """Complete the last of several kinds of sites; those that stand there already are not offered again."""
+    *given, last = incomplete.split(",")
+    left = (site for site in SITE_KINDS if site not in given and site.startswith(last))
+    return [",".join((*given, site)) for site in left]
 
 
-def _load(context: typer.Context, path: Path | None) -> Path | None:
-    if path is not None:
-        context.default_map = read_configuration(path, context.command.params)
-    return path
+COMPLETIONS: dict[str, Callable[[str], list[str]]] = {"sites": complete_sites, "judge": complete_judge}
+"""What completes the value of an option that takes more than one of a few names."""
 
 
-ConfigFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--config",
-        is_eager=True,
-        callback=_load,
-        help="Options from a TOML file; the command line wins.",
-    ),
+FURTHER = frozenset(
+    one.parameter for tree in (RunSettings, DiskSettings) for one in settings_of(tree).values() if not one.option.short
+) | {"rows", "quiet", "log"}
+"""The parameters that a short page leaves out."""
+
+
+_MOST = 22
+"""Commands with more options than these have a short page; the others fit a screen."""
+
+
+_ALL = "remove_refusals.all_options"
+
+
+class Page(TyperCommand):
+    """A command whose `--help` may be shorter than its `--help-all`."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the page; where `--help-all` is an option and was not given, the short one, which says so."""
+        page = self
+        if any(parameter.name == "help_all" for parameter in self.params) and not ctx.meta.get(_ALL):
+            page = copy.copy(self)
+            page.params = [parameter for parameter in self.params if parameter.name not in FURTHER]
+            left = len(self.params) - len(page.params)
+            page.epilog = f"{self.epilog}\n\nThere are {left} more options; --help-all shows every one."
+        TyperCommand.format_help(page, ctx, formatter)
+
+
+def _show_all(context: typer.Context, wanted: bool) -> None:
+    # While a shell completes, nothing may be shown.
+    if wanted and not context.resilient_parsing:
+        context.meta[_ALL] = True
+        typer.echo(context.get_help())
+        raise typer.Exit
+
+
+_HelpAll = Annotated[
+    bool, typer.Option("--help-all", is_eager=True, callback=_show_all, help="Show every option and exit.")
 ]
 
 
-_PANEL = "Output"
+def _with_help(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the option `--help-all`, or the command itself where its options are few."""
+    parameters = list(inspect.signature(command).parameters.values())
+    if len(parameters) <= _MOST:
+        return command
+
+    def called(*, help_all: bool = False, **values: Any) -> None:
+        command(**values)
+
+    added = inspect.Parameter("help_all", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=_HelpAll)
+    return with_parameters(command, called, [*parameters, added])
 
 
-_LOGGER = logging.getLogger("remove_refusals")
-
-
-_TENTHS = 10
-
-
-@dataclass(frozen=True)
-class Output:
-    """What was asked for.
-
-    Attributes:
-        quiet: Neither progress nor remarks; only the result and errors.
-        as_json: The result as JSON, and nothing else, on standard output.
-    """
-
-    quiet: bool = False
-    as_json: bool = False
-
-
-_CURRENT: ContextVar[Output | None] = ContextVar("output", default=None)
-
-
-Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Only the result and errors, no progress.", rich_help_panel=_PANEL)
-]
-
-
-Log = Annotated[
-    Path | None, typer.Option("--log", help="Append stages and their times to this file.", rich_help_panel=_PANEL)
-]
-
-
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=_PANEL)]
-
-
-OPTIONS: dict[str, Any] = {"quiet": Quiet, "log": Log, "as_json": Json}
-"""The options by the names of their parameters."""
-
-
-def current() -> Output:
-    """Give what the command that runs was asked for."""
-    return _CURRENT.get() or Output()
-
-
-def with_output(command: Callable[..., None], *, json: bool = True) -> Callable[..., None]:
-    """Give a command the options of this module.
-
-    Args:
-        command: A function whose parameters are options as Typer reads them.
-        json: Whether it prints a result that can be JSON.
-
-    Returns:
-        The same, with `--quiet`, `--log` and, if asked for, `--json`; a parameter of its own by such a name stays.
-    """
-    signature = inspect.signature(command)
-    own = {name: OPTIONS[name] for name in signature.parameters if name in OPTIONS}
-    added = {name: option for name, option in OPTIONS.items() if (json or name != "as_json") and name not in own}
-    defaults = {"quiet": False, "log": None, "as_json": False}
-
-    @functools.wraps(command)
-    def called(*args: Any, **kwargs: Any) -> None:
-        asked = defaults | {name: kwargs[name] for name in own if name in kwargs}
-        asked |= {name: kwargs.pop(name) for name in added if name in kwargs}
-        with _as_asked(**asked):
-            command(*args, **kwargs)
-
-    more = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=option)
-        for name, option in added.items()
-    ]
-    called.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *more])  # type: ignore[attr-defined]
-    called.__annotations__ = {**command.__annotations__, **own, **added}
-    return called
-
-
-@contextmanager
-def _as_asked(*, quiet: bool, log: Path | None, as_json: bool) -> Iterator[None]:
-    token = _CURRENT.set(Output(quiet, as_json))
-    try:
-        with _logged(log):
-            yield
-    finally:
-        _CURRENT.reset(token)
-
-
-@contextmanager
-def _logged(path: Path | None) -> Iterator[None]:
-    """Write to a log while the context lasts: the command line, what `write_log` is told, and how it ended."""
-    if path is None:
-        yield
-        return
-    try:
-        handler = logging.FileHandler(path, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(
-            f"The log {path} cannot be written ({error.strerror}), expected a file in a directory that exists; choose "
-            "another place."
-        ) from error
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    _LOGGER.addHandler(handler)
-    _LOGGER.setLevel(logging.INFO)
-    began = time.monotonic()
-    _LOGGER.info("remove-refusals %s", " ".join(sys.argv[1:]))
-    try:
-        yield
-    except BaseException as error:
-        _LOGGER.error("ended after %.1f s: %s: %s", time.monotonic() - began, type(error).__name__, error)
-        raise
-    else:
-        _LOGGER.info("done after %.1f s", time.monotonic() - began)
-    finally:
-        _LOGGER.removeHandler(handler)
-        _LOGGER.setLevel(logging.NOTSET)
-        handler.close()
-
-
-def write_log(text: str) -> None:
-    """Write a line to the log, if there is one."""
-    if _LOGGER.handlers:
-        _LOGGER.info("%s", text)
-
-
-class StageLog:
-    """Writes to the log what the bars of progress show: where a stage begins, each tenth of it, and its time."""
-
-    def __init__(self) -> None:
-        self._last = time.monotonic()
-        self._began: dict[str, float] = {}
-        self._tenths: dict[str, int] = {}
-
-    def update(self, stage: str, done: int, total: int) -> None:
-        """Take note of how far a stage is."""
-        began, now = self._began.setdefault(stage, self._last), time.monotonic()
-        self._last = now
-        tenth = _TENTHS * done // total if total else _TENTHS
-        if tenth != self._tenths.get(stage):
-            self._tenths[stage] = tenth
-            write_log(f"{stage}: {done} of {total} after {now - began:.1f} s")
+def whole(command: Callable[..., None], name: str, epilog: str, *, json: bool) -> Any:
+    """Make a command as Click knows it, with all of its options."""
+    alone = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+    built = _with_help(with_output(with_settings(command), json=json))
+    alone.command(name, cls=Page, epilog=epilog)(built)
+    return typer.main.get_command(alone)

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from typing import Any
 
 from rich.console import Console
@@ -11,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from remove_refusals.cli.options import StageLog, current, write_log
+from remove_refusals.cli.command import StageLog, current, write_log
 from remove_refusals.directions import EditPlan
 from remove_refusals.measure import (
     Calibration,
@@ -57,7 +58,7 @@ def typed_lines() -> Iterator[str]:
     if sys.stdin.isatty():
         with suppress(ImportError):
             # Its import alone gives `input` a history; Windows has its own.
-            import readline  # noqa: F401
+            import_module("readline")
         with suppress(EOFError):
             while True:
                 yield input("> ")

@@ -1,79 +1,213 @@
-"""Commands that let a model answer."""
+"""Commands that let a model answer, and the talk in the terminal: as it is, with the direction taken out, or both."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
-from remove_refusals.cli.options import (
-    BatchSize,
-    Column,
-    Device,
-    Dtype,
-    Force,
-    FourBit,
-    LayerRange,
-    MaxNewTokens,
-    ModelArgument,
-    OptionalDirectionFile,
-    Plain,
-    RemoteCode,
-    Revision,
-    Sites,
-    Split,
-    Strength,
-    SystemPrompt,
-    TemplateFile,
-    chat_format,
-    edit_settings,
-)
-from remove_refusals.errors import DirectionError
+from remove_refusals.cli.command import DirectionFile, Force, ModelArgument, takes
+from remove_refusals.errors import DirectionError, RemoveRefusalsError
 from remove_refusals.progress import SILENT, Progress
 
 if TYPE_CHECKING:
-    from remove_refusals.cli.chat import Sides
-    from remove_refusals.modelmap import ModelMap
     from remove_refusals.models import LoadedModel
-    from remove_refusals.settings import EditSettings
-    from remove_refusals.types import Direction, Intervention, PromptSet
+    from remove_refusals.settings import EditSettings, RunSettings
+    from remove_refusals.types import Direction, Intervention
 
 
-Run = Annotated[Path | None, typer.Option("--run", help="Take out what this run chose, a directory of `run`.")]
+Sides = Literal["ablated", "original", "compare"]
 
 
-CandidateName = Annotated[str | None, typer.Option("--candidate", help="With --run: another candidate of its search.")]
+Make = Callable[[float, "tuple[int, int] | None"], "Intervention"]
+"""Makes the intervention of a strength and a range of layers, None for all."""
 
 
-Host = Annotated[str, typer.Option(help="The address to listen on; by default only this machine.")]
+HELP = """\
+/strength 0.5     how much is taken out from the next answer on
+/layers 8-20      where; /layers all for everywhere
+/compare, /ablated, /original    who answers
+/system TEXT      the system message; without a text none
+/reset            forget what was said
+/save FILE        save what was said as JSON Lines
+Ctrl-C stops an answer, Ctrl-D ends the talk; // at the beginning is a / that is meant."""
 
 
+@dataclass(frozen=True)
+class ChatState:
+    """What can be changed while talking; `layers` are the first and the last one to edit, None for all."""
+
+    strength: float = 1.0
+    layers: tuple[int, int] | None = None
+    sides: Sides = "ablated"
+    system_prompt: str | None = None
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question and its answer, as far as it went; `side` is `original` or `ablated`."""
+
+    side: str
+    state: ChatState
+    prompt: str
+    answer: str
+
+
+def converse(
+    loaded: "LoadedModel",
+    make: Make | None,
+    prompts: Iterable[str],
+    write: Callable[[str], None],
+    *,
+    state: ChatState | None = None,
+    max_new_tokens: int = 512,
+) -> None:
+    """Answer prompts one after the other, streaming to `write`; each side keeps a history of its own.
+
+    Lines that begin with `/` are commands (`HELP`); what is wrong with one is said, and the talk goes on. Ctrl-C stops
+    the answer that is being given. Without `make`, which gives what is taken out, the original alone answers. In plain
+    mode nothing is remembered.
+    """
+    state = state or ChatState(system_prompt=loaded.chat.system_prompt)
+    turns: list[Turn] = []
+    for line in prompts:
+        prompt = line.strip()
+        if prompt.startswith("/") and not prompt.startswith("//"):
+            try:
+                state, said = _obey(prompt, state, turns, make)
+            except RemoveRefusalsError as error:
+                said = str(error)
+            write(f"{said}\n")
+        elif prompt:
+            text = line.replace("//", "/", 1) if prompt.startswith("//") else line
+            system_prompt = None if loaded.chat.plain else state.system_prompt
+            now = replace(loaded, chat=loaded.chat.model_copy(update={"system_prompt": system_prompt}))
+            turns += _turn(now, make, text, state, turns, write, max_new_tokens)
+
+
+def _obey(line: str, state: ChatState, turns: list[Turn], make: Make | None) -> tuple[ChatState, str]:
+    """Do what a command says; give the new state and what to say."""
+    name, _, rest = line[1:].partition(" ")
+    rest = rest.strip()
+    if name == "save":
+        return state, _save(rest, turns)
+    if name == "reset":
+        turns.clear()
+        return state, "Forgotten."
+    if name == "help":
+        return state, HELP
+    if name == "system":
+        return replace(state, system_prompt=rest or None), f"System message: {rest or 'none'}."
+    if make is None and name in ("strength", "layers", "ablated", "compare"):
+        raise DirectionError(f"There is no direction for /{name}, expected one; start again with --direction FILE.")
+    if name in get_args(Sides):
+        return replace(state, sides=next(side for side in get_args(Sides) if side == name)), f"Now: {name}."
+    if make is not None and name in ("strength", "layers"):
+        state = replace(state, strength=_strength(rest)) if name == "strength" else replace(state, layers=_layers(rest))
+        make(state.strength, state.layers)
+        where = "all layers" if state.layers is None else f"layers {state.layers[0]}-{state.layers[1]}"
+        return state, f"Strength {state.strength:g} in {where}."
+    raise DirectionError(f"There is no command /{name}, expected one of these:\n{HELP}")
+
+
+def _strength(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise DirectionError(
+            f"The strength is {text!r}, expected a number such as 0.5; write /strength 0.5."
+        ) from error
+
+
+def _layers(text: str) -> tuple[int, int] | None:
+    first, dash, last = text.partition("-")
+    if text == "all":
+        return None
+    if not dash or not first.isdecimal() or not last.isdecimal():
+        raise DirectionError(f"The layers are {text!r}, expected a range or all; write /layers 8-20.")
+    return int(first), int(last)
+
+
+def _save(text: str, turns: list[Turn]) -> str:
+    from remove_refusals.files import write_jsonl
+
+    if not text:
+        raise DirectionError("The file is missing, expected a path; write /save talk.jsonl.")
+    rows: Iterator[dict[str, object]] = (
+        {
+            "side": turn.side,
+            "strength": turn.state.strength if turn.side == "ablated" else 0.0,
+            "layers": turn.state.layers,
+            "system_prompt": turn.state.system_prompt,
+            "prompt": turn.prompt,
+            "answer": turn.answer,
+        }
+        for turn in turns
+    )
+    write_jsonl(Path(text).expanduser(), rows)
+    return f"Saved {len(turns)} answers to {text}."
+
+
+def _turn(
+    loaded: "LoadedModel",
+    make: Make | None,
+    prompt: str,
+    state: ChatState,
+    turns: list[Turn],
+    write: Callable[[str], None],
+    max_new_tokens: int,
+) -> list[Turn]:
+    """Let one side or both answer."""
+    from remove_refusals.directions import ablated
+    from remove_refusals.models import render_conversation, stream
+
+    found = []
+    for side in ("original", "ablated") if state.sides == "compare" else (state.sides,):
+        if state.sides == "compare":
+            write(f"[{side}] ")
+        context: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if side == "ablated" and make is not None:
+            context = ablated(loaded.model, make(state.strength, state.layers))
+        history = [(turn.prompt, turn.answer) for turn in turns if turn.side == side]
+        pieces = []
+        with context:
+            answer = stream(loaded, render_conversation(loaded, prompt, history), max_new_tokens=max_new_tokens)
+            try:
+                for piece in answer:
+                    pieces.append(piece)
+                    write(piece)
+            except KeyboardInterrupt:
+                answer.close()
+                write(" [stopped]")
+        found.append(Turn(side, state, prompt, "".join(pieces)))
+        write("\n")
+    return found
+
+
+RunDirectory = Annotated[Path | None, typer.Option("--run", help="Take out what this run chose, a directory of `run`.")]
+
+
+_LOADING = ("loading.device", "loading.dtype", "loading.load_in_4bit", "loading.trust_remote_code", "loading.revision")
+_PARTS = ("edit.strength", "edit.layers", "edit.sites")
+
+
+@takes(*_PARTS, *_LOADING, "chat", "measure.max_new_tokens", max_new_tokens=512)
 def chat(
     model: ModelArgument,
-    direction: OptionalDirectionFile = None,
-    run: Run = None,
-    candidate: CandidateName = None,
+    settings: "RunSettings",
+    direction: DirectionFile = None,
+    run: RunDirectory = None,
+    candidate: Annotated[
+        str | None, typer.Option("--candidate", help="With --run: another candidate of its search.")
+    ] = None,
     no_ablation: Annotated[bool, typer.Option("--no-ablation", help="Talk to the model as it is.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Both answers, one after the other.")] = False,
-    strength: Strength = 1.0,
-    layers: LayerRange = None,
-    sites: Sites = "embedding,attn,mlp",
-    device: Device = None,
-    dtype: Dtype = "auto",
-    load_in_4bit: FourBit = False,
-    trust_remote_code: RemoteCode = False,
-    revision: Revision = None,
-    system_prompt: SystemPrompt = None,
-    chat_template: TemplateFile = None,
-    plain: Plain = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Where an answer is cut off.")] = 512,
 ) -> None:
     """Talk to a model with the direction taken out as it runs; /help there says what can be changed, Ctrl-D ends it."""
-    from remove_refusals.cli import chat as chatting
-    from remove_refusals.cli import printing as console
+    from remove_refusals.cli import printing
     from remove_refusals.models import load_model
-    from remove_refusals.settings import LoadSettings
 
     if no_ablation and compare:
         raise DirectionError("Both --no-ablation and --compare are given, expected one of them; leave one out.")
@@ -82,103 +216,62 @@ def chat(
             "No direction is given, expected --direction FILE; make one with `remove-refusals direction`, or pass "
             "--run DIR or --no-ablation."
         )
-    edit = edit_settings(strength, layers, sites)
-    given = None if no_ablation else _given(direction, run, candidate, edit)
-    loaded = load_model(
-        model,
-        LoadSettings(
-            device=device,
-            dtype=dtype,
-            load_in_4bit=load_in_4bit,
-            trust_remote_code=trust_remote_code,
-            revision=revision,
-        ),
-        chat=chat_format(system_prompt, chat_template, plain),
-    )
-    make, model_map = None, None
+    edit = settings.edit
+    given = None if no_ablation else _given(direction, run, candidate)
+    loaded = load_model(model, settings.loading, settings.chat)
+    make = None
     if given is not None:
-        make, model_map = _maker(given, edit, loaded)
-        make(strength, edit.layers)
+        make = _maker(given, edit, loaded)
+        make(edit.strength, edit.layers)
     sides: Sides = "compare" if compare else "original" if no_ablation else "ablated"
-    chatting.converse(
+    converse(
         loaded,
         make,
-        console.typed_lines(),
-        console.write,
-        state=chatting.ChatState(strength, edit.layers, sides, system_prompt),
-        model_map=model_map,
-        max_new_tokens=max_new_tokens,
+        printing.typed_lines(),
+        printing.write,
+        state=ChatState(edit.strength, edit.layers, sides, settings.chat.system_prompt),
+        max_new_tokens=settings.measure.max_new_tokens,
     )
 
 
+@takes(*_LOADING, "chat", "measure.max_new_tokens", max_new_tokens=256)
 def ui(
     model: ModelArgument,
-    direction: OptionalDirectionFile = None,
-    run: Run = None,
-    host: Host = "127.0.0.1",
+    settings: "RunSettings",
+    direction: DirectionFile = None,
+    run: RunDirectory = None,
+    host: Annotated[str, typer.Option(help="The address to listen on; by default only this machine.")] = "127.0.0.1",
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="The port; the first free one from 7860 on.")
     ] = None,
-    device: Device = None,
-    dtype: Dtype = "auto",
-    load_in_4bit: FourBit = False,
-    trust_remote_code: RemoteCode = False,
-    revision: Revision = None,
-    system_prompt: SystemPrompt = None,
-    chat_template: TemplateFile = None,
-    plain: Plain = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Where an answer is cut off.")] = 256,
 ) -> None:
     """A web page with both answers side by side, and how far each token lies along the direction."""
-    from remove_refusals.cli import printing as console
-    from remove_refusals.cli import web
-    from remove_refusals.cli import web as web_page
-    from remove_refusals.cli.web import Source
+    from remove_refusals.cli import printing, web
     from remove_refusals.models import load_model
     from remove_refusals.report import SelectionRecord
     from remove_refusals.search import load_candidates
-    from remove_refusals.settings import EditSettings, LoadSettings
 
-    edit = EditSettings()
-    given = _given(direction, run, None, edit)
-    loaded = load_model(
-        model,
-        LoadSettings(
-            device=device,
-            dtype=dtype,
-            load_in_4bit=load_in_4bit,
-            trust_remote_code=trust_remote_code,
-            revision=revision,
-        ),
-        chat=chat_format(system_prompt, chat_template, plain),
-    )
-    make, model_map = _maker(given, edit, loaded)
+    given = _given(direction, run, None)
+    loaded = load_model(model, settings.loading, settings.chat)
     searched = run / "selection.json" if run is not None else None
     found = SelectionRecord.read(searched, error=DirectionError) if searched and searched.is_file() else None
     page = web.Page(
         loaded,
-        make(1.0, None),
-        model_map,
-        Source(model, "--run" if run is not None else "--direction", str(run or direction)),
+        _maker(given, settings.edit, loaded)(1.0, None),
+        web.Source(model, "--run" if run is not None else "--direction", str(run or direction)),
         () if found is None else found.candidates,
         load_candidates(run) if run is not None else {},
         None if found is None else found.candidates[found.picked].name,
-        max_new_tokens,
+        settings.measure.max_new_tokens,
     )
-    console.say(f"Serving on http://{host}:{port or 'the first free port from 7860 on'}; Ctrl-C ends it.")
-    web_page.serve(page, host=host, port=port)
+    printing.say(f"Serving on http://{host}:{port or 'the first free port from 7860 on'}; Ctrl-C ends it.")
+    web.serve(page, host=host, port=port)
 
 
-def _given(
-    direction: Path | None, run: Path | None, candidate: str | None, edit: "EditSettings"
-) -> "tuple[Direction, ...] | Intervention":
-    """Read the directions, or the intervention of a run; before a model is loaded.
-
-    Raises:
-        DirectionError: If both or neither are given, or the candidate is not known.
-    """
+def _given(direction: Path | None, run: Path | None, candidate: str | None) -> "tuple[Direction, ...] | Intervention":
+    """Read the directions, or the intervention of a run, before a model is loaded."""
     from remove_refusals.baking import load_intervention
-    from remove_refusals.directions import direction as direction_files
+    from remove_refusals.directions import load_directions
     from remove_refusals.search import load_candidates
 
     if (direction is None) == (run is None):
@@ -186,7 +279,7 @@ def _given(
     if direction is not None:
         if candidate is not None:
             raise DirectionError("The option --candidate is given without --run, expected both; add --run DIR.")
-        return direction_files.load_directions(direction)
+        return load_directions(direction)
     assert run is not None
     if candidate is None:
         return load_intervention(run)
@@ -199,114 +292,78 @@ def _given(
     return found[candidate]
 
 
-def _maker(
-    given: "tuple[Direction, ...] | Intervention", edit: "EditSettings", loaded: "LoadedModel"
-) -> "tuple[Callable[[float, tuple[int, int] | None], Intervention], ModelMap]":
-    """Give what makes the intervention of a strength and a range of layers, and the model's map."""
+def _maker(given: "tuple[Direction, ...] | Intervention", edit: "EditSettings", loaded: "LoadedModel") -> "Make":
+    """Give what makes the intervention of a strength and a range of layers."""
     from remove_refusals.directions import check_fit, make_intervention, scaled
-    from remove_refusals.modelmap import derive as modelmap
+    from remove_refusals.modelmap import map_model
 
-    model_map = modelmap.map_model(loaded.model)
+    model_map = map_model(loaded.model)
     if isinstance(given, tuple):
         return lambda strength, layers: make_intervention(
             given, edit.model_copy(update={"strength": strength, "layers": layers}), model_map
-        ), model_map
+        )
     check_fit(given, model_map)
     return lambda strength, layers: scaled(
         given, model_map.n_layers, strength=strength, layers=layers, kinds=edit.sites
-    ), model_map
+    )
 
 
+@takes(
+    *("direction.harmful.column", "direction.harmful.split"),
+    *_PARTS,
+    *_LOADING,
+    *("chat", "batch_size", "measure.max_new_tokens"),
+)
 def generate(
     model: ModelArgument,
     prompts: Annotated[str, typer.Option(help="A file or data set of prompts.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="A JSON Lines file.")],
-    direction: OptionalDirectionFile = None,
+    settings: "RunSettings",
+    direction: DirectionFile = None,
     force: Force = False,
-    column: Column = None,
-    split: Split = None,
-    strength: Strength = 1.0,
-    layers: LayerRange = None,
-    sites: Sites = "embedding,attn,mlp",
-    device: Device = None,
-    dtype: Dtype = "auto",
-    load_in_4bit: FourBit = False,
-    trust_remote_code: RemoteCode = False,
-    revision: Revision = None,
-    system_prompt: SystemPrompt = None,
-    chat_template: TemplateFile = None,
-    plain: Plain = False,
-    batch_size: BatchSize = None,
-    max_new_tokens: MaxNewTokens = 100,
 ) -> None:
     """Answer prompts in batches, greedily; without --direction the model answers as it is."""
-    from remove_refusals import files as atomic
-    from remove_refusals import files as records
-    from remove_refusals.cli import printing as console
-    from remove_refusals.directions import direction as direction_files
-    from remove_refusals.directions import made_intervention
+    from remove_refusals.cli import printing
+    from remove_refusals.directions import load_directions, made_intervention
+    from remove_refusals.files import check_target, write_jsonl
     from remove_refusals.models import load_model
     from remove_refusals.prompts import prompts_from
-    from remove_refusals.settings import LoadSettings, PromptSource
+    from remove_refusals.settings import PromptSource
 
-    atomic.check_target(output, force=force, directory=False)
-    prompt_set = prompts_from(PromptSource(source=prompts, column=column, split=split), "prompts", "")
-    given = None if direction is None else direction_files.load_directions(direction)
-    edit = edit_settings(strength, layers, sites)
-    loaded = load_model(
-        model,
-        LoadSettings(
-            device=device,
-            dtype=dtype,
-            load_in_4bit=load_in_4bit,
-            trust_remote_code=trust_remote_code,
-            revision=revision,
-        ),
-        chat=chat_format(system_prompt, chat_template, plain),
-        batch_size=batch_size,
-    )
-    intervention, model_map = None, None
-    if given is not None:
-        intervention, model_map = made_intervention(loaded, given, edit)
-    with console.progress() as progress:
+    check_target(output, force=force, directory=False)
+    table = settings.direction.harmful
+    source = PromptSource(source=prompts, column=table.column, split=table.split)
+    prompt_set = prompts_from(source, "prompts", "")
+    given = None if direction is None else load_directions(direction)
+    loaded = load_model(model, settings.loading, settings.chat, settings.batch_size)
+    intervention = None if given is None else made_intervention(loaded, given, settings.edit)[0]
+    with printing.progress() as progress:
         rows = answer_rows(
             loaded,
-            prompt_set,
+            prompt_set.prompts,
             intervention,
-            model_map=model_map,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=settings.measure.max_new_tokens,
             progress=progress.stage("answers", len(prompt_set)),
         )
-    records.write_jsonl(output, rows, force=force)
-    console.finish({"output": str(output), "answers": len(rows)}, f"Saved {len(rows)} answers to {output}.")
+    write_jsonl(output, rows, force=force)
+    printing.finish({"output": str(output), "answers": len(rows)}, f"Saved {len(rows)} answers to {output}.")
 
 
 def answer_rows(
     loaded: "LoadedModel",
-    prompts: "PromptSet",
+    prompts: Sequence[str],
     intervention: "Intervention | None",
     *,
-    model_map: "ModelMap | None" = None,
     max_new_tokens: int = 100,
     progress: Progress = SILENT,
 ) -> list[dict[str, Any]]:
-    """Answer prompts, with a direction taken out if an intervention is given.
-
-    Returns:
-        One JSON object per prompt, in order: `prompt`, `answer`, `n_tokens`, `finished`, `ablated`.
-
-    Raises:
-        RemoveRefusalsError: If the model cannot be hooked, or a prompt cannot be rendered or does not fit.
-    """
+    """Answer prompts in their order, with a direction taken out if an intervention is given; an object for each."""
     from remove_refusals.directions import ablated
     from remove_refusals.models import generate as generate_answers
     from remove_refusals.models import render
 
-    token_ids = render(loaded, prompts.prompts)
-    context: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-    if intervention is not None:
-        context = ablated(loaded.model, intervention, model_map=model_map)
-    with context:
+    token_ids = render(loaded, prompts)
+    with contextlib.nullcontext() if intervention is None else ablated(loaded.model, intervention):
         answers = generate_answers(loaded, token_ids, max_new_tokens=max_new_tokens, progress=progress)
     return [
         {
@@ -316,5 +373,5 @@ def answer_rows(
             "finished": answer.finished,
             "ablated": intervention is not None,
         }
-        for prompt, answer in zip(prompts.prompts, answers, strict=True)
+        for prompt, answer in zip(prompts, answers, strict=True)
     ]

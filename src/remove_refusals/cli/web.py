@@ -12,7 +12,7 @@ from typing import Any
 
 from remove_refusals.directions import ablated, middle_direction, project_tokens, scaled
 from remove_refusals.errors import ModelError, require_package
-from remove_refusals.modelmap import ModelMap
+from remove_refusals.modelmap import map_model
 from remove_refusals.models import LoadedModel, render_conversation, stream
 from remove_refusals.report import CandidateRecord
 from remove_refusals.settings import SITE_KINDS, SiteKind
@@ -38,13 +38,7 @@ Messages = list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Source:
-    """What the page was started with, as a command line names it.
-
-    Attributes:
-        model: The model.
-        option: `--direction` or `--run`.
-        path: The direction's file, or the run's directory.
-    """
+    """What the page was started with, as a command line names it; `option` is `--direction` or `--run`."""
 
     model: str
     option: str
@@ -53,13 +47,9 @@ class Source:
 
 @dataclass(frozen=True)
 class Controls:
-    """What is set on the page.
+    """What is set on the page: how much is taken out, from the first to the last layer, at which kinds of site.
 
-    Attributes:
-        strength: How much of what the intervention takes out is taken out.
-        layers: The first and the last layer.
-        kinds: The kinds of site.
-        candidate: The candidate of the run's search; None for what was picked, or for a direction.
+    The candidate is one of the run's search; None stands for what was picked, or for a direction.
     """
 
     strength: float
@@ -75,7 +65,6 @@ class Page:
     Attributes:
         loaded: The model; nothing else may run it meanwhile.
         intervention: What is taken out at strength 1.
-        model_map: The model's map.
         source: What the page was started with.
         candidates: The candidates of a search, as in `selection.json`.
         tried: Those that can be tried, by name.
@@ -85,30 +74,26 @@ class Page:
 
     loaded: LoadedModel
     intervention: Intervention
-    model_map: ModelMap
     source: Source
     candidates: Sequence[CandidateRecord] = ()
     tried: Mapping[str, Intervention] = field(default_factory=dict)
     picked: str | None = None
     max_new_tokens: int = 256
 
+    @property
+    def n_layers(self) -> int:
+        """The model's number of layers."""
+        return map_model(self.loaded.model).n_layers
+
     def made(self, controls: Controls) -> Intervention:
         """Give what the controls take out."""
         base = self.tried.get(controls.candidate or "", self.intervention)
-        return scaled(
-            base, self.model_map.n_layers, strength=controls.strength, layers=controls.layers, kinds=controls.kinds
-        )
+        return scaled(base, self.n_layers, strength=controls.strength, layers=controls.layers, kinds=controls.kinds)
 
     def answers(
         self, prompt: str, original: Messages, edited: Messages, controls: Controls
     ) -> Iterator[tuple[Messages, Messages, str, str]]:
-        """Let the original and then the edited model answer, piece by piece.
-
-        Args:
-            prompt: The user message.
-            original: What was said with the original so far.
-            edited: What was said with the edited model so far.
-            controls: What is set.
+        """Let the original and then the edited model answer behind what was said, piece by piece.
 
         Yields:
             Both histories with what is said so far, and the strips under the answers, which come last.
@@ -130,7 +115,7 @@ class Page:
     def _contexts(
         self, intervention: Intervention
     ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), ablated(self.loaded.model, intervention, model_map=self.model_map)
+        return nullcontext(), ablated(self.loaded.model, intervention)
 
     def _rendered(self, prompt: str, history: Messages) -> list[int]:
         turns = [(one["content"], other["content"]) for one, other in zip(history[::2], history[1::2], strict=True)]
@@ -140,19 +125,12 @@ class Page:
         self, prompt: str, before: tuple[Messages, Messages], after: list[Messages], intervention: Intervention
     ) -> tuple[str, str]:
         """Measure both answers' tokens; both strips have one scale."""
-        direction, layer = middle_direction(self.intervention, self.model_map.n_layers)
+        direction, layer = middle_direction(self.intervention, self.n_layers)
         tokenizer, found = self.loaded.tokenizer, []
         for side, context in enumerate(self._contexts(intervention)):
             token_ids = self._rendered(prompt, before[side])
             answer = tokenizer(after[side][-1]["content"], add_special_tokens=False)["input_ids"]
-            values = project_tokens(
-                self.loaded,
-                [*token_ids, *answer],
-                direction,
-                layer,
-                model_map=self.model_map,
-                context=context,
-            )
+            values = project_tokens(self.loaded, [*token_ids, *answer], direction, layer, context=context)
             found.append(([tokenizer.decode([token]) for token in answer], values[len(token_ids) :]))
         largest = max((abs(value) for _, values in found for value in values), default=0.0)
         first, second = (strip(tokens, values, largest) for tokens, values in found)
@@ -160,21 +138,11 @@ class Page:
 
 
 def build_page(page: Page) -> Any:
-    """Build the page.
-
-    Args:
-        page: What it shows.
-
-    Returns:
-        Gradio's `Blocks`, to be launched.
-
-    Raises:
-        ModelError: If Gradio is not installed.
-    """
+    """Build the page: Gradio's `Blocks`, to be launched."""
     # Nothing is sent anywhere: not Gradio's own statistics either.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     gradio = require_package("gradio", "ui", "the command ui", ModelError)
-    last = page.model_map.n_layers - 1
+    last = page.n_layers - 1
     with gradio.Blocks(title="remove-refusals", analytics_enabled=False) as blocks:
         gradio.Markdown(f"## {page.source.model}: as it is, and with the direction taken out")
         with gradio.Row():
@@ -240,7 +208,7 @@ def _controls(values: Sequence[Any]) -> Controls:
 def _say(page: Page, *values: Any) -> str:
     now = _controls(values)
     other = None if now.candidate == page.picked else now.candidate
-    return command_line(page.source, replace(now, candidate=other), page.model_map.n_layers)
+    return command_line(page.source, replace(now, candidate=other), page.n_layers)
 
 
 def _ask(
@@ -257,20 +225,7 @@ def _ask(
 
 
 def serve(page: Page, *, host: str = LOOPBACK, port: int | None = None, wait: bool = True) -> Any:
-    """Serve the page until Ctrl-C.
-
-    Args:
-        page: What it shows.
-        host: The address to listen on; by default this machine alone can reach it.
-        port: The port; by default the first free one from 7860 on.
-        wait: Whether to wait for Ctrl-C.
-
-    Returns:
-        Gradio's `Blocks`, served.
-
-    Raises:
-        ModelError: If Gradio is not installed.
-    """
+    """Serve the page until Ctrl-C, to this machine alone by default, on the first free port from 7860 on."""
     blocks = build_page(page)
     import gradio
 
@@ -303,16 +258,7 @@ _WIDTH, _HEIGHT, _MARGIN = 640, 240, 44
 
 
 def command_line(source: Source, controls: Controls, n_layers: int) -> str:
-    """Write the command that talks to the model in the same state.
-
-    Args:
-        source: What the page was started with.
-        controls: What is set.
-        n_layers: The model's number of layers.
-
-    Returns:
-        One line for a shell; what is at its default is left out.
-    """
+    """Write the command that talks to the model in the same state; what is at its default is left out."""
     words = ["remove-refusals", "chat", source.model, source.option, source.path, "--compare"]
     if controls.candidate is not None:
         words += ["--candidate", controls.candidate]
@@ -326,15 +272,9 @@ def command_line(source: Source, controls: Controls, n_layers: int) -> str:
 
 
 def strip(tokens: Sequence[str], values: Sequence[float], largest: float) -> str:
-    """Draw tokens with their projection on the direction as their background.
+    """Draw tokens as HTML with their projection as their background; `largest` gets the full colour.
 
-    Args:
-        tokens: The tokens' texts.
-        values: A projection for each.
-        largest: The projection that gets the full colour.
-
-    Returns:
-        HTML; every text is escaped, and each token says its number to whoever points at it.
+    Every text is escaped, and each token says its number to whoever points at it.
     """
     pieces = []
     for token, value in zip(tokens, values, strict=True):
@@ -355,16 +295,7 @@ def legend() -> str:
 
 
 def front_drawing(candidates: Sequence[CandidateRecord], kept: Sequence[str], chosen: str | None) -> str:
-    """Draw the candidates of a search by damage and refusal; those that can be tried are buttons.
-
-    Args:
-        candidates: The candidates of `selection.json`.
-        kept: The names of those that can be tried.
-        chosen: The name of the one that is set.
-
-    Returns:
-        An SVG drawing.
-    """
+    """Draw the candidates of a search by damage and refusal as SVG; those that can be tried are buttons."""
     largest = max((candidate.damage for candidate in candidates), default=0.0) or 1.0
 
     def at(candidate: CandidateRecord) -> tuple[float, float]:

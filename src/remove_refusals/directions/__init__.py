@@ -14,6 +14,7 @@ from remove_refusals.directions.attribution import (
 from remove_refusals.directions.direction import (
     DIRECTIONS,
     FoundDirection,
+    check_direction_path,
     describe_direction,
     direction_from_vectors,
     direction_sha256,
@@ -50,6 +51,7 @@ __all__ = [
     "Steer",
     "ablated",
     "added",
+    "check_direction_path",
     "check_exact",
     "check_fit",
     "collect_activations",

@@ -1,0 +1,220 @@
+"""What commands share: which settings they take, arguments, `--quiet`, `--log` and `--json`, and the log.
+
+Nothing heavy is imported, Pydantic included: `--help` lists the commands and needs no settings.
+"""
+
+import functools
+import inspect
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from remove_refusals.errors import OutputError
+
+ModelArgument = Annotated[str, typer.Argument(help="A directory, a hub id, or 'demo', the embedded model.")]
+
+
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+
+
+DirectionFile = Annotated[
+    Path | None,
+    typer.Option("--direction", help="A direction: .safetensors or .pt; or a directory of one for each layer."),
+]
+
+
+def complete_judge(incomplete: str) -> list[str]:
+    """Complete a judge: the built-in one, or a directory with a classifier."""
+    directory, _, last = incomplete.rpartition("/")
+    parent = Path(directory or ("/" if incomplete.startswith("/") else "."))
+    found = ["phrases"] if "phrases".startswith(incomplete) else []
+    if parent.is_dir():
+        beside = sorted(path for path in parent.iterdir() if path.is_dir() and path.name.startswith(last))
+        prefix = incomplete[: len(incomplete) - len(last)]
+        found += [f"{prefix}{path.name}" for path in beside if not path.name.startswith(".")]
+    return found
+
+
+IN_FILE = "remove_refusals.options_in_the_file"
+"""Where a context keeps what a configuration said."""
+
+
+def _load(context: typer.Context, path: Path | None) -> Path | None:
+    from remove_refusals.cli.options import read_configuration
+
+    if path is not None:
+        context.meta[IN_FILE] = read_configuration(path)
+    return path
+
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", is_eager=True, callback=_load, help="Options from a TOML file; the command line wins."),
+]
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Which settings a command has options for.
+
+    Attributes:
+        places: Where they stand in `RunSettings`, such as `loading` or `measure.n_test`; all of it if there are none.
+        without: Those of them that are left out.
+        defaults: By the options' parameter names, those that the command has instead of the tree's.
+    """
+
+    places: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+
+TAKEN: dict[str, Taken] = {}
+"""By a command's qualified name; its parameters that are annotated with settings get the options that are meant."""
+
+
+def takes(
+    *places: str, without: tuple[str, ...] = (), **defaults: Any
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Note which settings a command has options for; they are made when it is asked for."""
+
+    def note(command: Callable[..., None]) -> Callable[..., None]:
+        TAKEN[f"{command.__module__}.{command.__qualname__}"] = Taken(places, without, defaults)
+        return command
+
+    return note
+
+
+def with_parameters(
+    command: Callable[..., None], called: Callable[..., None], parameters: list[inspect.Parameter]
+) -> Callable[..., None]:
+    """Make `called`, which stands in for a command, look like it but for its parameters, to Typer too."""
+    functools.update_wrapper(called, command)
+    parameters = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in parameters]
+    called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    called.__annotations__ = {one.name: one.annotation for one in parameters}
+    return called
+
+
+_PANEL = "Output"
+_LOGGER = logging.getLogger("remove_refusals")
+_TENTHS = 10
+
+
+@dataclass(frozen=True)
+class Output:
+    """What was asked for: with `quiet` only the result and errors, with `as_json` the result as JSON alone."""
+
+    quiet: bool = False
+    as_json: bool = False
+
+
+_CURRENT: ContextVar[Output | None] = ContextVar("output", default=None)
+
+
+_OPTIONS: dict[str, tuple[Any, Any]] = {
+    "quiet": (
+        False,
+        Annotated[
+            bool, typer.Option("--quiet", "-q", help="Only the result and errors, no progress.", rich_help_panel=_PANEL)
+        ],
+    ),
+    "log": (
+        None,
+        Annotated[
+            Path | None,
+            typer.Option("--log", help="Append stages and their times to this file.", rich_help_panel=_PANEL),
+        ],
+    ),
+    "as_json": (
+        False,
+        Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=_PANEL)],
+    ),
+}
+
+
+def current() -> Output:
+    """Give what the command that runs was asked for."""
+    return _CURRENT.get() or Output()
+
+
+def with_output(command: Callable[..., None], *, json: bool = True) -> Callable[..., None]:
+    """Give a command `--quiet`, `--log` and, if its result can be JSON, `--json`."""
+    added = {name: option for name, option in _OPTIONS.items() if json or name != "as_json"}
+
+    def called(**values: Any) -> None:
+        asked = {name: values.pop(name) for name in added}
+        token = _CURRENT.set(Output(asked["quiet"], asked.get("as_json", False)))
+        try:
+            with _logged(asked["log"]):
+                command(**values)
+        finally:
+            _CURRENT.reset(token)
+
+    more = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        for name, (default, annotation) in added.items()
+    ]
+    return with_parameters(command, called, [*inspect.signature(command).parameters.values(), *more])
+
+
+@contextmanager
+def _logged(path: Path | None) -> Iterator[None]:
+    """Write to a log while the context lasts: the command line, what `write_log` is told, and how it ended."""
+    if path is None:
+        yield
+        return
+    try:
+        handler = logging.FileHandler(path, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(
+            f"The log {path} cannot be written ({error.strerror}), expected a file in a directory that exists; choose "
+            "another place."
+        ) from error
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    _LOGGER.addHandler(handler)
+    _LOGGER.setLevel(logging.INFO)
+    began = time.monotonic()
+    _LOGGER.info("remove-refusals %s", " ".join(sys.argv[1:]))
+    try:
+        yield
+    except BaseException as error:
+        _LOGGER.error("ended after %.1f s: %s: %s", time.monotonic() - began, type(error).__name__, error)
+        raise
+    else:
+        _LOGGER.info("done after %.1f s", time.monotonic() - began)
+    finally:
+        _LOGGER.removeHandler(handler)
+        _LOGGER.setLevel(logging.NOTSET)
+        handler.close()
+
+
+def write_log(text: str) -> None:
+    """Write a line to the log, if there is one."""
+    if _LOGGER.handlers:
+        _LOGGER.info("%s", text)
+
+
+class StageLog:
+    """Writes to the log what the bars of progress show: where a stage begins, each tenth of it, and its time."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+        self._began: dict[str, float] = {}
+        self._tenths: dict[str, int] = {}
+
+    def update(self, stage: str, done: int, total: int) -> None:
+        """Take note of how far a stage is."""
+        began, now = self._began.setdefault(stage, self._last), time.monotonic()
+        self._last = now
+        tenth = _TENTHS * done // total if total else _TENTHS
+        if tenth != self._tenths.get(stage):
+            self._tenths[stage] = tenth
+            write_log(f"{stage}: {done} of {total} after {now - began:.1f} s")
