@@ -125,7 +125,6 @@ def time_batches(
         collect_activations(
             loaded,
             prompts,
-            model_map=model_map,
             n_layers=n_layers,
             progress=Progress(lambda _, done, total: after_batch(done)),
         )

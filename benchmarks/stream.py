@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(sys.argv[1])))
 import stream
 stream.write_checkpoint(Path(sys.argv[2]), float(sys.argv[3]))
 vector = torch.randn(stream.WIDTH, generator=torch.Generator().manual_seed(0))
-save_direction(direction_from_vectors(vector, DirectionOrigin("given")), Path(sys.argv[2]) / "direction.safetensors")
+save_direction(direction_from_vectors(vector), Path(sys.argv[2]) / "direction.safetensors")
 """
 
 IMPORTS = """

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from remove_refusals.baking.memory import bake
 from remove_refusals.directions.direction import find_direction
-from remove_refusals.directions.intervention import make_intervention
+from remove_refusals.directions.intervention import as_intervention
 from remove_refusals.measure.answers import EvaluationPrompts, measuring_prompts
 from remove_refusals.measure.evaluate import evaluate
 from remove_refusals.modelmap.derive import map_model
@@ -58,8 +58,8 @@ def main() -> None:
     )
     prompts = measuring_prompts(measure, found.prompts)
     prompts = EvaluationPrompts(prompts.harmful, prompts.harmless)
-    embedding = make_intervention(found.direction, EditSettings(sites=("embedding",)), model_map)
-    layers = make_intervention(found.direction, EditSettings(layers=(first, last), sites=SITE_KINDS[1:]), model_map)
+    embedding = as_intervention(found.direction, loaded, EditSettings(sites=("embedding",)))
+    layers = as_intervention(found.direction, loaded, EditSettings(layers=(first, last), sites=SITE_KINDS[1:]))
     both = Intervention(embedding.directions, embedding.edits + layers.edits)
     settings = MeasureSettings(max_new_tokens=options.max_new_tokens, kl_tokens=options.max_new_tokens)
     for name, intervention in (("embedding alone", embedding), (f"embedding and layers {options.layers}", both)):

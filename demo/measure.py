@@ -7,13 +7,12 @@ import argparse
 
 from remove_refusals.directions.direction import find_direction
 from remove_refusals.directions.hooks import ablated
-from remove_refusals.directions.intervention import make_intervention
+from remove_refusals.directions.intervention import as_intervention
 from remove_refusals.measure.answers import measuring_prompts
 from remove_refusals.measure.evaluate import evaluate
 from remove_refusals.measure.scores import Evaluation
-from remove_refusals.modelmap.derive import map_model
 from remove_refusals.models.load import LoadedModel, load
-from remove_refusals.settings import DirectionSettings, EditSettings, MeasureSettings
+from remove_refusals.settings import DirectionSettings, MeasureSettings
 
 DRAWS = ((32, 0), (32, 1), (32, 2), (32, 3), (32, 4), (8, 0), (128, 0))
 """How many prompts of each kind, and the seed that draws them."""
@@ -21,15 +20,14 @@ DRAWS = ((32, 0), (32, 1), (32, 2), (32, 3), (32, 4), (8, 0), (128, 0))
 
 def measure(loaded: LoadedModel, n_prompts: int, seed: int) -> Evaluation:
     """Find the direction from one draw of the prompts, and compare the model with itself without the direction."""
-    model_map = map_model(loaded.model)
     found = find_direction(loaded, DirectionSettings(n_prompts=n_prompts, seed=seed))
-    intervention = make_intervention(found.direction, EditSettings(), model_map)
+    intervention = as_intervention(found.direction, loaded)
     return evaluate(
         loaded,
         loaded,
         measuring_prompts(MeasureSettings(), found.prompts),
         MeasureSettings(max_new_tokens=60),
-        edited_context=lambda: ablated(loaded.model, intervention, model_map=model_map),
+        edited_context=lambda: ablated(loaded.model, intervention),
     )
 
 

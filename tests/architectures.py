@@ -105,7 +105,7 @@ def run(model: torch.nn.Module, model_map: ModelMap, direction: Direction) -> Ru
 
 def direction_of(model_map: ModelMap) -> Direction:
     vector = torch.randn(model_map.d_model, generator=torch.Generator().manual_seed(3))
-    return direction_from_vectors(vector, DirectionOrigin("given"))
+    return direction_from_vectors(vector, DirectionOrigin(method="given"))
 
 
 def difference(first: torch.Tensor, second: torch.Tensor) -> float:
@@ -155,7 +155,7 @@ def measure(model_type: str, directory: Path) -> Measured:
     whole, half = (intervene(direction, model_map.n_layers, strength=strength) for strength in (1.0, 0.5))
 
     def hooked(intervention: Intervention, **options: Any) -> Run:
-        with ablated(model, intervention, model_map=model_map, **options):
+        with ablated(model, intervention, **options):
             return run(model, model_map, direction)
 
     base = run(model, model_map, direction)

@@ -112,7 +112,7 @@ def ablation(n_layers: int) -> dict[str, object]:
 
 def selection(n_candidates: int, n_layers: int) -> dict[str, object]:
     random = np.random.default_rng(0)
-    edits = [{"site": edit["kind"], **edit} for edit in strengths(n_layers)]
+    edits = strengths(n_layers)
     entries = [
         {
             "name": f"trial {number}",

@@ -14,7 +14,7 @@ from remove_refusals.types import DirectionOrigin
 
 def taken_out(rank=1, **options):
     vectors = torch.randn(zoo.D_MODEL, rank, generator=torch.Generator().manual_seed(5))
-    return intervene(direction_from_vectors(vectors, DirectionOrigin("given")), zoo.N_LAYERS, **options)
+    return intervene(direction_from_vectors(vectors, DirectionOrigin(method="given")), zoo.N_LAYERS, **options)
 
 
 def saved(folder, model_type, dtype=torch.bfloat16, shards="1GB", **overrides):

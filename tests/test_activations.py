@@ -70,7 +70,7 @@ def test_layers_behind_those_asked_for_are_not_run(loaded):
     ]
     for n_layers in range(3):
         ran.clear()
-        part = collect_activations(of_size(loaded, 4), PROMPTS, n_layers=n_layers, model_map=model_map)
+        part = collect_activations(of_size(loaded, 4), PROMPTS, n_layers=n_layers)
         assert part.n_layers == n_layers
         assert torch.equal(part.hidden, whole[:, :, : n_layers + 1])
         # A look at one prompt first, with all layers.

@@ -16,9 +16,10 @@ from remove_refusals.baking.base import load_intervention, open_checkpoint
 from remove_refusals.baking.disk import bake_on_disk
 from remove_refusals.baking.lora import check_loads, is_adapter, peft_adapter, save_peft_adapter, with_adapter
 from remove_refusals.baking.memory import edited_tensors
-from remove_refusals.directions.direction import direction_from_vectors, save_direction
+from remove_refusals.directions.direction import direction_from_vectors
 from remove_refusals.directions.intervention import intervene
 from remove_refusals.directions.plan import resolve
+from remove_refusals.directions.saved import save_direction
 from remove_refusals.errors import ArchitectureError, DirectionError, ModelError
 from remove_refusals.modelmap.derive import map_model
 from remove_refusals.models.load import load
@@ -52,7 +53,7 @@ MODEL_TYPES = (
 
 def direction(d_model, rank=1):
     vectors = torch.randn(d_model, rank, generator=torch.Generator().manual_seed(5))
-    return direction_from_vectors(vectors, DirectionOrigin("given"))
+    return direction_from_vectors(vectors, DirectionOrigin(method="given"))
 
 
 def logits(model):
@@ -212,8 +213,15 @@ class TestRepeat:
         model = zoo.build("llama")
         model.save_pretrained(tmp_path / "base")
         tiny.tokenizer().save_pretrained(tmp_path / "base")
-        taken = (direction(zoo.D_MODEL), direction_from_vectors(torch.eye(zoo.D_MODEL)[0], DirectionOrigin("given")))
-        edits = (SiteEdit("attn", 1, 0.5), SiteEdit("mlp", 1, 1.25, 1), SiteEdit("mlp", 3, -0.75))
+        taken = (
+            direction(zoo.D_MODEL),
+            direction_from_vectors(torch.eye(zoo.D_MODEL)[0], DirectionOrigin(method="given")),
+        )
+        edits = (
+            SiteEdit(kind="attn", layer=1, strength=0.5),
+            SiteEdit(kind="mlp", layer=1, strength=1.25, direction=1),
+            SiteEdit(kind="mlp", layer=3, strength=-0.75),
+        )
         intervention = Intervention(taken, edits)
         bake_on_disk(open_checkpoint(str(tmp_path / "base")), intervention, tmp_path / "made")
         return model, intervention

@@ -206,9 +206,7 @@ def demo():
 def test_the_demo_model_tells_harmful_prompts_apart(demo):
     harmful, harmless = embedded_prompts("harmful_test"), embedded_prompts("harmless_test")
     done = []
-    found = measure_separation(
-        demo, harmful, harmless, model="demo", progress=Progress(lambda _, *step: done.append(step))
-    )
+    found = measure_separation(demo, harmful, harmless, progress=Progress(lambda _, *step: done.append(step)))
     assert done[-1] == (120, 120)
     assert found.layers[0].auroc is None
     assert found.layers[-1].auroc.value > 0.95 and found.layers[-1].auroc.low > 0.85

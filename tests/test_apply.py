@@ -9,12 +9,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tiny
 import zoo
 from remove_refusals.baking.memory import bake, edited_tensors, save_edited
-from remove_refusals.directions.direction import direction_from_vectors, load_direction
+from remove_refusals.directions.direction import direction_from_vectors
 from remove_refusals.directions.hooks import ablated
 from remove_refusals.directions.intervention import intervene
 from remove_refusals.directions.plan import resolve
+from remove_refusals.directions.saved import load_direction
 from remove_refusals.errors import DirectionError, OutputError
-from remove_refusals.formula import share_left
 from remove_refusals.modelmap.derive import map_model
 from remove_refusals.models.load import load
 from remove_refusals.types import DirectionOrigin
@@ -22,7 +22,7 @@ from remove_refusals.types import DirectionOrigin
 
 def direction(d_model, rank=1):
     vectors = torch.randn(d_model, rank, generator=torch.Generator().manual_seed(5))
-    return direction_from_vectors(vectors, DirectionOrigin("given"))
+    return direction_from_vectors(vectors, DirectionOrigin(method="given"))
 
 
 def logits(model, seed=0):
@@ -56,7 +56,7 @@ def test_hooks_equal_the_saved_model(model_type, strength, tmp_path):
     model_map = map_model(model)
     intervention = intervene(direction(zoo.D_MODEL), zoo.N_LAYERS, strength=strength)
     plain = logits(model)
-    with ablated(model, intervention, model_map=model_map):
+    with ablated(model, intervention):
         hooked = logits(model)
     save_edited(model, resolve(intervention, model_map, model.get_parameter), model_map, tmp_path)
     saved = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
@@ -89,7 +89,7 @@ def test_residual_placement_takes_out_what_is_added_behind_the_norm():
     model = zoo.build("gemma3_text")
     model_map = map_model(model)
     taken = direction(zoo.D_MODEL)
-    with ablated(model, intervene(taken, zoo.N_LAYERS), model_map=model_map, placement="residual"):
+    with ablated(model, intervene(taken, zoo.N_LAYERS), placement="residual"):
         left = [
             float(((h @ taken.basis).abs().squeeze(-1) / h.norm(dim=-1)).max()) for h in boundaries(model, model_map)
         ]
@@ -121,7 +121,7 @@ def test_only_planned_tensors_change():
     assert changed == {entry.parameter for entry in plan.entries}
     for entry in plan.entries:
         original = model.get_parameter(entry.parameter)
-        assert share_left(edited[entry.parameter], original, entry.basis, entry.axis) < 1e-6
+        assert tiny.share_left(edited[entry.parameter], original, entry.basis, entry.axis) < 1e-6
 
 
 @pytest.mark.parametrize("tied", ["untie", "both"])
@@ -135,7 +135,7 @@ def test_tied_embeddings(tied, tmp_path):
     assert saved.config.tie_word_embeddings is (tied == "both")
     assert (head is embedding) is (tied == "both")
     assert torch.equal(head, model.get_input_embeddings().weight) is (tied == "untie")
-    with ablated(model, intervention, model_map=model_map):
+    with ablated(model, intervention):
         assert (float((logits(model) - logits(saved)).abs().max()) < 1e-5) is (tied == "untie")
 
 
@@ -164,7 +164,7 @@ def test_bake_writes_a_whole_model_and_its_record(loaded, tmp_path):
     for entry in baked.plan.entries:
         original = loaded.model.get_parameter(entry.parameter)
         # Rounding to bfloat16 after the edit puts a little of the direction back: half a unit in the last place.
-        assert share_left(saved.get_parameter(entry.parameter), original, entry.basis, entry.axis) < 0.02
+        assert tiny.share_left(saved.get_parameter(entry.parameter), original, entry.basis, entry.axis) < 0.02
 
 
 def test_bake_rounds_once(loaded, tmp_path):

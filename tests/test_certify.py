@@ -29,7 +29,7 @@ def baked(request, tmp_path):
     model = model.float()
     loaded = LoadedModel(model, tiny.tokenizer(), str(tmp_path / "base"), checkpoint_dtype=request.param)
     vector = torch.randn(zoo.D_MODEL, generator=torch.Generator().manual_seed(0))
-    direction = direction_from_vectors(vector, DirectionOrigin("given"))
+    direction = direction_from_vectors(vector, DirectionOrigin(method="given"))
     result = bake(loaded, intervene(direction, zoo.N_LAYERS), tmp_path / "edited")
     return tmp_path, result.plan, map_model(model), result.certificate
 
@@ -90,7 +90,7 @@ def test_a_variant_is_what_is_saved_and_certified(tmp_path):
     model.save_pretrained(tmp_path / "base")
     loaded = LoadedModel(model, tiny.tokenizer(), str(tmp_path / "base"), checkpoint_dtype=torch.float32)
     vector = torch.randn(zoo.D_MODEL, generator=torch.Generator().manual_seed(0))
-    intervention = intervene(direction_from_vectors(vector, DirectionOrigin("given")), zoo.N_LAYERS)
+    intervention = intervene(direction_from_vectors(vector, DirectionOrigin(method="given")), zoo.N_LAYERS)
     kept = bake(loaded, intervention, tmp_path / "kept", variant="norm-preserving")
     assert kept.certificate.passed and kept.record.plan.variant == "norm-preserving"
     name = "model.layers.1.mlp.down_proj.weight"
@@ -128,7 +128,7 @@ def tied(folder):
     model.save_pretrained(folder / "base")
     loaded = LoadedModel(model, tiny.tokenizer(), str(folder / "base"), checkpoint_dtype=torch.float32)
     vector = torch.randn(zoo.D_MODEL, generator=torch.Generator().manual_seed(0))
-    return loaded, intervene(direction_from_vectors(vector, DirectionOrigin("given")), zoo.N_LAYERS)
+    return loaded, intervene(direction_from_vectors(vector, DirectionOrigin(method="given")), zoo.N_LAYERS)
 
 
 def test_an_untied_copy_is_certified_and_must_be_the_unedited_embedding(tmp_path):
@@ -166,7 +166,7 @@ def test_a_leak_that_is_allowed_is_measured_and_recorded(tmp_path):
     model.save_pretrained(tmp_path / "base")
     loaded = LoadedModel(model, tiny.tokenizer(), str(tmp_path / "base"), checkpoint_dtype=torch.float32)
     vector = torch.randn(zoo.D_MODEL, generator=torch.Generator().manual_seed(0))
-    intervention = intervene(direction_from_vectors(vector, DirectionOrigin("given")), zoo.N_LAYERS)
+    intervention = intervene(direction_from_vectors(vector, DirectionOrigin(method="given")), zoo.N_LAYERS)
     with pytest.raises(ArchitectureError, match="'bert'"):
         bake(loaded, intervention, tmp_path / "refused")
     bake(loaded, intervention, tmp_path / "edited", allow_leak=True)

@@ -12,14 +12,12 @@ from remove_refusals.cli.talk import ChatState, Make, converse
 from remove_refusals.directions.activations import collect_activations
 from remove_refusals.directions.direction import direction_from_vectors, mean_difference
 from remove_refusals.directions.hooks import ablated
-from remove_refusals.directions.intervention import make_intervention
-from remove_refusals.modelmap.derive import map_model
+from remove_refusals.directions.intervention import as_intervention
 from remove_refusals.models.chat_template import render
 from remove_refusals.models.generate import generate
 from remove_refusals.models.load import LoadedModel, load
 from remove_refusals.prompts import draw, embedded_prompts
 from remove_refusals.settings import ChatFormat, EditSettings
-from remove_refusals.types import DirectionOrigin
 
 PROMPT = embedded_prompts("harmful_test").prompts[0]
 
@@ -33,10 +31,8 @@ def loaded() -> LoadedModel:
 def make(loaded: LoadedModel) -> Make:
     sets = [draw(embedded_prompts(f"{name}_train"), 32, 0) for name in ("harmful", "harmless")]
     found = [collect_activations(loaded, part) for part in sets]
-    direction, model_map = mean_difference(*found, layer=0.6), map_model(loaded.model)
-    return lambda strength, layers: make_intervention(
-        direction, EditSettings(strength=strength, layers=layers), model_map
-    )
+    direction = mean_difference(*found, layer=0.6)
+    return lambda strength, layers: as_intervention(direction, loaded, EditSettings(strength=strength, layers=layers))
 
 
 def talk(loaded: LoadedModel, make: Make | None, *lines: str, state: ChatState | None = None) -> list[str]:
@@ -122,10 +118,10 @@ def test_ctrl_c_stops_the_answer_and_not_the_talk(loaded: LoadedModel, make: Mak
 def test_the_system_message_is_put_before_the_prompt() -> None:
     loaded = load("demo")
     vector = torch.randn(loaded.model.config.hidden_size, generator=torch.Generator().manual_seed(0))
-    direction, model_map = direction_from_vectors(vector, DirectionOrigin("test")), map_model(loaded.model)
+    direction = direction_from_vectors(vector)
 
     def make(strength: float, layers: tuple[int, int] | None) -> object:
-        return make_intervention(direction, EditSettings(strength=strength, layers=layers), model_map)
+        return as_intervention(direction, loaded, EditSettings(strength=strength, layers=layers))
 
     found = talk(loaded, make, "/strength 0", "/system Answer.", PROMPT)  # type: ignore[arg-type]
     asked = dataclasses.replace(loaded, chat=ChatFormat(system_prompt="Answer."))

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tiny
 from conftest import Command, Inputs, Outcome
 from remove_refusals import cli
-from remove_refusals.directions.direction import load_direction, load_directions
+from remove_refusals.directions.saved import load_direction, load_directions
 from remove_refusals.prompts import draw, load_prompts
 
 COMMANDS = sorted(typer.main.get_command(cli.app).commands)

@@ -56,7 +56,7 @@ def test_contributions_add_up_to_the_stream(model_type, position):
     direction = found_on(loaded)
     model_map = map_model(loaded.model)
     few = dataclasses.replace(loaded, batch_size=2)
-    found = site_contributions(few, HARMFUL, HARMLESS, direction, model_map, position=position)
+    found = site_contributions(few, HARMFUL, HARMLESS, direction, position=position)
     expected = differences(loaded, direction, position)
     torch.testing.assert_close(torch.tensor(found.stream), expected.double().float(), atol=1e-4, rtol=1e-4)
     assert len(found.sites) == 1 + 2 * model_map.n_layers and found.layer == 1
@@ -69,7 +69,7 @@ def test_contributions_add_up_to_the_stream(model_type, position):
 def test_an_interval_is_that_of_welch():
     loaded = build("llama")
     direction = found_on(loaded)
-    found = site_contributions(loaded, HARMFUL, HARMLESS, direction, map_model(loaded.model))
+    found = site_contributions(loaded, HARMFUL, HARMLESS, direction)
     outputs = []
     module = loaded.model.get_submodule("model.layers.1.mlp")
     handle = module.register_forward_hook(lambda module, args, output: outputs.append(output[0, -1] @ direction.basis))
@@ -88,24 +88,24 @@ def test_where_outputs_do_not_explain_a_layer_its_sites_are_left_out():
     direction, model_map = found_on(loaded), map_model(loaded.model)
     layer = loaded.model.get_submodule(model_map.layers[0])
     handle = layer.register_forward_hook(lambda module, args, output: output + torch.randn_like(output))
-    found = site_contributions(loaded, HARMFUL, HARMLESS, direction, model_map)
+    found = site_contributions(loaded, HARMFUL, HARMLESS, direction)
     handle.remove()
     assert {site.layer for site in found.sites} == {None, *range(1, model_map.n_layers)}
 
 
 def test_nothing_stays_on_the_model():
     loaded = build("mixtral")
-    direction, model_map = found_on(loaded), map_model(loaded.model)
-    site_contributions(loaded, HARMFUL, HARMLESS, direction, model_map)
-    expert_choices(loaded, HARMFUL, HARMLESS, model_map)
+    direction = found_on(loaded)
+    site_contributions(loaded, HARMFUL, HARMLESS, direction)
+    expert_choices(loaded, HARMFUL, HARMLESS)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in loaded.model.modules())
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "mixtral"])
 def test_shares_against_the_weights(model_type):
     loaded = build(model_type)
-    direction, model_map = found_on(loaded), map_model(loaded.model)
-    shares = writer_shares(loaded, direction, model_map)
+    direction = found_on(loaded)
+    shares = writer_shares(loaded, direction)
     embedding = next(share for share in shares if share.site == "embedding")
     weight = loaded.model.get_input_embeddings().weight.detach()
     expected = (weight @ direction.basis).square().sum() / weight.square().sum() * zoo.D_MODEL
@@ -121,7 +121,7 @@ def test_shares_against_the_weights(model_type):
 
 def test_a_writer_orthogonal_to_the_direction_has_no_share_and_a_parallel_one_all():
     loaded = build("llama")
-    direction, model_map = found_on(loaded), map_model(loaded.model)
+    direction = found_on(loaded)
     unit = direction.basis
     attn, mlp = (
         loaded.model.get_parameter(f"model.layers.0.{name}.weight") for name in ("self_attn.o_proj", "mlp.down_proj")
@@ -129,15 +129,14 @@ def test_a_writer_orthogonal_to_the_direction_has_no_share_and_a_parallel_one_al
     with torch.no_grad():
         attn -= unit @ (unit.T @ attn)
         mlp.copy_(unit @ torch.randn(1, mlp.shape[1]))
-    shares = {(share.site, share.layer): share.value for share in writer_shares(loaded, direction, model_map)}
+    shares = {(share.site, share.layer): share.value for share in writer_shares(loaded, direction)}
     assert shares["attn", 0] == pytest.approx(0, abs=1e-6) and shares["mlp", 0] == pytest.approx(zoo.D_MODEL, rel=1e-4)
 
 
 @pytest.mark.parametrize("model_type", [name for name in ("mixtral", "qwen3_moe", "olmoe") if name in zoo.MODEL_TYPES])
 def test_routers_are_found_and_choices_counted(model_type):
     loaded = build(model_type)
-    model_map = map_model(loaded.model)
-    choices = expert_choices(dataclasses.replace(loaded, batch_size=3), HARMFUL, HARMLESS, model_map)
+    choices = expert_choices(dataclasses.replace(loaded, batch_size=3), HARMFUL, HARMLESS)
     config = loaded.model.config
     n_chosen = config.num_experts_per_tok
     layers = {choice.layer for choice in choices}
@@ -160,14 +159,14 @@ def test_routers_are_found_and_choices_counted(model_type):
 
 def test_a_dense_model_has_no_choices():
     loaded = build("llama")
-    assert expert_choices(loaded, HARMFUL, HARMLESS, map_model(loaded.model)) == ()
+    assert expert_choices(loaded, HARMFUL, HARMLESS) == ()
 
 
 def test_in_the_demo_model_the_contributions_make_the_refusal():
     loaded = load("demo")
     parts = [draw(embedded_prompts(name), 24, 0) for name in ("harmful_train", "harmless_train")]
     direction = mean_difference(*(collect_activations(loaded, part) for part in parts), layer=4)
-    found = site_contributions(loaded, *parts, direction, map_model(loaded.model))
+    found = site_contributions(loaded, *parts, direction)
     before = [site for site in found.sites if site.layer is not None and site.layer < 4]
     assert sum(site.value for site in before) == pytest.approx(found.stream[4], rel=0.02)
     assert any(site.low > 0 for site in before)

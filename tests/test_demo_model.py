@@ -10,16 +10,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from remove_refusals.directions.direction import find_direction
 from remove_refusals.directions.hooks import ablated
-from remove_refusals.directions.intervention import make_intervention
+from remove_refusals.directions.intervention import as_intervention
 from remove_refusals.measure.answers import EvaluationPrompts, measuring_prompts
 from remove_refusals.measure.evaluate import evaluate
 from remove_refusals.measure.judges.labels import Label
 from remove_refusals.measure.judges.phrases import judge_phrases
 from remove_refusals.measure.scores import Evaluation
-from remove_refusals.modelmap.derive import map_model
 from remove_refusals.models.load import LoadedModel, load
 from remove_refusals.models.source import model_source
-from remove_refusals.settings import DirectionSettings, EditSettings, MeasureSettings
+from remove_refusals.settings import DirectionSettings, MeasureSettings
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "demo"))
 
@@ -40,9 +39,8 @@ def loaded() -> LoadedModel:
 
 
 def compare(loaded: LoadedModel, n_prompts: int, seed: int, *, n_test: int | None = None) -> Evaluation:
-    model_map = map_model(loaded.model)
     found = find_direction(loaded, DirectionSettings(n_prompts=n_prompts, seed=seed))
-    intervention = make_intervention(found.direction, EditSettings(), model_map)
+    intervention = as_intervention(found.direction, loaded)
     prompts = measuring_prompts(MeasureSettings(n_test=n_test), found.prompts)
     if n_test is not None:
         prompts = EvaluationPrompts(prompts.harmful, prompts.harmless)
@@ -51,7 +49,7 @@ def compare(loaded: LoadedModel, n_prompts: int, seed: int, *, n_test: int | Non
         loaded,
         prompts,
         MeasureSettings(max_new_tokens=60),
-        edited_context=lambda: ablated(loaded.model, intervention, model_map=model_map),
+        edited_context=lambda: ablated(loaded.model, intervention),
     )
 
 

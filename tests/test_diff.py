@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import zoo
-from remove_refusals.directions.direction import direction_from_vectors, save_direction
+from remove_refusals.directions.direction import direction_from_vectors
+from remove_refusals.directions.saved import save_direction
 from remove_refusals.errors import DirectionError
 from remove_refusals.examination import diff
 from remove_refusals.types import DirectionOrigin
@@ -24,7 +25,7 @@ def test_the_difference_of_an_edit_lies_along_its_direction(model_type, tmp_path
     assert found.identical == edited.certificate.identical
     assert all(row.status == "changed" and row.along == pytest.approx(1, abs=1e-4) for row in found.tensors)
     assert found.along == pytest.approx(1, abs=1e-4) and 0 < found.relative < 1
-    other = direction_from_vectors(torch.randn(zoo.D_MODEL), DirectionOrigin("given"))
+    other = direction_from_vectors(torch.randn(zoo.D_MODEL), DirectionOrigin(method="given"))
     assert diff(str(tmp_path / "base"), str(edited.directory), other).along < 0.9
 
 
@@ -46,7 +47,7 @@ def test_a_difference_is_measured_and_what_cannot_be_is_named(tmp_path):
         "stranger": "only in the second",
     }
     with pytest.raises(DirectionError, match="d_model 3"):
-        narrow = direction_from_vectors(torch.ones(3), DirectionOrigin("given"))
+        narrow = direction_from_vectors(torch.ones(3), DirectionOrigin(method="given"))
         diff(str(tmp_path / "base"), str(tmp_path / "other"), narrow)
 
 

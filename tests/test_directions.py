@@ -12,18 +12,13 @@ import tiny
 import zoo
 from remove_refusals.baking.certificate import certify_directory
 from remove_refusals.baking.memory import bake
+from remove_refusals.directions import hooks
 from remove_refusals.directions.activations import measure_boundaries
-from remove_refusals.directions.direction import (
-    load_direction,
-    load_directions,
-    mean_difference,
-    mean_difference_per_layer,
-    save_direction,
-)
+from remove_refusals.directions.direction import mean_difference, mean_difference_per_layer
 from remove_refusals.directions.hooks import ablated
-from remove_refusals.directions.intervention import intervene, intervene_per_layer
+from remove_refusals.directions.intervention import intervene
+from remove_refusals.directions.saved import load_direction, load_directions, save_direction
 from remove_refusals.errors import ArchitectureError, DirectionError
-from remove_refusals.formula import share_left
 from remove_refusals.modelmap.derive import map_model
 from remove_refusals.models.load import LoadedModel
 from remove_refusals.types import Activations, PromptSet
@@ -87,8 +82,6 @@ def test_several_positions_give_a_column_each(sets):
         assert float((difference - found.basis @ (found.basis.T @ difference)).norm()) < 1e-5
     absent = means(sets, 2, -2)[0] - means(sets, 2, -2)[1]
     assert float((absent - found.basis @ (found.basis.T @ absent)).norm()) > 0.1
-    component = found.basis.T @ (means(sets, 2, -1)[1] + means(sets, 2, -4)[1]) / 2
-    torch.testing.assert_close(torch.tensor(found.origin.harmless_component), component)
 
 
 def test_each_position_is_projected_by_its_own_harmless_mean(sets):
@@ -126,19 +119,19 @@ def test_several_positions_are_saved_with_the_direction(sets, tmp_path):
     assert torch.equal(loaded.basis, found.basis)
 
 
-@pytest.mark.parametrize("component", ["far", [float("nan")], ["1"]])
-def test_a_file_with_a_broken_component_is_refused(sets, component, tmp_path):
+@pytest.mark.parametrize("length", ["far", [1.0], 0.0, -1.0])
+def test_a_file_with_a_broken_length_is_refused(sets, length, tmp_path):
     path = tmp_path / "direction.safetensors"
     save_direction(mean_difference(*sets, layer=2), path)
     content = path.read_bytes()
     size = struct.unpack("<Q", content[:8])[0]
     header = json.loads(content[8 : 8 + size])
     record = json.loads(header["__metadata__"]["remove_refusals"])
-    record["origin"]["harmless_component"] = component
+    record["origin"]["length"] = length
     header["__metadata__"]["remove_refusals"] = json.dumps(record)
     text = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + size :])
-    with pytest.raises(DirectionError, match="harmless component"):
+    with pytest.raises(DirectionError, match=r"origin\.length"):
         load_direction(path)
 
 
@@ -147,8 +140,7 @@ def test_two_columns_are_taken_out_by_hooks_and_weights_alike(model_type, sets, 
     loaded, taken = saved(model_type, tmp_path), mean_difference(*sets, layer=2, position=(-1, -2))
     _, baked = check_carriers(loaded, intervene(taken, zoo.N_LAYERS), tmp_path)
     assert max(baked.certificate.boundaries) < 1e-5
-    model_map = map_model(loaded.model)
-    assert min(measure_boundaries(loaded, taken, model_map)) > 0.05
+    assert min(measure_boundaries(loaded, taken)) > 0.05
 
 
 def test_each_layer_gets_the_difference_behind_it(sets):
@@ -163,16 +155,16 @@ def test_each_layer_gets_the_difference_behind_it(sets):
 @pytest.mark.parametrize("layers", [None, (1, 2)])
 def test_each_layers_direction_is_taken_out_by_hooks_and_weights_alike(model_type, layers, sets, tmp_path):
     loaded, found = saved(model_type, tmp_path), mean_difference_per_layer(*sets)
-    edited, baked = check_carriers(loaded, intervene_per_layer(found, layers=layers), tmp_path)
+    edited, baked = check_carriers(loaded, intervene(found, zoo.N_LAYERS, layers=layers), tmp_path)
     first, last = layers or (0, zoo.N_LAYERS - 1)
     assert {entry.layer for entry in baked.plan.entries} - {None} == set(range(first, last + 1))
     for entry in baked.plan.entries:
         original, after = (model.get_parameter(entry.parameter) for model in (loaded.model, edited))
-        assert share_left(after, original, entry.basis, entry.axis) < 1e-5
+        assert tiny.share_left(after, original, entry.basis, entry.axis) < 1e-5
         if model_type == "llama":
             assert torch.equal(entry.basis, found[entry.layer or 0].basis)
             other = found[(entry.layer or 0) - 1].basis
-            assert share_left(after, original, other, entry.axis) > 0.5
+            assert tiny.share_left(after, original, other, entry.axis) > 0.5
     files = sorted(path.name for path in baked.directory.glob("directions/direction*.safetensors"))
     assert len(files) == last + 1 - first
     read = load_directions(baked.directory)
@@ -189,19 +181,20 @@ def test_a_file_is_one_direction_and_a_directory_without_any_is_refused(sets, tm
 
 def test_no_directions_are_refused():
     with pytest.raises(DirectionError, match="0 directions"):
-        intervene_per_layer(())
+        intervene((), zoo.N_LAYERS)
 
 
-def test_one_module_at_two_sites_cannot_have_two_directions(sets):
+def test_one_module_at_two_sites_cannot_have_two_directions(sets, monkeypatch):
     model = zoo.build("llama")
     model_map = map_model(model)
     first, second = (site for site in model_map.sites if site.kind == "mlp" and site.layer in (1, 2))
     shared = replace(model_map, sites=(first, replace(second, hooks=first.hooks)))
+    monkeypatch.setattr(hooks, "map_model", lambda model: shared)
     found = mean_difference_per_layer(*sets)
     with (
         pytest.raises(ArchitectureError, match=r"layers\.1\.mlp.*one edit per module"),
-        ablated(model, intervene_per_layer(found), model_map=shared),
+        ablated(model, found),
     ):
         pass
-    with ablated(model, intervene(found[0], zoo.N_LAYERS), model_map=shared):
+    with ablated(model, intervene(found[0], zoo.N_LAYERS)):
         assert len(model.get_submodule(first.hooks[0].module)._forward_hooks) == 1

@@ -18,7 +18,7 @@ from transformers import BertConfig, BertLMHeadModel, T5Config, T5ForConditional
 
 import tiny
 from conftest import Command, Inputs, Outcome
-from remove_refusals.directions.direction import save_direction
+from remove_refusals.directions.saved import save_direction
 from remove_refusals.types import Direction, DirectionOrigin
 
 D_MODEL = 32

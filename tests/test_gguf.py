@@ -14,9 +14,10 @@ import zoo
 from remove_refusals.baking.gguf import ARCHITECTURES, GgufNames, gguf_lora, write_gguf_lora
 from remove_refusals.baking.lora import low_rank
 from remove_refusals.baking.memory import edited_tensors
-from remove_refusals.directions.direction import direction_from_vectors, save_direction
+from remove_refusals.directions.direction import direction_from_vectors
 from remove_refusals.directions.intervention import intervene
 from remove_refusals.directions.plan import PlanEntry, resolve
+from remove_refusals.directions.saved import save_direction
 from remove_refusals.errors import ArchitectureError
 from remove_refusals.formula import project_out
 from remove_refusals.modelmap.derive import map_model
@@ -28,7 +29,7 @@ PROJECTIONS = ("attn", "mlp")
 
 def direction(d_model=zoo.D_MODEL, rank=1, **origin):
     vectors = torch.randn(d_model, rank, generator=torch.Generator().manual_seed(5))
-    return direction_from_vectors(vectors, DirectionOrigin("given", **origin))
+    return direction_from_vectors(vectors, DirectionOrigin(method="given", **origin))
 
 
 def planned(model, *, rank=1, strength=1.0, **options):
@@ -98,7 +99,7 @@ class TestLora:
         tensor = torch.randn(rows, columns, generator=generator)
         width = tensor.shape[axis]
         basis = direction_from_vectors(
-            torch.randn(width, min(2, width), generator=generator), DirectionOrigin("given")
+            torch.randn(width, min(2, width), generator=generator), DirectionOrigin(method="given")
         ).basis
         entry = PlanEntry("w", "mlp", 0, axis, tuple(tensor.shape), strength, basis, ())
         factors = low_rank(entry, tensor)

@@ -29,7 +29,7 @@ from remove_refusals.search.material import (
 from remove_refusals.search.references import References, references
 from remove_refusals.search.search import select, split_for_search
 from remove_refusals.settings import GradientSettings, MeasureSettings, Rule, SelectSettings
-from remove_refusals.types import DirectionOrigin, PromptSet
+from remove_refusals.types import PromptSet
 from zoo import build, inputs
 
 TOKENS = st.lists(st.integers(0, 3), min_size=1, max_size=6)
@@ -80,15 +80,15 @@ def test_steering_is_what_the_hooks_do(model_type: str) -> None:
     model_map = map_model(model)
     assert is_steerable(model_map)
     vector = random_direction(model_map.d_model)
-    intervention = intervene(direction_from_vectors(vector, DirectionOrigin("test")), model_map.n_layers, strength=0.7)
+    intervention = intervene(direction_from_vectors(vector), model_map.n_layers, strength=0.7)
     steer = Steer(torch.tensor(0.7), vector)
     steers = {(edit.kind, edit.layer): lambda: steer for edit in intervention.edits}
     given = inputs(model)
     with torch.no_grad():
         plain = model(**given).logits
-        with ablated(model, intervention, model_map=model_map):
+        with ablated(model, intervention):
             hooked = model(**given).logits
-        with steered(model, model_map, steers):
+        with steered(model, steers):
             found = model(**given).logits
     assert (hooked - plain).abs().max() > 1e-3
     torch.testing.assert_close(found, hooked, atol=1e-5, rtol=1e-5)
@@ -100,7 +100,7 @@ def test_each_row_may_have_its_own_strength_and_direction(loaded: LoadedModel, m
     ids = torch.arange(6).repeat(2, 1)
 
     def run(steer: Steer, rows: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad(), steered(loaded.model, model_map, {("mlp", 2): lambda: steer}):
+        with torch.no_grad(), steered(loaded.model, {("mlp", 2): lambda: steer}):
             return loaded.model(input_ids=rows).logits
 
     together = run(Steer(strengths, vectors), ids)
@@ -122,7 +122,7 @@ def test_gradients_agree_with_finite_differences(
     vector = random_direction(model_map.d_model)
 
     def loss(strength: torch.Tensor) -> torch.Tensor:
-        with steered(loaded.model, model_map, {("mlp", 2): lambda: Steer(strength, vector)}):
+        with steered(loaded.model, {("mlp", 2): lambda: Steer(strength, vector)}):
             found = log_probabilities(loaded, probe, material.vocabulary)
         return unlikelihood(refusal_probabilities(found, probe, material.openings, material.vocabulary))
 
@@ -162,7 +162,7 @@ class TestProbes:
         (kept, _) = keep_below(loaded, probes, None, 3)
         assert kept.below is not None
         steers = {("mlp", 4): lambda: Steer(torch.tensor(1.0), random_direction(model_map.d_model))}
-        with torch.no_grad(), steered(loaded.model, model_map, steers):
+        with torch.no_grad(), steered(loaded.model, steers):
             whole = log_probabilities(loaded, probes[0], None)
             again = log_probabilities(loaded, kept, None)
         torch.testing.assert_close(again, whole, atol=1e-5, rtol=1e-5)
@@ -208,7 +208,7 @@ def test_damage_is_zero_for_the_model_itself_and_positive_beside_it(
     steers = {("mlp", 3): lambda: Steer(torch.tensor(1.0), random_direction(model_map.d_model))}
     with torch.no_grad():
         same = damages(log_probabilities(loaded, probe, material.vocabulary), base, probe)
-        with steered(loaded.model, model_map, steers):
+        with steered(loaded.model, steers):
             other = damages(log_probabilities(loaded, probe, material.vocabulary), base, probe)
     assert float(same.abs().max()) < 1e-5
     assert float(other.min()) > 0

@@ -124,9 +124,9 @@ def test_added_shifts_the_stream_of_each_row_by_its_own_vector(model_type: str) 
         return logits
 
     before = run()
-    with added(model, model_map, {1: vectors}):
+    with added(model, {1: vectors}):
         run()
-    with added(model, model_map, {model_map.n_layers: vectors}):
+    with added(model, {model_map.n_layers: vectors}):
         behind = run()
     after = run()
     torch.testing.assert_close(seen[1] - seen[0], vectors[:, None].expand_as(seen[0]), atol=1e-4, rtol=1e-4)
@@ -175,7 +175,7 @@ class TestScores:
         bench = Bench(loaded, made(Label.REFUSAL), made(Label.COMPLIANCE), kl_tokens=4)
         vectors = torch.randn(2, model_map.d_model, generator=generator)
         few = [
-            Option(1, direction_from_vectors(vector, DirectionOrigin("test")), vector, str(number))
+            Option(1, direction_from_vectors(vector, DirectionOrigin(method="test")), vector, str(number))
             for number, vector in enumerate(vectors)
         ]
         together = bench.score(few, 3)

@@ -5,8 +5,8 @@ import torch
 
 import zoo
 from remove_refusals.errors import ArchitectureError
+from remove_refusals.formula import ChannelStep
 from remove_refusals.modelmap.derive import map_model
-from remove_refusals.modelmap.types import ChannelStep
 
 
 def written(model_map):

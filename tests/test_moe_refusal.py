@@ -73,12 +73,11 @@ def test_every_way_to_run_experts_is_mapped(implementation):
 
 
 def test_what_writes_the_refusal_are_experts(organism, direction):
-    model_map = map_model(organism.loaded.model)
     parts = (organism.harmful, organism.harmless)
-    found = site_contributions(organism.loaded, *parts, direction, model_map)
+    found = site_contributions(organism.loaded, *parts, direction)
     total = {kind: sum(site.value for site in found.sites if site.site == kind) for kind in ("attn", "mlp")}
     assert total["mlp"] > abs(total["attn"]) and total["mlp"] > 0
-    shares = writer_shares(organism.loaded, direction, model_map)
+    shares = writer_shares(organism.loaded, direction)
     assert max(shares, key=lambda share: share.value).expert is not None
-    choices = expert_choices(organism.loaded, *parts, model_map)
+    choices = expert_choices(organism.loaded, *parts)
     assert len(choices) == 2 * 4 and max(abs(choice.harmful - choice.harmless) for choice in choices) > 0.1

@@ -45,7 +45,7 @@ def test_inspect_gives_the_names_in_the_files(base):
 def test_an_edit_is_exact_and_certified(base, tmp_path):
     loaded = load(base)
     vector = torch.randn(32, generator=torch.Generator().manual_seed(0))
-    intervention = intervene(direction_from_vectors(vector, DirectionOrigin("given")), 2)
+    intervention = intervene(direction_from_vectors(vector, DirectionOrigin(method="given")), 2)
     baked = bake(loaded, intervention, tmp_path / "edited")
     assert baked.certificate.passed and max(baked.certificate.boundaries) < 1e-6
     tokens = torch.arange(4, 12).unsqueeze(0)
@@ -62,7 +62,7 @@ def test_an_edit_is_exact_and_certified(base, tmp_path):
 
 def test_a_changed_bystander_is_still_found(base, tmp_path):
     vector = torch.randn(32, generator=torch.Generator().manual_seed(0))
-    bake(load(base), intervene(direction_from_vectors(vector, DirectionOrigin("given")), 2), tmp_path / "edited")
+    bake(load(base), intervene(direction_from_vectors(vector, DirectionOrigin(method="given")), 2), tmp_path / "edited")
     path = base / "model.safetensors"
     tensors = load_file(path)
     tensors["h.1.ln_1.weight"][0] += 1

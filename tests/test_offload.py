@@ -47,7 +47,7 @@ def test_activations_answers_and_hooks_are_the_same(directory: Path, offloaded: 
     first, second = (collect_activations(one, PROMPTS).hidden for one in (loaded, offloaded))
     torch.testing.assert_close(first, second)
     vector = torch.randn(first.shape[-1], generator=torch.Generator().manual_seed(0))
-    intervention = intervene(direction_from_vectors(vector, DirectionOrigin("test")), 2)
+    intervention = intervene(direction_from_vectors(vector, DirectionOrigin(method="test")), 2)
     answers = []
     for one in (loaded, offloaded):
         with ablated(one.model, intervention):

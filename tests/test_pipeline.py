@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM
 import tiny
 from remove_refusals.baking.certificate import certify_directory
 from remove_refusals.cli.talk import answer_rows
-from remove_refusals.directions.direction import direction_from_vectors, find_direction, load_direction, save_direction
-from remove_refusals.directions.intervention import intervene, scaled
+from remove_refusals.directions.direction import direction_from_vectors, find_direction
+from remove_refusals.directions.intervention import intervene
+from remove_refusals.directions.saved import load_direction, save_direction
 from remove_refusals.errors import DirectionError, ModelError, OutputError, PromptError
 from remove_refusals.examination import inspect
 from remove_refusals.files import STAGES
@@ -194,9 +195,15 @@ def test_what_a_search_tried_can_be_tried_again(settings, tmp_path):
     directory = tmp_path / "directions"
     directory.mkdir()
     vectors = torch.eye(8)
-    directions = [direction_from_vectors(vectors[i], DirectionOrigin("test")) for i in range(3)]
-    first = Intervention((directions[0], directions[1]), (SiteEdit("attn", 1, 0.5, 0), SiteEdit("mlp", 2, 1.5, 1)))
-    second = Intervention((directions[1], directions[2]), (SiteEdit("mlp", 0, 1.0, 1),))
+    directions = [direction_from_vectors(vectors[i], DirectionOrigin(method="test")) for i in range(3)]
+    first = Intervention(
+        (directions[0], directions[1]),
+        (
+            SiteEdit(kind="attn", layer=1, strength=0.5, direction=0),
+            SiteEdit(kind="mlp", layer=2, strength=1.5, direction=1),
+        ),
+    )
+    second = Intervention((directions[1], directions[2]), (SiteEdit(kind="mlp", layer=0, strength=1.0, direction=1),))
     candidates = [Candidate(name, one, 0.1, 0.2) for name, one in (("a", first), ("b", first), ("c", second))]
     Selection("auto", tuple(candidates), 2, Rule()).record().write(tmp_path / "selection.json")
     save_candidates({0: first, 2: second}, tmp_path / CANDIDATES)
@@ -210,13 +217,13 @@ def test_what_a_search_tried_can_be_tried_again(settings, tmp_path):
 
 
 def test_an_intervention_is_scaled_and_restricted():
-    direction = direction_from_vectors(torch.eye(8)[0], DirectionOrigin("test"))
+    direction = direction_from_vectors(torch.eye(8)[0], DirectionOrigin(method="test"))
     whole = intervene(direction, 4)
     for layers in (None, (0, 2), (1, 3)):
-        found = scaled(whole, 4, strength=0.3, layers=layers).edits
+        found = intervene(whole, 4, strength=0.3, layers=layers).edits
         assert found == intervene(direction, 4, strength=0.3, layers=layers).edits
-    kept = scaled(whole, 4, strength=2.0, kinds=("mlp",)).edits
+    kept = intervene(whole, 4, strength=2.0, kinds=("mlp",)).edits
     assert kept == intervene(direction, 4, strength=2.0, kinds=("mlp",)).edits
     for wrong in ({"layers": (2, 9)}, {"layers": (3, 1)}, {"strength": 99.0}):
         with pytest.raises(DirectionError):
-            scaled(whole, 4, **wrong)
+            intervene(whole, 4, **wrong)

@@ -6,16 +6,16 @@ import torch
 import zoo
 from remove_refusals.directions.direction import direction_from_vectors
 from remove_refusals.directions.intervention import intervene
-from remove_refusals.directions.plan import pull_back, resolve
+from remove_refusals.directions.plan import resolve
 from remove_refusals.errors import ArchitectureError, DirectionError
+from remove_refusals.formula import ChannelStep, pull_back
 from remove_refusals.modelmap.derive import map_model
-from remove_refusals.modelmap.types import ChannelStep
 from remove_refusals.types import DirectionOrigin, Intervention, SiteEdit
 
 
 def direction(d_model=zoo.D_MODEL, seed=0):
     vector = torch.randn(d_model, generator=torch.Generator().manual_seed(seed))
-    return direction_from_vectors(vector, DirectionOrigin("given"))
+    return direction_from_vectors(vector, DirectionOrigin(method="given"))
 
 
 def plan_for(model, intervention, **options):
@@ -53,7 +53,7 @@ def test_a_direction_that_does_not_fit_is_refused_with_both_numbers():
 
 
 def test_a_site_twice_is_refused():
-    edits = (SiteEdit("mlp", 1, 1.0), SiteEdit("mlp", 1, 0.5))
+    edits = (SiteEdit(kind="mlp", layer=1, strength=1.0), SiteEdit(kind="mlp", layer=1, strength=0.5))
     with pytest.raises(DirectionError, match="twice"):
         plan_for(zoo.build("llama"), Intervention((direction(),), edits))
 
@@ -82,7 +82,7 @@ def test_pulled_back_through_a_gain_and_a_centring():
     assert float(((hidden * (gain + 1)) @ basis).abs().max()) > 1e-3
 
 
-@pytest.mark.parametrize("variant", ["plain", "norm-preserving", "row-norm"])
+@pytest.mark.parametrize("variant", ["plain", "norm-preserving"])
 def test_the_plan_carries_its_variant(variant):
     plan = plan_for(zoo.build("llama"), intervene(direction(), zoo.N_LAYERS), variant=variant)
     assert plan.variant == variant

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save, save_file
 
-from remove_refusals.directions.direction import check_direction_path, direction_sha256, load_direction, save_direction
+from remove_refusals.directions.saved import check_direction_path, direction_sha256, load_direction, save_direction
 from remove_refusals.errors import CheckpointError, DirectionError, NumericalError, OutputError
 from remove_refusals.files import read_json, versions, write_json, write_jsonl
 from remove_refusals.types import Direction, DirectionOrigin
@@ -286,10 +286,10 @@ def test_damaged_pickle_gives_a_direction_or_a_direction_error(
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ("not json", "format version None"),
-        ('{"format_version": 2, "origin": {"method": "x"}}', "format version 2, expected 1"),
-        ('{"format_version": 1}', "origin None"),
-        ('{"format_version": 1, "origin": {}}', "origin {}"),
+        ("not json", "at the top None"),
+        ('{"format_version": 2, "origin": {"method": "x"}}', "format_version 2"),
+        ('{"format_version": 1}', "at origin"),
+        ('{"format_version": 1, "origin": {}}', r"origin\.method \{\}"),
         ('{"format_version": 1, "origin": {"method": "x", "colour": "red"}}', "colour"),
     ],
 )

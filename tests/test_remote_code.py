@@ -51,7 +51,7 @@ def test_it_is_mapped_as_exact(base):
 def test_its_edit_is_certified_and_loads_with_the_code_that_lies_beside_it(base, tmp_path):
     loaded = load(base, trust_remote_code=True)
     vector = torch.randn(remote_code.WIDTH, generator=torch.Generator().manual_seed(0))
-    intervention = intervene(direction_from_vectors(vector, DirectionOrigin("given")), remote_code.N_LAYERS)
+    intervention = intervene(direction_from_vectors(vector, DirectionOrigin(method="given")), remote_code.N_LAYERS)
     baked = bake(loaded, intervention, tmp_path / "edited")
     assert baked.certificate.passed and max(baked.certificate.boundaries) < 1e-6
     for name in ("configuration_old.py", "modeling_old.py"):

@@ -15,8 +15,8 @@ from hashing import tensor_hashes
 from remove_refusals.baking.certificate import certify_directory
 from remove_refusals.baking.memory import bake
 from remove_refusals.baking.shards import LEDGER_FILE
-from remove_refusals.directions.direction import save_direction
 from remove_refusals.directions.hooks import ablated
+from remove_refusals.directions.saved import save_direction
 from remove_refusals.errors import CheckpointError, NotStreamedError
 from remove_refusals.models.checkpoint import (
     INDEX_FILE,

@@ -13,13 +13,12 @@ from torch.nn import functional
 import zoo
 from remove_refusals.directions.direction import direction_from_vectors
 from remove_refusals.directions.intervention import intervene
-from remove_refusals.directions.plan import pull_back, resolve
+from remove_refusals.directions.plan import resolve
 from remove_refusals.errors import ArchitectureError
-from remove_refusals.formula import orthonormal_basis, project_out
+from remove_refusals.formula import ChannelStep, orthonormal_basis, project_out, pull_back
 from remove_refusals.modelmap.derive import map_model
 from remove_refusals.modelmap.knowledge import CONSTANT, Term
 from remove_refusals.modelmap.trace import trace_forward
-from remove_refusals.modelmap.types import ChannelStep
 from remove_refusals.types import DirectionOrigin
 
 D = 8
@@ -276,6 +275,6 @@ def test_what_is_added_to_the_stream_beside_its_writers_is_a_leak(beside, operat
     model_map = map_model(leaky)
     assert model_map.verdict == "hooks only"
     assert model_map.leaks == (f"In layer 1 the residual stream takes in {operation}, which no parameter writes.",)
-    taken = direction_from_vectors(torch.ones(zoo.D_MODEL), DirectionOrigin("given"))
+    taken = direction_from_vectors(torch.ones(zoo.D_MODEL), DirectionOrigin(method="given"))
     with pytest.raises(ArchitectureError, match=operation):
         resolve(intervene(taken, zoo.N_LAYERS), model_map, leaky.get_parameter)

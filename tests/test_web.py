@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from remove_refusals.cli.web import Controls, Page, Source, command_line, front_drawing, strip
-from remove_refusals.directions.activations import collect_activations, middle_direction, project_tokens, token_states
+from remove_refusals.directions.activations import collect_activations, project_tokens, token_states
 from remove_refusals.directions.direction import mean_difference
 from remove_refusals.directions.hooks import ablated
-from remove_refusals.directions.intervention import intervene
+from remove_refusals.directions.intervention import intervene, middle_direction
 from remove_refusals.modelmap.derive import map_model
 from remove_refusals.modelmap.types import ModelMap
 from remove_refusals.models.chat_template import render
@@ -116,7 +116,7 @@ def test_the_command_line_says_what_is_not_the_default(model_map: ModelMap) -> N
 def test_both_answer_as_they_do_elsewhere(loaded: LoadedModel, model_map: ModelMap, page: Page) -> None:
     ids = render(loaded, [PROMPT])
     plain = generate(loaded, ids, max_new_tokens=24)[0].text
-    with ablated(loaded.model, page.intervention, model_map=model_map):
+    with ablated(loaded.model, page.intervention):
         edited = generate(loaded, ids, max_new_tokens=24)[0].text
     steps = list(page.answers(PROMPT, [], [], controls(model_map)))
     original, changed, first, second = steps[-1]
@@ -143,13 +143,13 @@ def test_projections_are_those_of_the_collected_stream(
     (ids,) = render(loaded, [PROMPT])
     direction, layer = middle_direction(intervention, model_map.n_layers)
     assert layer == direction.origin.layer
-    found = project_tokens(loaded, ids, direction, layer, model_map=model_map)
+    found = project_tokens(loaded, ids, direction, layer)
     collected = collect_activations(loaded, PromptSet("one", (PROMPT,), "test")).hidden[0, 0, layer]
     expected = float(collected @ direction.basis[:, 0] / collected.norm())
     assert found[-1] == pytest.approx(expected, abs=1e-5)
     assert token_states(loaded, ids, layer).shape == (len(ids), model_map.d_model)
-    context = ablated(loaded.model, intervention, model_map=model_map)
-    gone = project_tokens(loaded, ids, direction, layer, model_map=model_map, context=context)
+    context = ablated(loaded.model, intervention)
+    gone = project_tokens(loaded, ids, direction, layer, context=context)
     assert max(map(abs, gone)) < 1e-3 < abs(found[-1])
 
 

@@ -67,3 +67,9 @@ def gpt2(seed: int = 0, *, spread: float = 0.3) -> GPT2LMHeadModel:
 def heed_interrupts() -> None:
     """Let a child process be interrupted even where the tests run in the background of a shell, which ignores it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def share_left(edited, original, basis, axis):
+    """How much of a subspace an edit has left: the Frobenius norm of `QᵀW'` over that of `QᵀW`."""
+    after, before = (float((value.detach().movedim(axis, -1).float() @ basis).norm()) for value in (edited, original))
+    return after / before if before else float(after > 0)

@@ -13,17 +13,10 @@ if TYPE_CHECKING:
     from remove_refusals.baking.disk import bake_on_disk
     from remove_refusals.baking.memory import bake
     from remove_refusals.directions.activations import collect_activations
-    from remove_refusals.directions.direction import (
-        direction_from_vectors,
-        load_direction,
-        load_directions,
-        mean_difference,
-        mean_difference_per_layer,
-        save_direction,
-        save_directions,
-    )
+    from remove_refusals.directions.direction import direction_from_vectors, mean_difference, mean_difference_per_layer
     from remove_refusals.directions.hooks import ablated
-    from remove_refusals.directions.intervention import intervene, intervene_per_layer
+    from remove_refusals.directions.intervention import intervene
+    from remove_refusals.directions.saved import load_direction, load_directions, save_direction, save_directions
     from remove_refusals.directions.separation import measure_separation, separation
     from remove_refusals.errors import RemoveRefusalsError
     from remove_refusals.examination import Examination, analyze, diff
@@ -73,12 +66,11 @@ _HOME = {
     "holm": "measure.statistics",
     "html_report": "report.page",
     "intervene": "directions.intervention",
-    "intervene_per_layer": "directions.intervention",
     "judge_phrases": "measure.judges.phrases",
     "load": "models.load",
     "load_calibration": "measure.judges.calibration",
-    "load_direction": "directions.direction",
-    "load_directions": "directions.direction",
+    "load_direction": "directions.saved",
+    "load_directions": "directions.saved",
     "load_prompts": "prompts",
     "make_judge": "measure.judges.choose",
     "map_model": "modelmap.derive",
@@ -91,8 +83,8 @@ _HOME = {
     "push": "report.card",
     "rogan_gladen": "measure.statistics",
     "run": "pipeline",
-    "save_direction": "directions.direction",
-    "save_directions": "directions.direction",
+    "save_direction": "directions.saved",
+    "save_directions": "directions.saved",
     "select": "search.search",
     "separation": "directions.separation",
     "split_for_search": "search.search",
@@ -126,7 +118,6 @@ __all__ = [
     "holm",
     "html_report",
     "intervene",
-    "intervene_per_layer",
     "judge_phrases",
     "load",
     "load_calibration",

@@ -13,20 +13,20 @@ from remove_refusals.baking import disk_reader
 from remove_refusals.directions import (
     MOST_PROMPTS,
     ablated,
-    collect_activations,
+    collect_both,
     direction_sha256,
     expert_choices,
     intervene,
     mean_difference,
-    pull_back,
     separation,
     site_contributions,
     writer_shares,
 )
 from remove_refusals.errors import ArchitectureError, CheckpointError, DirectionError, ModelError
 from remove_refusals.files import atomic_directory, versions
+from remove_refusals.formula import ChannelStep, pull_back
 from remove_refusals.measure import Evaluation, EvaluationPrompts, evaluate, measuring_prompts
-from remove_refusals.modelmap import ChannelStep, ModelMap, by_stored_name, disk_names, map_model, skeleton_of
+from remove_refusals.modelmap import ModelMap, by_stored_name, disk_names, map_model, skeleton_of
 from remove_refusals.models import (
     FLOAT_DTYPES,
     LoadedModel,
@@ -175,10 +175,7 @@ def _examine(settings: RunSettings, *, answers: bool, progress: Progress) -> Exa
     tokens = _tail(loaded, harmful)
     # All positions in one pass.
     told = progress.stage("activations", len(harmful) + len(harmless))
-    activations = [
-        collect_activations(loaded, part, positions=tuple(tokens), model_map=model_map, progress=told.after(before))
-        for before, part in ((0, harmful), (len(harmful), harmless))
-    ]
+    activations = collect_both(loaded, harmful, harmless, positions=tuple(tokens), progress=told)
     seed, name = finding.seed, published_name(loaded.source)
     parts = [
         separation(activations[0], activations[1], position=position, seed=seed, model=name) for position in tokens
@@ -190,9 +187,9 @@ def _examine(settings: RunSettings, *, answers: bool, progress: Progress) -> Exa
         tokens,
         direction,
         _layers(direction, model_map),
-        site_contributions(loaded, harmful, harmless, direction, model_map, position=parts[0].position),
-        writer_shares(loaded, direction, model_map),
-        expert_choices(loaded, harmful, harmless, model_map, position=parts[0].position),
+        site_contributions(loaded, harmful, harmless, direction, position=parts[0].position),
+        writer_shares(loaded, direction),
+        expert_choices(loaded, harmful, harmless, position=parts[0].position),
     )
     if not answers:
         return found
@@ -252,7 +249,7 @@ def _without(
         loaded,
         prompts,
         settings.measure,
-        edited_context=lambda: ablated(loaded.model, intervention, model_map=model_map),
+        edited_context=lambda: ablated(loaded, intervention),
         progress=progress,
     )
     name = published_name(loaded.source)

@@ -12,10 +12,10 @@ from pydantic import ValidationError
 from remove_refusals.baking import Baked, bake_on_disk, check_not_source, load_edited, open_checkpoint, write_baked
 from remove_refusals.directions import (
     FoundDirection,
+    as_intervention,
     check_exact,
     find_direction,
     load_directions,
-    make_intervention,
     measure_separation,
     training_prompts,
 )
@@ -155,8 +155,8 @@ def _run_into(
     if selection is not None and search is not None:
         intervention, used, notes = selection.intervention, search.sets(), selection.notes
     else:
-        found = _found(loaded, settings, given, drawn, model_map, progress)
-        intervention = make_intervention(found.directions, settings.edit, model_map)
+        found = _found(loaded, settings, given, drawn, progress)
+        intervention = as_intervention(found.directions, loaded, settings.edit)
         used, notes = found.prompts, (*said, *_outlier_warning(found, settings))
     baked = _written(loaded, intervention, directory, settings, model_map)
     edited = load_model(str(directory), settings.loading.model_copy(update={"revision": None}), **told)
@@ -180,7 +180,7 @@ def _run_into(
     }
     record = baked.record.model_copy(update=more)
     _write_records(directory, record, selection, evaluation, baked)
-    separation = _separation(loaded, prompts, settings, model_map, progress)
+    separation = _separation(loaded, prompts, settings, progress)
     if separation is not None:
         AnalysisRecord.made(separation).write(directory / "analysis.json")
     write_html_report(directory)
@@ -226,11 +226,7 @@ def _kept(selection: Selection) -> dict[int, Intervention]:
 
 
 def _separation(
-    loaded: LoadedModel,
-    prompts: EvaluationPrompts,
-    settings: RunSettings,
-    model_map: ModelMap,
-    progress: Progress,
+    loaded: LoadedModel, prompts: EvaluationPrompts, settings: RunSettings, progress: Progress
 ) -> Separation | None:
     """Measure on the test prompts how far apart the base model holds harmful and harmless ones; None if too few."""
     if min(len(prompts.harmful), len(prompts.harmless)) < _FEWEST_APART:
@@ -241,8 +237,6 @@ def _separation(
         prompts.harmless,
         position=settings.direction.positions[0],
         seed=settings.direction.seed,
-        model=published_name(loaded.source),
-        model_map=model_map,
         progress=progress,
     )
 
@@ -291,19 +285,12 @@ def _found(
     settings: RunSettings,
     given: tuple[Direction, ...] | None,
     drawn: tuple[PromptSet, PromptSet] | None,
-    model_map: ModelMap,
     progress: Progress,
 ) -> FoundDirection:
     """The direction from a file, or found now."""
     if given is not None:
         return FoundDirection(given, (), None)
-    return find_direction(
-        loaded,
-        settings.direction,
-        prompts=drawn,
-        model_map=model_map,
-        progress=progress,
-    )
+    return find_direction(loaded, settings.direction, prompts=drawn, progress=progress)
 
 
 def _prompt_records(used: tuple[PromptSet, ...], prompts: EvaluationPrompts) -> dict[str, PromptsRecord]:

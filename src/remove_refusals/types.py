@@ -1,7 +1,6 @@
-"""The core types: frozen dataclasses for everything that flows from one stage to the next.
+"""The core types, frozen: PromptSet → Activations → Direction → Intervention → EditPlan → one carrier.
 
-PromptSet → Activations → Direction → Intervention → EditPlan → one carrier. What a model's map and an edit plan consist
-of is in `map_types`.
+What a model's map consists of is in `modelmap/types.py`; an edit plan is in `directions/plan.py`.
 """
 
 import hashlib
@@ -10,21 +9,16 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
-from pydantic import PlainSerializer
+from pydantic import Field, PlainSerializer
 
 from remove_refusals.errors import DirectionError
+from remove_refusals.files import Record
 from remove_refusals.settings import SiteKind
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts in a fixed order.
-
-    Attributes:
-        name: What the set is called in records, for example `harmful`.
-        prompts: The user messages, as text.
-        source: Where they came from: a file name, a data set id with split and column, or `embedded`.
-    """
+    """User messages in a fixed order; `source` is a file, a data set id with split and column, or `embedded`."""
 
     name: str
     prompts: tuple[str, ...]
@@ -32,6 +26,9 @@ class PromptSet:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def __repr__(self) -> str:
+        return f"PromptSet({self.name!r}, {len(self)} prompts, source={self.source!r}, sha256={self.sha256[:12]})"
 
     @property
     def sha256(self) -> str:
@@ -51,8 +48,8 @@ class Activations:
 
     Attributes:
         hidden: `[n_prompts, n_positions, n_layers + 1, d_model]`, float32, on the CPU. Index `i` on the third axis is
-            the residual stream before layer `i`; index `n_layers` is the stream after the last layer that was looked
-            at, which is before the final norm where that is the model's last.
+            the stream before layer `i`; index `n_layers` is the stream behind the last layer that was looked at, which
+            is before the final norm where that is the model's last.
         positions: The token positions, negative and counted from the end of the rendered prompt.
         prompts: The prompts that were run, in the order of the first axis.
     """
@@ -71,54 +68,38 @@ class Activations:
         """The width of the residual stream."""
         return self.hidden.shape[3]
 
+    def __repr__(self) -> str:
+        places = f"positions={self.positions}, n_layers={self.n_layers}, d_model={self.d_model}"
+        return f"Activations({self.prompts!r}, {places})"
 
-@dataclass(frozen=True)
-class DirectionOrigin:
-    """Where a direction came from and how it was found; everything that is not known is None.
 
-    Attributes:
-        method: For example `mean-difference`, `projected-mean-difference` or `given`.
-        model: The model id or directory name that was measured.
-        layer: The index on the layer axis of `Activations.hidden`.
-        position: The token position, negative; several of them for a direction with a column for each.
-        seed: The seed that drew the prompts.
-        n_harmful: The number of harmful prompts.
-        n_harmless: The number of harmless prompts.
-        harmful_sha256: `PromptSet.sha256` of the harmful prompts.
-        harmless_sha256: `PromptSet.sha256` of the harmless prompts.
-        length: How long the difference was of which this is the unit vector; of a direction with one column alone.
-    """
+class DirectionOrigin(Record):
+    """Where a direction came from and how it was found; what is not known is None."""
 
     method: str
+    """For example `mean-difference`, `projected-mean-difference` or `given`."""
     model: str | None = None
     layer: int | None = None
+    """The index on the layer axis of `Activations.hidden`."""
     position: int | tuple[int, ...] | None = None
+    """The token position, negative; several of them for a direction with a column for each."""
     seed: int | None = None
     n_harmful: int | None = None
     n_harmless: int | None = None
     harmful_sha256: str | None = None
     harmless_sha256: str | None = None
-    length: float | None = None
+    length: Annotated[float, Field(gt=0)] | None = None
+    """How long the difference was of which this is the unit vector; of a direction with one column alone."""
 
 
 @dataclass(frozen=True, eq=False)
 class Direction:
-    """A checked orthonormal basis of the subspace to be taken out.
-
-    Attributes:
-        basis: `[d_model, k]`, float32, on the CPU, with orthonormal columns; `k` is 1 for the classic direction.
-        origin: Where it came from.
-    """
+    """A checked orthonormal basis, `[d_model, k]` in float32 on the CPU, of the subspace to be taken out."""
 
     basis: torch.Tensor
     origin: DirectionOrigin
 
     def __post_init__(self) -> None:
-        """Check shape, dtype, finiteness and orthonormality.
-
-        Raises:
-            DirectionError: If any of them does not hold.
-        """
         basis = self.basis
         if basis.dim() != 2 or basis.dtype != torch.float32 or not 0 < basis.shape[1] <= basis.shape[0]:
             raise DirectionError(
@@ -127,8 +108,7 @@ class Direction:
             )
         if not bool(torch.isfinite(basis).all()):
             raise DirectionError("The direction has NaN or infinite entries; compute it again from finite activations.")
-        gram = basis.T @ basis
-        error = float((gram - torch.eye(basis.shape[1])).abs().max())
+        error = float((basis.T @ basis - torch.eye(basis.shape[1])).abs().max())
         if error > 1e-4:
             raise DirectionError(
                 f"The columns of the direction are off orthonormal by {error:.2g}, expected at most 1e-4; "
@@ -140,64 +120,59 @@ class Direction:
         """The width of the residual stream that the direction lives in."""
         return self.basis.shape[0]
 
+    def __repr__(self) -> str:
+        known = [f"{name}={value!r}" for name, value in self.origin if value is not None and "harm" not in name]
+        return f"Direction({', '.join([f'd_model={self.d_model}, rank={self.basis.shape[1]}', *known])})"
 
-@dataclass(frozen=True)
-class SiteEdit:
-    """How much of which direction is taken out at the sites of one kind in one layer.
 
-    Attributes:
-        kind: The kind of site.
-        layer: The layer's index, or None for the embedding.
-        strength: The share of the component that is taken out: 0 leaves the site alone, 1 takes out all of it.
-        direction: The index into `Intervention.directions`.
-    """
+class SiteEdit(Record):
+    """How much of which direction is taken out at the sites of one kind in one layer."""
 
     kind: SiteKind
-    layer: int | None
+    layer: int | None = None
+    """None for the embedding."""
     strength: float
+    """The share of the component: 0 leaves the site alone, 1 takes out all of it."""
     direction: int = 0
+    """The index into `Intervention.directions`."""
 
 
 @dataclass(frozen=True, eq=False)
 class Intervention:
-    """The model-independent choice: which direction, at which strength, at which site of which layer.
-
-    Attributes:
-        directions: The directions that `edits` refer to.
-        edits: At most one per kind and layer; sites without one are left alone.
-    """
+    """The model-independent choice, at most one edit per kind and layer; sites without one are left alone."""
 
     directions: tuple[Direction, ...]
     edits: tuple[SiteEdit, ...]
 
+    def __repr__(self) -> str:
+        layers = [edit.layer for edit in self.edits if edit.layer is not None]
+        strengths = [edit.strength for edit in self.edits]
+        where = f"layers {min(layers)}-{max(layers)}" if layers else "no layer"
+        share = f"strength {min(strengths):g} to {max(strengths):g}" if strengths else "nothing taken out"
+        first = f", {self.directions[0]!r}" if self.directions else ""
+        return f"Intervention({len(self.edits)} sites, {where}, {share}, {len(self.directions)} directions{first})"
 
-@dataclass(frozen=True)
-class Auroc:
-    """The area under the receiver operating characteristic: how often a harmful prompt scores above a harmless one.
 
-    Attributes:
-        value: The share of pairs, ties counted half, from 0 to 1.
-        low: The lower end of the 95% interval.
-        high: The upper end.
-        n_harmful: How many harmful prompts there are.
-        n_harmless: How many harmless prompts there are.
-        seed: The seed that cut the sets into halves.
-    """
+class Auroc(Record):
+    """The area under the receiver operating characteristic: how often a harmful prompt scores above a harmless one."""
 
     value: float
+    """The share of pairs, ties counted half."""
     low: float
+    """The lower end of the 95% interval."""
     high: float
     n_harmful: int
     n_harmless: int
     seed: int
+    """What cut the sets into halves."""
 
 
 # A picture needs four digits, and a model of many layers has many points.
 Points = tuple[tuple[Annotated[float, PlainSerializer(lambda value: float(f"{value:.4g}"))], ...], ...]
+Cosine = Annotated[float, PlainSerializer(lambda value: round(value, 4))]
 
 
-@dataclass(frozen=True)
-class Projection:
+class Projection(Record):
     """Where each prompt lies in two dimensions.
 
     The first is how far it is from the middle of the other half's means along their difference, the second the first
@@ -208,130 +183,80 @@ class Projection:
     harmless: Points
 
 
-@dataclass(frozen=True, kw_only=True)
-class LayerSeparation:
-    """How far apart the two sets lie at one index of the layer axis.
-
-    Attributes:
-        layer: The index: the stream before that layer, and the number of layers for the stream behind the last.
-        auroc: Of the projection on the mean difference of the prompts' other half; None where the means do not differ,
-            as before the first layer, when the token is the same in every prompt.
-        difference_norm: The norm of the difference of the means.
-        norm_harmful: The mean norm on harmful prompts.
-        norm_harmless: The mean norm on harmless prompts.
-        largest_coordinate_share: The largest coordinate's share of the summed squares.
-        projection: None where the means do not differ.
-    """
+class LayerSeparation(Record):
+    """How far apart the two sets lie at one index of the layer axis."""
 
     layer: int
     auroc: Auroc | None = None
+    """Of the projection on the mean difference of the prompts' other half; None where the means do not differ, as
+    before the first layer, when the token is the same in every prompt."""
     difference_norm: float
     norm_harmful: float
+    """The mean norm on harmful prompts."""
     norm_harmless: float
     largest_coordinate_share: float
     projection: Projection | None = None
 
 
-Cosine = Annotated[float, PlainSerializer(lambda value: round(value, 4))]
-
-
 @dataclass(frozen=True)
 class Separation:
-    """How far apart harmful and harmless prompts lie, layer by layer.
-
-    Attributes:
-        model: The model's name; None if it is not known.
-        position: The token position.
-        seed: The seed that cut the sets into halves, and drew from them where they were larger than what was looked at.
-        prompts: The harmful and the harmless prompts.
-        layers: One entry for each index of the layer axis.
-        cosines: `[n_layers + 1, n_layers + 1]`: between the mean differences of any two; None where there is none.
-    """
+    """How far apart harmful and harmless prompts lie, layer by layer; `seed` drew prompts and cut them into halves."""
 
     model: str | None
     position: int
     seed: int
     prompts: tuple[PromptSet, PromptSet]
     layers: tuple[LayerSeparation, ...]
+    """One entry for each index of the layer axis."""
     cosines: tuple[tuple[Cosine | None, ...], ...]
+    """`[n_layers + 1, n_layers + 1]`: between the mean differences of any two; None where there is none."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Contribution:
-    """What a site adds along a direction on harmful prompts more than on harmless ones.
-
-    Attributes:
-        site: The kind of site.
-        layer: The layer; None for the embedding.
-        value: The difference of the means.
-        low: The lower end of its 95% interval (Welch 1947).
-        high: The upper end.
-    """
+class Contribution(Record):
+    """What a site adds along a direction on harmful prompts more than on harmless ones: a difference of means."""
 
     site: SiteKind
     layer: int | None = None
+    """None for the embedding."""
     value: float
     low: float
+    """The lower end of the 95% interval (Welch 1947)."""
     high: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class Contributions:
-    """Where the difference along a direction comes from.
-
-    Attributes:
-        layer: Where the direction was found, on the layer axis.
-        position: The token position.
-        stream: For each index of the layer axis the difference of the means along the direction.
-        sites: Embedding, attention and MLP of each layer, as far as their outputs explain what the layer adds.
-        n_harmful: How many harmful prompts there are.
-        n_harmless: How many harmless prompts there are.
-    """
+class Contributions(Record):
+    """Where the difference along a direction comes from."""
 
     layer: int | None = None
+    """Where the direction was found, on the layer axis."""
     position: int
     stream: tuple[float, ...]
+    """For each index of the layer axis the difference of the means along the direction."""
     sites: tuple[Contribution, ...]
+    """Embedding, attention and MLP of each layer, as far as their outputs explain what the layer adds."""
     n_harmful: int
     n_harmless: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class WriterShare:
-    """How much of what a writer can write lies along a direction.
-
-    Attributes:
-        parameter: The writer.
-        site: The kind of its site.
-        layer: The layer; None for the embedding.
-        expert: The expert's index; None for a writer that is none.
-        value: The share of its squared norm, times the number of channels: 1 for a matrix that knows nothing of the
-            direction.
-    """
+class WriterShare(Record):
+    """How much of what a writer can write lies along a direction."""
 
     parameter: str
     site: SiteKind
     layer: int | None = None
     expert: int | None = None
+    """None for a writer that is no expert."""
     value: float
+    """The share of its squared norm, times the number of channels: 1 for a matrix that knows nothing of it."""
 
 
-@dataclass(frozen=True)
-class ExpertChoice:
-    """How often a router ranks an expert among those that a token goes through, by its logits alone.
-
-    Attributes:
-        layer: The layer.
-        expert: The expert.
-        harmful: The share of harmful prompts.
-        harmless: The share of harmless prompts.
-        n_harmful: How many harmful prompts there are.
-        n_harmless: How many harmless prompts there are.
-    """
+class ExpertChoice(Record):
+    """How often a router ranks an expert among those that a token goes through, by its logits alone."""
 
     layer: int
     expert: int
     harmful: float
+    """The share of harmful prompts."""
     harmless: float
     n_harmful: int
     n_harmless: int

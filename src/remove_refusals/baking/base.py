@@ -32,11 +32,10 @@ from remove_refusals.report import (
     BaseRecord,
     Certificate,
     DirectionRecord,
-    EditRecord,
     PlanRecord,
 )
 from remove_refusals.settings import Tied, Variant
-from remove_refusals.types import Intervention, SiteEdit
+from remove_refusals.types import Intervention
 
 
 @dataclass(frozen=True, eq=False)
@@ -307,7 +306,7 @@ def ablation_record(
         modified=MODIFIED if adapter is None else ADAPTED,
         base=base,
         directions=tuple(DirectionRecord(**describe_direction(direction)) for direction in intervention.directions),
-        intervention=tuple(EditRecord(**vars(edit)) for edit in intervention.edits),
+        intervention=intervention.edits,
         plan=PlanRecord(
             edited=tuple(entry.parameter for entry in plan.entries),
             left=dict(plan.left),
@@ -323,8 +322,7 @@ def ablation_record(
 def load_intervention(directory: Path) -> Intervention:
     """Read the intervention that a directory was made with, which can be resolved against the same base again."""
     record = AblationRecord.read(directory / "ablation.json", error=DirectionError)
-    edits = tuple(SiteEdit(edit.kind, edit.layer, edit.strength, edit.direction) for edit in record.intervention)
-    return Intervention(load_directions(directory), edits)
+    return Intervention(load_directions(directory), record.intervention)
 
 
 def base_record(

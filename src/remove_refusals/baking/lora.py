@@ -18,6 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from remove_refusals import formula
 from remove_refusals.baking.base import BaseModel, Carried, ablation_record, check_not_source, plan_for
 from remove_refusals.directions import (
     DIRECTIONS,
@@ -27,7 +28,6 @@ from remove_refusals.directions import (
 )
 from remove_refusals.errors import ArchitectureError, ModelError, OutputError, require_package
 from remove_refusals.files import atomic_directory
-from remove_refusals.formula import project_out
 from remove_refusals.modelmap import ModelMap, skeleton
 from remove_refusals.models import LoadedModel, load_model
 from remove_refusals.report import AdapterRecord
@@ -298,7 +298,7 @@ def _peft_tensors(
 
 
 def _edited_bias(entry: PlanEntry, tensor: torch.Tensor) -> torch.Tensor:
-    return project_out(tensor.to(torch.float32), entry.basis, entry.strength, entry.axis)
+    return formula.project_out(tensor.to(torch.float32), entry.basis, entry.strength, entry.axis)
 
 
 def _bias_key(parameter: str, holders: list[str]) -> str:
@@ -362,10 +362,6 @@ def load_edited(
     return load_model(edited, settings.model_copy(update={"revision": None}), chat=chat, batch_size=batch_size)
 
 
-_NUMBERS_AT_ONCE = 1 << 24
-"""How many float32 numbers are held beside a tensor (64 MiB)."""
-
-
 def low_rank(entry: PlanEntry, tensor: torch.Tensor) -> LowRank:
     """Give the change that an entry of a plan makes to a tensor, as two factors.
 
@@ -395,18 +391,7 @@ def low_rank(entry: PlanEntry, tensor: torch.Tensor) -> LowRank:
             f"Tensor '{entry.parameter}' of shape {entry.shape} is edited along axis {entry.axis}, expected a matrix "
             "or one for each expert; leave its site out or save the edited weights instead."
         )
-    basis = entry.basis.to(tensor.device)
-    components = _components(tensor.detach().movedim(axis, -1), basis)
-    if axis == -2:
-        left = (-entry.strength * basis).expand(*tensor.shape[:-2], *basis.shape)
-        return LowRank(left, components.movedim(-1, axis))
-    return LowRank(-entry.strength * components, basis.T)
-
-
-def _components(rows: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
-    """`rows @ basis` in float32, some rows at a time, so that a large vocabulary needs no full copy."""
-    step = max(1, _NUMBERS_AT_ONCE // max(1, rows[0].numel()))
-    return torch.cat([part.to(torch.float32) @ basis for part in torch.split(rows, step)])
+    return LowRank(*formula.low_rank(tensor, entry.basis, entry.strength, axis))
 
 
 def check_low_rank(plan: EditPlan, *, allowed_bias: Callable[[PlanEntry], bool] = lambda entry: False) -> None:

@@ -272,4 +272,4 @@ def _boundaries(
     if len(intervention.directions) != 1 or {(site.kind, site.layer) for site in model_map.sites} - everywhere:
         return None
     edited = load(directory, device=loaded.device, dtype=torch.float32, trust_remote_code=loaded.trust_remote_code)
-    return measure_boundaries(edited, intervention.directions[0], model_map)
+    return measure_boundaries(edited, intervention.directions[0])

@@ -142,7 +142,7 @@ def bake(
 def _chosen(direction: Path | None, repeat: Path | None, edit: "EditSettings") -> "Callable[[ModelMap], Intervention]":
     """Give what makes the intervention for a model, from a direction or from an edit that was made before."""
     from remove_refusals.baking import load_intervention
-    from remove_refusals.directions import load_directions, make_intervention
+    from remove_refusals.directions import as_intervention, load_directions
 
     as_given = {"strength", "layers", "sites"} & edit.model_fields_set
     if (direction is None) == (repeat is None) or (repeat is not None and as_given):
@@ -155,7 +155,7 @@ def _chosen(direction: Path | None, repeat: Path | None, edit: "EditSettings") -
         return lambda model_map: intervention
     assert direction is not None
     given = load_directions(direction)
-    return lambda model_map: make_intervention(given, edit, model_map)
+    return lambda model_map: as_intervention(given, model_map, edit)
 
 
 def _options(edit: "EditSettings") -> dict[str, Any]:

@@ -169,7 +169,7 @@ def _turn(
             write(f"[{side}] ")
         context: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if side == "ablated" and make is not None:
-            context = ablated(loaded.model, make(state.strength, state.layers))
+            context = ablated(loaded, make(state.strength, state.layers))
         history = [(turn.prompt, turn.answer) for turn in turns if turn.side == side]
         pieces = []
         with context:
@@ -294,17 +294,11 @@ def _given(direction: Path | None, run: Path | None, candidate: str | None) -> "
 
 def _maker(given: "tuple[Direction, ...] | Intervention", edit: "EditSettings", loaded: "LoadedModel") -> "Make":
     """Give what makes the intervention of a strength and a range of layers."""
-    from remove_refusals.directions import check_fit, make_intervention, scaled
-    from remove_refusals.modelmap import map_model
+    from remove_refusals.directions import as_intervention
 
-    model_map = map_model(loaded.model)
-    if isinstance(given, tuple):
-        return lambda strength, layers: make_intervention(
-            given, edit.model_copy(update={"strength": strength, "layers": layers}), model_map
-        )
-    check_fit(given, model_map)
-    return lambda strength, layers: scaled(
-        given, model_map.n_layers, strength=strength, layers=layers, kinds=edit.sites
+    as_intervention(given, loaded)
+    return lambda strength, layers: as_intervention(
+        given, loaded, edit.model_copy(update={"strength": strength, "layers": layers})
     )
 
 
@@ -324,7 +318,7 @@ def generate(
 ) -> None:
     """Answer prompts in batches, greedily; without --direction the model answers as it is."""
     from remove_refusals.cli import printing
-    from remove_refusals.directions import load_directions, made_intervention
+    from remove_refusals.directions import as_intervention, load_directions
     from remove_refusals.files import check_target, write_jsonl
     from remove_refusals.models import load_model
     from remove_refusals.prompts import prompts_from
@@ -336,7 +330,7 @@ def generate(
     prompt_set = prompts_from(source, "prompts", "")
     given = None if direction is None else load_directions(direction)
     loaded = load_model(model, settings.loading, settings.chat, settings.batch_size)
-    intervention = None if given is None else made_intervention(loaded, given, settings.edit)[0]
+    intervention = None if given is None else as_intervention(given, loaded, settings.edit)
     with printing.progress() as progress:
         rows = answer_rows(
             loaded,
@@ -363,7 +357,7 @@ def answer_rows(
     from remove_refusals.models import render
 
     token_ids = render(loaded, prompts)
-    with contextlib.nullcontext() if intervention is None else ablated(loaded.model, intervention):
+    with contextlib.nullcontext() if intervention is None else ablated(loaded, intervention):
         answers = generate_answers(loaded, token_ids, max_new_tokens=max_new_tokens, progress=progress)
     return [
         {

@@ -10,7 +10,7 @@ from functools import partial
 from importlib import resources
 from typing import Any
 
-from remove_refusals.directions import ablated, middle_direction, project_tokens, scaled
+from remove_refusals.directions import ablated, intervene, middle_direction, project_tokens
 from remove_refusals.errors import ModelError, require_package
 from remove_refusals.modelmap import map_model
 from remove_refusals.models import LoadedModel, render_conversation, stream
@@ -88,7 +88,7 @@ class Page:
     def made(self, controls: Controls) -> Intervention:
         """Give what the controls take out."""
         base = self.tried.get(controls.candidate or "", self.intervention)
-        return scaled(base, self.n_layers, strength=controls.strength, layers=controls.layers, kinds=controls.kinds)
+        return intervene(base, self.n_layers, strength=controls.strength, layers=controls.layers, kinds=controls.kinds)
 
     def answers(
         self, prompt: str, original: Messages, edited: Messages, controls: Controls
@@ -115,7 +115,7 @@ class Page:
     def _contexts(
         self, intervention: Intervention
     ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), ablated(self.loaded.model, intervention)
+        return nullcontext(), ablated(self.loaded, intervention)
 
     def _rendered(self, prompt: str, history: Messages) -> list[int]:
         turns = [(one["content"], other["content"]) for one, other in zip(history[::2], history[1::2], strict=True)]

@@ -1,9 +1,9 @@
-"""The room directions."""
+"""From prompts to a direction, from a direction to what is taken out where, and what a direction is made of."""
 
 from remove_refusals.directions.activations import (
     collect_activations,
+    collect_both,
     measure_boundaries,
-    middle_direction,
     project_tokens,
 )
 from remove_refusals.directions.attribution import (
@@ -12,33 +12,26 @@ from remove_refusals.directions.attribution import (
     writer_shares,
 )
 from remove_refusals.directions.direction import (
-    DIRECTIONS,
     FoundDirection,
-    check_direction_path,
-    describe_direction,
     direction_from_vectors,
-    direction_sha256,
     find_direction,
-    largest_coordinate_share,
-    layer_index,
-    load_direction,
-    load_directions,
     mean_difference,
     mean_difference_per_layer,
-    save_direction,
-    save_directions,
     training_prompts,
 )
 from remove_refusals.directions.hooks import SiteKey, Steer, ablated, added, is_steerable, steered
-from remove_refusals.directions.intervention import (
-    check_fit,
-    intervene,
-    intervene_per_layer,
-    made_intervention,
-    make_intervention,
-    scaled,
+from remove_refusals.directions.intervention import as_intervention, check_fit, intervene, middle_direction
+from remove_refusals.directions.plan import EditPlan, PlanEntry, check_exact, resolve
+from remove_refusals.directions.saved import (
+    DIRECTIONS,
+    check_direction_path,
+    describe_direction,
+    direction_sha256,
+    load_direction,
+    load_directions,
+    save_direction,
+    save_directions,
 )
-from remove_refusals.directions.plan import EditPlan, PlanEntry, check_exact, pull_back, resolve
 from remove_refusals.directions.separation import MOST_PROMPTS, measure_separation, separation
 
 __all__ = [
@@ -51,35 +44,30 @@ __all__ = [
     "Steer",
     "ablated",
     "added",
+    "as_intervention",
     "check_direction_path",
     "check_exact",
     "check_fit",
     "collect_activations",
+    "collect_both",
     "describe_direction",
     "direction_from_vectors",
     "direction_sha256",
     "expert_choices",
     "find_direction",
     "intervene",
-    "intervene_per_layer",
     "is_steerable",
-    "largest_coordinate_share",
-    "layer_index",
     "load_direction",
     "load_directions",
-    "made_intervention",
-    "make_intervention",
     "mean_difference",
     "mean_difference_per_layer",
     "measure_boundaries",
     "measure_separation",
     "middle_direction",
     "project_tokens",
-    "pull_back",
     "resolve",
     "save_direction",
     "save_directions",
-    "scaled",
     "separation",
     "site_contributions",
     "steered",

@@ -8,8 +8,8 @@ import torch
 from scipy.stats import ttest_ind
 
 from remove_refusals.directions.activations import Tap, collect_at
-from remove_refusals.directions.plan import pull_back
-from remove_refusals.modelmap import ModelMap, Site, Writer
+from remove_refusals.formula import pull_back
+from remove_refusals.modelmap import ModelMap, Site, Writer, map_model
 from remove_refusals.models import LoadedModel
 from remove_refusals.settings import SiteKind
 from remove_refusals.types import Contribution, Contributions, Direction, ExpertChoice, PromptSet, WriterShare
@@ -19,34 +19,14 @@ _MULTIPLIER_TOLERANCE = 0.02
 
 
 def site_contributions(
-    loaded: LoadedModel,
-    harmful: PromptSet,
-    harmless: PromptSet,
-    direction: Direction,
-    model_map: ModelMap,
-    *,
-    position: int = -1,
+    loaded: LoadedModel, harmful: PromptSet, harmless: PromptSet, direction: Direction, *, position: int = -1
 ) -> Contributions:
     """Measure what each site adds along a direction at one token, on harmful prompts more than on harmless ones.
 
-    Up to any layer the sites' contributions add up to the stream's.
-
-    Args:
-        loaded: The model.
-        harmful: Prompts that it refuses, at least two.
-        harmless: Prompts that it answers, at least two.
-        direction: A direction of one column.
-        model_map: The model's map.
-        position: The token position.
-
-    Returns:
-        The contributions; those of a layer are left out where its sites' outputs do not explain what it adds.
-
-    Raises:
-        PromptError: If the prompts cannot be rendered.
-        ModelError: If memory runs out with a single prompt.
+    Up to any layer the sites' contributions add up to the stream's; those of a layer are left out where its sites'
+    outputs do not explain what it adds. Each set has at least two prompts, and the direction one column.
     """
-    unit = direction.basis[:, 0]
+    unit, model_map = direction.basis[:, 0], map_model(loaded.model)
 
     def along(states: torch.Tensor) -> torch.Tensor:
         return states @ unit.to(states.device)
@@ -56,7 +36,7 @@ def site_contributions(
     for site in _reachable(model_map):
         assert site.residual_hook is not None
         taps[site.kind, site.layer] = Tap(site.residual_hook.module, site.residual_hook.on_input, along)
-    found = [collect_at(loaded, part, taps, position, model_map) for part in (harmful, harmless)]
+    found = [collect_at(loaded, part, taps, position) for part in (harmful, harmless)]
     stream = [tuple(side[index].double() for side in found) for index in range(model_map.n_layers + 1)]
     sites = [_contribution("embedding", None, *stream[0])]
     for layer in range(model_map.n_layers):
@@ -73,14 +53,9 @@ def site_contributions(
 
 def _reachable(model_map: ModelMap) -> list[Site]:
     """The layers' sites whose contribution is one module's output, and no other site's."""
-    found = [
-        site
-        for site in model_map.sites
-        if site.layer is not None and site.residual_hook and site.residual_hook.writer is None
-        and not site.residual_hook.steps
-    ]  # fmt: skip
-    modules = [site.residual_hook and site.residual_hook.module for site in found]
-    return [site for site, module in zip(found, modules, strict=True) if modules.count(module) == 1]
+    hooks = [(site, site.residual_hook) for site in model_map.sites if site.layer is not None]
+    modules = [hook.module for _, hook in hooks if hook and hook.writer is None and not hook.steps]
+    return [site for site, hook in hooks if hook and not hook.steps and modules.count(hook.module) == 1]
 
 
 def _of_layer(layer: int, found: Sequence[Mapping[Any, torch.Tensor]], stream: Sequence[Any]) -> list[Contribution]:
@@ -98,12 +73,12 @@ def _of_layer(layer: int, found: Sequence[Mapping[Any, torch.Tensor]], stream: S
 
 
 def _contribution(kind: SiteKind, layer: int | None, harmful: torch.Tensor, harmless: torch.Tensor) -> Contribution:
-    value = float(harmful.mean() - harmless.mean())
-    if float(harmful.std()) + float(harmless.std()) < 1e-6 * (float(harmful.abs().max()) + 1e-30):
-        # The same number in every prompt: there is nothing that an interval could be of.
-        return Contribution(site=kind, layer=layer, value=value, low=value, high=value)
-    interval = ttest_ind(harmful.numpy(), harmless.numpy(), equal_var=False).confidence_interval()
-    return Contribution(site=kind, layer=layer, value=value, low=float(interval.low), high=float(interval.high))
+    low = high = value = float(harmful.mean() - harmless.mean())
+    # Where it is the same number in every prompt, there is nothing that an interval could be of.
+    if float(harmful.std()) + float(harmless.std()) >= 1e-6 * (float(harmful.abs().max()) + 1e-30):
+        interval = ttest_ind(harmful.numpy(), harmless.numpy(), equal_var=False).confidence_interval()
+        low, high = float(interval.low), float(interval.high)
+    return Contribution(site=kind, layer=layer, value=value, low=low, high=high)
 
 
 _TOP_K = ("num_experts_per_tok", "moe_topk", "num_experts_per_token", "moe_k", "top_k")
@@ -113,19 +88,14 @@ _TOP_K = ("num_experts_per_tok", "moe_topk", "num_experts_per_token", "moe_k", "
 _EXPERT = re.compile(r"experts\.(\d+)\.")
 
 
-def writer_shares(loaded: LoadedModel, direction: Direction, model_map: ModelMap) -> tuple[WriterShare, ...]:
+def writer_shares(loaded: LoadedModel, direction: Direction) -> tuple[WriterShare, ...]:
     """Measure on the weights how much of what each writer can write lies along a direction.
 
-    Args:
-        loaded: The model.
-        direction: The direction; it is pulled back through the norm between a writer and the stream.
-        model_map: The model's map.
-
-    Returns:
-        A share for each weight, and of fused experts for each expert; biases and quantised weights are left out.
+    The direction is pulled back through the norm between a writer and the stream. There is a share for each weight, and
+    of fused experts for each expert; biases and quantised weights are left out.
     """
     shares = []
-    for site in model_map.sites:
+    for site in map_model(loaded.model).sites:
         for writer in site.writers:
             weight = loaded.model.get_parameter(writer.parameter)
             if len(writer.shape) < 2 or not weight.is_floating_point() or weight.shape != writer.shape:
@@ -134,21 +104,19 @@ def writer_shares(loaded: LoadedModel, direction: Direction, model_map: ModelMap
             rows = weight.detach().movedim(writer.axis, -1)
             fused = rows.dim() > 2
             for index, part in enumerate(rows if fused else [rows]):
-                found = WriterShare(
-                    parameter=writer.parameter,
-                    site=site.kind,
-                    layer=site.layer,
-                    expert=index if fused else _expert(writer),
-                    value=_share(part.to(torch.float32), basis),
+                values = part.to(torch.float32)
+                whole, along = float(values.square().sum()), float((values @ basis).square().sum())
+                chance = basis.shape[1] / basis.shape[0]
+                shares.append(
+                    WriterShare(
+                        parameter=writer.parameter,
+                        site=site.kind,
+                        layer=site.layer,
+                        expert=index if fused else _expert(writer),
+                        value=along / whole / chance if whole else 0.0,
+                    )
                 )
-                shares.append(found)
     return tuple(shares)
-
-
-def _share(rows: torch.Tensor, basis: torch.Tensor) -> float:
-    whole = float(rows.square().sum())
-    chance = basis.shape[1] / basis.shape[0]
-    return float((rows @ basis).square().sum()) / whole / chance if whole else 0.0
 
 
 def _expert(writer: Writer) -> int | None:
@@ -157,52 +125,36 @@ def _expert(writer: Writer) -> int | None:
 
 
 def expert_choices(
-    loaded: LoadedModel,
-    harmful: PromptSet,
-    harmless: PromptSet,
-    model_map: ModelMap,
-    *,
-    position: int = -1,
+    loaded: LoadedModel, harmful: PromptSet, harmless: PromptSet, *, position: int = -1
 ) -> tuple[ExpertChoice, ...]:
-    """Measure which experts the routers rank first, on harmful and on harmless prompts.
+    """Measure which experts the routers rank first at one token, on harmful and on harmless prompts.
 
-    Args:
-        loaded: The model.
-        harmful: Prompts that it refuses.
-        harmless: Prompts that it answers.
-        model_map: The model's map.
-        position: The token position.
-
-    Returns:
-        A share for each expert of each layer whose router is found: the one matrix of the layer with a row for each
-        expert. Empty for a model without experts.
-
-    Raises:
-        PromptError: If the prompts cannot be rendered.
-        ModelError: If memory runs out with a single prompt.
+    There is a choice for each expert of each layer whose router is found: the one matrix of the layer with a row for
+    each expert. For a model without experts there is none.
     """
     config = loaded.model.config.get_text_config()
     n_chosen = next((value for name in _TOP_K if isinstance(value := getattr(config, name, None), int)), None)
-    taps = {layer: _router_tap(loaded, name) for layer, name in _routers(loaded, model_map).items()}
+    taps = {layer: _router_tap(loaded, name) for layer, name in _routers(loaded).items()}
     if n_chosen is None or not taps:
         return ()
-    sides = [collect_at(loaded, part, taps, position, model_map) for part in (harmful, harmless)]
+    sides = [collect_at(loaded, part, taps, position) for part in (harmful, harmless)]
     choices = []
     for layer in taps:
         rates = []
         for side in sides:
             chosen = side[layer].topk(min(n_chosen, side[layer].shape[1])).indices
             rates.append(torch.zeros_like(side[layer]).scatter_(1, chosen, 1.0).mean(dim=0).tolist())
+        numbers = {"n_harmful": len(harmful), "n_harmless": len(harmless)}
         choices += [
-            ExpertChoice(layer, expert, first, second, len(harmful), len(harmless))
+            ExpertChoice(layer=layer, expert=expert, harmful=first, harmless=second, **numbers)
             for expert, (first, second) in enumerate(zip(*rates, strict=True))
         ]
     return tuple(choices)
 
 
-def _routers(loaded: LoadedModel, model_map: ModelMap) -> dict[int, str]:
+def _routers(loaded: LoadedModel) -> dict[int, str]:
     """The name of each layer's one matrix `[n_experts, d_model]` that writes nothing."""
-    routers = {}
+    model_map, routers = map_model(loaded.model), {}
     for layer, name in enumerate(model_map.layers):
         writers = [writer for site in model_map.sites if site.layer == layer for writer in site.writers]
         fused = [writer.shape[0] for writer in writers if len(writer.shape) == 3]

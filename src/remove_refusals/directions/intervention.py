@@ -1,116 +1,77 @@
-"""Interventions on disk: what `run` and `bake` leave, to be made again in another way."""
+"""From directions to an intervention: which direction is taken out where, and how much of it."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from typing import Any
 
+import torch
+from transformers import PreTrainedModel
+
+from remove_refusals.directions.direction import direction_from_vectors
 from remove_refusals.errors import DirectionError
-from remove_refusals.modelmap import ModelMap
+from remove_refusals.modelmap import ModelMap, map_model
 from remove_refusals.models import LoadedModel
-from remove_refusals.settings import (
-    SITE_KINDS,
-    EditSettings,
-    SiteKind,
-)
+from remove_refusals.settings import SITE_KINDS, EditSettings, SiteKind
 from remove_refusals.types import Direction, Intervention, SiteEdit
+
+Taken = Intervention | Direction | Sequence[Direction] | torch.Tensor
+"""What can be taken out: an intervention; one direction, or one for each layer; or a plain tensor of directions of any
+length: `[d_model]`, `[1, d_model]` or `[d_model, k]`."""
+
+
+def as_intervention(
+    what: Taken, model: PreTrainedModel | LoadedModel | ModelMap, settings: EditSettings | None = None
+) -> Intervention:
+    """Make the intervention that is meant for a model, and check that it fits.
+
+    Args:
+        what: What is taken out.
+        model: The model, or its map.
+        settings: Strength, layers and sites; of an intervention the strengths are multiplied, and sites left out.
+    """
+    if isinstance(model, ModelMap):
+        model_map = model
+    else:
+        model_map = map_model(model.model if isinstance(model, LoadedModel) else model)
+    if isinstance(what, torch.Tensor):
+        what = _direction(what, model_map.d_model)
+    if isinstance(what, Intervention):
+        check_fit(what, model_map)
+    edit = settings or EditSettings()
+    made = intervene(what, model_map.n_layers, strength=edit.strength, layers=edit.layers, kinds=edit.sites)
+    check_fit(made, model_map)
+    return made
+
+
+def _direction(vectors: torch.Tensor, d_model: int) -> Direction:
+    # A row is a vector too, as long as the width says which of the two axes is meant.
+    columns = vectors.T if vectors.dim() == 2 and vectors.shape[0] == 1 else vectors
+    if columns.dim() not in (1, 2) or columns.shape[0] != d_model or not columns.is_floating_point():
+        raise DirectionError(
+            f"The tensor to be taken out has shape {tuple(vectors.shape)} and dtype {vectors.dtype}, expected "
+            f"floating-point numbers of shape [d_model], [1, d_model] or [d_model, k] with the model's d_model "
+            f"{d_model}; give one direction, or one in each column."
+        )
+    return direction_from_vectors(columns)
 
 
 def intervene(
-    direction: Direction,
+    what: Intervention | Direction | Sequence[Direction],
     n_layers: int,
     *,
     strength: float = 1.0,
     layers: tuple[int, int] | None = None,
     kinds: Iterable[SiteKind] = SITE_KINDS,
 ) -> Intervention:
-    """Take one direction out at one strength, at every site of a range of layers.
+    """Take directions out at one strength, at every site of a range of layers.
 
     Args:
-        direction: What is taken out.
+        what: One direction; one for each layer, of which the embedding gets that of layer 0; or an intervention, whose
+            strengths are multiplied.
         n_layers: The model's number of layers.
         strength: The share that is taken out; 1 takes out all of it.
         layers: The first and the last layer, both included; None means all of them and the embedding. With a range,
             the embedding is edited only if it starts at layer 0.
         kinds: The kinds of site to edit.
-
-    Returns:
-        The intervention.
-
-    Raises:
-        DirectionError: If the range does not lie within the model, or the strength is not a finite number.
     """
-    first, last = _checked_range(layers, n_layers, strength)
-    wanted = frozenset(kinds)
-    edits = [SiteEdit("embedding", None, strength)] if "embedding" in wanted and first == 0 else []
-    for layer in range(first, last + 1):
-        edits += [SiteEdit(kind, layer, strength) for kind in SITE_KINDS[1:] if kind in wanted]
-    return Intervention((direction,), tuple(edits))
-
-
-def intervene_per_layer(
-    directions: Sequence[Direction],
-    *,
-    strength: float = 1.0,
-    layers: tuple[int, int] | None = None,
-    kinds: Iterable[SiteKind] = SITE_KINDS,
-) -> Intervention:
-    """Take from each layer's sites a direction of its own.
-
-    Args:
-        directions: One for each layer, as `mean_difference_per_layer` finds them; the embedding gets that of layer 0.
-        strength: As for `intervene`.
-        layers: As for `intervene`.
-        kinds: As for `intervene`.
-
-    Returns:
-        The intervention, with the directions of the range of layers alone.
-
-    Raises:
-        DirectionError: If there is no direction, or as from `intervene`.
-    """
-    if not directions:
-        raise DirectionError("There are 0 directions, expected one for each layer; find them first.")
-    uniform = intervene(directions[0], len(directions), strength=strength, layers=layers, kinds=kinds)
-    first, last = layers if layers is not None else (0, len(directions) - 1)
-    edits = (replace(edit, direction=0 if edit.layer is None else edit.layer - first) for edit in uniform.edits)
-    return Intervention(tuple(directions[first : last + 1]), tuple(edits))
-
-
-def scaled(
-    intervention: Intervention,
-    n_layers: int,
-    *,
-    strength: float = 1.0,
-    layers: tuple[int, int] | None = None,
-    kinds: Iterable[SiteKind] = SITE_KINDS,
-) -> Intervention:
-    """Take out more or less of what an intervention takes out, at some of its sites.
-
-    Args:
-        intervention: The intervention.
-        n_layers: The model's number of layers.
-        strength: What its strengths are multiplied by.
-        layers: As for `intervene`.
-        kinds: As for `intervene`.
-
-    Returns:
-        The intervention, with all directions; the edits that are not kept are left out.
-
-    Raises:
-        DirectionError: As from `intervene`.
-    """
-    first, last = _checked_range(layers, n_layers, strength)
-    wanted = frozenset(kinds)
-    edits = tuple(
-        replace(edit, strength=strength * edit.strength)
-        for edit in intervention.edits
-        if edit.kind in wanted and (first == 0 if edit.layer is None else first <= edit.layer <= last)
-    )
-    return Intervention(intervention.directions, edits)
-
-
-def _checked_range(layers: tuple[int, int] | None, n_layers: int, strength: float) -> tuple[int, int]:
-    """Give the first and last layer of a range, or of the model."""
     first, last = layers if layers is not None else (0, n_layers - 1)
     if not 0 <= first <= last < n_layers:
         raise DirectionError(
@@ -119,16 +80,38 @@ def _checked_range(layers: tuple[int, int] | None, n_layers: int, strength: floa
         )
     if not -10 <= strength <= 10:
         raise DirectionError(f"The strength is {strength}, expected a number from -10 to 10; 1 takes out all of it.")
-    return first, last
+    whole, wanted = _everywhere(what, n_layers), frozenset(kinds)
+    edits = [
+        edit.model_copy(update={"strength": strength * edit.strength})
+        for edit in whole.edits
+        if edit.kind in wanted and (first == 0 if edit.layer is None else first <= edit.layer <= last)
+    ]
+    used = sorted({edit.direction for edit in edits}) or [0]
+    return Intervention(
+        tuple(whole.directions[number] for number in used),
+        tuple(edit.model_copy(update={"direction": used.index(edit.direction)}) for edit in edits),
+    )
+
+
+def _everywhere(what: Intervention | Direction | Sequence[Direction], n_layers: int) -> Intervention:
+    if isinstance(what, Intervention):
+        return what
+    directions = (what,) if isinstance(what, Direction) else tuple(what)
+    if len(directions) not in (1, n_layers):
+        raise DirectionError(
+            f"There are {len(directions)} directions, expected one, or one for each of the model's {n_layers} layers; "
+            "use directions that were found on this model."
+        )
+    places = [("embedding", None), *((kind, layer) for layer in range(n_layers) for kind in SITE_KINDS[1:])]
+    each = len(directions) > 1
+    edits = [
+        SiteEdit(kind=kind, layer=layer, strength=1.0, direction=(layer or 0) if each else 0) for kind, layer in places
+    ]
+    return Intervention(directions, tuple(edits))
 
 
 def check_fit(intervention: Intervention, model_map: ModelMap) -> None:
-    """Check that an intervention's directions and layers are the model's.
-
-    Raises:
-        DirectionError: If a direction's width is not the model's, or an edit names a layer or direction that is not
-            there, or a site twice.
-    """
+    """Check that an intervention's directions and layers are the model's, and that it edits no site twice."""
     for direction in intervention.directions:
         if direction.d_model != model_map.d_model:
             raise DirectionError(
@@ -150,40 +133,17 @@ def check_fit(intervention: Intervention, model_map: ModelMap) -> None:
         seen.add((edit.kind, edit.layer))
 
 
-def made_intervention(
-    loaded: "LoadedModel", directions: "tuple[Direction, ...]", settings: "EditSettings"
-) -> tuple["Intervention", "ModelMap"]:
-    """Map the model and make the intervention that the settings mean for it.
+def middle_direction(intervention: Intervention, n_layers: int) -> tuple[Direction, int]:
+    """Choose what to look at: the direction found nearest to 60% of the depth, and its index of the layer axis.
 
-    Raises:
-        ArchitectureError: If the model cannot be mapped.
-        DirectionError: If the directions or the layers do not fit the model.
+    That is where refusal is decided (Arditi et al. 2024 find it between 50% and 70%), and the index for directions that
+    do not know where they were found.
     """
-    from remove_refusals.modelmap import derive as modelmap
+    middle = round(0.6 * n_layers)
 
-    model_map = modelmap.map_model(loaded.model)
-    return make_intervention(directions, settings, model_map), model_map
+    def place(direction: Direction) -> int:
+        layer = direction.origin.layer
+        return middle if layer is None else min(max(layer, 0), n_layers)
 
-
-def make_intervention(
-    found: Direction | tuple[Direction, ...], settings: EditSettings, model_map: ModelMap
-) -> Intervention:
-    """Apply one direction, or one for each layer, as the settings say.
-
-    Raises:
-        DirectionError: If there are several directions and not one for each layer, or their width is not the model's,
-            the layers do not lie within the model.
-    """
-    directions = (found,) if isinstance(found, Direction) else found
-    options: dict[str, Any] = {"strength": settings.strength, "layers": settings.layers, "kinds": settings.sites}
-    if len(directions) == 1:
-        intervention = intervene(directions[0], model_map.n_layers, **options)
-    elif len(directions) != model_map.n_layers:
-        raise DirectionError(
-            f"There are {len(directions)} directions, expected one, or one for each of the model's "
-            f"{model_map.n_layers} layers; use directions that were found on this model."
-        )
-    else:
-        intervention = intervene_per_layer(directions, **options)
-    check_fit(intervention, model_map)
-    return intervention
+    chosen = min(intervention.directions, key=lambda direction: abs(place(direction) - middle))
+    return chosen, place(chosen)

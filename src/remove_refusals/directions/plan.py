@@ -1,64 +1,20 @@
-"""From an intervention and a model's map to an edit plan: every tensor to be touched, and how.
+"""From an intervention and a model's map to an edit plan: every tensor to be touched, and how."""
 
-The direction lives in the residual stream. Where a norm sits between a writer and the stream, the direction is pulled
-back through it: a writer whose output is orthogonal to `gain ⊙ q` adds nothing along `q` after the norm, since the
-norm's division by a number per token rotates nothing.
-"""
-
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from remove_refusals.directions.intervention import check_fit
 from remove_refusals.errors import ArchitectureError
-from remove_refusals.formula import orthonormal_basis
-from remove_refusals.modelmap import ChannelStep, DiskTensor, ModelMap
+from remove_refusals.formula import pull_back
+from remove_refusals.modelmap import DiskTensor, ModelMap
 from remove_refusals.settings import SiteKind, Tied, Variant
 from remove_refusals.types import Intervention
 
 
-def pull_back(
-    basis: torch.Tensor, steps: Sequence[ChannelStep], tensor_of: Callable[[str], torch.Tensor]
-) -> torch.Tensor:
-    """Find the directions that become `basis` behind per-channel steps.
-
-    Args:
-        basis: `[d_model, k]`, float32, orthonormal columns, in the residual stream.
-        steps: The steps from the writer to the residual stream, first step first.
-        tensor_of: Gives a parameter by its name in the model.
-
-    Returns:
-        `[d_model, k]`, float32, orthonormal columns: a writer without a component along them adds none along `basis`.
-        A depthwise convolution with n taps needs up to n + 1 columns for each of `basis`.
-    """
-    if not steps:
-        return basis
-    columns = basis.to(torch.float64)
-    for step in reversed(steps):
-        if step.kind == "center":
-            columns = columns - columns.mean(dim=0, keepdim=True)
-            continue
-        assert step.parameter is not None
-        values = tensor_of(step.parameter).detach().to("cpu", torch.float64)
-        if step.kind == "gain":
-            columns = (values.reshape(-1) + step.offset).unsqueeze(1) * columns
-        else:
-            # Each tap brings the component of another token, so none of them may bring any.
-            taps = [tap.unsqueeze(1) * columns for tap in values.reshape(columns.shape[0], -1).unbind(1)]
-            spanned, sizes, _ = torch.linalg.svd(
-                torch.cat([*taps, *([columns] if step.offset else [])], dim=1), full_matrices=False
-            )
-            columns = spanned[:, sizes > 1e-7 * sizes[0]]
-    return orthonormal_basis(columns)
-
-
 def check_exact(model_map: ModelMap, *, allow_leak: bool = False) -> None:
-    """Check that an edit of a model's weights is exact.
-
-    Raises:
-        ArchitectureError: If it is not and `allow_leak` is not given.
-    """
+    """Check that an edit of a model's weights is exact, unless one that leaks is allowed."""
     if model_map.leaks and not allow_leak:
         raise ArchitectureError(
             f"No weight edit of model type '{model_map.model_type}' is exact ({model_map.leaks[0].rstrip('.')}), "
@@ -68,7 +24,7 @@ def check_exact(model_map: ModelMap, *, allow_leak: bool = False) -> None:
 
 @dataclass(frozen=True, eq=False)
 class PlanEntry:
-    """One tensor to be edited: `W' = W - strength * basis (basisᵀ W)` along `axis`.
+    """One tensor to be edited: `W' = W - strength * basis (basisᵀ W)` along `axis`, its axis of width d_model.
 
     Attributes:
         parameter: The tensor's name in the model.
@@ -120,23 +76,9 @@ def resolve(
     allow_leak: bool = False,
     variant: Variant = "plain",
 ) -> EditPlan:
-    """Resolve an intervention against one model.
+    """Resolve an intervention against one model; of `tensor_of` only norm gains are asked, by their names in the model.
 
-    Args:
-        intervention: What to take out where.
-        model_map: The model's sites and writers.
-        tensor_of: Gives a parameter by its name in the model; only norm gains are asked for.
-        tied: What to do with an embedding that is also the unembedding.
-        allow_leak: Whether to plan an edit that is known not to be exact.
-        variant: What else the edit does to each tensor; only `plain` is what the hooks do.
-
-    Returns:
-        The plan. An edit of strength 0 is listed under `left`, as is every writer of a site without an edit.
-
-    Raises:
-        DirectionError: If the intervention does not fit the model.
-        ArchitectureError: If the model's map has leaks and `allow_leak` is not given, or one tensor would have to be
-            edited in two ways.
+    An edit of strength 0 is listed under `left`, as is every writer of a site without an edit.
     """
     check_fit(intervention, model_map)
     check_exact(model_map, allow_leak=allow_leak)
@@ -149,7 +91,6 @@ def resolve(
             if edit is None or edit.strength == 0:
                 left.append((writer.parameter, "not selected" if edit is None else "strength 0"))
                 continue
-            basis = pull_back(intervention.directions[edit.direction].basis, writer.steps, tensor_of)
             entry = PlanEntry(
                 parameter=writer.parameter,
                 kind=site.kind,
@@ -157,7 +98,7 @@ def resolve(
                 axis=writer.axis,
                 shape=writer.shape,
                 strength=edit.strength,
-                basis=basis,
+                basis=pull_back(intervention.directions[edit.direction].basis, writer.steps, tensor_of),
                 on_disk=writer.on_disk,
             )
             known = entries.setdefault(writer.parameter, entry)
@@ -167,10 +108,5 @@ def resolve(
                     "different edits, expected one edit per tensor; use the same strength and direction for both."
                 )
     edits_embedding = model_map.input_embedding in entries
-    return EditPlan(
-        tuple(entries.values()),
-        model_map.tied and edits_embedding and tied == "untie",
-        tuple(left),
-        model_map.leaks,
-        variant,
-    )
+    untie = model_map.tied and edits_embedding and tied == "untie"
+    return EditPlan(tuple(entries.values()), untie, tuple(left), model_map.leaks, variant)

@@ -3,10 +3,9 @@
 from remove_refusals.modelmap.derive import map_model
 from remove_refusals.modelmap.knowledge import first_of_width
 from remove_refusals.modelmap.skeleton import by_stored_name, disk_names, disk_tensors, skeleton, skeleton_of
-from remove_refusals.modelmap.types import ChannelStep, DiskTensor, HookPoint, ModelMap, Site, Writer
+from remove_refusals.modelmap.types import DiskTensor, HookPoint, ModelMap, Site, Writer
 
 __all__ = [
-    "ChannelStep",
     "DiskTensor",
     "HookPoint",
     "ModelMap",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from remove_refusals.modelmap.types import ChannelStep
+from remove_refusals.formula import ChannelStep
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from remove_refusals.formula import ChannelStep
 from remove_refusals.modelmap.knowledge import CONSTANT, ZERO, Knowledge, Terms, tensors_in
-from remove_refusals.modelmap.types import ChannelStep
 
 Rule = Callable[[Knowledge, Sequence[Any], Any], Terms | None]
 """From what is known, an operation's positional arguments and its output to the output's terms."""

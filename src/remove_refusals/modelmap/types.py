@@ -3,25 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from remove_refusals.formula import ChannelStep
 from remove_refusals.settings import SiteKind
-
-
-@dataclass(frozen=True)
-class ChannelStep:
-    """One linear step between a writer's output and the residual stream, acting on each channel.
-
-    Attributes:
-        kind: `gain` multiplies by `parameter + offset` channel by channel; `center` subtracts the mean over channels;
-            `taps` is a depthwise convolution over tokens, each of whose taps multiplies channel by channel.
-        parameter: The name of the gain in the model, of `d_model` numbers, or of the taps, `[d_model, 1, n_taps]`;
-            None for `center`.
-        offset: What is added to the parameter to get the effective gain: 1.0 in Gemma, 0.0 in most. For `taps` 1.0 if
-            what enters the convolution is also added to what leaves it.
-    """
-
-    kind: Literal["gain", "center", "taps"]
-    parameter: str | None = None
-    offset: float = 0.0
 
 
 @dataclass(frozen=True)

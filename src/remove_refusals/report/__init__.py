@@ -10,7 +10,6 @@ from remove_refusals.report.records import (
     CandidateRecord,
     Certificate,
     DirectionRecord,
-    EditRecord,
     LeakRecord,
     LookedAtDirection,
     PlanRecord,
@@ -18,7 +17,6 @@ from remove_refusals.report.records import (
     PromptsRecord,
     SelectionRecord,
     SelectionSummary,
-    StrengthRecord,
     WriterCertificate,
 )
 from remove_refusals.report.words import table, table_key
@@ -31,7 +29,6 @@ __all__ = [
     "CandidateRecord",
     "Certificate",
     "DirectionRecord",
-    "EditRecord",
     "LeakRecord",
     "LookedAtDirection",
     "PlanRecord",
@@ -40,7 +37,6 @@ __all__ = [
     "Pushed",
     "SelectionRecord",
     "SelectionSummary",
-    "StrengthRecord",
     "WriterCertificate",
     "html_report",
     "model_card",

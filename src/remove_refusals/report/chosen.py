@@ -80,30 +80,30 @@ def _candidate_row(entry: Mapping[str, Any], index: int, selection: Mapping[str,
 def strengths(material: Material) -> View | None:
     """Give how much was taken out at which site of which layer; None if no record says it."""
     if material.ablation is not None and "intervention" in material.ablation:
-        edits = [{"site": edit["kind"], "layer": None, **edit} for edit in material.ablation["intervention"]]
+        edits = material.ablation["intervention"]
     elif material.selection is not None:
         found = material.selection["candidates"][material.selection["picked"]]["strengths"]
         edits = [{"layer": None, **edit} for edit in found]
     else:
         return None
-    in_layers = [edit for edit in edits if edit["layer"] is not None]
+    in_layers = [edit for edit in edits if "layer" in edit]
     depth = len(material.analysis["layers"]) - 2 if material.analysis is not None else 0
     across = integers(0, max([depth, *(edit["layer"] for edit in in_layers)]))
     up = Scale(min([0.0, *(edit["strength"] for edit in edits)]), max([1.0, *(edit["strength"] for edit in edits)]))
     rows = []
     for kind, name in _KINDS.items():
-        values = [(edit["layer"], edit["strength"]) for edit in in_layers if edit["site"] == kind]
+        values = [(edit["layer"], edit["strength"]) for edit in in_layers if edit["kind"] == kind]
         said = ", ".join(f"layer {layer}: {number(value)}" for layer, value in values) or "left alone everywhere"
         rows.append(bars(name, f"Strength by layer, {name}: {said}", values, across, up))
     return {
         "bars": rows,
-        "embedding": next((number(edit["strength"]) for edit in edits if edit["site"] == "embedding"), None),
+        "embedding": next((number(edit["strength"]) for edit in edits if edit["kind"] == "embedding"), None),
         "table": (
             ("site", "layer", "strength", "direction"),
             [
                 (
-                    edit["site"],
-                    "" if edit["layer"] is None else str(edit["layer"]),
+                    edit["kind"],
+                    str(edit.get("layer", "")),
                     number(edit["strength"]),
                     str(edit.get("direction", 0) + 1),
                 )

@@ -10,7 +10,17 @@ from pydantic import ConfigDict, Field, computed_field
 from remove_refusals.errors import RecordError
 from remove_refusals.files import Record, read_json
 from remove_refusals.settings import SiteKind
-from remove_refusals.types import Auroc, Contributions, Cosine, ExpertChoice, LayerSeparation, Separation, WriterShare
+from remove_refusals.types import (
+    Auroc,
+    Contributions,
+    Cosine,
+    DirectionOrigin,
+    ExpertChoice,
+    LayerSeparation,
+    Separation,
+    SiteEdit,
+    WriterShare,
+)
 
 LARGEST_SHARE_OFF = 0.05
 """How far the share that is left in a quantised tensor may be off: its rounding alone would hide a skipped writer."""
@@ -27,7 +37,7 @@ class BaseRecord(Record):
     card: dict[str, Any] | None = None
 
 
-class DirectionRecord(Record):
+class DirectionRecord(DirectionOrigin):
     """What a direction is and where it came from."""
 
     # Those of an older version may say more.
@@ -36,25 +46,6 @@ class DirectionRecord(Record):
     sha256: str
     d_model: int
     rank: int
-    method: str
-    model: str | None = None
-    layer: int | None = None
-    position: int | tuple[int, ...] | None = None
-    seed: int | None = None
-    n_harmful: int | None = None
-    n_harmless: int | None = None
-    harmful_sha256: str | None = None
-    harmless_sha256: str | None = None
-    length: float | None = None
-
-
-class EditRecord(Record):
-    """How much of which direction was taken out at the sites of one kind in one layer, or in the embedding."""
-
-    kind: SiteKind
-    layer: int | None = None
-    strength: float
-    direction: int = 0
 
 
 class PlanRecord(Record):
@@ -112,7 +103,7 @@ class AblationRecord(Record):
     modified: str = ""
     base: BaseRecord
     directions: tuple[DirectionRecord, ...]
-    intervention: tuple[EditRecord, ...]
+    intervention: tuple[SiteEdit, ...]
     plan: PlanRecord
     versions: dict[str, str]
     adapter: AdapterRecord | None = None
@@ -203,21 +194,13 @@ class Certificate(Record):
         return max(self.edited, key=lambda entry: entry.off, default=None)
 
 
-class StrengthRecord(EditRecord):
-    """The same as an `EditRecord`, under the name that `selection.json` has for a kind of site."""
-
-    model_config = ConfigDict(populate_by_name=True)
-
-    kind: SiteKind = Field(validation_alias="site", serialization_alias="site")
-
-
 class CandidateRecord(Record):
     """One candidate: what the search measured of it, and what generation showed, if it was tried."""
 
     name: str
     refusal: float
     damage: float
-    strengths: tuple[StrengthRecord, ...]
+    strengths: tuple[SiteEdit, ...]
     confirmation: dict[str, Any] | None = None
 
 

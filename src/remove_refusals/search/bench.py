@@ -167,7 +167,7 @@ class Bench:
         def context(rows: list[int]) -> AbstractContextManager[None]:
             steer = Steer(full, directions[rows])
             sites = {(site.kind, site.layer): lambda: steer for site in self._map.sites}
-            return steered(self._loaded.model, self._map, sites)
+            return steered(self._loaded.model, sites)
 
         return context
 
@@ -178,7 +178,7 @@ class Bench:
         def context(rows: list[int]) -> AbstractContextManager[None]:
             own, there = pushes[rows], indices[rows]
             vectors = {index: own * (there == index).to(own.device)[:, None] for index in torch.unique(there).tolist()}
-            return added(self._loaded.model, self._map, vectors)
+            return added(self._loaded.model, vectors)
 
         return context
 

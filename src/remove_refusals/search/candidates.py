@@ -13,9 +13,9 @@ from remove_refusals.directions import DIRECTIONS, direction_sha256
 from remove_refusals.errors import DirectionError
 from remove_refusals.files import Record, atomic_file
 from remove_refusals.measure import Mean, Rate
-from remove_refusals.report import CandidateRecord, SelectionRecord, SelectionSummary, StrengthRecord
+from remove_refusals.report import CandidateRecord, SelectionRecord, SelectionSummary
 from remove_refusals.settings import Method, Rule
-from remove_refusals.types import Direction, DirectionOrigin, Intervention, SiteEdit
+from remove_refusals.types import Direction, DirectionOrigin, Intervention
 
 CANDIDATES = f"{DIRECTIONS}/candidates.safetensors"
 
@@ -70,7 +70,7 @@ class Candidate:
             name=self.name,
             refusal=self.refusal,
             damage=self.damage,
-            strengths=tuple(StrengthRecord(**vars(edit)) for edit in self.intervention.edits),
+            strengths=self.intervention.edits,
             confirmation=None if self.confirmation is None else self.confirmation.to_json(),
         )
 
@@ -202,9 +202,8 @@ def load_candidates(directory: Path) -> dict[str, Intervention]:
         found = {}
         for number, kept in sorted(names.items(), key=lambda item: int(item[0])):
             candidate = record.candidates[int(number)]
-            edits = (SiteEdit(edit.kind, edit.layer, edit.strength, edit.direction) for edit in candidate.strengths)
-            directions = tuple(Direction(bases[name], DirectionOrigin("search")) for name in kept)
-            found[candidate.name] = Intervention(directions, tuple(edits))
+            directions = tuple(Direction(bases[name], DirectionOrigin(method="search")) for name in kept)
+            found[candidate.name] = Intervention(directions, candidate.strengths)
     except (KeyError, IndexError, TypeError, ValueError, safetensors.SafetensorError) as error:
         raise DirectionError(
             f"The candidates in {path} cannot be read ({type(error).__name__}: {error}), expected what `run` leaves; "

@@ -5,7 +5,7 @@ in the strengths and in the directions. One descent after another, each with the
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -59,7 +59,7 @@ class Steering:
         origin = self.origins[number]
         if not self.learned:
             return origin
-        return replace(origin, method=f"gradient descent from {origin.method}", length=None)
+        return origin.model_copy(update={"method": f"gradient descent from {origin.method}", "length": None})
 
     def intervention(self, least: float) -> Intervention:
         """Give the intervention; strengths below `least` are left out, as are directions that nothing uses then."""
@@ -69,7 +69,10 @@ class Steering:
         directions = tuple(
             direction_from_vectors(self.directions[number].detach().to("cpu"), self._origin(number)) for number in used
         )
-        edits = [SiteEdit(*self.sites[index], strengths[index], used.index(self.direction_of[index])) for index in kept]
+        edits = []
+        for index in kept:
+            (kind, layer), number = self.sites[index], used.index(self.direction_of[index])
+            edits.append(SiteEdit(kind=kind, layer=layer, strength=strengths[index], direction=number))
         return Intervention(directions, tuple(edits))
 
 
@@ -134,7 +137,7 @@ def descend(
 
 def _inputs(directions: Sequence[Direction], material: Material, settings: GradientSettings) -> list[Any]:
     """What the descents depend on; directions are told apart by where they come from."""
-    origins = [asdict(replace(direction.origin, length=None)) for direction in directions]
+    origins = [direction.origin.model_copy(update={"length": None}).to_json() for direction in directions]
     probes = [[probe.token_ids, probe.paths] for probe in (*material.refusal_probes, *material.damage_probes)]
     return [settings.model_dump(), origins, material.first_layer, probes]
 
@@ -182,7 +185,7 @@ def _go_down(
     for step in range(n_steps):
         harmful, harmless = next(orders)
         optimizer.zero_grad()
-        with frozen(loaded, gradients=True), steered(loaded.model, map_model(loaded.model), steering.steers()):
+        with frozen(loaded, gradients=True), steered(loaded.model, steering.steers()):
             unlikelihood(material.refusals(harmful)).backward()  # type: ignore[no-untyped-call]
             (weight * material.damages(harmless).mean()).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -193,7 +196,7 @@ def _go_down(
         progress.done(step + 1)
     steering.strengths.requires_grad_(False)
     steering.directions.requires_grad_(False)
-    with steered(loaded.model, map_model(loaded.model), steering.steers()):
+    with steered(loaded.model, steering.steers()):
         first = material.refused.token_ids[: settings.n_check]
         return generate(loaded, first, max_new_tokens=settings.n_check_tokens)
 
@@ -210,7 +213,7 @@ def first_layer_that_counts(directions: Sequence[Direction], material: Material,
     loaded = material.loaded
     steering = start_steering(loaded, directions, settings, 0)
     strengths = steering.strengths.requires_grad_(True)
-    with frozen(loaded, gradients=True), steered(loaded.model, map_model(loaded.model), steering.steers()):
+    with frozen(loaded, gradients=True), steered(loaded.model, steering.steers()):
         loss = material.refusals(0).log().mean() + material.damages(0).mean()
         (slopes,) = torch.autograd.grad(loss, strengths)
     won = [0.0] * map_model(loaded.model).n_layers

@@ -9,7 +9,6 @@ import torch
 
 from remove_refusals.directions import SiteKey, Steer, steered
 from remove_refusals.measure import Label, judge_phrases
-from remove_refusals.modelmap import map_model
 from remove_refusals.models import Answer, LoadedModel
 from remove_refusals.search.continuations import (
     Probe,
@@ -116,7 +115,7 @@ class Material:
 
     def score(self, steers: Mapping[SiteKey, Callable[[], Steer]]) -> tuple[float, float]:
         """Run all of it: the mean probability of a refusal, and the mean KL in nats."""
-        with frozen(self.loaded, gradients=False), steered(self.loaded.model, map_model(self.loaded.model), steers):
+        with frozen(self.loaded, gradients=False), steered(self.loaded.model, steers):
             refusals = torch.cat([self.refusals(batch) for batch in range(len(self.refusal_probes))])
             kls = torch.cat([self.damages(batch) for batch in range(len(self.damage_probes))])
         return float(refusals.mean()), float(kls.mean())

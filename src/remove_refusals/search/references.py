@@ -82,7 +82,7 @@ def confirm(
     """Generate with an intervention and measure, by hooks, what it does to the base model's own answers."""
 
     def edited() -> AbstractContextManager[None]:
-        return ablated(loaded.model, intervention)
+        return ablated(loaded, intervention)
 
     now: list[References] = []
     with edited():

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -243,7 +243,7 @@ def _confirmed(
 
 def _content(intervention: Intervention) -> list[Any]:
     bases = [direction.basis.tolist() for direction in intervention.directions]
-    return [bases, [asdict(edit) for edit in intervention.edits]]
+    return [bases, [edit.to_json() for edit in intervention.edits]]
 
 
 def _cost(candidate: Candidate) -> tuple[float, float]:
