@@ -34,17 +34,13 @@ class Term:
 
 Terms = frozenset[Term]
 
-
 ZERO: Terms = frozenset()
 """The terms of a tensor of zeros."""
-
 
 CONSTANT = Term("a constant", None)
 """What no parameter has written and is not known to be zero."""
 
-
 TWICE = "what it holds already, behind a norm or the like"
-
 
 REARRANGED: Terms = frozenset({Term("a part or a rearrangement of channels", None)})
 """The terms of a tensor that holds known channels elsewhere than along its last axis."""
@@ -56,19 +52,11 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
 
 
 def first_of_width(value: Any, d_model: int) -> torch.Tensor | None:
-    """Find the residual stream among a module's inputs or outputs.
-
-    Args:
-        value: The inputs or outputs, nested as they are.
-        d_model: The width of the residual stream.
-
-    Returns:
-        The first floating-point tensor whose last axis has that width, or else several streams side by side.
-    """
+    """Find the residual stream, or else several side by side, among a module's inputs or outputs, however nested."""
     found = [tensor for tensor in tensors_in(value) if tensor.is_floating_point() and tensor.dim() >= 2]
     exact = (tensor for tensor in found if tensor.shape[-1] == d_model)
     wider = (t for t in found if t.dim() >= 3 and t.shape[-1] and t.shape[-1] % d_model == 0)
-    return next(exact, None) if any(t.shape[-1] == d_model for t in found) else next(wider, None)
+    return next(itertools.chain(exact, wider), None)
 
 
 def _key(tensor: torch.Tensor) -> int:
@@ -82,14 +70,9 @@ def same_storage(first: torch.Tensor, second: torch.Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Weight:
-    """A tensor computed from one parameter alone: `scale * parameter + offset`.
+    """A tensor computed from one parameter, or buffer, alone: `scale * parameter + offset`.
 
-    Attributes:
-        name: The parameter's or buffer's name.
-        axes: The parameter's axis for each stride of the tensor.
-        is_parameter: Whether it is a parameter; a buffer cannot be edited.
-        scale: What it was multiplied by.
-        offset: What was added to it.
+    `axes` gives the parameter's axis for each stride of the tensor.
     """
 
     name: str
@@ -149,11 +132,7 @@ class Knowledge:
         return next((dim for dim in range(-1, -tensor.dim() - 1, -1) if self.is_channels(tensor, dim)), -1)
 
     def terms(self, tensor: Any, dim: int = -1) -> Terms | None:
-        """Give the terms of a value whose channels lie along a dimension.
-
-        Returns:
-            The terms; None for a value that no parameter has reached: a number, a mask, a position.
-        """
+        """Give the terms of a value whose channels lie along a dimension; None for what no parameter has reached."""
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
             return None
         if self.weight(tensor) is not None:
@@ -255,15 +234,9 @@ _KEEP = frozenset(
 
 
 def changed_weight(weight: Weight, name: str, args: Sequence[Any]) -> Weight | None:
-    """Give what an operation makes of a weight, without regard to its shape.
+    """Give what an operation makes of a weight, its only floating-point tensor, without regard to its shape.
 
-    Args:
-        weight: The weight, the operation's only floating-point tensor.
-        name: The operation's name.
-        args: Its arguments in the order of its schema, defaults included.
-
-    Returns:
-        The weight after the operation; None if it is no longer a parameter scaled and shifted.
+    It is None if the result is no longer a parameter scaled and shifted.
     """
     if name in _KEEP:
         return replace(weight, scale=-weight.scale, offset=-weight.offset) if name == "neg" else weight

@@ -18,7 +18,6 @@ from remove_refusals.modelmap.knowledge import CONSTANT, ZERO, Knowledge, Terms,
 Rule = Callable[[Knowledge, Sequence[Any], Any], Terms | None]
 """From what is known, an operation's positional arguments and its output to the output's terms."""
 
-
 # Operations that select, copy or move rows; beside each the argument that must not name the channels.
 _KEEP = {
     **dict.fromkeys("alias clone contiguous detach _to_copy lift_fresh neg dropout native_dropout repeat".split()),
@@ -28,10 +27,8 @@ _KEEP = {
     "roll": 2,
 }
 
-
 # Of these, what leaves every dimension where it is.
 _COPIES = frozenset("alias clone contiguous detach _to_copy lift_fresh".split())
-
 
 # Operations that unite rows of several tensors, likewise.
 _UNITE = {
@@ -40,37 +37,24 @@ _UNITE = {
     **dict.fromkeys("slice_scatter select_scatter".split(), 2),
 }
 
-
 _FRESH = "zeros zeros_like new_zeros empty empty_like new_empty new_empty_strided empty_strided zero".split()
-
 
 # Where the value that fills a tensor stands.
 _FILLS = {"scalar_tensor": 0, "full": 1, "full_like": 1, "new_full": 2, "fill": 1}
 
-
 # Where the two operands stand; a bias, if any, comes first.
 _PRODUCTS = dict.fromkeys("mm bmm matmul _grouped_mm grouped_mm_fallback".split(), 0) | {"addmm": 1, "baddbmm": 1}
-
 
 TWO_ACTIVATIONS = "a product of two activations"
 
 
 def terms_after(known: Knowledge, name: str, args: Sequence[Any], out: Any) -> Terms | None:
-    """Give the terms of an operation's output.
+    """Give the terms of an operation's output, None if no parameter has reached it.
 
-    Args:
-        known: What is known of the operands.
-        name: The operation's name, without the mark of one in place.
-        args: Its arguments in the order of its schema, defaults included.
-        out: Its output.
-
-    Returns:
-        The terms; None if no parameter has reached the output.
+    The name is without the mark of an operation in place; all arguments are in the order of its schema.
     """
     rule = _RULES.get(name)
-    if rule is not None:
-        return rule(known, args, out)
-    return _ended(known, name, args)
+    return rule(known, args, out) if rule is not None else _ended(known, name, args)
 
 
 def _ended(known: Knowledge, name: str, values: Any) -> Terms | None:
@@ -102,15 +86,19 @@ def _per_row(value: Any) -> bool:
 
 
 def _add(known: Knowledge, args: Sequence[Any], out: Any) -> Terms | None:
-    first, second = args[0], args[1]
-    found = [known.terms(first), known.terms(second)]
-    if found[0] is None and found[1] is None:
+    found = [known.terms(value) for value in args[:2]]
+    if found == [None, None]:
         return None
-    parts = [
-        terms if terms is not None else ZERO if isinstance(value, int | float) and value == 0 else frozenset({CONSTANT})
-        for value, terms in zip((first, second), found, strict=True)
-    ]
-    return known.summed(*parts)
+    zero = [isinstance(value, int | float) and value == 0 for value in args[:2]]
+    return known.summed(*(ZERO if none else _or_constant(terms) for none, terms in zip(zero, found, strict=True)))
+
+
+def _or_constant(terms: Terms | None) -> Terms:
+    return frozenset({CONSTANT}) if terms is None else terms
+
+
+def _summed(known: Knowledge, *parts: Terms | None) -> Terms | None:
+    return None if all(part is None for part in parts) else known.summed(*map(_or_constant, parts))
 
 
 def _subtract(known: Knowledge, args: Sequence[Any], out: Any) -> Terms | None:
@@ -153,10 +141,7 @@ def _divide(known: Knowledge, args: Sequence[Any], out: Any) -> Terms | None:
 
 
 def _add_product(known: Knowledge, args: Sequence[Any], out: Any) -> Terms | None:
-    product, start = _multiply(known, args[1:3], out), known.terms(args[0])
-    if product is None and start is None:
-        return None
-    return known.summed(*(frozenset({CONSTANT}) if part is None else part for part in (product, start)))
+    return _summed(known, _multiply(known, args[1:3], out), known.terms(args[0]))
 
 
 def _where(known: Knowledge, args: Sequence[Any], out: Any) -> Terms | None:
@@ -179,8 +164,7 @@ def _masked_fill(known: Knowledge, args: Sequence[Any], out: Any) -> Terms | Non
 def _index(known: Knowledge, args: Sequence[Any], out: Any) -> Terms | None:
     value, indices = args[0], args[1]
     masked = sum(index.dim() if index.dtype in {torch.bool, torch.uint8} else 1 for index in tensors_in(indices))
-    gaps = sum(index is None for index in indices)
-    reaches_last = masked + gaps >= value.dim() and indices[-1] is not None
+    reaches_last = masked + sum(index is None for index in indices) >= value.dim() and indices[-1] is not None
     return _ended(known, "index over channels", [value]) if reaches_last else known.terms(value)
 
 
@@ -195,14 +179,13 @@ def _fill(known: Knowledge, args: Sequence[Any], out: Any, *, at: int) -> Terms 
 
 
 def _embedding(known: Knowledge, args: Sequence[Any], out: Any) -> Terms | None:
-    weight = known.weight(args[0])
-    return known.terms(args[0]) if weight is not None else _ended(known, "embedding", [args[0]])
+    return known.terms(args[0]) if known.weight(args[0]) is not None else _ended(known, "embedding", [args[0]])
 
 
 def _convolution(known: Knowledge, args: Sequence[Any], out: Any) -> Terms | None:
     value, kernel, bias, _, _, _, transposed, _, groups = args[:9]
     weight = known.weight(kernel)
-    added = ZERO if bias is None else known.terms(bias) or frozenset({CONSTANT})
+    added = ZERO if bias is None else _or_constant(known.terms(bias))
     if weight is None or weight.offset:
         return _ended(known, "convolution", args)
     if groups == 1:
@@ -228,15 +211,12 @@ def _norm(known: Knowledge, args: Sequence[Any], out: Any, *, centers: bool) -> 
         if stepped is None:
             return _ended(known, "a norm whose gain is no parameter", args)
         terms = stepped
-    added = known.terms(bias) if centers and isinstance(bias, torch.Tensor) else ZERO
-    return terms | (frozenset({CONSTANT}) if added is None else added)
+    return terms | (_or_constant(known.terms(bias)) if centers and isinstance(bias, torch.Tensor) else ZERO)
 
 
 def _product(known: Knowledge, args: Sequence[Any], out: Any, *, at: int) -> Terms | None:
     left, right = args[at : at + 2]
-    added = known.terms(args[0]) if at else ZERO
-    if added is None:
-        added = frozenset({CONSTANT})
+    added = _or_constant(known.terms(args[0])) if at else ZERO
     for operand, dim in ((right, -1), (left, -2)):
         weight = known.weight(operand)
         if weight is not None and operand.dim() >= 2:

@@ -18,15 +18,9 @@ T = TypeVar("T")
 
 
 def skeleton(model: PreTrainedModel, *, dtype: torch.dtype | None = None, tied: bool | None = None) -> PreTrainedModel:
-    """Build a copy of a model without weights.
+    """Copy a model without weights and quantisation, onto the meta device, in evaluation mode.
 
-    Args:
-        model: The model to copy; left as it is.
-        dtype: The copy's floating-point dtype; None takes the model's.
-        tied: Whether the copy's embedding and unembedding are one parameter; None takes the model's setting.
-
-    Returns:
-        A model of the same class on the meta device, in evaluation mode, without quantisation.
+    `tied` says whether the copy's embedding and unembedding are one parameter.
     """
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
@@ -40,20 +34,7 @@ def skeleton(model: PreTrainedModel, *, dtype: torch.dtype | None = None, tied: 
 
 
 def skeleton_of(source: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Build a model without weights from a checkpoint's configuration alone.
-
-    Args:
-        source: A directory, a hub id, or `demo`.
-        revision: The hub's branch, tag or commit.
-        trust_remote_code: Run Python code that comes with the checkpoint.
-
-    Returns:
-        A causal language model on the meta device, in evaluation mode.
-
-    Raises:
-        ModelError: If there is no configuration, or none of a causal language model, or if it needs code that is not
-            trusted.
-    """
+    """Build a model without weights, as `skeleton` does, from a checkpoint's configuration alone."""
     try:
         name = model_source(str(source))
         check_trust(name, PretrainedConfig.get_config_dict(name, revision=revision)[0], trust_remote_code)
@@ -80,14 +61,8 @@ def _without_weights(built: PreTrainedModel) -> PreTrainedModel:
 def disk_tensors(model: PreTrainedModel, name: str, shape: tuple[int, ...], axis: int) -> tuple[DiskTensor, ...]:
     """Find the tensors of a checkpoint that hold a parameter, through Transformers' own conversion of names.
 
-    Args:
-        model: The model, as it was loaded; a model without weights gives the names under which it would be saved.
-        name: The parameter's name in the model.
-        shape: Its shape.
-        axis: Its axis of width d_model.
-
-    Returns:
-        One tensor, or several for parameters that are fused in memory only.
+    There are several for a parameter that is fused in memory only. A model without weights gives the names under which
+    it would be saved.
     """
     # The axis is found by its size: only on disk, where it may lie elsewhere, is it twice as wide in the second run.
     first, second = (
@@ -112,13 +87,8 @@ def stored_names(model: PreTrainedModel) -> frozenset[str]:
 def by_stored_name(tensors: Mapping[str, T], model_map: ModelMap) -> dict[str, T]:
     """Put what belongs to a checkpoint's tensors under the names that the model's map speaks of.
 
-    Args:
-        tensors: Anything by the names in the files, where the base model's prefix may be left out (as in the hub's
-            `gpt2`) or stand before what has none.
-        model_map: The model's map.
-
-    Returns:
-        The same by the map's names; what the model has no place for keeps its name.
+    In the files the base model's prefix may be left out (as in the hub's `gpt2`) or stand before what has none; what
+    the model has no place for keeps its name.
     """
     prefix = model_map.prefix + "."
 

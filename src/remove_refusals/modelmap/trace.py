@@ -31,6 +31,7 @@ from remove_refusals.modelmap.knowledge import (
     tensors_in,
 )
 from remove_refusals.modelmap.operations import channel_dim, terms_after
+from remove_refusals.models import hooked
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,9 @@ class ModuleCall:
         module: The module's name in the model.
         before: The terms of its first input of the residual stream's width, when it was called.
         beside: The terms of its other inputs of that width.
-        after: The terms of its first output of the residual stream's width, when it returned.
-        start: The position of the call's begin in the order of all begins and ends.
-        end: The position of the call's end.
+        after: The terms of its first output of that width, when it returned.
+        start: Where the call begins in the order of all begins and ends.
+        end: Where it ends.
     """
 
     module: str
@@ -210,28 +211,13 @@ def _recorded_calls(model: torch.nn.Module, known: Knowledge) -> Iterator[list[M
         name, (before, beside, start) = known.open_modules.pop(), open_calls.pop()
         calls.append(ModuleCall(name, before, beside, terms_of(output), start, next(clock)))
 
-    handles = []
-    for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(begin(name), with_kwargs=True))
-        handles.append(module.register_forward_hook(finish, with_kwargs=True))
-    try:
+    names = [name for name, _ in model.named_modules()]
+    with hooked(model, before=[(name, begin(name)) for name in names], behind=[(name, finish) for name in names]):
         yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def trace_forward(model: torch.nn.Module, d_model: int, forward: Callable[[], Any]) -> Trace:
-    """Run `forward`, which calls `model`, and follow its parameters.
-
-    Args:
-        model: The model; its parameters may be on the meta device.
-        d_model: The width of the residual stream.
-        forward: Runs the forward pass.
-
-    Returns:
-        What was seen. The model is left as it was.
-    """
+    """Run `forward`, which calls `model`, if need be on the meta device, and follow its parameters."""
     try:
         return _traced(model, d_model, forward, _MadeUpValues(numbered=True))
     except IndexError:

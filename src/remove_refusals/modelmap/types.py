@@ -1,4 +1,4 @@
-"""What a model's map and an edit plan consist of: writers and hook points by site, and what happens to which tensor."""
+"""What a model's map consists of: writers and hook points, by the sites where they add to the residual stream."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,12 +9,7 @@ from remove_refusals.settings import SiteKind
 
 @dataclass(frozen=True)
 class DiskTensor:
-    """A tensor of a checkpoint that holds a parameter of the model, or a part of it.
-
-    Attributes:
-        name: Its name on disk.
-        axis: Its axis of width d_model.
-    """
+    """A tensor of a checkpoint that holds a parameter, or a part of it, with its axis of width d_model."""
 
     name: str
     axis: int
@@ -22,14 +17,9 @@ class DiskTensor:
 
 @dataclass(frozen=True)
 class Writer:
-    """A parameter whose output lands in the residual stream.
+    """A parameter whose output, along its axis of width d_model, lands in the residual stream, behind `steps`.
 
-    Attributes:
-        parameter: Its name in the model, for example `model.layers.3.mlp.down_proj.weight`.
-        axis: The axis of width d_model that is its output.
-        shape: Its shape.
-        steps: What its output passes through before it is added to the residual stream, first step first.
-        on_disk: The tensors of a checkpoint that hold it; several where experts are fused in memory only.
+    On disk there are several tensors where experts are fused in memory only.
     """
 
     parameter: str
@@ -41,14 +31,10 @@ class Writer:
 
 @dataclass(frozen=True)
 class HookPoint:
-    """A tensor that a hook can change.
+    """A tensor that a hook can change, with `steps` between it and the residual stream.
 
-    Attributes:
-        module: The module's name in the model; its output is changed, or its input if `on_input` is set.
-        steps: What lies between that and the residual stream, first step first.
-        on_input: Whether the module's input is changed.
-        writer: A writer whose output is no module's, as a bias that a norm adds. If it is given, an edited copy stands
-            in its place, and `module` is empty.
+    It is the output of a module, its input if `on_input` is set, or what `writer` gives, a parameter whose output is no
+    module's, as a bias that a norm adds: an edited copy stands in its place, and `module` is empty.
     """
 
     module: str
@@ -59,11 +45,11 @@ class HookPoint:
 
 @dataclass(frozen=True)
 class Site:
-    """A place where something is added to the residual stream.
+    """A place where something is added to the residual stream; its layer is None for the embedding.
 
     Attributes:
         kind: The kind of site.
-        layer: The layer's index, or None for the embedding.
+        layer: The layer's index.
         writers: The parameters whose output lands here.
         hooks: The outputs to change so that the effect is that of editing the writers (before any norm in between).
         residual_hook: The output as it is added to the residual stream (after any norm in between); None if that is no
@@ -82,19 +68,19 @@ Verdict = Literal["exact", "hooks only"]
 
 @dataclass(frozen=True)
 class ModelMap:
-    """A model's sites and writers.
+    """A model's sites and writers, the embedding first, then in the order of the layers.
 
     Attributes:
         model_type: The `model_type` of the config.
         d_model: The width of the residual stream.
         n_layers: The number of layers.
-        layers: The layers' module names, in order.
-        sites: Every site, the embedding first, then in the order of the layers.
+        layers: Their module names.
+        sites: Every site.
         input_embedding: The name of the input embedding's weight.
-        unembedding: The name of the unembedding's weight; None if the model has none.
-        tied: Whether input embedding and unembedding are one parameter.
+        unembedding: That of the unembedding's, if the model has one.
+        tied: Whether the two are one parameter.
         leaks: Why a weight edit cannot be exact, one sentence each; empty where it can.
-        unhooked: Why hooks cannot be exact, one sentence each; empty where they can.
+        unhooked: Why hooks cannot be exact, likewise.
         unused: Parameters of the layers with an axis of width d_model that take no part in the forward pass.
         used_elsewhere: Parameters that are also used while the module that holds them is not being called; a change of
             what the module does misses those uses.
