@@ -12,11 +12,11 @@ from pyarrow import parquet
 from remove_refusals.errors import PromptError
 from remove_refusals.prompts import (
     EMBEDDED_SETS,
+    as_prompts,
     check_disjoint,
     draw,
     embedded_prompts,
     load_prompts,
-    split_by_fraction,
     split_by_size,
 )
 from remove_refusals.types import PromptSet
@@ -89,6 +89,14 @@ def test_parquet_file(tmp_path: Path) -> None:
     assert load_prompts(source, name="p") == PromptSet("p", PROMPTS, "a.parquet, column Behavior")
 
 
+def test_texts_that_mean_nothing_elsewhere_are_texts(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert load_prompts(write(tmp_path / "a.csv", "prompt\nNA\nnull\n"), name="p").prompts == ("NA", "null")
+    with pytest.raises(PromptError):
+        load_prompts(write(tmp_path / "b.csv", "prompt,b\nx,y\nx,y,z\n"), name="p")
+    printed = capfd.readouterr()
+    assert printed.out == printed.err == ""
+
+
 def test_repeated_prompts_are_kept(tmp_path: Path) -> None:
     assert load_prompts(write(tmp_path / "a.txt", "b\na\nb\n"), name="p").prompts == ("b", "a", "b")
 
@@ -158,16 +166,17 @@ def test_missing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: s
         ("a.jsonl", '"a"\n\n{"text": 1', "not JSON at line 3"),
         ("a.jsonl", '{"text": "a"}\n{"test": "b"}', "no 'text' at line 2"),
         ("a.jsonl", '{"text": "a"}\n{"text": 5}', "hold 5 at line 2"),
-        ("a.csv", "", "have the columns none"),
+        ("a.csv", "", "cannot be read as csv"),
         ("a.csv", "prompt\n", "are empty"),
         ("a.csv", "a,b\nx,y\n", "have the columns a, b"),
-        ("a.csv", "prompt,b\nx,y\nx, y, z\n", "3 fields at line 3, expected 2"),
-        ("a.csv", "prompt,b\nx\n", "1 fields at line 2, expected 2"),
-        ("a.csv", 'prompt,b\n"x,y\n', "not valid CSV at line 2"),
-        ("a.csv", 'prompt,b\n" ",y\n', "blank prompt at line 2"),
-        ("a.csv", "prompt\n" + "x" * 200_000, "not valid CSV"),
-        ("a.parquet", "PAR1 and nothing else", "cannot be read as Parquet"),
-        ("a.parquet", "", "cannot be read as Parquet"),
+        ("a.csv", "prompt,b\nx,y\nx, y, z\n", "Expected 2 fields in line 3, saw 3"),
+        ("a.csv", "prompt\nHello, world\n", "put fields with commas into double quotes"),
+        ("a.csv", "b,prompt\nx\n", "blank prompt at row 1"),
+        ("a.csv", 'prompt,b\n"x,y\n', "EOF inside string starting at row 1"),
+        ("a.csv", 'prompt,b\n" ",y\n', "blank prompt at row 1"),
+        ("a.csv", b"prompt\nna\xefve\n", "can't decode byte 0xef"),
+        ("a.parquet", "PAR1 and nothing else", "cannot be read as parquet"),
+        ("a.parquet", "", "cannot be read as parquet"),
     ],
 )
 def test_bad_files_say_what_and_where(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
@@ -193,13 +202,14 @@ def test_split_of_a_file(tmp_path: Path) -> None:
         load_prompts(write(tmp_path / "a.txt", "x"), name="p", split="test")
 
 
-@pytest.mark.parametrize(("package", "source"), [("pyarrow", "a.parquet"), ("datasets", "owner/name")])
-def test_missing_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, source: str) -> None:
+@pytest.mark.parametrize("source", ["a.parquet", "a.csv", "owner/name"])
+def test_missing_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
     monkeypatch.chdir(tmp_path)
     write_parquet(tmp_path / "a.parquet", {"text": ["x"]})
+    write(tmp_path / "a.csv", "text\nx\n")
     # None in this table is how Python itself marks a package that must not be imported.
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(PromptError, match=rf"package {package} is missing.*remove-refusals\[data\]"):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(PromptError, match=r"package datasets is missing.*remove-refusals\[data\]"):
         load_prompts(source, name="p")
 
 
@@ -287,38 +297,17 @@ def test_split_by_wrong_sizes(sizes: dict[str, int]) -> None:
         split_by_size(prompts, sizes, 0)
 
 
-@given(n=st.integers(40, 120), seed=SEEDS, extra=st.lists(st.text(min_size=1), max_size=20))
-@settings(max_examples=60, deadline=None)
-def test_split_by_fraction_moves_nothing_when_prompts_are_added(n: int, seed: int, extra: list[str]) -> None:
-    fractions = {"train": 0.5, "test": 0.5}
-    before = numbered(n)
-    after = PromptSet("p", tuple(extra) + before.prompts + tuple(extra), "test")
-    small, large = split_by_fraction(before, fractions, seed), split_by_fraction(after, fractions, seed)
-    for part in fractions:
-        assert set(small[part].prompts) == set(large[part].prompts) & set(before.prompts)
-    assert set(large["train"].prompts).isdisjoint(large["test"].prompts)
-    assert sum(len(part) for part in large.values()) == len(after)
-
-
-def test_split_by_fraction_comes_near_the_fractions() -> None:
-    parts = split_by_fraction(numbered(10_000), {"a": 0.2, "b": 0.7}, 0)
-    # The standard deviations are 40 and 46.
-    assert abs(len(parts["a"]) - 2000) < 200
-    assert abs(len(parts["b"]) - 7000) < 230
-    assert list(parts["a"].prompts) == sorted(parts["a"].prompts, key=lambda prompt: int(prompt.split()[1]))
-
-
-@pytest.mark.parametrize(
-    "fractions", [{"a": 0.6, "b": 0.6}, {"a": 0.0, "b": 1.0}, {"a": -1.0}, {}, {"a": float("nan")}]
-)
-def test_split_by_wrong_fractions(fractions: dict[str, float]) -> None:
-    with pytest.raises(PromptError, match="expected shares above 0 with a sum of at most 1"):
-        split_by_fraction(numbered(10), fractions, 0)
-
-
-def test_split_that_leaves_a_set_empty() -> None:
-    with pytest.raises(PromptError, match="set b gets none of the 1 prompts"):
-        split_by_fraction(numbered(1), {"a": 1.0, "b": 1e-12}, 0)
+def test_lists_of_texts_are_prompts_too() -> None:
+    given = numbered(3)
+    assert as_prompts("other", given) is given
+    assert as_prompts("mine", ["b", "a"]) == PromptSet("mine", ("b", "a"), "given")
+    for wrong, message in (
+        ("text", "single text 'text'"),
+        ([], "mine are empty"),
+        (["a", " "], "blank prompt at item 2"),
+    ):
+        with pytest.raises(PromptError, match=message):
+            as_prompts("mine", wrong)
 
 
 def test_shared_prompts_are_found() -> None:
