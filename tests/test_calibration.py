@@ -9,9 +9,7 @@ from conftest import Command
 from remove_refusals.errors import JudgeError
 from remove_refusals.measure.judges.calibration import (
     Calibration,
-    accuracy_rows,
     calibrate,
-    confusion_rows,
     embedded_answers,
     load_answers,
     load_calibration,
@@ -55,22 +53,19 @@ def test_counts_and_rates_are_those_of_the_table(labelled: Path) -> None:
     assert found.accuracies[Label.COMPLIANCE] == JudgeAccuracy(1, 2, 2, 4)
     assert found.accuracies[Label.DEFLECTION] == JudgeAccuracy(0, 1, 5, 5)
     assert found.accuracies[Label.DEGENERATE] == JudgeAccuracy(1, 1, 5, 5)
-    sensitivity, specificity = found.rates(Label.REFUSAL)
-    assert sensitivity is not None and specificity is not None
+    sensitivity, specificity = found.classes[Label.REFUSAL].sensitivity, found.classes[Label.REFUSAL].specificity
     # Wilson for 1 of 2 and 3 of 4.
     assert (sensitivity.value, sensitivity.low, sensitivity.high) == pytest.approx((0.5, 0.0945, 0.9055), abs=1e-4)
     assert (specificity.value, specificity.low, specificity.high) == pytest.approx((0.75, 0.3006, 0.9544), abs=1e-4)
-    assert confusion_rows(found)[0] == ("refusal", "1", "1", "0", "0")
-    assert accuracy_rows(found)[0] == ("refusal", "50.0% [9.5, 90.5] 1/2", "75.0% [30.1, 95.4] 3/4")
+    assert list(found.confusion[Label.REFUSAL].values()) == [1, 1, 0, 0]
+    assert (str(sensitivity), str(specificity)) == ("1/2 [9, 91]%", "3/4 [30, 95]%")
 
 
 def test_a_label_that_no_answer_has_cannot_be_measured() -> None:
     confusion = {true: {said: int(true is said is Label.REFUSAL) for said in Label} for true in Label}
-    found = Calibration("j", "l", "0", confusion)
-    assert found.accuracies == {}
-    assert found.rates(Label.REFUSAL) == (None, None)
+    found = Calibration.counted("j", "l", "0", confusion)
+    assert found.accuracies == {} and found.n == 1
     assert found.to_json()["classes"] == {}
-    assert confusion_rows(found) == [("refusal", "1", "0", "0", "0")]
 
 
 def test_a_judge_that_sees_only_refusals_corrects_nothing() -> None:
@@ -82,7 +77,7 @@ def test_by_default_the_phrase_judge_meets_answers_that_it_was_not_mended_by() -
     assert calibrate(PhraseJudge()).n == 135
     assert calibrate(Contrary()).n == 270
     whole, half = embedded_answers(), embedded_answers(held_out=True)
-    assert half.answers == whole.answers[1::2]
+    assert half.rows == whole.rows[1::2]
     assert half.sha256 == whole.sha256
 
 
@@ -108,11 +103,11 @@ def test_what_is_no_calibration_is_refused(tmp_path: Path, content: str) -> None
     ("content", "said"),
     [
         (b"", "has 0 labelled answers"),
-        (b'{"prompt": "a", "answer": "b"}\n', "line 1 of .*KeyError"),
+        (b'{"prompt": "a", "answer": "b"}\n', "line 1 of .* has at label "),
         (b'{"prompt": "a", "answer": "b", "label": "refusal"}\nx\n', "line 2 of"),
-        (b'{"prompt": "a", "answer": "b", "label": "maybe"}\n', "label 'maybe', expected one of refusal"),
-        (b'{"prompt": "a", "answer": 1, "label": "refusal"}\n', "text for prompt and answer"),
-        (b'{"prompt": "a", "answer": "b", "label": ["refusal"]}\n', "expected one of refusal"),
+        (b'{"prompt": "a", "answer": "b", "label": "maybe"}\n', r"line 1 of .* at label 'maybe' .*'refusal'"),
+        (b'{"prompt": "a", "answer": 1, "label": "refusal"}\n', "at answer 1 .*valid string"),
+        (b'{"prompt": "a", "answer": "b", "label": ["refusal"]}\n', r"at label \['refusal'\]"),
         (b'"refusal"\n', "line 1 of"),
         (b"\xff\n", "line 1 of"),
     ],
@@ -133,7 +128,7 @@ def test_the_command_prints_and_saves(command: Command, labelled: Path, tmp_path
     path = tmp_path / "calibration.json"
     shown = command("judge", "calibrate", labelled, "-o", path)
     assert (shown.code, shown.err) == (0, "")
-    assert "50.0% [9.5, 90.5] 1/2" in shown.out
+    assert "1/2 [9, 91]%" in shown.out
     assert load_calibration(path, PhraseJudge()).n == 6
     again = command("judge", "calibrate", labelled, "-o", path)
     assert again.code == 2

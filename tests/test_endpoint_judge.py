@@ -5,6 +5,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import openai._base_client
 import pytest
 
 from remove_refusals.errors import JudgeError
@@ -14,7 +15,12 @@ from remove_refusals.measure.judges.labels import Label
 from remove_refusals.measure.judges.phrases import PhraseJudge
 
 Reply = tuple[int, dict[str, str], bytes]
-QUICK = Patience(attempts=4, first_wait_seconds=0.001, timeout_seconds=5)
+QUICK = Patience(attempts=4, timeout_seconds=5)
+
+
+@pytest.fixture(autouse=True)
+def hardly_any_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.001)
 
 
 def completion(content: str | None) -> Reply:
@@ -165,7 +171,7 @@ def test_a_slow_server_is_a_timeout(serve: Callable[..., Server]) -> None:
     server = serve(slow)
     try:
         with pytest.raises(JudgeError, match="timed out"):
-            patience = Patience(attempts=2, first_wait_seconds=0.001, timeout_seconds=0.1)
+            patience = Patience(attempts=2, timeout_seconds=0.1)
             EndpointJudge(f"{server.address}#tiny", patience=patience).judge(["Bake."], ["Cake"])
     finally:
         waiting.set()
@@ -211,6 +217,19 @@ def test_what_was_judged_before_an_error_is_kept(serve: Callable[..., Server], t
     assert len(server.requests) == asked + 4 - again.usage.n_cached
 
 
+def test_what_the_environment_holds_for_openai_stays_here(
+    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("API_KEY", "ADMIN_KEY", "ORG_ID", "PROJECT_ID"):
+        monkeypatch.setenv(f"OPENAI_{name}", "s3cret")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "X-Mine: s3cret")
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    server = serve(by_content)
+    EndpointJudge(f"{server.address}#tiny", patience=QUICK).judge(["Bake."], ["Cake"])
+    assert "s3cret" not in str(server.headers)
+    assert not any(name.lower().startswith("x-") for name in server.headers[0])
+
+
 def test_the_key_goes_to_the_judge_and_nowhere_else(
     serve: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -248,13 +267,11 @@ def test_addresses_of_another_form_are_refused(address: str, said: str) -> None:
     assert "pw" not in str(raised.value)
 
 
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [(b"<html>", "expected a JSON object"), (b"[]", "expected a JSON object"), (b"{}", "without choices")],
-)
-def test_another_kind_of_server_is_one_sentence(serve: Callable[..., Server], content: bytes, said: str) -> None:
-    server = serve(lambda *_: (200, {}, content))
-    with pytest.raises(JudgeError, match=said):
+@pytest.mark.parametrize("content", [b"<html>", b"[]", b"{}", b'{"choices": []}', b'{"choices": [{"message": 3}]}'])
+@pytest.mark.parametrize("kind", ["application/json", "text/html"])
+def test_another_kind_of_server_is_one_sentence(serve: Callable[..., Server], content: bytes, kind: str) -> None:
+    server = serve(lambda *_: (200, {"Content-Type": kind}, content))
+    with pytest.raises(JudgeError, match="expected an OpenAI-compatible completion"):
         EndpointJudge(f"{server.address}#tiny", patience=QUICK).judge(["Bake."], ["Cake"])
 
 

@@ -239,7 +239,7 @@ def test_corrected_rates_deflections_and_thinking_are_shown(directory):
         mean = scores["kl"]["harmless"]["mean"]
         scores["text"] = scores["perplexity"] | {"kl": mean}
         task = {"task": "mine", "metric": "exact_match", "base": mean, "edited": mean, "difference": mean}
-        scores["tasks"] = [task | {"decided": False}]
+        scores["tasks"] = [task | {"difference": mean | {"verdict": "undecided"}}]
         part["thinking"] = {"base": thought, "edited": thought}
 
     change(directory, "scores", newer)

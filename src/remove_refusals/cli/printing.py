@@ -21,8 +21,6 @@ from remove_refusals.measure import (
     Label,
     SideBySide,
     Verdict,
-    accuracy_rows,
-    confusion_rows,
 )
 from remove_refusals.modelmap import ModelMap
 from remove_refusals.progress import Progress
@@ -164,9 +162,15 @@ def show_calibration(calibration: Calibration, usage: object | None) -> None:
     console = Console(highlight=False)
     said = Table(title=f"{calibration.judge} on {calibration.n} answers ({calibration.labelled})")
     right = Table(title="How often it is right about each label")
+    counted = [
+        (str(true), *(str(row[label]) for label in Label))
+        for true, row in calibration.confusion.items()
+        if any(row.values())
+    ]
+    rates = [(str(label), str(one.sensitivity), str(one.specificity)) for label, one in calibration.classes.items()]
     for shown, columns, rows in (
-        (said, ("true, said:", *map(str, Label)), confusion_rows(calibration)),
-        (right, ("label", "sensitivity", "specificity"), accuracy_rows(calibration)),
+        (said, ("true, said:", *map(str, Label)), counted),
+        (right, ("label", "sensitivity", "specificity"), rates),
     ):
         for number, column in enumerate(columns):
             shown.add_column(column, justify="right" if number else "left", overflow="fold")

@@ -6,9 +6,7 @@ from remove_refusals.measure.evaluate import evaluate, warnings
 from remove_refusals.measure.judges.calibration import (
     Accuracies,
     Calibration,
-    accuracy_rows,
     calibrate,
-    confusion_rows,
     load_answers,
     load_calibration,
 )
@@ -56,9 +54,7 @@ __all__ = [
     "SideBySide",
     "TaskScore",
     "Verdict",
-    "accuracy_rows",
     "calibrate",
-    "confusion_rows",
     "distances_along",
     "evaluate",
     "holm",

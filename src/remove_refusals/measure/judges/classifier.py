@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from remove_refusals.errors import JudgeError
 from remove_refusals.measure.judges.labels import Judgement, Label
@@ -21,15 +22,8 @@ _NAMES = {
     Label.DEFLECTION: "deflection deflect deflected evasion evasive offtopic",
     Label.DEGENERATE: "degenerate gibberish incoherent broken nonsense",
 }
-
-
 _LABEL_BY_NAME = {name: label for label, names in _NAMES.items() for name in names.split()}
-
-
-_OVERLAP = 64
-
-
-_NO_LIMIT = 100_000
+_OVERLAP, _NO_LIMIT = 64, 100_000
 
 
 class ClassifierJudge:
@@ -58,13 +52,7 @@ class ClassifierJudge:
                 or the answer alone if it has none.
             labels: Our labels by the names of its classes, for a classifier whose names say nothing.
             batch_size: How many windows to run at once.
-
-        Raises:
-            JudgeError: If a class cannot be mapped to a label, or none is a refusal.
-            ModelError: If the classifier cannot be found or loaded.
         """
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
         name, where = str(source), pick_device(device)
         settings: dict[str, Any] = {"local_files_only": find_source(name, None), "trust_remote_code": False}
         with quiet(bars=Path(name).is_dir()), explained(f"The classifier {name}"):

@@ -5,26 +5,18 @@ import unicodedata
 from collections import Counter
 
 _UNSPACED = r"[\u3040-\u30ff\u3400-\u9fff]"
-
-
 _WORD = re.compile(rf"{_UNSPACED}|[^\W_]+(?:'[^\W_]+)?")
 
 
 _CODE_BLOCK = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
-
-
 _STUTTER = re.compile(r"([^\W\d_]{1,20}?)\1{7,}\W*\Z")
 
 
 _BLANK_LINES = re.compile(r"(?:[^\S\n]*\n){8,}[^\S\n]*\Z")
-
-
 _SPECIAL_TOKEN = re.compile(r"<\|?(?:unused|reserved)[\w ]*\|?>|\[unused\d+\]|\ufffd")
 
 
 _UNPUNCTUATED = re.compile(r"[a-z' ]{60,}")
-
-
 _FUNCTION_WORDS = frozenset(
     "the a an of and to in is that for it as was with be by on not he his but at are this have from or had they which "
     "one you were her all she there would their we him been has when who will more no if out so said what its about "
@@ -35,21 +27,17 @@ _FUNCTION_WORDS = frozenset(
 
 
 def is_degenerate(answer: str, prompt: str | None = None) -> bool:
-    """Tell whether an answer is empty, signs without words, caught in a loop, or in no language.
+    """Tell whether an answer without thinking is empty, signs without words, caught in a loop, or in no language.
 
-    Args:
-        answer: The answer without thinking blocks.
-        prompt: The prompt as the user wrote it. With it, an answer of punctuation alone and one in another script than
-            the prompt's are degenerate too, unless the prompt asks for such.
-
-    Returns:
-        Whether it is.
+    With the prompt, an answer of punctuation alone and one in another script than the prompt's are degenerate too,
+    unless the prompt asks for such.
     """
     symbols = answer.split()
     if not symbols:
         return True
-    signs_are_wanted = prompt is not None and asks_for_signs(prompt)
-    loops_are_wanted = prompt is not None and asks_for_repetition(prompt)
+    signs_are_wanted, loops_are_wanted = (
+        prompt is not None and pattern.search(prompt.lower()) is not None for pattern in (_DRAWN, _REPEATED)
+    )
     words = _WORD.findall(answer.translate(QUOTES).lower())
     if not words:
         return not (loops_are_wanted or signs_are_wanted) and _says_nothing(
@@ -114,7 +102,7 @@ def _is_salad(answer: str) -> bool:
 
 def _is_in_another_script(answer: str, prompt: str) -> bool:
     """Tell whether much of an answer is in a script that the prompt does not use; Latin letters count when all are."""
-    if asks_for_another_language(prompt):
+    if _OTHER_LANGUAGE.search(prompt.lower()):
         return False
     known = set(_letters(prompt))
     written = _letters(_CODE_BLOCK.sub("", answer))
@@ -157,41 +145,28 @@ def _script(character: str) -> str:
 
 QUOTES = str.maketrans({"\u2018": "'", "\u2019": "'", "\u02bc": "'", "\u201c": '"', "\u201d": '"'})
 """Curly quotes to straight ones."""
-
-
 _YES_OR_NO = re.compile(
-    r"(?:is|are|was|were|do|does|did|can|could|should|would|will|has|have|had|may|might|must|am|shall)(?:n't)?\b"
-    r"(?! (?:(?:can|could|would|will) )?you (?!recommend|prefer|agree|like|have|think|feel|know))|.*\byes or no\b"
+    r"(?:is|are|was|were|do|does|did|can|could|should|would|will|has|have|had|may|might|must|am|"
+    r"shall)(?:n't)?\b(?! (?:(?:can|could|would|will) )?you (?!recommend|prefer|agree|like|have|think|feel|know))|"
+    r".*\byes or no\b"
 )
-
-
 _REQUEST = re.compile(r"(?:can|could|would|will)(?: you(?: please)?| i get| i have)\b")
-
-
 _VOICED = re.compile(
     r"\b(?:writ|compos|draft|creat|translat|quot|role-?play|pretend|imagin|rewrit|paraphras|continu|rephras|"
     r"summari[sz])\w*|\b(?:story|poem|song|lyrics|scene|dialogue?|letter|e-?mails?|message|speech|monologue|script|"
-    r"reply|example|phrase|joke|apology|slogan|toast|note|sentence|essay|excuse)\b|"
-    r"\b(?:says?|respond|decline|refuse|reject|tell(?! me| us))\b"
+    r"reply|example|phrase|joke|apology|slogan|toast|note|sentence|essay|excuse)\b|\b(?:says?|respond|decline|refuse|"
+    r"reject|tell(?! me| us))\b"
 )
-
-
 _OTHER_LANGUAGE = re.compile(
     r"\btranslat|\bhow (?:do|would|can|does) (?:you|i|one|we) (?:say|write|spell)|\blanguages?\b|\balphabets?\b|"
     r"\b(?:scripts?|characters?|letters?)\b|\b(?:in|into|to|of|from) (?:[a-z]+ )?(?:chinese|mandarin|cantonese|"
-    r"japanese|"
-    r"korean|russian|ukrainian|bulgarian|serbian|arabic|persian|farsi|urdu|hebrew|greek|hindi|bengali|tamil|telugu|"
-    r"thai|lao|khmer|burmese|tibetan|georgian|armenian|amharic|mongolian|punjabi|gujarati|marathi|nepali|sinhala)\b|"
-    r"\b(?:kanji|hiragana|katakana|hangul|cyrillic|pinyin|sanskrit)\b"
+    r"japanese|korean|russian|ukrainian|bulgarian|serbian|arabic|persian|farsi|urdu|hebrew|greek|hindi|bengali|tamil|"
+    r"telugu|thai|lao|khmer|burmese|tibetan|georgian|armenian|amharic|mongolian|punjabi|gujarati|marathi|nepali|"
+    r"sinhala)\b|\b(?:kanji|hiragana|katakana|hangul|cyrillic|pinyin|sanskrit)\b"
 )
-
-
 _DRAWN = re.compile(
-    r"\b(?:draw|print|ascii|asterisks?|emojis?|emoticons?|symbols?|pattern|pyramid|punctuation|morse|braille|"
-    r"binary)\b"
+    r"\b(?:draw|print|ascii|asterisks?|emojis?|emoticons?|symbols?|pattern|pyramid|punctuation|morse|braille|binary)\b"
 )
-
-
 _REPEATED = re.compile(r"\b(?:repeat\w*|times|over and over|again and again)\b")
 
 
@@ -205,18 +180,3 @@ def asks_yes_or_no(prompt: str) -> bool:
 def asks_for_a_text(prompt: str) -> bool:
     """Tell whether a prompt asks for a text in which somebody else may speak: a letter, a story, a translation."""
     return _VOICED.search(prompt.lower()) is not None
-
-
-def asks_for_another_language(prompt: str) -> bool:
-    """Tell whether a prompt asks for something that may stand in another script than its own."""
-    return _OTHER_LANGUAGE.search(prompt.lower()) is not None
-
-
-def asks_for_signs(prompt: str) -> bool:
-    """Tell whether a prompt asks for something that may be signs without words."""
-    return _DRAWN.search(prompt.lower()) is not None
-
-
-def asks_for_repetition(prompt: str) -> bool:
-    """Tell whether a prompt asks for the same over and over."""
-    return _REPEATED.search(prompt.lower()) is not None

@@ -21,12 +21,7 @@ class Label(StrEnum):
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a judge says of one answer.
-
-    Attributes:
-        label: What the answer is.
-        score: How sure the judge is of the label, from 0 to 1; None where it cannot tell.
-    """
+    """What a judge says of one answer, and how sure it is, from 0 to 1, where it can tell."""
 
     label: Label
     score: float | None = None
@@ -44,12 +39,4 @@ class Judge(Protocol):
         """The labels that it can give; of others nothing is known, which is not the same as none."""
 
     def judge(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Judgement]:
-        """Label answers.
-
-        Args:
-            prompts: The prompts as the user wrote them.
-            answers: One answer to each prompt, as long as `prompts`; thinking may be in it.
-
-        Returns:
-            One judgement for each answer, in their order.
-        """
+        """Label one answer to each prompt, in their order; thinking may be in it."""
