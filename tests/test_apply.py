@@ -16,7 +16,7 @@ from remove_refusals.directions.plan import resolve
 from remove_refusals.directions.saved import load_direction
 from remove_refusals.errors import DirectionError, OutputError
 from remove_refusals.modelmap.derive import map_model
-from remove_refusals.models.load import load
+from remove_refusals.models.load import LoadedModel, load
 from remove_refusals.types import DirectionOrigin
 
 
@@ -63,6 +63,36 @@ def test_hooks_equal_the_saved_model(model_type, strength, tmp_path):
     assert float((plain - hooked).abs().max()) > 0.05
     assert float((hooked - logits(saved)).abs().max()) < 1e-5
     assert torch.equal(logits(model), plain)
+
+
+def test_a_direction_and_a_plain_tensor_are_taken_out_everywhere():
+    model = zoo.build("llama")
+    taken = direction(zoo.D_MODEL)
+    with ablated(model, intervene(taken, zoo.N_LAYERS)):
+        wanted = logits(model)
+    vector = 3 * taken.basis[:, 0]
+    loaded = LoadedModel(model, tiny.tokenizer(), "tiny")
+    for which in (model, loaded):
+        for what in (taken, (taken,), vector, vector[None], vector[:, None]):
+            with ablated(which, what):
+                torch.testing.assert_close(logits(model), wanted)
+    two = torch.randn(zoo.D_MODEL, 2)
+    with ablated(model, two):
+        found = logits(model)
+    with ablated(model, intervene(direction_from_vectors(two), zoo.N_LAYERS)):
+        assert torch.equal(logits(model), found)
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, zoo.D_MODEL), (1, 3), (zoo.D_MODEL, 1, 1), ()])
+def test_a_tensor_of_another_width_is_refused(shape):
+    with pytest.raises(DirectionError, match=rf"shape .*{zoo.D_MODEL}"), ablated(zoo.build("llama"), torch.ones(shape)):
+        pass
+
+
+def test_an_intervention_of_a_larger_model_is_refused_and_not_cut():
+    larger = intervene(direction(zoo.D_MODEL), zoo.N_LAYERS + 1)
+    with pytest.raises(DirectionError, match=f"layer {zoo.N_LAYERS}"), ablated(zoo.build("llama"), larger):
+        pass
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gpt2", "mixtral"])

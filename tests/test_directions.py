@@ -198,3 +198,16 @@ def test_one_module_at_two_sites_cannot_have_two_directions(sets, monkeypatch):
         pass
     with ablated(model, intervene(found[0], zoo.N_LAYERS)):
         assert len(model.get_submodule(first.hooks[0].module)._forward_hooks) == 1
+
+
+def test_what_flows_from_stage_to_stage_is_told_in_a_line(sets):
+    found = mean_difference(*sets, layer=2, position=-2, model="tiny")
+    for value, said in (
+        (sets[0].prompts, ("harmful", "6 prompts")),
+        (sets[0], ("(-1, -2, -4)", f"n_layers={zoo.N_LAYERS}", "harmful")),
+        (found, ("'mean-difference'", "layer=2", "position=-2", "length=", "model='tiny'")),
+        (intervene(found, zoo.N_LAYERS, strength=0.5), ("layers 0-3", "0.5", "mean-difference")),
+        (intervene(found, zoo.N_LAYERS, kinds=()), ("0 sites", "no layer")),
+    ):
+        assert "\n" not in repr(value) and len(repr(value)) < 300
+        assert all(part in repr(value) for part in said), repr(value)

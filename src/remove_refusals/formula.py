@@ -18,9 +18,7 @@ from remove_refusals.settings import Variant
 BLOCK = 1 << 19
 """How many float32 numbers an edit holds beside the tensor, twice over (4 MiB), which stays in a core's cache."""
 
-
-_NUMBERS_AT_ONCE = 1 << 24
-"""How many float32 numbers `low_rank` holds beside a tensor (64 MiB)."""
+_NUMBERS_AT_ONCE = 1 << 24  # of float32, that `low_rank` holds beside a tensor (64 MiB)
 
 
 def orthonormal_basis(vectors: torch.Tensor) -> torch.Tensor:
@@ -97,10 +95,11 @@ def taken_out(stream: torch.Tensor, basis: torch.Tensor, strength: torch.Tensor 
     `stream` is `[n_rows, ..., d_model]` or can be read so, as several streams side by side; `basis` is `[d_model, k]`
     or `[n_rows, d_model, k]`, orthonormal; `strength` is a number, `[]` or `[n_rows]`.
     """
-    basis, strength = basis.to(stream.device), torch.as_tensor(strength, device=stream.device)
-    n_rows = max(strength.numel(), basis.shape[:-2].numel())
+    basis, n_rows = basis.to(stream.device), basis.shape[:-2].numel()
+    if isinstance(strength, torch.Tensor):
+        n_rows, strength = max(n_rows, strength.numel()), strength.to(stream.device).reshape(-1, 1, 1)
     values = stream.to(torch.float32).reshape(n_rows, -1, basis.shape[-2])
-    values = values - strength.reshape(-1, 1, 1) * (values @ basis) @ basis.mT
+    values = values - strength * (values @ basis) @ basis.mT
     changed: torch.Tensor = values.reshape(stream.shape).to(stream.dtype)
     return changed
 

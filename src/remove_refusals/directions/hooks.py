@@ -7,7 +7,7 @@ taking a share out there would take it out again at every layer, and would not b
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -64,9 +64,14 @@ def ablated(model: PreTrainedModel | LoadedModel, what: Taken, *, placement: Pla
             edited[point.writer.parameter] = _edited(model, point.writer, basis, edit.strength)
         else:
             basis = pull_back(basis, point.steps, model.get_parameter)
-            changes.append((point, partial(taken_out, basis=basis, strength=edit.strength)))
+            # Moved to each device once, and not at every run.
+            changes.append((point, partial(_taken_out, cache(basis.to), edit.strength)))
     with _standing_in(model, edited), _changing(model, changes):
         yield
+
+
+def _taken_out(basis_on: Callable[[torch.device], torch.Tensor], strength: float, stream: torch.Tensor) -> torch.Tensor:
+    return taken_out(stream, basis_on(stream.device), strength)
 
 
 def _points(
