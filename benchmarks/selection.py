@@ -17,17 +17,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from remove_refusals.measure.answers import EvaluationPrompts
-from remove_refusals.measure.judges.labels import Label
-from remove_refusals.modelmap.derive import map_model
-from remove_refusals.modelmap.types import ModelMap
-from remove_refusals.models.load import LoadedModel, load
-from remove_refusals.prompts import check_disjoint, prompts_from
-from remove_refusals.search.candidates import Candidate, hypervolume
-from remove_refusals.search.references import References, confirm, references
-from remove_refusals.search.search import SearchPrompts, select, split_for_search
+from remove_refusals.directions import ablated
+from remove_refusals.files import Journal
+from remove_refusals.measure import EvaluationPrompts, evaluate, measuring_prompts
+from remove_refusals.models import LoadedModel, load
+from remove_refusals.prompts import prompts_from
+from remove_refusals.search import SearchPrompts, Selection, select, split_for_search
 from remove_refusals.settings import MeasureSettings, PromptSource, SelectSettings
-from remove_refusals.types import PromptSet
+from remove_refusals.types import Intervention
+from tpe import TpeSettings, hypervolume, select_tpe
 
 WORST = (1.0, 1.0)
 """The corner of the area that fronts beat: every prompt refused, a damage of one nat."""
@@ -45,6 +43,7 @@ def main() -> None:
     for name in ("harmful", "harmless", "harmful-test", "harmless-test", "alarming-test"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--n-test", type=int)
+    parser.add_argument("--max-new-tokens", type=int, default=100)
     parser.add_argument("--journal", type=Path)
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--compare", nargs="+", type=Path)
@@ -61,89 +60,92 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Search with each seed and measure the picks."""
     harmful = prompts_from(PromptSource(source=options.harmful), "harmful", "harmful_train")
     harmless = prompts_from(PromptSource(source=options.harmless), "harmless", "harmless_train")
-    tests = EvaluationPrompts(
-        prompts_from(PromptSource(source=options.harmful_test), "harmful", "harmful_test"),
-        prompts_from(PromptSource(source=options.harmless_test), "harmless", "harmless_test"),
-        prompts_from(PromptSource(source=options.alarming_test), "alarming", "harmless_alarming"),
-    ).by_name()
-    check_disjoint(harmful, harmless, *tests.values())
+    measuring = MeasureSettings(
+        harmful=PromptSource(source=options.harmful_test),
+        harmless=PromptSource(source=options.harmless_test),
+        alarming=PromptSource(source=options.alarming_test),
+        n_test=options.n_test,
+        max_new_tokens=options.max_new_tokens,
+    )
+    tests = measuring_prompts(measuring, (harmful, harmless))
     loaded = load(options.model, dtype=options.dtype)
-    model_map = map_model(loaded.model)
     results: dict[str, Any] = {"method": options.method, "seeds": []}
-    own: dict[str, References] = {}
     for seed in map(int, options.seeds.split(",")):
-        settings = SelectSettings(method=options.method, seed=seed)
+        settings = SelectSettings(seed=seed, method="layer" if options.method == "layer" else "auto")
         prompts = split_for_search(harmful, harmless, 32, settings)
-        result = search(loaded, model_map, prompts, settings, options)
-        if not own:
-            own = {
-                name: references(loaded, first(part, options.n_test), MeasureSettings()) for name, part in tests.items()
-            }
-        result["test"] = measure(loaded, model_map, result.pop("pick"), own)
+        started = time.monotonic()
+        selection = search(loaded, prompts, settings, measuring, options)
+        seconds = time.monotonic() - started
+        points = [(candidate.refusal, candidate.damage) for candidate in selection.candidates]
+        show(selection, seed, seconds)
+        result = {
+            "seed": seed,
+            "seconds": seconds,
+            "n_candidates": len(points),
+            "points": points,
+            "hypervolume": hypervolume(points, WORST),
+            "selection": selection.record().to_json(),
+            "test": tested(loaded, selection.intervention, tests, measuring, options.journal),
+        }
         results["seeds"].append(result)
         print(json.dumps(result["test"]), flush=True)
     return results
 
 
-def first(prompts: PromptSet, n: int | None) -> PromptSet:
-    """The first prompts of a set."""
-    return PromptSet(prompts.name, prompts.prompts[:n], prompts.source)
-
-
 def search(
     loaded: LoadedModel,
-    model_map: ModelMap,
     prompts: SearchPrompts,
     settings: SelectSettings,
+    measuring: MeasureSettings,
     options: argparse.Namespace,
-) -> dict[str, Any]:
-    """One search, timed; prints every candidate."""
-    started = time.monotonic()
-    selection = select(
-        loaded, prompts, settings, model_map=model_map, journal=options.journal, deadline_s=options.deadline
-    )
-    seconds = time.monotonic() - started
-    print(
-        f"{settings.method}, seed {settings.seed}: {seconds:.0f} s, {len(selection.candidates)} candidates", flush=True
-    )
+) -> Selection:
+    """Search in the way that the options name."""
+    journal = Journal(options.journal)
+    if options.method != "tpe":
+        return select(loaded, prompts, settings, measuring, journal=journal)
+    trials = TpeSettings(n_trials=options.trials, seed=settings.seed)
+    return select_tpe(loaded, prompts, settings, measuring, trials, journal=journal, deadline_s=options.deadline)
+
+
+def show(selection: Selection, seed: int, seconds: float) -> None:
+    """Print every candidate."""
+    print(f"{selection.method}, seed {seed}: {seconds:.0f} s, {len(selection.candidates)} candidates", flush=True)
     for number, candidate in enumerate(selection.candidates):
         mark = "*" if number == selection.picked else " "
         print(f"  {mark} {candidate.name}: refusal {candidate.refusal:.3f}, damage {candidate.damage:.4f}")
     for note in selection.notes:
         print(f"  {note}", flush=True)
-    points = [(candidate.refusal, candidate.damage) for candidate in selection.candidates]
-    return {
-        "seed": settings.seed,
-        "seconds": seconds,
-        "n_candidates": len(points),
-        "points": points,
-        "hypervolume": hypervolume(points, WORST),
-        "selection": selection.record().to_json(),
-        "pick": selection.candidate,
-    }
 
 
-def measure(loaded: LoadedModel, model_map: ModelMap, pick: Candidate, own: dict[str, References]) -> dict[str, Any]:
+def tested(
+    loaded: LoadedModel,
+    intervention: Intervention,
+    prompts: EvaluationPrompts,
+    measuring: MeasureSettings,
+    journal: Path | None,
+) -> dict[str, Any]:
     """What a pick does on test prompts, beside what the base model does."""
-    answers = MeasureSettings()
-    found = confirm(loaded, pick.intervention, model_map, own["harmful"], own["harmless"], answers)
-    alarming = confirm(loaded, pick.intervention, model_map, own["alarming"], own["alarming"], answers)
-    base = {
-        f"{name}_{label}": sum(own_label is label for own_label in part.labels)
-        for name, part in own.items()
-        for label in (Label.REFUSAL, Label.DEGENERATE)
-    }
-    assert found.damage is not None
+    found = evaluate(
+        loaded,
+        loaded,
+        prompts,
+        measuring,
+        edited_context=lambda: ablated(loaded.model, intervention),
+        journal=Journal(journal),
+    )
+    assert found.kl is not None and found.kl.harmless_answered is not None
+    kl, sets = found.kl.harmless_answered.mean, found.sets
     return {
-        "n": {name: len(part) for name, part in own.items()},
-        "base": base,
-        "refusals": found.refusals.count,
-        "degenerate": found.degenerate.count,
-        "false_refusals_harmless": found.false_refusals.count,
-        "degenerate_harmless": found.degenerate_harmless.count,
-        "false_refusals_alarming": alarming.refusals.count,
-        "kl": found.damage.value,
-        "kl_interval": [found.damage.low, found.damage.high],
+        "n": {name: part.refusals.base.n for name, part in sets.items()},
+        "base": {f"{name}_refusal": part.refusals.base.count for name, part in sets.items()}
+        | {f"{name}_degenerate": part.degenerate.base.count for name, part in sets.items()},
+        "refusals": sets["harmful"].refusals.edited.count,
+        "degenerate": sets["harmful"].degenerate.edited.count,
+        "false_refusals_harmless": sets["harmless"].refusals.edited.count,
+        "degenerate_harmless": sets["harmless"].degenerate.edited.count,
+        "false_refusals_alarming": sets["alarming"].refusals.edited.count,
+        "kl": kl.value,
+        "kl_interval": [kl.low, kl.high],
     }
 
 

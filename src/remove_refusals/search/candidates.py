@@ -14,7 +14,7 @@ from remove_refusals.errors import DirectionError
 from remove_refusals.files import Record, atomic_file
 from remove_refusals.measure import Mean, Rate
 from remove_refusals.report import CandidateRecord, SelectionRecord, SelectionSummary
-from remove_refusals.settings import Method, Rule
+from remove_refusals.settings import Rule
 from remove_refusals.types import Direction, DirectionOrigin, Intervention
 
 CANDIDATES = f"{DIRECTIONS}/candidates.safetensors"
@@ -87,7 +87,7 @@ class Selection:
         notes: What should be said of it, a sentence each: a confirmation that fell short, a limit that none kept.
     """
 
-    method: Method
+    method: str
     candidates: tuple[Candidate, ...]
     picked: int
     rule: Rule

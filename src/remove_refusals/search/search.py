@@ -71,24 +71,37 @@ def split_for_search(
 
 
 @dataclass(frozen=True, eq=False)
-class _Base:
+class BaseBehaviour:
     """The base model, and what it does on the prompts of a search.
 
     Attributes:
         loaded: The model.
         collected: Activations on harmful and on harmless prompts.
-        refused: Harmful prompts that it refused, with short answers.
-        answered: Harmless prompts that it answered.
-        more_refusals: The tokens of its refusals of harmless prompts, which may open in other ways.
+        harmful: Its answers to the harmful prompts that the search runs on.
+        harmless: Its answers to the harmless ones.
         confirming: Its answers to the harmful and the harmless prompts of the confirmation.
     """
 
     loaded: LoadedModel
     collected: tuple[Activations, Activations]
-    refused: References
-    answered: References
-    more_refusals: tuple[tuple[int, ...], ...]
+    harmful: References
+    harmless: References
     confirming: tuple[References, References]
+
+    @property
+    def refused(self) -> References:
+        """The harmful prompts that it refused."""
+        return self.harmful.only(Label.REFUSAL)
+
+    @property
+    def answered(self) -> References:
+        """The harmless prompts that it answered."""
+        return self.harmless.only(Label.COMPLIANCE)
+
+    @property
+    def more_refusals(self) -> list[tuple[int, ...]]:
+        """The tokens of its refusals of harmless prompts, which may open in other ways."""
+        return [answer.token_ids for answer in self.harmless.only(Label.REFUSAL).answers]
 
 
 def select(
@@ -130,43 +143,42 @@ def select(
     journal = journal.within(fingerprint(loaded)) if journal.directory is not None else journal
     positions = tail_positions(loaded, position) if by_layer else (position,)
     check_positions(loaded, positions)
-    n_tokens = settings.n_tokens, measure.max_new_tokens
-    base = _base(loaded, prompts, positions, n_tokens, journal, progress)
+    base = base_behaviour(loaded, prompts, positions, settings, measure, journal, progress)
     if by_layer:
         searched = _by_layer(base, settings, progress)
     else:
         searched = _by_gradients(base, settings, position, journal, progress)
-    return _confirmed(*searched, base, measure, settings.most_confirmed, journal, progress)
+    return pick(*searched, base, measure, settings.most_confirmed, journal, progress)
 
 
-def _base(
+def base_behaviour(
     loaded: LoadedModel,
     prompts: SearchPrompts,
     positions: tuple[int, ...],
-    n_tokens: tuple[int, int],
+    settings: SelectSettings,
+    measure: MeasureSettings,
     journal: Journal,
     progress: Progress,
-) -> _Base:
-    """Run the base model: `n_tokens` of answers for the search, and for the confirmation."""
+) -> BaseBehaviour:
+    """Run the base model: activations at the positions, short answers for the search, others for the confirmation."""
     collected: list[Activations] = []
     for part, more in zip(prompts.direction, prompts.choose, strict=True):
         both = PromptSet(part.name, part.prompts + more.prompts, part.source)
         told = progress.stage(f"activations, {part.name}", len(both))
         collected.append(collect_activations(loaded, both, positions=positions, progress=told))
-    harmful, harmless = (references(loaded, part, n_tokens[0], journal, progress) for part in prompts.choose)
-    refused, answered = harmful.only(Label.REFUSAL), harmless.only(Label.COMPLIANCE)
-    for found, whole, what in ((refused, harmful, "refused"), (answered, harmless, "answered")):
+    own = [references(loaded, part, settings.n_tokens, journal, progress) for part in prompts.choose]
+    base = BaseBehaviour(loaded, (collected[0], collected[1]), own[0], own[1], (own[0], own[1]))
+    for found, whole, what in ((base.refused, own[0], "refused"), (base.answered, own[1], "answered")):
         if len(found) < _FEWEST:
             raise SelectionError(
                 f"The model {what} {len(found)} of {len(whole)} prompts of {whole.prompts.name}, expected at least "
                 f"{_FEWEST} to choose by; use prompts that it does refuse or answer, or pass --select none."
             )
-    more_refusals = tuple(answer.token_ids for answer in harmless.only(Label.REFUSAL).answers)
-    first, second = (references(loaded, part, n_tokens[1], journal, progress) for part in prompts.confirm)
-    return _Base(loaded, (collected[0], collected[1]), refused, answered, more_refusals, (first, second))
+    first, second = (references(loaded, part, measure.max_new_tokens, journal, progress) for part in prompts.confirm)
+    return replace(base, confirming=(first, second))
 
 
-def _by_layer(base: _Base, settings: SelectSettings, progress: Progress) -> tuple[Selection, Sequence[int]]:
+def _by_layer(base: BaseBehaviour, settings: SelectSettings, progress: Progress) -> tuple[Selection, Sequence[int]]:
     """Give the candidates, unconfirmed, and the order in which they are to be tried."""
     given = settings.rule
     max_kl = MAX_KL if given.max_kl is None else given.max_kl
@@ -184,7 +196,7 @@ def _by_layer(base: _Base, settings: SelectSettings, progress: Progress) -> tupl
 
 
 def _by_gradients(
-    base: _Base, settings: SelectSettings, position: int, journal: Journal, progress: Progress
+    base: BaseBehaviour, settings: SelectSettings, position: int, journal: Journal, progress: Progress
 ) -> tuple[Selection, Sequence[int]]:
     """Give the candidates, unconfirmed, and the order in which they are to be tried."""
     loaded, descent = base.loaded, settings.descent.model_copy(update={"seed": settings.seed})
@@ -199,10 +211,10 @@ def _by_gradients(
     return Selection(settings.method, candidates, order[0], settings.rule), order
 
 
-def _confirmed(
+def pick(
     selection: Selection,
     order: Sequence[int],
-    base: _Base,
+    base: BaseBehaviour,
     measure: MeasureSettings,
     most_confirmed: int,
     journal: Journal,
