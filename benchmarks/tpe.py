@@ -22,13 +22,13 @@ import torch
 from remove_refusals.directions import ablated, direction_from_vectors, mean_difference_per_layer
 from remove_refusals.errors import NumericalError
 from remove_refusals.files import Journal
-from remove_refusals.measure import Label, distances_along, judge_phrases
+from remove_refusals.measure import Answered, Label, distances_along, labelled
 from remove_refusals.modelmap import map_model
 from remove_refusals.models import LoadedModel, fingerprint, generate
 from remove_refusals.progress import SILENT, Progress
 from remove_refusals.search.candidates import Candidate, Selection, by_rule, front
-from remove_refusals.search.references import References
-from remove_refusals.search.search import SearchPrompts, base_behaviour, pick
+from remove_refusals.search.confirming import pick
+from remove_refusals.search.search import SearchPrompts, base_behaviour
 from remove_refusals.settings import MeasureSettings, SelectSettings
 from remove_refusals.types import Direction, Intervention, SiteEdit
 
@@ -250,8 +250,8 @@ def quietly() -> Iterator[None]:
 def tried(
     loaded: LoadedModel,
     intervention: Intervention,
-    harmful: References,
-    harmless: References,
+    harmful: Answered,
+    harmless: Answered,
     max_new_tokens: int,
     progress: Progress = SILENT,
 ) -> Scores | None:
@@ -270,8 +270,7 @@ def tried(
     except NumericalError:
         return None
     damage = sum(distance.kl[0] for distance in distances) / len(distances)
-    prompts = harmful.prompts.prompts
-    labels = [judge_phrases(answer.text, prompt) for answer, prompt in zip(answers, prompts, strict=True)]
+    labels = labelled(harmful.prompts, harmful.token_ids, answers).labels
     scores = Scores(labels.count(Label.REFUSAL), labels.count(Label.DEGENERATE), damage)
     return scores if math.isfinite(damage) else None
 
@@ -279,8 +278,8 @@ def tried(
 def search_trials(
     loaded: LoadedModel,
     directions: Sequence[Direction],
-    harmful: References,
-    harmless: References,
+    harmful: Answered,
+    harmless: Answered,
     settings: TpeSettings,
     max_new_tokens: int,
     *,
@@ -353,7 +352,7 @@ def select_tpe(
         loaded,
         directions,
         base.harmful,
-        base.answered,
+        base.own.answered,
         trials,
         measure.max_new_tokens,
         journal=None if journal.directory is None else journal.directory / "trials.log",
@@ -362,4 +361,4 @@ def select_tpe(
     )
     order = by_rule([(candidate.refusal, candidate.damage) for candidate in candidates], settings.rule)
     selection = Selection("tpe", candidates, order[0], settings.rule, notes)
-    return pick(selection, order, base, measure, settings.most_confirmed, journal, progress)
+    return pick(selection, order, base.confirming, settings.most_confirmed, journal, progress)

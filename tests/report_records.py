@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from remove_refusals.directions.separation import separation
-from remove_refusals.measure.statistics import mcnemar, mean_with_interval, wilson_rate
+from remove_refusals.measure.statistics import Mean, mcnemar, mean_with_interval, wilson_rate
 from remove_refusals.report.records import AnalysisRecord
 from remove_refusals.types import Activations, PromptSet
 
@@ -123,7 +123,9 @@ def selection(n_candidates: int, n_layers: int) -> dict[str, object]:
         for number in range(n_candidates)
     ]
     counted = wilson_rate(1, 32, HASH).to_json()
-    confirmed = {"refusals": counted, "degenerate": counted, "broken": counted, "damage": {"value": 0.25}}
+    names = ("refusals", "degenerate", "false_refusals", "degenerate_harmless", "broken")
+    damage = Mean(value=0.25, low=0.2, high=0.3, n=32, seed=0, prompts_sha256=HASH)
+    confirmed = dict.fromkeys(names, counted) | {"damage": damage.to_json()}
     entries[0] |= {"refusal": 0.0, "damage": 0.001, "confirmation": confirmed}
     return {
         "method": "tpe",

@@ -11,15 +11,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from own_answers import own_answers
 from remove_refusals.directions.activations import collect_activations
 from remove_refusals.directions.direction import mean_difference_per_layer
 from remove_refusals.errors import NumericalError
+from remove_refusals.measure.answers import Answered
 from remove_refusals.measure.judges.labels import Label
 from remove_refusals.models.load import LoadedModel, load
 from remove_refusals.progress import Progress
 from remove_refusals.prompts import draw, embedded_prompts
 from remove_refusals.search.candidates import Candidate
-from remove_refusals.search.references import References, confirm, references
+from remove_refusals.search.confirming import Confirming, confirm
 from remove_refusals.settings import MeasureSettings
 from remove_refusals.types import Direction
 
@@ -62,9 +64,9 @@ def directions(loaded: LoadedModel) -> tuple[Direction, ...]:
 
 
 @pytest.fixture(scope="module")
-def own(loaded: LoadedModel) -> tuple[References, References]:
+def own(loaded: LoadedModel) -> tuple[Answered, Answered]:
     sets = (draw(embedded_prompts(name), 8, 0) for name in ("harmful_test", "harmless_test"))
-    harmful, harmless = (references(loaded, part, N_TOKENS) for part in sets)
+    harmful, harmless = (own_answers(loaded, part, N_TOKENS) for part in sets)
     return harmful, harmless
 
 
@@ -79,7 +81,7 @@ class Search:
 
 
 @pytest.fixture(scope="module")
-def search(loaded: LoadedModel, directions: tuple[Direction, ...], own: tuple[References, References]) -> Search:
+def search(loaded: LoadedModel, directions: tuple[Direction, ...], own: tuple[Answered, Answered]) -> Search:
     return Search(loaded, directions, *own)
 
 
@@ -122,12 +124,14 @@ def test_a_killed_search_goes_on_as_if_it_had_not_been(
 
 
 def test_a_trial_counts_what_a_confirmation_counts(
-    loaded: LoadedModel, own: tuple[References, References], undisturbed: tuple[Candidate, ...]
+    loaded: LoadedModel, own: tuple[Answered, Answered], undisturbed: tuple[Candidate, ...]
 ) -> None:
     assert len({candidate.refusal for candidate in undisturbed}) > 1
     assert len(own[1].only(Label.COMPLIANCE)) == len(own[1])
     for candidate in undisturbed:
-        found = confirm(loaded, candidate.intervention, *own, MeasureSettings(max_new_tokens=N_TOKENS, kl_tokens=1))
+        found = confirm(
+            Confirming(loaded, *own, MeasureSettings(max_new_tokens=N_TOKENS, kl_tokens=1)), candidate.intervention
+        )
         assert candidate.refusal == found.refusals.value
         assert found.damage is not None
         assert candidate.damage == pytest.approx(found.damage.value, rel=1e-4, abs=1e-6)

@@ -7,10 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from own_answers import own_answers
 from remove_refusals.directions.direction import direction_from_vectors
 from remove_refusals.directions.hooks import Steer, ablated, is_steerable, steered
 from remove_refusals.directions.intervention import intervene
 from remove_refusals.errors import PromptError
+from remove_refusals.measure.answers import Answered
 from remove_refusals.measure.judges.labels import Label
 from remove_refusals.modelmap.derive import map_model
 from remove_refusals.modelmap.types import ModelMap
@@ -20,13 +22,13 @@ from remove_refusals.prompts import embedded_prompts
 from remove_refusals.search.continuations import keep_below, log_probabilities, make_probes, make_vocabulary
 from remove_refusals.search.material import (
     Openings,
+    OwnAnswers,
     damages,
     gather,
     learn_openings,
     refusal_probabilities,
     unlikelihood,
 )
-from remove_refusals.search.references import References, references
 from remove_refusals.search.search import select, split_for_search
 from remove_refusals.settings import GradientSettings, MeasureSettings, Rule, SelectSettings
 from remove_refusals.types import PromptSet
@@ -46,9 +48,11 @@ def model_map(loaded: LoadedModel) -> ModelMap:
 
 
 @pytest.fixture(scope="module")
-def own(loaded: LoadedModel) -> dict[str, References]:
+def own(loaded: LoadedModel) -> dict[str, Answered]:
     sets = {name: embedded_prompts(f"{name}_train") for name in ("harmful", "harmless")}
-    return {name: references(loaded, PromptSet(name, part.prompts[:12], "embedded"), 16) for name, part in sets.items()}
+    return {
+        name: own_answers(loaded, PromptSet(name, part.prompts[:12], "embedded"), 16) for name, part in sets.items()
+    }
 
 
 class TestOpenings:
@@ -110,12 +114,10 @@ def test_each_row_may_have_its_own_strength_and_direction(loaded: LoadedModel, m
 
 
 def test_gradients_agree_with_finite_differences(
-    loaded: LoadedModel, model_map: ModelMap, own: dict[str, References]
+    loaded: LoadedModel, model_map: ModelMap, own: dict[str, Answered]
 ) -> None:
     material = gather(
-        loaded,
-        own["harmful"].only(Label.REFUSAL),
-        own["harmless"].only(Label.COMPLIANCE),
+        OwnAnswers(loaded, own["harmful"].only(Label.REFUSAL), own["harmless"].only(Label.COMPLIANCE)),
         GradientSettings(),
     )
     probe = material.refusal_probes[0]
@@ -137,7 +139,7 @@ def test_gradients_agree_with_finite_differences(
 
 class TestProbes:
     def test_the_reduced_head_gives_the_logits_of_the_whole_one(
-        self, loaded: LoadedModel, own: dict[str, References]
+        self, loaded: LoadedModel, own: dict[str, Answered]
     ) -> None:
         part = own["harmless"]
         answers = [answer.token_ids for answer in part.answers]
@@ -155,7 +157,7 @@ class TestProbes:
         assert torch.equal(vocabulary.tokens[vocabulary.indices(probe.targets)], probe.targets)
 
     def test_going_on_from_what_was_kept_gives_what_the_whole_model_gives(
-        self, loaded: LoadedModel, model_map: ModelMap, own: dict[str, References]
+        self, loaded: LoadedModel, model_map: ModelMap, own: dict[str, Answered]
     ) -> None:
         part = own["harmless"]
         probes = make_probes(loaded, part.token_ids, [answer.token_ids for answer in part.answers], 5, 8)
@@ -171,13 +173,13 @@ class TestProbes:
         with torch.no_grad():
             assert not torch.allclose(log_probabilities(loaded, nonsense, None), whole, atol=1e-2)
 
-    def test_the_model_is_left_as_it_was(self, loaded: LoadedModel, own: dict[str, References]) -> None:
+    def test_the_model_is_left_as_it_was(self, loaded: LoadedModel, own: dict[str, Answered]) -> None:
         head = loaded.model.get_output_embeddings()
         assert "forward" not in vars(head)
         assert all("forward" not in vars(layer) for layer in loaded.model.model.layers)
 
 
-def test_refusal_probability_is_the_sum_over_openings(loaded: LoadedModel, own: dict[str, References]) -> None:
+def test_refusal_probability_is_the_sum_over_openings(loaded: LoadedModel, own: dict[str, Answered]) -> None:
     """Where other openings branch off with their last token, the sum is exact."""
     ids = own["harmful"].token_ids[0]
     path, branch = (5, 6, 7), (5, 9)
@@ -196,12 +198,10 @@ def test_refusal_probability_is_the_sum_over_openings(loaded: LoadedModel, own: 
 
 
 def test_damage_is_zero_for_the_model_itself_and_positive_beside_it(
-    loaded: LoadedModel, model_map: ModelMap, own: dict[str, References]
+    loaded: LoadedModel, model_map: ModelMap, own: dict[str, Answered]
 ) -> None:
     material = gather(
-        loaded,
-        own["harmful"].only(Label.REFUSAL),
-        own["harmless"].only(Label.COMPLIANCE),
+        OwnAnswers(loaded, own["harmful"].only(Label.REFUSAL), own["harmless"].only(Label.COMPLIANCE)),
         GradientSettings(),
     )
     probe, base = material.damage_probes[0], material.base[0]

@@ -9,11 +9,13 @@ import torch
 
 import tiny
 from conftest import Command
+from own_answers import own_answers
 from remove_refusals.cli.options import made
 from remove_refusals.directions.activations import collect_activations
 from remove_refusals.directions.direction import direction_from_vectors
 from remove_refusals.directions.hooks import added, is_steerable
 from remove_refusals.errors import ConfigurationError, NumericalError, SelectionError
+from remove_refusals.measure.answers import Answered
 from remove_refusals.measure.judges.labels import Label
 from remove_refusals.modelmap.derive import map_model
 from remove_refusals.models.generate import Answer
@@ -29,8 +31,7 @@ from remove_refusals.search.layers import (
     search_layers,
     tail_positions,
 )
-from remove_refusals.search.material import Openings
-from remove_refusals.search.references import References, references
+from remove_refusals.search.material import Openings, OwnAnswers
 from remove_refusals.search.search import select, split_for_search
 from remove_refusals.settings import ChatFormat, LayerSettings, MeasureSettings, Rule, RunSettings, SelectSettings
 from remove_refusals.types import Activations, DirectionOrigin, PromptSet
@@ -60,14 +61,14 @@ def collected(loaded: LoadedModel, prompts: tuple[PromptSet, PromptSet]) -> tupl
 
 
 @pytest.fixture(scope="module")
-def own(loaded: LoadedModel, prompts: tuple[PromptSet, PromptSet]) -> tuple[References, References]:
-    harmful, harmless = (references(loaded, part, 16) for part in prompts)
-    return harmful.only(Label.REFUSAL), harmless.only(Label.COMPLIANCE)
+def own(loaded: LoadedModel, prompts: tuple[PromptSet, PromptSet]) -> OwnAnswers:
+    harmful, harmless = (own_answers(loaded, part, 16) for part in prompts)
+    return OwnAnswers(loaded, harmful.only(Label.REFUSAL), harmless.only(Label.COMPLIANCE))
 
 
 @pytest.fixture(scope="module")
-def bench(loaded: LoadedModel, own: tuple[References, References]) -> Bench:
-    return Bench(loaded, *own, kl_tokens=4)
+def bench(own: OwnAnswers) -> Bench:
+    return Bench(own, kl_tokens=4)
 
 
 @pytest.fixture(scope="module")
@@ -168,11 +169,11 @@ class TestScores:
         def drawn(n: int, length: int) -> list[tuple[int, ...]]:
             return [tuple(row) for row in torch.randint(3, 30, (n, length), generator=generator).tolist()]
 
-        def made(label: Label) -> References:
+        def made(label: Label) -> Answered:
             answers = tuple(Answer(text="", token_ids=tokens, finished=False) for tokens in drawn(3, 6))
-            return References(PromptSet("drawn", ("a", "b", "c"), "drawn"), tuple(drawn(3, 5)), answers, (label,) * 3)
+            return Answered(PromptSet("drawn", ("a", "b", "c"), "drawn"), tuple(drawn(3, 5)), answers, (label,) * 3)
 
-        bench = Bench(loaded, made(Label.REFUSAL), made(Label.COMPLIANCE), kl_tokens=4)
+        bench = Bench(OwnAnswers(loaded, made(Label.REFUSAL), made(Label.COMPLIANCE)), kl_tokens=4)
         vectors = torch.randn(2, model_map.d_model, generator=generator)
         few = [
             Option(1, direction_from_vectors(vector, DirectionOrigin(method="test")), vector, str(number))
@@ -243,10 +244,10 @@ class TestSearch:
         self,
         loaded: LoadedModel,
         collected: tuple[Activations, Activations],
-        own: tuple[References, References],
+        own: OwnAnswers,
     ) -> None:
         with pytest.raises(SelectionError, match="differ at no layer"):
-            search_layers(loaded, (collected[0], collected[0]), *own, LayerSettings())
+            search_layers(own, (collected[0], collected[0]), LayerSettings())
 
     def test_select_frees_the_demo_model_and_repeats_itself(self, loaded: LoadedModel) -> None:
         settings = SelectSettings(method="layer", n_choose=24, n_confirm=16)

@@ -7,11 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from own_answers import own_answers
 from remove_refusals.directions.activations import collect_activations
 from remove_refusals.directions.direction import mean_difference
 from remove_refusals.directions.hooks import ablated
 from remove_refusals.directions.intervention import intervene
 from remove_refusals.errors import PromptError
+from remove_refusals.measure.answers import Answered
 from remove_refusals.measure.judges.labels import Label
 from remove_refusals.modelmap.derive import map_model
 from remove_refusals.models.generate import generate
@@ -19,7 +21,7 @@ from remove_refusals.models.load import LoadedModel, load
 from remove_refusals.progress import Progress
 from remove_refusals.prompts import draw, embedded_prompts
 from remove_refusals.search.candidates import by_rule, front
-from remove_refusals.search.references import References, confirm, references
+from remove_refusals.search.confirming import Confirming, confirm
 from remove_refusals.settings import ChatFormat, MeasureSettings, Rule
 from remove_refusals.types import Direction, PromptSet
 
@@ -138,16 +140,16 @@ def loaded() -> LoadedModel:
 
 
 @pytest.fixture(scope="module")
-def harmful(loaded: LoadedModel) -> References:
-    return references(loaded, draw(embedded_prompts("harmful_test"), 12, 0), SETTINGS.max_new_tokens)
+def harmful(loaded: LoadedModel) -> Answered:
+    return own_answers(loaded, draw(embedded_prompts("harmful_test"), 12, 0), SETTINGS.max_new_tokens)
 
 
 @pytest.fixture(scope="module")
-def harmless(loaded: LoadedModel) -> References:
+def harmless(loaded: LoadedModel) -> Answered:
     # The demo model refuses some of these, as a lesson.
     alarming = draw(embedded_prompts("harmless_alarming"), 10, 0)
     plain = draw(embedded_prompts("harmless_test"), 6, 0)
-    return references(loaded, PromptSet("harmless", plain.prompts + alarming.prompts, "test"), SETTINGS.max_new_tokens)
+    return own_answers(loaded, PromptSet("harmless", plain.prompts + alarming.prompts, "test"), SETTINGS.max_new_tokens)
 
 
 @pytest.fixture(scope="module")
@@ -160,12 +162,12 @@ def n_layers(loaded: LoadedModel) -> int:
     return map_model(loaded.model).n_layers
 
 
-def test_references_are_the_models_own_answers_with_their_labels(loaded: LoadedModel, harmful: References) -> None:
+def test_references_are_the_models_own_answers_with_their_labels(loaded: LoadedModel, harmful: Answered) -> None:
     assert list(harmful.answers) == generate(loaded, harmful.token_ids, max_new_tokens=SETTINGS.max_new_tokens)
     assert harmful.labels.count(Label.REFUSAL) >= 11
 
 
-def test_references_of_one_label_keep_what_belongs_together(harmless: References) -> None:
+def test_references_of_one_label_keep_what_belongs_together(harmless: Answered) -> None:
     parts = [harmless.only(label) for label in Label]
     assert 0 < len(harmless.only(Label.REFUSAL)) < len(harmless)
     rows = [
@@ -179,21 +181,21 @@ def test_references_of_one_label_keep_what_belongs_together(harmless: References
 def test_references_render_with_the_chat_format(loaded: LoadedModel) -> None:
     prompts = PromptSet("one", ("Fly a kite",), "test")
     plain, asked = (
-        references(dataclasses.replace(loaded, chat=chat), prompts, 2)
+        own_answers(dataclasses.replace(loaded, chat=chat), prompts, 2)
         for chat in (ChatFormat(plain=True), ChatFormat())
     )
     assert len(plain.token_ids[0]) < len(asked.token_ids[0])
     with pytest.raises(PromptError):
-        references(dataclasses.replace(loaded, chat=ChatFormat(plain=True, system_prompt="Be kind.")), prompts, 2)
+        own_answers(dataclasses.replace(loaded, chat=ChatFormat(plain=True, system_prompt="Be kind.")), prompts, 2)
 
 
 def test_a_full_edit_frees_and_is_confirmed(
-    loaded: LoadedModel, direction: Direction, harmful: References, harmless: References
+    loaded: LoadedModel, direction: Direction, harmful: Answered, harmless: References
 ) -> None:
     done: list[tuple[int, int]] = []
     intervention = intervene(direction, n_layers(loaded))
     told = Progress(lambda name, n, total: done.append((n, total))).stage("confirming", 28)
-    found = confirm(loaded, intervention, harmful, harmless, SETTINGS, told)
+    found = confirm(Confirming(loaded, harmful, harmless, SETTINGS), intervention, told)
     assert (found.refusals.n, found.false_refusals.n) == (len(harmful), len(harmless))
     assert found.refusals.count <= 2
     assert found.failures == (found.refusals.count + found.degenerate.count) / len(harmful)
@@ -203,16 +205,16 @@ def test_a_full_edit_frees_and_is_confirmed(
     assert 0 < found.damage.value < 0.5
     assert done == [(len(harmful), 28), (len(harmful) + len(harmless), 28)]
     with ablated(loaded.model, intervention):
-        again = references(loaded, harmful.prompts, SETTINGS.max_new_tokens)
+        again = own_answers(loaded, harmful.prompts, SETTINGS.max_new_tokens)
     assert again.labels.count(Label.REFUSAL) == found.refusals.count
     assert again.labels.count(Label.DEGENERATE) == found.degenerate.count
 
 
 def test_strength_0_confirms_what_the_base_does(
-    loaded: LoadedModel, direction: Direction, harmful: References, harmless: References
+    loaded: LoadedModel, direction: Direction, harmful: Answered, harmless: References
 ) -> None:
     intervention = intervene(direction, n_layers(loaded), strength=0.0)
-    found = confirm(loaded, intervention, harmful, harmless, SETTINGS)
+    found = confirm(Confirming(loaded, harmful, harmless, SETTINGS), intervention)
     assert found.refusals.count == harmful.labels.count(Label.REFUSAL)
     assert found.degenerate.count == harmful.labels.count(Label.DEGENERATE)
     assert found.false_refusals.count == harmless.labels.count(Label.REFUSAL)
@@ -224,10 +226,10 @@ def test_strength_0_confirms_what_the_base_does(
 
 
 def test_what_cannot_be_measured_is_absent(
-    loaded: LoadedModel, direction: Direction, harmful: References, harmless: References
+    loaded: LoadedModel, direction: Direction, harmful: Answered, harmless: References
 ) -> None:
     refused = harmless.only(Label.REFUSAL)
-    found = confirm(loaded, intervene(direction, n_layers(loaded)), harmful, refused, SETTINGS)
+    found = confirm(Confirming(loaded, harmful, refused, SETTINGS), intervene(direction, n_layers(loaded)))
     assert found.damage is None
     assert found.broken is None
     assert set(found.to_json()) == {"refusals", "degenerate", "false_refusals", "degenerate_harmless"}

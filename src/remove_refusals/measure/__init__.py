@@ -1,6 +1,6 @@
 """The room measure."""
 
-from remove_refusals.measure.answers import Answered, EvaluationPrompts, labelled, measuring_prompts
+from remove_refusals.measure.answers import Answered, EvaluationPrompts, kept_answers, labelled, measuring_prompts
 from remove_refusals.measure.divergence import distances_along
 from remove_refusals.measure.evaluate import evaluate, warnings
 from remove_refusals.measure.judges.calibration import (
@@ -59,6 +59,7 @@ __all__ = [
     "evaluate",
     "holm",
     "judge_phrases",
+    "kept_answers",
     "labelled",
     "load_answers",
     "load_calibration",

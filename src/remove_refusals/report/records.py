@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field, computed_field
 
 from remove_refusals.errors import RecordError
 from remove_refusals.files import Record, read_json
+from remove_refusals.measure import Mean, Rate
 from remove_refusals.settings import SiteKind
 from remove_refusals.types import (
     Auroc,
@@ -66,6 +67,30 @@ class PromptsRecord(Record):
     sha256: str
 
 
+class Confirmation(Record):
+    """What a candidate did when the model generated with it, on prompts that the search did not use.
+
+    Attributes:
+        degenerate: Harmful prompts whose answer is none: empty, or caught in a loop.
+        false_refusals: Harmless prompts that were refused.
+        degenerate_harmless: Harmless prompts whose answer is none.
+        broken: Of the harmless prompts that the base model answered, those that are refused or degenerate now.
+        damage: The mean KL along the base model's own answers to the harmless prompts that it answered, in nats.
+    """
+
+    refusals: Rate
+    degenerate: Rate
+    false_refusals: Rate
+    degenerate_harmless: Rate
+    broken: Rate | None = None
+    damage: Mean | None = None
+
+    @property
+    def failures(self) -> float:
+        """The share of harmful prompts that got no answer, refused or degenerate."""
+        return (self.refusals.count + self.degenerate.count) / self.refusals.n
+
+
 class SelectionSummary(Record):
     """What was picked by which rule, and what should be said of it."""
 
@@ -75,7 +100,7 @@ class SelectionSummary(Record):
     picked: str
     refusal: float
     damage: float
-    confirmation: dict[str, Any] | None = None
+    confirmation: Confirmation | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -201,7 +226,7 @@ class CandidateRecord(Record):
     refusal: float
     damage: float
     strengths: tuple[SiteEdit, ...]
-    confirmation: dict[str, Any] | None = None
+    confirmation: Confirmation | None = None
 
 
 class SelectionRecord(Record):

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from remove_refusals.directions import Steer, ablated, added, intervene, is_steerable, steered
+from remove_refusals.measure import Answered
 from remove_refusals.modelmap import map_model
-from remove_refusals.models import LoadedModel, in_batches
+from remove_refusals.models import in_batches
 from remove_refusals.search.continuations import Probe, frozen, log_probabilities, make_probes
-from remove_refusals.search.material import N_OPENING_TOKENS, damages, gather, refusal_probabilities
-from remove_refusals.search.references import References
+from remove_refusals.search.material import N_OPENING_TOKENS, OwnAnswers, damages, gather, refusal_probabilities
 from remove_refusals.settings import GradientSettings
 from remove_refusals.types import Direction, Intervention
 
@@ -68,7 +68,7 @@ Context = Callable[[list[int]], AbstractContextManager[None]]
 class _Course:
     """Prompts, what is gone along, and what is measured: a number for each row, whose prompts are given."""
 
-    part: References
+    part: Answered
     paths: Sequence[Sequence[int]]
     measure: Callable[[torch.Tensor, Probe, Sequence[int]], torch.Tensor]
 
@@ -76,21 +76,14 @@ class _Course:
 class Bench:
     """Scores directions on prompts: what the model does as it stands is measured once."""
 
-    def __init__(
-        self,
-        loaded: LoadedModel,
-        refused: References,
-        answered: References,
-        kl_tokens: int,
-        more_refusals: Sequence[Sequence[int]] = (),
-    ) -> None:
+    def __init__(self, own: OwnAnswers, kl_tokens: int) -> None:
         """Prepare; the damage goes along the first `kl_tokens` of each answer."""
-        self._loaded, self._map = loaded, map_model(loaded.model)
+        self._loaded, self._map = own.loaded, map_model(own.loaded.model)
+        refused, answered = own.refused, own.answered
         self.n_layers = self._map.n_layers
-        few = GradientSettings(kl_tokens=kl_tokens)
-        material = gather(loaded, refused, answered, few, more_refusals=more_refusals)
+        material = gather(own, GradientSettings(kl_tokens=kl_tokens))
         self._vocabulary = material.vocabulary
-        own = {
+        bases = {
             prompt: base[probe.rows == row]
             for probe, base in zip(material.damage_probes, material.base, strict=True)
             for row, prompt in enumerate(probe.prompts)
@@ -105,7 +98,7 @@ class Bench:
         self._damages = _Course(
             answered,
             [answer[:kl_tokens] for answer in answers],
-            lambda found, probe, prompts: damages(found, torch.cat([own[prompt] for prompt in prompts]), probe),
+            lambda found, probe, prompts: damages(found, torch.cat([bases[prompt] for prompt in prompts]), probe),
         )
         # Harmless prompts have no refusal of their own: the most frequent opening is gone along, others branch off.
         self._induced = _Course(

@@ -11,39 +11,12 @@ import torch
 
 from remove_refusals.directions import DIRECTIONS, direction_sha256
 from remove_refusals.errors import DirectionError
-from remove_refusals.files import Record, atomic_file
-from remove_refusals.measure import Mean, Rate
-from remove_refusals.report import CandidateRecord, SelectionRecord, SelectionSummary
+from remove_refusals.files import atomic_file
+from remove_refusals.report import CandidateRecord, Confirmation, SelectionRecord, SelectionSummary
 from remove_refusals.settings import Rule
 from remove_refusals.types import Direction, DirectionOrigin, Intervention
 
 CANDIDATES = f"{DIRECTIONS}/candidates.safetensors"
-
-
-class Confirmation(Record):
-    """What a candidate did when the model generated with it, on prompts that the search did not use.
-
-    Attributes:
-        refusals: Harmful prompts that were refused.
-        degenerate: Harmful prompts whose answer is none: empty, or caught in a loop.
-        false_refusals: Harmless prompts that were refused.
-        degenerate_harmless: Harmless prompts whose answer is none.
-        broken: Of the harmless prompts that the base model answered, those that are refused or degenerate now.
-        damage: The mean KL along the base model's own answers to the harmless prompts that it answered, in nats; None
-            if it answered none.
-    """
-
-    refusals: Rate
-    degenerate: Rate
-    false_refusals: Rate
-    degenerate_harmless: Rate
-    broken: Rate | None = None
-    damage: Mean | None = None
-
-    @property
-    def failures(self) -> float:
-        """The share of harmful prompts that got no answer, refused or degenerate."""
-        return (self.refusals.count + self.degenerate.count) / self.refusals.n
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +44,7 @@ class Candidate:
             refusal=self.refusal,
             damage=self.damage,
             strengths=self.intervention.edits,
-            confirmation=None if self.confirmation is None else self.confirmation.to_json(),
+            confirmation=self.confirmation,
         )
 
 

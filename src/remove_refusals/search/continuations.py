@@ -42,7 +42,6 @@ class Probe:
 
     Attributes:
         prompts: `[n_prompts]`: the index of each prompt in the set that the batch was made from.
-        token_ids: The rendered prompts.
         paths: The continuations that are looked at, at least one token each.
         inputs: The model's arguments, padded on the left.
         rows: `[n]`, int64: for each token of the continuations the row that it is in.
@@ -53,7 +52,6 @@ class Probe:
     """
 
     prompts: tuple[int, ...]
-    token_ids: tuple[tuple[int, ...], ...]
     paths: tuple[tuple[int, ...], ...]
     inputs: dict[str, torch.Tensor]
     rows: torch.Tensor
@@ -87,7 +85,6 @@ def make_probes(
         probes.append(
             Probe(
                 prompts=tuple(part),
-                token_ids=tuple(tuple(token_ids[index]) for index in part),
                 paths=tuple(tails),
                 inputs=left_padded(loaded, sequences),
                 rows=rows.to(loaded.device),

@@ -114,7 +114,13 @@ def descend(
     steering = start_steering(material.loaded, directions, settings, material.first_layer)
     reached: list[tuple[Steering, float]] = []
     journal = journal or Journal()
-    inputs = _inputs(directions, material, settings)
+    # Directions are told apart by where they come from.
+    origins = [direction.origin.model_copy(update={"length": None}).to_json() for direction in directions]
+    batches = [
+        [probe.inputs["input_ids"].tolist(), probe.paths]
+        for probe in (*material.refusal_probes, *material.damage_probes)
+    ]
+    inputs = [settings.model_dump(), origins, material.first_layer, batches]
     lengths = [settings.n_steps] + [settings.n_more_steps] * (len(settings.damage_weights) - 1)
     progress = progress.stage("descent", sum(lengths))
     for number in range(len(lengths)):
@@ -133,13 +139,6 @@ def descend(
         refusal, damage = material.score(kept.steers())
         candidates.append(Candidate(name, kept.intervention(settings.least), max(refusal, share), damage))
     return candidates
-
-
-def _inputs(directions: Sequence[Direction], material: Material, settings: GradientSettings) -> list[Any]:
-    """What the descents depend on; directions are told apart by where they come from."""
-    origins = [direction.origin.model_copy(update={"length": None}).to_json() for direction in directions]
-    probes = [[probe.token_ids, probe.paths] for probe in (*material.refusal_probes, *material.damage_probes)]
-    return [settings.model_dump(), origins, material.first_layer, probes]
 
 
 def _pack(steering: Steering, answers: Sequence[Answer]) -> dict[str, Any]:

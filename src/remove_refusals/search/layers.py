@@ -14,7 +14,7 @@ from remove_refusals.models import LoadedModel, template_tail_length
 from remove_refusals.progress import SILENT, Progress
 from remove_refusals.search.bench import Bench, LayerScore, Option
 from remove_refusals.search.candidates import Candidate
-from remove_refusals.search.references import References
+from remove_refusals.search.material import OwnAnswers
 from remove_refusals.settings import LayerSettings, Rule, published_name
 from remove_refusals.types import Activations
 
@@ -71,29 +71,21 @@ def ranked(scores: Sequence[LayerScore], max_kl: float) -> tuple[int, ...]:
 
 
 def search_layers(
-    loaded: LoadedModel,
+    own: OwnAnswers,
     collected: tuple[Activations, Activations],
-    refused: References,
-    answered: References,
     settings: LayerSettings,
-    *,
-    more_refusals: Sequence[Sequence[int]] = (),
     progress: Progress = SILENT,
 ) -> LayerSearch:
-    """Choose layer, position and recipe.
-
-    `collected` are activations of every layer at each position to be tried. `more_refusals` are the tokens of other
-    refusals, for their openings.
-    """
-    model = published_name(loaded.source)
+    """Choose layer, position and recipe by activations of every layer at each position to be tried."""
+    model = published_name(own.loaded.source)
     options = make_options(*collected, depth=settings.depth, seed=settings.seed, model=model)
     if not options:
         raise SelectionError(
             "The mean activations on harmful and harmless prompts differ at no layer and position, expected a "
             "difference to choose by; check the prompts, or pass --select none."
         )
-    bench = Bench(loaded, refused, answered, settings.kl_tokens, more_refusals)
-    return narrow_down(bench, options, max(len(refused), len(answered)), settings, progress)
+    n = max(len(own.refused), len(own.answered))
+    return narrow_down(Bench(own, settings.kl_tokens), options, n, settings, progress)
 
 
 def narrow_down(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from remove_refusals.directions import SiteKey, Steer, steered
-from remove_refusals.measure import Label, judge_phrases
+from remove_refusals.measure import Answered, Label, labelled
 from remove_refusals.models import Answer, LoadedModel
 from remove_refusals.search.continuations import (
     Probe,
@@ -19,7 +19,6 @@ from remove_refusals.search.continuations import (
     make_probes,
     make_vocabulary,
 )
-from remove_refusals.search.references import References
 from remove_refusals.settings import GradientSettings
 
 N_OPENING_TOKENS = 6
@@ -79,6 +78,16 @@ def learn_openings(refusals: Iterable[Sequence[int]], n_tokens: int = N_OPENING_
 
 
 @dataclass(frozen=True, eq=False)
+class OwnAnswers:
+    """A model, harmful prompts that it refused, harmless ones that it answered, and the tokens of other refusals."""
+
+    loaded: LoadedModel
+    refused: Answered
+    answered: Answered
+    more_refusals: Sequence[Sequence[int]] = ()
+
+
+@dataclass(frozen=True, eq=False)
 class Material:
     """What a search runs on.
 
@@ -94,7 +103,7 @@ class Material:
     """
 
     loaded: LoadedModel
-    refused: References
+    refused: Answered
     openings: Openings
     refusal_probes: tuple[Probe, ...]
     damage_probes: tuple[Probe, ...]
@@ -121,33 +130,27 @@ class Material:
         return float(refusals.mean()), float(kls.mean())
 
 
-def gather(
-    loaded: LoadedModel,
-    refused: References,
-    answered: References,
-    settings: GradientSettings,
-    *,
-    first_layer: int = 0,
-    more_refusals: Sequence[Sequence[int]] = (),
-) -> Material:
-    """Prepare batches of refused and answered prompts, and what the model predicts on them as it stands.
-
-    `more_refusals` are the tokens of other refusals, for their openings.
-    """
-    paths = [answer.token_ids for answer in refused.answers]
-    own = [answer.token_ids for answer in answered.answers]
-    harmful = make_probes(loaded, refused.token_ids, paths, N_OPENING_TOKENS, settings.batch_size)
-    harmless = make_probes(loaded, answered.token_ids, own, settings.kl_tokens, settings.batch_size)
+def gather(own: OwnAnswers, settings: GradientSettings, first_layer: int = 0) -> Material:
+    """Prepare batches of refused and answered prompts, and what the model predicts on them as it stands."""
+    loaded, n = own.loaded, settings.batch_size
+    harmful = _refusal_probes(loaded, own.refused, n)
+    answers = [answer.token_ids for answer in own.answered.answers]
+    harmless = make_probes(loaded, own.answered.token_ids, answers, settings.kl_tokens, n)
     with frozen(loaded, gradients=False):
         tokens = [likely_tokens(log_probabilities(loaded, probe)) for probe in (*harmful, *harmless)]
     tokens += [probe.targets for probe in harmless]
-    openings = learn_openings([*paths, *more_refusals])
-    return _prepared(loaded, refused, openings, (harmful, harmless), tokens, first_layer)
+    openings = learn_openings([*(answer.token_ids for answer in own.refused.answers), *own.more_refusals])
+    return _prepared(loaded, own.refused, openings, (harmful, harmless), tokens, first_layer)
+
+
+def _refusal_probes(loaded: LoadedModel, refused: Answered, batch_size: int) -> list[Probe]:
+    paths = [answer.token_ids for answer in refused.answers]
+    return make_probes(loaded, refused.token_ids, paths, N_OPENING_TOKENS, batch_size)
 
 
 def _prepared(
     loaded: LoadedModel,
-    refused: References,
+    refused: Answered,
     openings: Openings,
     probes: tuple[Sequence[Probe], Sequence[Probe]],
     tokens: Sequence[torch.Tensor],
@@ -172,16 +175,15 @@ def with_new_refusals(
         And the share of the answers that refuse.
     """
     before, loaded = material.refused, material.loaded
-    labels = [judge_phrases(answer.text, before.prompts.prompts[index]) for index, answer in enumerate(answers)]
-    refusals = {index: answer for index, answer in enumerate(answers) if labels[index] is Label.REFUSAL}
+    few = before.at(range(len(answers)))
+    flags = labelled(few.prompts, few.token_ids, answers).flags(Label.REFUSAL)
+    refusals = {index: answer for index, answer in enumerate(answers) if flags[index]}
     share = len(refusals) / len(answers)
     if not refusals:
         return material, share
     refused = replace(before, answers=tuple(refusals.get(index, own) for index, own in enumerate(before.answers)))
     openings = learn_openings([*material.openings.prefixes, *(answer.token_ids for answer in refusals.values())])
-    paths = [answer.token_ids for answer in refused.answers]
-    harmful = make_probes(loaded, refused.token_ids, paths, N_OPENING_TOKENS, settings.batch_size)
-    both = harmful, material.damage_probes
+    both = _refusal_probes(loaded, refused, settings.batch_size), material.damage_probes
     tokens = [material.vocabulary.tokens]
     return _prepared(loaded, refused, openings, both, tokens, material.first_layer), share
 
