@@ -190,7 +190,7 @@ def test_references_render_with_the_chat_format(loaded: LoadedModel) -> None:
 
 
 def test_a_full_edit_frees_and_is_confirmed(
-    loaded: LoadedModel, direction: Direction, harmful: Answered, harmless: References
+    loaded: LoadedModel, direction: Direction, harmful: Answered, harmless: Answered
 ) -> None:
     done: list[tuple[int, int]] = []
     intervention = intervene(direction, n_layers(loaded))
@@ -211,7 +211,7 @@ def test_a_full_edit_frees_and_is_confirmed(
 
 
 def test_strength_0_confirms_what_the_base_does(
-    loaded: LoadedModel, direction: Direction, harmful: Answered, harmless: References
+    loaded: LoadedModel, direction: Direction, harmful: Answered, harmless: Answered
 ) -> None:
     intervention = intervene(direction, n_layers(loaded), strength=0.0)
     found = confirm(Confirming(loaded, harmful, harmless, SETTINGS), intervention)
@@ -226,7 +226,7 @@ def test_strength_0_confirms_what_the_base_does(
 
 
 def test_what_cannot_be_measured_is_absent(
-    loaded: LoadedModel, direction: Direction, harmful: Answered, harmless: References
+    loaded: LoadedModel, direction: Direction, harmful: Answered, harmless: Answered
 ) -> None:
     refused = harmless.only(Label.REFUSAL)
     found = confirm(Confirming(loaded, harmful, refused, SETTINGS), intervene(direction, n_layers(loaded)))
