@@ -130,7 +130,7 @@ def tested(
         loaded,
         prompts,
         measuring,
-        edited_context=lambda: ablated(loaded.model, intervention),
+        edited_context=lambda: ablated(loaded, intervention),
         journal=Journal(journal),
     )
     assert found.kl is not None and found.kl.harmless_answered is not None

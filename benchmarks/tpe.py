@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -119,9 +119,8 @@ def interpolated(directions: Sequence[Direction], index: float) -> Direction:
     lower = min(int(index), len(directions) - 1)
     upper = min(lower + 1, len(directions) - 1)
     vector = torch.lerp(directions[lower].basis, directions[upper].basis, index - lower)
-    return direction_from_vectors(
-        vector, replace(directions[lower].origin, method="interpolated", layer=None, length=None)
-    )
+    changed = {"method": "interpolated", "layer": None, "length": None}
+    return direction_from_vectors(vector, directions[lower].origin.model_copy(update=changed))
 
 
 def build(parameters: Parameters, directions: Sequence[Direction], loaded: LoadedModel) -> Intervention:
@@ -133,7 +132,8 @@ def build(parameters: Parameters, directions: Sequence[Direction], loaded: Loade
         if site.layer is not None:
             weight = (parameters.attn if site.kind == "attn" else parameters.mlp).weight(site.layer)
             if weight:
-                edits.append(SiteEdit(site.kind, site.layer, weight, site.layer if per_layer else 0))
+                number = site.layer if per_layer else 0
+                edits.append(SiteEdit(kind=site.kind, layer=site.layer, strength=weight, direction=number))
     return Intervention(used, tuple(edits))
 
 
@@ -257,7 +257,7 @@ def tried(
 ) -> Scores | None:
     """Try an intervention by hooks: generate, and compare the first tokens; None if logits are not finite."""
     try:
-        with ablated(loaded.model, intervention):
+        with ablated(loaded, intervention):
             answers = generate(loaded, harmful.token_ids, max_new_tokens=max_new_tokens, progress=progress)
         distances = distances_along(
             loaded,
@@ -265,7 +265,7 @@ def tried(
             harmless.token_ids,
             [answer.token_ids[:1] for answer in harmless.answers],
             1,
-            edited_context=lambda: ablated(loaded.model, intervention),
+            edited_context=lambda: ablated(loaded, intervention),
         )
     except NumericalError:
         return None
@@ -298,7 +298,7 @@ def search_trials(
     """
     started = time.monotonic()
     # Directions are told apart by where they come from, for their numbers may differ in the last digit when found anew.
-    origins = [asdict(replace(direction.origin, length=None)) for direction in directions]
+    origins = [direction.origin.model_copy(update={"length": None}).to_json() for direction in directions]
     content = [fingerprint(loaded), origins, harmful.token_ids, harmless.token_ids, max_new_tokens]
     content += [settings.seed, settings.multivariate]
     name = f"search {hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]}"
