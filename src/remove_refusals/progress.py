@@ -35,16 +35,3 @@ class Progress:
 
 
 SILENT = Progress()
-
-
-def stage_progress(
-    on_progress: OnProgress | None, stage: str, before: int = 0, total: int | None = None
-) -> Callable[..., None] | None:
-    """Turn the report of one stage's part, `(done)` or `(done, total)`, into that of the stage."""
-    if on_progress is None:
-        return None
-
-    def report(done: int, whole: int | None = None) -> None:
-        on_progress(stage, before + done, whole if total is None and whole is not None else total or 0)
-
-    return report

@@ -5,7 +5,7 @@ axis is the residual stream's channels: what is known of a storage says nothing 
 """
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -223,39 +223,6 @@ class Knowledge:
             else:
                 (chosen[TWICE, None, 0],) = self.opaque(TWICE)
         return frozenset(chosen.values())
-
-
-# Operations that copy, cast, index or rearrange.
-_KEEP = frozenset(
-    """alias clone contiguous detach _to_copy lift_fresh repeat view _unsafe_view reshape expand permute transpose t
-    slice select index index_select squeeze unsqueeze split split_with_sizes chunk unbind unfold narrow diagonal
-    as_strided gather dropout native_dropout neg""".split()
-)
-
-
-def changed_weight(weight: Weight, name: str, args: Sequence[Any]) -> Weight | None:
-    """Give what an operation makes of a weight, its only floating-point tensor, without regard to its shape.
-
-    It is None if the result is no longer a parameter scaled and shifted.
-    """
-    if name in _KEEP:
-        return replace(weight, scale=-weight.scale, offset=-weight.offset) if name == "neg" else weight
-    if len(args) < 2 or not any(isinstance(value, int | float) for value in args[:2]):
-        return None
-    number_first = isinstance(args[0], int | float)
-    number = float(args[0] if number_first else args[1])
-    rest = args[2] if len(args) > 2 else None
-    if name in {"add", "sub", "rsub"}:
-        if rest not in {None, 1}:
-            return None
-        negated = name == "rsub" or (name == "sub" and number_first)
-        shift = number if name == "add" or negated else -number
-        sign = -1 if negated else 1
-        return replace(weight, scale=sign * weight.scale, offset=sign * weight.offset + shift)
-    if number == 0 or rest is not None or not (name == "mul" or (name == "div" and not number_first)):
-        return None
-    factor = number if name == "mul" else 1 / number
-    return replace(weight, scale=factor * weight.scale, offset=factor * weight.offset)
 
 
 def axes_of(new: torch.Tensor, old: torch.Tensor, weight: Weight) -> Mapping[int, int]:

@@ -6,36 +6,30 @@ here, or is done along the channels, ends in an *opaque* term that names the ope
 exact edit and never fakes one.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
 from remove_refusals.formula import ChannelStep
-from remove_refusals.modelmap.knowledge import CONSTANT, ZERO, Knowledge, Terms, tensors_in
+from remove_refusals.modelmap.knowledge import CONSTANT, ZERO, Knowledge, Terms, Weight, tensors_in
 
-Rule = Callable[[Knowledge, Sequence[Any], Any], Terms | None]
-"""From what is known, an operation's positional arguments and its output to the output's terms."""
+Rule = Callable[[Knowledge, Sequence[Any]], Terms | None]
+"""From what is known and an operation's positional arguments to the terms of its output."""
 
-# Operations that select, copy or move rows; beside each the argument that must not name the channels.
-_KEEP = {
-    **dict.fromkeys("alias clone contiguous detach _to_copy lift_fresh neg dropout native_dropout repeat".split()),
-    **dict.fromkeys("view _unsafe_view reshape expand permute transpose t slice select squeeze unsqueeze".split()),
-    **dict.fromkeys("split split_with_sizes chunk unbind unfold narrow diagonal as_strided".split()),
-    **dict.fromkeys("index_select gather take_along_dim cumsum flip sum mean".split(), 1),
-    "roll": 2,
-}
+# What leaves every dimension where it is.
+_COPIES = "alias clone contiguous detach _to_copy lift_fresh".split()
 
-# Of these, what leaves every dimension where it is.
-_COPIES = frozenset("alias clone contiguous detach _to_copy lift_fresh".split())
+# What selects, copies or moves rows, also of one parameter.
+_MOVES = """neg dropout native_dropout repeat view _unsafe_view reshape expand permute transpose t slice select squeeze
+    unsqueeze split split_with_sizes chunk unbind unfold narrow diagonal as_strided""".split()
 
-# Operations that unite rows of several tensors, likewise.
-_UNITE = {
-    **dict.fromkeys("cat stack".split()),
-    **dict.fromkeys("index_add index_copy scatter scatter_add".split(), 1),
-    **dict.fromkeys("slice_scatter select_scatter".split(), 2),
-}
+# Beside each the argument that must not name the channels.
+_KEEP = dict.fromkeys("index_select gather take_along_dim cumsum flip sum mean".split(), 1) | {"roll": 2}
+_UNITE = dict.fromkeys("index_add index_copy scatter scatter_add".split(), 1)
+_UNITE |= {"slice_scatter": 2, "select_scatter": 2}
 
 _FRESH = "zeros zeros_like new_zeros empty empty_like new_empty new_empty_strided empty_strided zero".split()
 
@@ -47,19 +41,88 @@ _PRODUCTS = dict.fromkeys("mm bmm matmul _grouped_mm grouped_mm_fallback".split(
 
 TWO_ACTIVATIONS = "a product of two activations"
 
+_RULES: dict[str, Rule] = dict.fromkeys(_FRESH, lambda known, args: ZERO)
+
+
+def _rule(*names: str, **options: Any) -> Callable[[Rule], Rule]:
+    """Make a function the rule of some operations."""
+
+    def note(rule: Rule) -> Rule:
+        _RULES.update(dict.fromkeys(names, partial(rule, **options) if options else rule))
+        return rule
+
+    return note
+
 
 def terms_after(known: Knowledge, name: str, args: Sequence[Any], out: Any) -> Terms | None:
     """Give the terms of an operation's output, None if no parameter has reached it.
 
     The name is without the mark of an operation in place; all arguments are in the order of its schema.
     """
-    rule = _RULES.get(name)
-    return rule(known, args, out) if rule is not None else _ended(known, name, args)
+    if name in _KEEP and _names_channels(args[0], args[_KEEP[name]]):
+        value, dims = args[0], args[_KEEP[name]]
+        if name == "mean" and value.shape[-1] == known.d_model and dims in ([-1], [value.dim() - 1]):
+            known.learn_mean(out, value)
+        return _ended(known, f"{name} over channels", value)
+    if name in _COPIES or name in _MOVES or name in _KEEP:
+        return known.terms(args[0], known.channels_of(args[0]) if name in _COPIES else -1)
+    if name in _UNITE and _names_channels(args[0], args[_UNITE[name]]):
+        return _ended(known, f"{name} over channels", args)
+    if name in _UNITE or name in {"cat", "stack", "copy"}:
+        return _united(known, name, args)
+    if name in _FILLS:
+        return ZERO if _is_zero(args[_FILLS[name]]) else None
+    return _RULES[name](known, args) if name in _RULES else _ended(known, name, args)
+
+
+def channel_dim(known: Knowledge, name: str, args: Sequence[Any]) -> int:
+    """Give the dimension of an operation's output that holds the channels its terms speak of."""
+    if name == "convolution":
+        return 1
+    if name in _COPIES:
+        return known.channels_of(args[0])
+    if name in _PRODUCTS:
+        left, right = args[_PRODUCTS[name] : _PRODUCTS[name] + 2]
+        return -2 if known.weight(right) is None and known.weight(left) is not None else -1
+    return -1
+
+
+def changed_weight(weight: Weight, name: str, args: Sequence[Any]) -> Weight | None:
+    """Give what an operation makes of a weight, its only floating-point tensor, without regard to its shape.
+
+    It is None if the result is no longer a parameter scaled and shifted.
+    """
+    if name in _COPIES or name in _MOVES or name in {"index", "index_select", "gather"}:
+        return replace(weight, scale=-weight.scale, offset=-weight.offset) if name == "neg" else weight
+    if len(args) < 2 or not any(isinstance(value, int | float) for value in args[:2]):
+        return None
+    number_first = isinstance(args[0], int | float)
+    number = float(args[0] if number_first else args[1])
+    rest = args[2] if len(args) > 2 else None
+    if name in {"add", "sub", "rsub"}:
+        if rest not in {None, 1}:
+            return None
+        negated = name == "rsub" or (name == "sub" and number_first)
+        shift = number if name == "add" or negated else -number
+        sign = -1 if negated else 1
+        return replace(weight, scale=sign * weight.scale, offset=sign * weight.offset + shift)
+    if number == 0 or rest is not None or not (name == "mul" or (name == "div" and not number_first)):
+        return None
+    factor = number if name == "mul" else 1 / number
+    return replace(weight, scale=factor * weight.scale, offset=factor * weight.offset)
 
 
 def _ended(known: Knowledge, name: str, values: Any) -> Terms | None:
     """The opaque term of an operation that any parameter has reached."""
     return known.opaque(name) if any(known.terms(tensor) for tensor in tensors_in(values)) else None
+
+
+def _or_constant(terms: Terms | None) -> Terms:
+    return frozenset({CONSTANT}) if terms is None else terms
+
+
+def _is_zero(value: Any) -> bool:
+    return isinstance(value, int | float) and value == 0
 
 
 def _names_channels(value: torch.Tensor, dims: Any) -> bool:
@@ -69,15 +132,6 @@ def _names_channels(value: torch.Tensor, dims: Any) -> bool:
     return any(dim % max(1, value.dim()) == value.dim() - 1 for dim in dims)
 
 
-def _keep(known: Knowledge, args: Sequence[Any], out: Any, *, name: str, dims_at: int | None) -> Terms | None:
-    value = args[0]
-    if dims_at is not None and _names_channels(value, args[dims_at]):
-        if name == "mean" and value.shape[-1] == known.d_model and args[dims_at] in ([-1], [value.dim() - 1]):
-            known.learn_mean(out, value)
-        return _ended(known, f"{name} over channels", value)
-    return known.terms(value, known.channels_of(value) if name in _COPIES else -1)
-
-
 def _per_row(value: Any) -> bool:
     """Whether a factor is a number, or one number for each token."""
     if not isinstance(value, torch.Tensor):
@@ -85,30 +139,48 @@ def _per_row(value: Any) -> bool:
     return value.numel() == 1 or value.shape[-1] == 1 or value.stride(-1) == 0
 
 
-def _add(known: Knowledge, args: Sequence[Any], out: Any) -> Terms | None:
+def _united(known: Knowledge, name: str, args: Sequence[Any]) -> Terms | None:
+    if any(isinstance(value, str) for value in args):
+        return _ended(known, name, args)
+    united, number = known.united(args[1] if name == "copy" else args), args[-1]
+    is_value = name == "scatter" and isinstance(number, int | float) and number != 0
+    return united | {CONSTANT} if is_value and united is not None else united
+
+
+def _product(known: Knowledge, args: Sequence[Any], *, at: int) -> Terms | None:
+    left, right = args[at : at + 2]
+    added = _or_constant(known.terms(args[0])) if at else ZERO
+    for operand, dim in ((right, -1), (left, -2)):
+        weight = known.weight(operand)
+        if weight is not None and operand.dim() >= 2:
+            if weight.offset:
+                return known.opaque("a product with a changed parameter")
+            return known.written(operand, dim) | added
+    carried = known.terms(right)
+    if carried and right.dim() >= 2 and known.is_channels(right):
+        return carried | added
+    return _ended(known, TWO_ACTIVATIONS, args[: at + 2])
+
+
+@_rule("add", "rsub")
+def _add(known: Knowledge, args: Sequence[Any]) -> Terms | None:
     found = [known.terms(value) for value in args[:2]]
     if found == [None, None]:
         return None
-    zero = [isinstance(value, int | float) and value == 0 for value in args[:2]]
-    return known.summed(*(ZERO if none else _or_constant(terms) for none, terms in zip(zero, found, strict=True)))
+    pairs = zip(args[:2], found, strict=True)
+    return known.summed(*(ZERO if _is_zero(value) else _or_constant(terms) for value, terms in pairs))
 
 
-def _or_constant(terms: Terms | None) -> Terms:
-    return frozenset({CONSTANT}) if terms is None else terms
-
-
-def _summed(known: Knowledge, *parts: Terms | None) -> Terms | None:
-    return None if all(part is None for part in parts) else known.summed(*map(_or_constant, parts))
-
-
-def _subtract(known: Knowledge, args: Sequence[Any], out: Any) -> Terms | None:
+@_rule("sub")
+def _subtract(known: Knowledge, args: Sequence[Any]) -> Terms | None:
     terms = known.terms(args[0])
     if terms and known.is_mean_of(args[1], args[0]):
         return known.stepped(terms, ChannelStep("center"))
-    return _add(known, args, out)
+    return _add(known, args)
 
 
-def _multiply(known: Knowledge, args: Sequence[Any], out: Any) -> Terms | None:
+@_rule("mul")
+def _multiply(known: Knowledge, args: Sequence[Any]) -> Terms | None:
     for value, factor in ((args[0], args[1]), (args[1], args[0])):
         terms = known.terms(value)
         if terms == ZERO:
@@ -133,56 +205,60 @@ def _with_gain(known: Knowledge, terms: Terms, value: torch.Tensor, factor: torc
     return known.stepped(terms, ChannelStep("gain", gain.name, gain.offset / gain.scale))
 
 
-def _divide(known: Knowledge, args: Sequence[Any], out: Any) -> Terms | None:
+@_rule("div")
+def _divide(known: Knowledge, args: Sequence[Any]) -> Terms | None:
     value, divisor, *rounding = args
     if _per_row(divisor) and not any(rounding):
         return known.terms(value)
     return _ended(known, "a quotient of two activations", args[:2])
 
 
-def _add_product(known: Knowledge, args: Sequence[Any], out: Any) -> Terms | None:
-    return _summed(known, _multiply(known, args[1:3], out), known.terms(args[0]))
+@_rule("addcmul")
+def _add_product(known: Knowledge, args: Sequence[Any]) -> Terms | None:
+    parts = _multiply(known, args[1:3]), known.terms(args[0])
+    return None if parts == (None, None) else known.summed(*map(_or_constant, parts))
 
 
-def _where(known: Knowledge, args: Sequence[Any], out: Any) -> Terms | None:
+@_rule("where")
+def _where(known: Knowledge, args: Sequence[Any]) -> Terms | None:
     condition, *values = args[:3]
-    numbers = [value for value in values if not isinstance(value, torch.Tensor) and value != 0]
     if not _per_row(condition):
         return _ended(known, "where over channels", values)
     united = known.united(*values)
-    return united | {CONSTANT} if united is not None and numbers else united
+    filled = any(not isinstance(value, torch.Tensor) and value != 0 for value in values)
+    return united | {CONSTANT} if united is not None and filled else united
 
 
-def _masked_fill(known: Knowledge, args: Sequence[Any], out: Any) -> Terms | None:
+@_rule("masked_fill")
+def _masked_fill(known: Knowledge, args: Sequence[Any]) -> Terms | None:
     value, mask, number = args[:3]
-    zero = known.terms(number) == ZERO or (isinstance(number, int | float) and number == 0)
-    if not zero or not _per_row(mask):
+    if not (known.terms(number) == ZERO or _is_zero(number)) or not _per_row(mask):
         return _ended(known, "masked_fill", [value])
     return known.terms(value)
 
 
-def _index(known: Knowledge, args: Sequence[Any], out: Any) -> Terms | None:
+@_rule("index")
+def _index(known: Knowledge, args: Sequence[Any]) -> Terms | None:
     value, indices = args[0], args[1]
     masked = sum(index.dim() if index.dtype in {torch.bool, torch.uint8} else 1 for index in tensors_in(indices))
     reaches_last = masked + sum(index is None for index in indices) >= value.dim() and indices[-1] is not None
     return _ended(known, "index over channels", [value]) if reaches_last else known.terms(value)
 
 
-def _index_put(known: Knowledge, args: Sequence[Any], out: Any) -> Terms | None:
-    if _index(known, args, out) != known.terms(args[0]):
+@_rule("index_put", "_index_put_impl")
+def _index_put(known: Knowledge, args: Sequence[Any]) -> Terms | None:
+    if _index(known, args) != known.terms(args[0]):
         return _ended(known, "index_put over channels", args)
     return known.united(args[0], args[2])
 
 
-def _fill(known: Knowledge, args: Sequence[Any], out: Any, *, at: int) -> Terms | None:
-    return ZERO if isinstance(args[at], int | float) and args[at] == 0 else None
-
-
-def _embedding(known: Knowledge, args: Sequence[Any], out: Any) -> Terms | None:
+@_rule("embedding")
+def _embedding(known: Knowledge, args: Sequence[Any]) -> Terms | None:
     return known.terms(args[0]) if known.weight(args[0]) is not None else _ended(known, "embedding", [args[0]])
 
 
-def _convolution(known: Knowledge, args: Sequence[Any], out: Any) -> Terms | None:
+@_rule("convolution")
+def _convolution(known: Knowledge, args: Sequence[Any]) -> Terms | None:
     value, kernel, bias, _, _, _, transposed, _, groups = args[:9]
     weight = known.weight(kernel)
     added = ZERO if bias is None else _or_constant(known.terms(bias))
@@ -197,7 +273,9 @@ def _convolution(known: Knowledge, args: Sequence[Any], out: Any) -> Terms | Non
     return _ended(known, "a grouped convolution", args)
 
 
-def _norm(known: Knowledge, args: Sequence[Any], out: Any, *, centers: bool) -> Terms | None:
+@_rule("native_layer_norm", centers=True)
+@_rule("_fused_rms_norm", "rms_norm", centers=False)
+def _norm(known: Knowledge, args: Sequence[Any], *, centers: bool = False) -> Terms | None:
     value, shape, gain, bias = (*args, None, None)[:4]
     terms = known.terms(value)
     if not terms:
@@ -214,64 +292,4 @@ def _norm(known: Knowledge, args: Sequence[Any], out: Any, *, centers: bool) -> 
     return terms | (_or_constant(known.terms(bias)) if centers and isinstance(bias, torch.Tensor) else ZERO)
 
 
-def _product(known: Knowledge, args: Sequence[Any], out: Any, *, at: int) -> Terms | None:
-    left, right = args[at : at + 2]
-    added = _or_constant(known.terms(args[0])) if at else ZERO
-    for operand, dim in ((right, -1), (left, -2)):
-        weight = known.weight(operand)
-        if weight is not None and operand.dim() >= 2:
-            if weight.offset:
-                return known.opaque("a product with a changed parameter")
-            return known.written(operand, dim) | added
-    carried = known.terms(right)
-    if carried and right.dim() >= 2 and known.is_channels(right):
-        return carried | added
-    return _ended(known, TWO_ACTIVATIONS, args[: at + 2])
-
-
-def channel_dim(known: Knowledge, name: str, args: Sequence[Any]) -> int:
-    """Give the dimension of an operation's output that holds the channels its terms speak of."""
-    if name == "convolution":
-        return 1
-    if name in _COPIES:
-        return known.channels_of(args[0])
-    if name in _PRODUCTS:
-        left, right = args[_PRODUCTS[name] : _PRODUCTS[name] + 2]
-        return -2 if known.weight(right) is None and known.weight(left) is not None else -1
-    return -1
-
-
-def _unite(known: Knowledge, args: Sequence[Any], out: Any, *, name: str, dim_at: int | None) -> Terms | None:
-    if dim_at is not None and _names_channels(args[0], args[dim_at]):
-        return _ended(known, f"{name} over channels", args)
-    if any(isinstance(value, str) for value in args):
-        return _ended(known, name, args)
-    united, number = known.united(*args), args[-1]
-    is_value = name == "scatter" and isinstance(number, int | float) and number != 0
-    return united | {CONSTANT} if is_value and united is not None else united
-
-
-_RULES: Mapping[str, Rule] = {
-    **{name: partial(_keep, name=name, dims_at=dims_at) for name, dims_at in _KEEP.items()},
-    **{name: partial(_unite, name=name, dim_at=dim_at) for name, dim_at in _UNITE.items()},
-    **{name: partial(_fill, at=at) for name, at in _FILLS.items()},
-    **{name: partial(_product, at=at) for name, at in _PRODUCTS.items()},
-    **dict.fromkeys(_FRESH, lambda known, args, out: ZERO),
-    "copy": lambda known, args, out: known.united(args[1]),
-    "add": _add,
-    "rsub": _add,
-    "sub": _subtract,
-    "mul": _multiply,
-    "div": _divide,
-    "addcmul": _add_product,
-    "where": _where,
-    "masked_fill": _masked_fill,
-    "index": _index,
-    "index_put": _index_put,
-    "_index_put_impl": _index_put,
-    "embedding": _embedding,
-    "convolution": _convolution,
-    "native_layer_norm": partial(_norm, centers=True),
-    "_fused_rms_norm": partial(_norm, centers=False),
-    "rms_norm": partial(_norm, centers=False),
-}
+_RULES |= {name: partial(_product, at=at) for name, at in _PRODUCTS.items()}

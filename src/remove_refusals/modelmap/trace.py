@@ -25,12 +25,11 @@ from remove_refusals.modelmap.knowledge import (
     Terms,
     Weight,
     axes_of,
-    changed_weight,
     first_of_width,
     same_storage,
     tensors_in,
 )
-from remove_refusals.modelmap.operations import channel_dim, terms_after
+from remove_refusals.modelmap.operations import changed_weight, channel_dim, terms_after
 from remove_refusals.models import hooked
 
 

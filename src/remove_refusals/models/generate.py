@@ -2,14 +2,13 @@
 
 import textwrap
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, TextIteratorStreamer
+from transformers import GenerationConfig, TextIteratorStreamer
 
 from remove_refusals.errors import NumericalError
 from remove_refusals.files import Record
@@ -75,7 +74,7 @@ def generate(
 
     def answer(indices: Sequence[int]) -> list[Answer]:
         inputs = left_padded(loaded, [token_ids[index] for index in indices])
-        watched = {"logits_processor": [_FiniteLogits(loaded, token_ids, indices)]}
+        watched = {"logits_processor": [_finite(loaded, token_ids, indices)]}
         continued = _run_generate(loaded, inputs | watched, max_new_tokens)
         return [_to_answer(loaded, row) for row in continued[:, inputs["input_ids"].shape[1] :].tolist()]
 
@@ -93,8 +92,9 @@ def stream(loaded: LoadedModel, token_ids: Sequence[int], *, max_new_tokens: int
     stop = threading.Event()
     streamer = TextIteratorStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
     watched = {
-        "logits_processor": [_FiniteLogits(loaded, [token_ids], [0])],
-        "stopping_criteria": [_Stopped(stop)],
+        "logits_processor": [_finite(loaded, [token_ids], [0])],
+        # Nobody may listen any more.
+        "stopping_criteria": [lambda ids, scores, **_: torch.full((1,), stop.is_set(), device=ids.device)],
         "streamer": streamer,
     }
 
@@ -154,20 +154,14 @@ def _run_generate(loaded: LoadedModel, inputs: dict[str, Any], max_new_tokens: i
         pad_token_id=loaded.pad_token_id,
         bos_token_id=loaded.model.generation_config.bos_token_id,
     )
-    with torch.inference_mode(), contiguous_head(loaded), _generation_config(loaded.model, config):
-        continued: torch.Tensor = loaded.model.generate(**inputs)
-    return continued
-
-
-@contextmanager
-def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Exchange the model's generation settings: `generate` takes from them whatever a given config leaves open."""
-    original = model.generation_config
-    model.generation_config = config
+    # `generate` takes from the model's own settings whatever a given config leaves open, so they are exchanged.
+    original, loaded.model.generation_config = loaded.model.generation_config, config
     try:
-        yield
+        with torch.inference_mode(), contiguous_head(loaded):
+            continued: torch.Tensor = loaded.model.generate(**inputs)
     finally:
-        model.generation_config = original
+        loaded.model.generation_config = original
+    return continued
 
 
 def _end_token_ids(loaded: LoadedModel) -> set[int]:
@@ -185,28 +179,17 @@ def _to_answer(loaded: LoadedModel, continuation: Sequence[int]) -> Answer:
     return Answer(text=text, token_ids=kept, finished=length is not None)
 
 
-class _FiniteLogits:
-    """A logits processor that stops the generation at logits from which no token can be chosen."""
+def _finite(loaded: LoadedModel, token_ids: Sequence[Sequence[int]], indices: Sequence[int]) -> Callable[..., Any]:
+    """Make a logits processor that stops the generation at logits from which no token can be chosen."""
 
-    def __init__(self, loaded: LoadedModel, token_ids: Sequence[Sequence[int]], indices: Sequence[int]) -> None:
-        self.loaded, self.token_ids, self.indices = loaded, token_ids, indices
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def check(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         # The largest logit is NaN if any of them is.
         broken = (~scores.amax(-1).isfinite()).nonzero()
         if len(broken):
-            raise _not_finite(self.loaded, self.token_ids, self.indices[int(broken[0, 0])])
+            raise _not_finite(loaded, token_ids, indices[int(broken[0, 0])])
         return scores
 
-
-class _Stopped:
-    """A stopping criterion that ends the generation when nobody listens any more."""
-
-    def __init__(self, stop: threading.Event) -> None:
-        self.stop = stop
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
-        return torch.full((input_ids.shape[0],), self.stop.is_set(), dtype=torch.bool, device=input_ids.device)
+    return check
 
 
 def _not_finite(loaded: LoadedModel, token_ids: Sequence[Sequence[int]], index: int) -> NumericalError:
