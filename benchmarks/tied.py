@@ -9,7 +9,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from remove_refusals.baking.memory import bake
+from remove_refusals.baking.disk import bake
 from remove_refusals.directions.direction import find_direction
 from remove_refusals.directions.intervention import as_intervention
 from remove_refusals.measure.answers import EvaluationPrompts, measuring_prompts
@@ -66,7 +66,7 @@ def main() -> None:
         ways: tuple[Tied, ...] = ("untie", "both")
         for tied in ways:
             with tempfile.TemporaryDirectory() as directory:
-                saved = bake(loaded, intervention, Path(directory) / "edited", tied=tied, model_map=model_map).directory
+                saved = bake(loaded, intervention, Path(directory) / "edited", tied=tied).directory
                 scores = evaluate(loaded, load(str(saved), dtype=options.dtype), prompts, settings)
             assert scores.kl is not None and scores.kl.harmless_answered is not None
             refusals, distance = scores.sets["harmful"].refusals, scores.kl.harmless_answered

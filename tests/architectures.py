@@ -3,6 +3,7 @@
 Run as a script (`python tests/architectures.py`) it writes docs/architectures.md.
 """
 
+import copy
 import functools
 import sys
 from collections import Counter
@@ -12,22 +13,21 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import PreTrainedModel
 
 import zoo
-from hashing import tensor_hashes
-from remove_refusals.baking.base import open_checkpoint
-from remove_refusals.baking.certificate import certify
-from remove_refusals.baking.disk import bake_on_disk
-from remove_refusals.baking.memory import edited_tensors, save_edited
+from remove_refusals.baking.base import Base
+from remove_refusals.baking.disk import bake
+from remove_refusals.baking.memory import bake_in_place
 from remove_refusals.directions.direction import direction_from_vectors
 from remove_refusals.directions.hooks import ablated
 from remove_refusals.directions.intervention import intervene
-from remove_refusals.directions.plan import resolve
-from remove_refusals.errors import ArchitectureError, ModelError, NotStreamedError
+from remove_refusals.errors import ArchitectureError
 from remove_refusals.modelmap.derive import map_model
 from remove_refusals.modelmap.knowledge import first_of_width
 from remove_refusals.modelmap.types import ModelMap
 from remove_refusals.report.records import Certificate
+from remove_refusals.settings import DiskSettings
 from remove_refusals.types import Direction, DirectionOrigin, Intervention
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "architectures.md"
@@ -124,8 +124,7 @@ class Measured:
         edited: With edited weights, saved and loaded again; None where no edit is exact.
         halves: The difference of logits between hooks and weights where half of the direction is taken out.
         certificate: Of the saved files.
-        unlike: Tensors that are not the same bit for bit when the edit is made on disk; None where it cannot be made
-            there.
+        unlike: Tensors that are not the same bit for bit when the edit is made in memory.
     """
 
     base: Run
@@ -137,15 +136,11 @@ class Measured:
     unlike: frozenset[str] | None = None
 
 
-def unlike(directory: Path, intervention: Intervention) -> frozenset[str] | None:
-    """Edit `base` on disk and compare with `edited`."""
-    try:
-        checkpoint = open_checkpoint(str(directory / "base"))
-        bake_on_disk(checkpoint, intervention, directory / "streamed", jobs=1, certified=False)
-    except (NotStreamedError, ModelError):
-        return None
-    one, other = (set(tensor_hashes(directory / part).items()) for part in ("edited", "streamed"))
-    return frozenset(name for name, _ in one ^ other)
+def unlike(first: PreTrainedModel, second: PreTrainedModel) -> frozenset[str]:
+    """The tensors of two models that are not the same bit for bit."""
+    one, other = first.state_dict(), second.state_dict()
+    assert one.keys() == other.keys()
+    return frozenset(name for name, tensor in one.items() if not torch.equal(tensor, other[name]))
 
 
 def measure(model_type: str, directory: Path) -> Measured:
@@ -158,27 +153,29 @@ def measure(model_type: str, directory: Path) -> Measured:
         with ablated(model, intervention, **options):
             return run(model, model_map, direction)
 
+    def in_memory(intervention: Intervention) -> PreTrainedModel:
+        other = copy.deepcopy(model)
+        bake_in_place(other, intervention)
+        return other
+
     base = run(model, model_map, direction)
     reachable = all(site.residual_hook is not None for site in model_map.sites)
     behind = hooked(whole, placement="residual") if reachable else None
     if model_map.leaks:
         return Measured(base, hooked(whole), behind)
-    plan = resolve(whole, model_map, model.get_parameter)
-    for part in ("base", "edited"):
-        (directory / part).mkdir()
     model.save_pretrained(directory / "base")
-    save_edited(model, plan, model_map, directory / "edited")
+    # Some configurations have no causal form of their own, so that the files alone do not say what they belong to.
+    files = Base(model, str(directory / "base"), directory=directory / "base")
+    baked = bake(files, whole, directory / "edited", disk=DiskSettings(jobs=1))
     again = type(model).from_pretrained(directory / "edited", attn_implementation="eager").eval()
-    edited = run(again, model_map, direction)
-    again.load_state_dict(edited_tensors(model, resolve(half, model_map, model.get_parameter), model_map))
     return Measured(
         base,
         hooked(whole),
         behind,
-        edited=edited,
-        halves=difference(hooked(half).logits, run(again, model_map, direction).logits),
-        certificate=certify(directory / "edited", directory / "base", plan, model_map),
-        unlike=unlike(directory, whole),
+        edited=run(again, model_map, direction),
+        halves=difference(hooked(half).logits, run(in_memory(half), model_map, direction).logits),
+        certificate=baked.certificate,
+        unlike=unlike(again, in_memory(whole)),
     )
 
 

@@ -5,10 +5,11 @@ import resource
 
 import torch
 
-from remove_refusals.baking.disk import bake_on_disk
+from remove_refusals.baking.disk import bake
 from remove_refusals.errors import OutputError
+from remove_refusals.settings import DiskSettings
 
-MEMORY = 1 << 16
+MEMORY = DiskSettings(memory=1 << 16, jobs=2)
 
 
 def edit_when_told(checkpoint, intervention, output, ready, begin):
@@ -16,14 +17,14 @@ def edit_when_told(checkpoint, intervention, output, ready, begin):
     torch.set_num_threads(1)
     ready.set()
     begin.wait()
-    bake_on_disk(checkpoint, intervention, output, memory=MEMORY, jobs=2)
+    bake(checkpoint, intervention, output, disk=MEMORY)
 
 
 def edit_within_limit(checkpoint, intervention, output, limit):
     """Edit where no file may be larger than a limit, as on a disk that fills up."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     try:
-        bake_on_disk(checkpoint, intervention, output, memory=MEMORY)
+        bake(checkpoint, intervention, output, disk=MEMORY)
     except OutputError as error:
         assert "File too large" in str(error) and f".{output.name}.partial" in str(error)
         os._exit(error.exit_code)

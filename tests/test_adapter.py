@@ -12,16 +12,14 @@ from transformers import AutoModelForCausalLM
 import tiny
 import zoo
 from architectures import entry
-from remove_refusals.baking.base import load_intervention, open_checkpoint
-from remove_refusals.baking.disk import bake_on_disk
-from remove_refusals.baking.lora import check_loads, is_adapter, peft_adapter, save_peft_adapter, with_adapter
-from remove_refusals.baking.memory import edited_tensors
+from remove_refusals.baking.base import Base, load_intervention, open_base
+from remove_refusals.baking.disk import bake
+from remove_refusals.baking.lora import check_loads, peft_adapter, save_peft_adapter
+from remove_refusals.baking.memory import bake_in_place, is_adapter, with_adapter
 from remove_refusals.directions.direction import direction_from_vectors
 from remove_refusals.directions.intervention import intervene
-from remove_refusals.directions.plan import resolve
 from remove_refusals.directions.saved import save_direction
 from remove_refusals.errors import ArchitectureError, DirectionError, ModelError
-from remove_refusals.modelmap.derive import map_model
 from remove_refusals.models.load import load
 from remove_refusals.types import DirectionOrigin, Intervention, SiteEdit
 
@@ -61,20 +59,24 @@ def logits(model):
         return model(zoo.token_ids(model), use_cache=False).logits
 
 
-def adapted(model, plan, model_map, directory):
-    save_peft_adapter(peft_adapter(model, plan, model_map, model.get_parameter, base="somewhere"), directory)
+def adapter(model, intervention, **options):
+    """The adapter of a model in memory."""
+    base = Base(model, "somewhere")
+    return peft_adapter(base, base.plan(intervention, **options))
+
+
+def adapted(model, intervention, directory):
+    save_peft_adapter(adapter(model, intervention), directory)
     with warnings.catch_warnings():
         # PEFT warns of every tied embedding that an adapter touches.
         warnings.simplefilter("ignore")
         return PeftModel.from_pretrained(model, directory).eval()
 
 
-def edited(model, plan, model_map):
+def edited(model, intervention, **options):
     """A copy of the model with the edit in its weights."""
     other = copy.deepcopy(model)
-    if plan.untie:
-        untied(other)
-    other.load_state_dict({name: tensor.clone() for name, tensor in edited_tensors(model, plan, model_map).items()})
+    bake_in_place(other, intervention, **options)
     return other
 
 
@@ -90,14 +92,11 @@ def untied(model):
 @pytest.mark.parametrize("rank", [1, 3])
 def test_the_adapter_is_the_edit_unmerged_and_merged(model_type, rank, tmp_path):
     model = zoo.build(model_type)
-    model_map = map_model(model)
     intervention = intervene(direction(zoo.D_MODEL, rank), zoo.N_LAYERS, strength=0.8)
-    plan = resolve(intervention, model_map, model.get_parameter)
-    plain, wanted = logits(model), logits(edited(model, plan, model_map))
+    plain, wanted = logits(model), logits(edited(model, intervention))
     # Merged, an adapter of a tied embedding changes both of its uses.
-    merged_plan = resolve(intervention, model_map, model.get_parameter, tied="both")
-    wanted_merged = logits(edited(model, merged_plan, model_map))
-    loaded = adapted(model, plan, model_map, tmp_path)
+    wanted_merged = logits(edited(model, intervention, tied="both"))
+    loaded = adapted(model, intervention, tmp_path)
     assert float((plain - wanted).abs().max()) > 0.05
     torch.testing.assert_close(logits(loaded), wanted, rtol=0, atol=2e-5)
     with warnings.catch_warnings():
@@ -108,19 +107,17 @@ def test_the_adapter_is_the_edit_unmerged_and_merged(model_type, rank, tmp_path)
 
 def test_merged_into_an_untied_base_the_unembedding_stays(tmp_path):
     model = zoo.build("gemma3_text")
-    model_map = map_model(model)
-    plan = resolve(intervene(direction(zoo.D_MODEL), zoo.N_LAYERS), model_map, model.get_parameter)
-    wanted = logits(edited(model, plan, model_map))
-    merged = adapted(untied(model), plan, model_map, tmp_path).merge_and_unload()
+    intervention = intervene(direction(zoo.D_MODEL), zoo.N_LAYERS)
+    wanted = logits(edited(model, intervention))
+    merged = adapted(untied(model), intervention, tmp_path).merge_and_unload()
     torch.testing.assert_close(logits(merged), wanted, rtol=0, atol=2e-5)
 
 
 def test_only_planned_layers_are_adapted():
     model = zoo.build("qwen2")
-    model_map = map_model(model)
-    intervention = intervene(direction(zoo.D_MODEL), zoo.N_LAYERS, layers=(2, 3))
-    plan = resolve(intervention, model_map, model.get_parameter)
-    built = peft_adapter(model, plan, model_map, model.get_parameter, base="somewhere")
+    base = Base(model, "somewhere")
+    plan = base.plan(intervene(direction(zoo.D_MODEL), zoo.N_LAYERS, layers=(2, 3)))
+    built = peft_adapter(base, plan)
     modules = {entry.parameter.removesuffix(".weight") for entry in plan.entries}
     assert set(built.config["target_modules"]) == modules and len(modules) == 4
     assert {name.split(".lora_")[0].removeprefix("base_model.model.") for name in built.tensors} == modules
@@ -136,35 +133,26 @@ def test_only_planned_layers_are_adapted():
 )
 def test_what_peft_cannot_carry_is_refused_by_name(model_type, message):
     model = zoo.build(model_type)
-    model_map = map_model(model)
-    plan = resolve(intervene(direction(zoo.D_MODEL), zoo.N_LAYERS), model_map, model.get_parameter)
     with pytest.raises(ArchitectureError, match=message):
-        peft_adapter(model, plan, model_map, model.get_parameter, base="somewhere")
+        adapter(model, intervene(direction(zoo.D_MODEL), zoo.N_LAYERS))
 
 
 def test_a_tied_pair_edited_as_one_is_refused():
     model = zoo.build("gemma3_text")
-    model_map = map_model(model)
-    plan = resolve(intervene(direction(zoo.D_MODEL), zoo.N_LAYERS), model_map, model.get_parameter, tied="both")
     with pytest.raises(ArchitectureError, match=r"embed_tokens.*--tied untie"):
-        peft_adapter(model, plan, model_map, model.get_parameter, base="somewhere")
+        adapter(model, intervene(direction(zoo.D_MODEL), zoo.N_LAYERS), tied="both")
 
 
 @pytest.mark.parametrize("variant", ["norm-preserving"])
 def test_a_variant_of_full_rank_is_refused(variant):
     model = zoo.build("llama")
-    model_map = map_model(model)
-    intervention = intervene(direction(zoo.D_MODEL), zoo.N_LAYERS)
-    plan = resolve(intervention, model_map, model.get_parameter, variant=variant)
     with pytest.raises(ArchitectureError, match=variant):
-        peft_adapter(model, plan, model_map, model.get_parameter, base="somewhere")
+        adapter(model, intervene(direction(zoo.D_MODEL), zoo.N_LAYERS), variant=variant)
 
 
 def test_what_peft_would_pass_by_is_refused(tmp_path):
     model = zoo.build("laguna")
-    model_map = map_model(model)
-    plan = resolve(intervene(direction(zoo.D_MODEL), zoo.N_LAYERS), model_map, model.get_parameter)
-    save_peft_adapter(peft_adapter(model, plan, model_map, model.get_parameter, base="somewhere"), tmp_path)
+    save_peft_adapter(adapter(model, intervene(direction(zoo.D_MODEL), zoo.N_LAYERS)), tmp_path)
     with pytest.raises(ArchitectureError, match=r"no place.*shared_experts"):
         check_loads(model, tmp_path)
 
@@ -172,9 +160,7 @@ def test_what_peft_would_pass_by_is_refused(tmp_path):
 @pytest.mark.parametrize("model_type", ["gemma3_text", "qwen2_moe"])
 def test_a_whole_adapter_passes_the_check(model_type, tmp_path):
     model = zoo.build(model_type)
-    model_map = map_model(model)
-    plan = resolve(intervene(direction(zoo.D_MODEL), zoo.N_LAYERS), model_map, model.get_parameter)
-    save_peft_adapter(peft_adapter(model, plan, model_map, model.get_parameter, base="somewhere"), tmp_path)
+    save_peft_adapter(adapter(model, intervene(direction(zoo.D_MODEL), zoo.N_LAYERS)), tmp_path)
     check_loads(model, tmp_path)
 
 
@@ -192,9 +178,7 @@ def test_bake_as_lora_reads_the_checkpoint_and_loads_with_plain_peft(command, tm
     assert len(record["plan"]["edited"]) == 9 and record["base"]["source"] == "base"
     card = (tmp_path / "adapter" / "README.md").read_text()
     assert "ablation, not a fine-tune" in card and "`base`" in card and str(tmp_path) not in card
-    model_map = map_model(model)
-    plan = resolve(intervene(taken, zoo.N_LAYERS), model_map, model.get_parameter)
-    wanted = logits(edited(model, plan, model_map))
+    wanted = logits(edited(model, intervene(taken, zoo.N_LAYERS)))
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
     torch.testing.assert_close(logits(loaded.eval()), wanted, rtol=0, atol=2e-5)
 
@@ -223,7 +207,7 @@ class TestRepeat:
             SiteEdit(kind="mlp", layer=3, strength=-0.75),
         )
         intervention = Intervention(taken, edits)
-        bake_on_disk(open_checkpoint(str(tmp_path / "base")), intervention, tmp_path / "made")
+        bake(open_base(tmp_path / "base"), intervention, tmp_path / "made")
         return model, intervention
 
     def test_what_was_made_is_read_back(self, made, tmp_path):
@@ -267,12 +251,11 @@ class TestRepeat:
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
 def test_an_adapter_is_measured_as_the_model_that_it_makes(model_type, tmp_path):
     model = zoo.build(model_type)
-    model_map = map_model(model)
     model.save_pretrained(tmp_path / "base")
     tiny.tokenizer().save_pretrained(tmp_path / "base")
-    plan = resolve(intervene(direction(zoo.D_MODEL), zoo.N_LAYERS), model_map, model.get_parameter)
-    wanted = logits(edited(model, plan, model_map))
-    save_peft_adapter(peft_adapter(model, plan, model_map, model.get_parameter, base="base"), tmp_path)
+    intervention = intervene(direction(zoo.D_MODEL), zoo.N_LAYERS)
+    wanted = logits(edited(model, intervention))
+    save_peft_adapter(adapter(model, intervention), tmp_path)
     assert is_adapter(tmp_path) and not is_adapter(tmp_path / "base")
     loaded = with_adapter(load(tmp_path / "base"), tmp_path)
     torch.testing.assert_close(logits(loaded.model), wanted, rtol=0, atol=2e-5)
@@ -281,9 +264,7 @@ def test_an_adapter_is_measured_as_the_model_that_it_makes(model_type, tmp_path)
 
 def test_an_adapter_of_another_model_is_one_sentence(tmp_path):
     model = zoo.build("llama")
-    model_map = map_model(model)
-    plan = resolve(intervene(direction(zoo.D_MODEL), zoo.N_LAYERS), model_map, model.get_parameter)
-    save_peft_adapter(peft_adapter(model, plan, model_map, model.get_parameter, base="base"), tmp_path)
+    save_peft_adapter(adapter(model, intervene(direction(zoo.D_MODEL), zoo.N_LAYERS)), tmp_path)
     zoo.build("llama", hidden_size=32).save_pretrained(tmp_path / "base")
     tiny.tokenizer().save_pretrained(tmp_path / "base")
     with pytest.raises(ModelError, match=r"cannot be loaded into .*base"):
@@ -324,19 +305,19 @@ def test_every_other_model_type_is_carried_exactly_or_refused(model_type, tmp_pa
     if found.verdict != "exact":
         pytest.skip(f"no exact edit: {found.reason}")
     model, model_map = zoo.build(model_type), found.model_map
-    plan = resolve(intervene(direction(model_map.d_model), model_map.n_layers), model_map, model.get_parameter)
+    intervention = intervene(direction(model_map.d_model), model_map.n_layers)
 
     def run(which):
         with torch.inference_mode():
             return which(**zoo.inputs(model)).logits
 
-    wanted = run(edited(model, plan, model_map))
+    wanted = run(edited(model, intervention))
     try:
-        save_peft_adapter(peft_adapter(model, plan, model_map, model.get_parameter, base="somewhere"), tmp_path)
+        save_peft_adapter(adapter(model, intervention), tmp_path)
         check_loads(model, tmp_path)
     except ArchitectureError as error:
         assert REFUSED[model_type] in str(error)
         return
     assert model_type not in REFUSED
-    made = run(adapted(model, plan, model_map, tmp_path))
+    made = run(adapted(model, intervention, tmp_path))
     torch.testing.assert_close(made / wanted.abs().max(), wanted / wanted.abs().max(), rtol=0, atol=5e-5)

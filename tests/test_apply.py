@@ -1,5 +1,6 @@
 """Hooks, the edit in memory and the saved model are one intervention."""
 
+import copy
 import json
 
 import pytest
@@ -8,11 +9,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
 import zoo
-from remove_refusals.baking.memory import bake, edited_tensors, save_edited
+from remove_refusals.baking.base import Base
+from remove_refusals.baking.disk import bake
+from remove_refusals.baking.memory import bake_in_place
 from remove_refusals.directions.direction import direction_from_vectors
 from remove_refusals.directions.hooks import ablated
 from remove_refusals.directions.intervention import intervene
-from remove_refusals.directions.plan import resolve
 from remove_refusals.directions.saved import load_direction
 from remove_refusals.errors import DirectionError, OutputError
 from remove_refusals.modelmap.derive import map_model
@@ -23,6 +25,19 @@ from remove_refusals.types import DirectionOrigin
 def direction(d_model, rank=1):
     vectors = torch.randn(d_model, rank, generator=torch.Generator().manual_seed(5))
     return direction_from_vectors(vectors, DirectionOrigin(method="given"))
+
+
+def edited_files(model, intervention, directory, **options):
+    """The model as `bake` leaves it, loaded."""
+    model.save_pretrained(directory / "base")
+    base = Base(model, str(directory / "base"), directory=directory / "base")
+    bake(base, intervention, directory / "edited", **options)
+    return AutoModelForCausalLM.from_pretrained(directory / "edited").eval()
+
+
+def in_memory(model, intervention):
+    other = copy.deepcopy(model)
+    return other, bake_in_place(other, intervention)
 
 
 def logits(model, seed=0):
@@ -53,15 +68,14 @@ def boundaries(model, model_map):
 @pytest.mark.parametrize("strength", [1.0, 0.4])
 def test_hooks_equal_the_saved_model(model_type, strength, tmp_path):
     model = zoo.build(model_type)
-    model_map = map_model(model)
     intervention = intervene(direction(zoo.D_MODEL), zoo.N_LAYERS, strength=strength)
     plain = logits(model)
     with ablated(model, intervention):
         hooked = logits(model)
-    save_edited(model, resolve(intervention, model_map, model.get_parameter), model_map, tmp_path)
-    saved = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    saved = edited_files(model, intervention, tmp_path)
     assert float((plain - hooked).abs().max()) > 0.05
     assert float((hooked - logits(saved)).abs().max()) < 1e-5
+    assert float((hooked - logits(in_memory(model, intervention)[0])).abs().max()) < 1e-5
     assert torch.equal(logits(model), plain)
 
 
@@ -101,9 +115,7 @@ def test_nothing_is_left_at_any_layer_boundary(model_type, rank, tmp_path):
     model = zoo.build(model_type)
     model_map = map_model(model)
     taken = direction(zoo.D_MODEL, rank)
-    plan = resolve(intervene(taken, zoo.N_LAYERS), model_map, model.get_parameter)
-    save_edited(model, plan, model_map, tmp_path)
-    saved = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    saved = edited_files(model, intervene(taken, zoo.N_LAYERS), tmp_path)
     before, after = (
         max(
             float(((hidden @ taken.basis).norm(dim=-1) / hidden.norm(dim=-1)).max())
@@ -136,17 +148,15 @@ def test_hooks_go_when_the_context_ends_by_an_exception():
 
 def test_strength_zero_gives_the_same_bytes():
     model = zoo.build("llama")
-    model_map = map_model(model)
-    plan = resolve(intervene(direction(zoo.D_MODEL), zoo.N_LAYERS, strength=0.0), model_map, model.get_parameter)
-    for name, tensor in edited_tensors(model, plan, model_map).items():
+    edited, _ = in_memory(model, intervene(direction(zoo.D_MODEL), zoo.N_LAYERS, strength=0.0))
+    for name, tensor in edited.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
 
 
 def test_only_planned_tensors_change():
     model = zoo.build("mixtral")
-    model_map = map_model(model)
-    plan = resolve(intervene(direction(zoo.D_MODEL), zoo.N_LAYERS, layers=(1, 2)), model_map, model.get_parameter)
-    edited = edited_tensors(model, plan, model_map)
+    other, plan = in_memory(model, intervene(direction(zoo.D_MODEL), zoo.N_LAYERS, layers=(1, 2)))
+    edited = other.state_dict()
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, edited[name])}
     assert changed == {entry.parameter for entry in plan.entries}
     for entry in plan.entries:
@@ -157,10 +167,8 @@ def test_only_planned_tensors_change():
 @pytest.mark.parametrize("tied", ["untie", "both"])
 def test_tied_embeddings(tied, tmp_path):
     model = zoo.build("gemma3_text")
-    model_map = map_model(model)
     intervention = intervene(direction(zoo.D_MODEL), zoo.N_LAYERS)
-    save_edited(model, resolve(intervention, model_map, model.get_parameter, tied=tied), model_map, tmp_path)
-    saved = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    saved = edited_files(model, intervention, tmp_path, tied=tied)
     head, embedding = saved.get_output_embeddings().weight, saved.get_input_embeddings().weight
     assert saved.config.tie_word_embeddings is (tied == "both")
     assert (head is embedding) is (tied == "both")

@@ -8,7 +8,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import zoo
-from remove_refusals.baking.certificate import certify, certify_directory
+from remove_refusals.baking.base import open_base
+from remove_refusals.baking.certificate import certify
+from remove_refusals.baking.disk import certify_directory
 from remove_refusals.directions.hooks import ablated
 from remove_refusals.errors import CheckpointError
 from remove_refusals.models.checkpoint import checkpoint_tensors, file_hashes
@@ -184,10 +186,7 @@ def test_a_skipped_expert_fails_by_its_name(tmp_path):
     for part in (f"{name}_blocks", f"{name}_scales"):
         tensors[1][part] = tensors[0][part].clone()
     save_file(tensors[1], paths[1], metadata={"format": "pt"})
-    from remove_refusals.baking.base import open_checkpoint
-
-    model_map = open_checkpoint(str(tmp_path / "base")).model_map
-    problems = certify(found.directory, tmp_path / "base", found.plan, model_map).problems
+    problems = certify(found.directory, open_base(tmp_path / "base"), found.plan).problems
     assert len(problems) == 1 and name in problems[0]
 
 

@@ -10,8 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 import zoo
-from remove_refusals.baking.certificate import certify_directory
-from remove_refusals.baking.memory import bake
+from remove_refusals.baking.disk import bake, certify_directory
 from remove_refusals.directions import hooks
 from remove_refusals.directions.activations import measure_boundaries
 from remove_refusals.directions.direction import mean_difference, mean_difference_per_layer
@@ -55,6 +54,7 @@ def logits(model):
 def saved(model_type, folder):
     model = zoo.build(model_type)
     model.save_pretrained(folder / "base")
+    tiny.tokenizer().save_pretrained(folder / "base")
     return LoadedModel(model, tiny.tokenizer(), str(folder / "base"), checkpoint_dtype=torch.float32)
 
 

@@ -1,5 +1,6 @@
 """The GGUF LoRA, held to the edit in memory; in llama.cpp too."""
 
+import copy
 import importlib.util
 import json
 
@@ -11,12 +12,13 @@ from hypothesis import strategies as st
 
 import tiny_gguf
 import zoo
+from remove_refusals.baking.base import Base
 from remove_refusals.baking.gguf import ARCHITECTURES, GgufNames, gguf_lora, write_gguf_lora
 from remove_refusals.baking.lora import low_rank
-from remove_refusals.baking.memory import edited_tensors
+from remove_refusals.baking.memory import bake_in_place
 from remove_refusals.directions.direction import direction_from_vectors
 from remove_refusals.directions.intervention import intervene
-from remove_refusals.directions.plan import PlanEntry, resolve
+from remove_refusals.directions.plan import PlanEntry
 from remove_refusals.directions.saved import save_direction
 from remove_refusals.errors import ArchitectureError
 from remove_refusals.formula import project_out
@@ -32,20 +34,18 @@ def direction(d_model=zoo.D_MODEL, rank=1, **origin):
     return direction_from_vectors(vectors, DirectionOrigin(method="given", **origin))
 
 
-def planned(model, *, rank=1, strength=1.0, **options):
-    model_map = map_model(model)
-    kinds = options.pop("kinds", PROJECTIONS)
+def planned(model, *, rank=1, strength=1.0, kinds=PROJECTIONS):
+    """The base in memory, what is taken out of it, and the plan."""
+    base = Base(model, "tiny")
     intervention = intervene(direction(rank=rank), zoo.N_LAYERS, strength=strength, kinds=kinds)
-    return model_map, intervention, resolve(intervention, model_map, model.get_parameter, **options)
+    return base, intervention, base.plan(intervention)
 
 
-def edited(model, plan, model_map):
-    """Logits of the model with the edit in its weights; the model is put back."""
-    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    model.load_state_dict({name: t.clone() for name, t in edited_tensors(model, plan, model_map).items()})
-    found = logits(model)
-    model.load_state_dict(kept)
-    return found
+def edited(model, intervention):
+    """A copy of the model with the edit in its weights."""
+    other = copy.deepcopy(model)
+    bake_in_place(other, intervention)
+    return other
 
 
 def logits(model):
@@ -80,15 +80,15 @@ class TestLora:
     def test_factors_times_scale_are_the_change(self, model_type, rank):
         model = zoo.build(model_type)
         kinds = ("embedding", *PROJECTIONS)
-        model_map, _, plan = planned(model, rank=rank, strength=0.6, kinds=kinds)
-        adapter = gguf_lora(plan, model_map, model.get_parameter)
-        after = edited_tensors(model, plan, model_map)
-        names = GgufNames(model_map)
+        base, intervention, plan = planned(model, rank=rank, strength=0.6, kinds=kinds)
+        adapter = gguf_lora(base, plan)
+        after = edited(model, intervention)
+        names = GgufNames(base.model_map)
         assert adapter.rank == rank and len(adapter.tensors) == 2 * len(plan.entries)
         for entry in plan.entries:
             name = names.find(entry.parameter, entry.on_disk)
             first, second = adapter.tensors[f"{name}.lora_a"], adapter.tensors[f"{name}.lora_b"]
-            change = after[entry.parameter] - model.get_parameter(entry.parameter)
+            change = after.get_parameter(entry.parameter) - model.get_parameter(entry.parameter)
             made = first @ second.mT if name == "token_embd.weight" else second @ first
             torch.testing.assert_close(made, change.detach(), rtol=0, atol=1e-6)
 
@@ -114,11 +114,11 @@ class TestLora:
         # Gemma's activation is looked up in half precision there.
         model = tiny_gguf.build(model_type)
         kinds = PROJECTIONS if model_type == "gemma3_text" else ("embedding", *PROJECTIONS)
-        model_map, _, plan = planned(model, rank=2, kinds=kinds)
+        base, intervention, plan = planned(model, rank=2, kinds=kinds)
         tiny_gguf.write(model, tmp_path / "base.gguf")
-        adapter = gguf_lora(plan, model_map, model.get_parameter)
+        adapter = gguf_lora(base, plan)
         write_gguf_lora(adapter, tmp_path / "lora.gguf", name="tiny", base="tiny")
-        plain, wanted = logits(model), edited(model, plan, model_map)
+        plain, wanted = logits(model), logits(edited(model, intervention))
         assert float((plain - wanted).abs().max()) > 0.5
         found = tiny_gguf.logits(tmp_path / "base.gguf", ids(model), lora=tmp_path / "lora.gguf")
         torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance)
@@ -126,11 +126,11 @@ class TestLora:
     @needs_llama
     def test_a_quantised_file_runs_with_the_adapter_of_the_full_model(self, tmp_path):
         model = tiny_gguf.build("llama")
-        model_map, _, plan = planned(model)
+        base, intervention, plan = planned(model)
         tiny_gguf.write(model, tmp_path / "base.gguf", tiny_gguf.Q8_0)
-        adapter = gguf_lora(plan, model_map, model.get_parameter)
+        adapter = gguf_lora(base, plan)
         write_gguf_lora(adapter, tmp_path / "lora.gguf", name="tiny", base="tiny")
-        wanted = edited(model, plan, model_map)
+        wanted = logits(edited(model, intervention))
         off = float((tiny_gguf.logits(tmp_path / "base.gguf", ids(model)) - logits(model)).abs().max())
         found = tiny_gguf.logits(tmp_path / "base.gguf", ids(model), lora=tmp_path / "lora.gguf")
         assert float((found - wanted).abs().max()) < 3 * off < 0.3 < float((logits(model) - wanted).abs().max())
@@ -145,15 +145,15 @@ class TestLora:
     )
     def test_what_llama_cpp_cannot_carry_is_refused_by_name(self, model_type, kinds, message):
         model = zoo.build(model_type)
-        model_map, _, plan = planned(model, kinds=kinds)
+        base, _, plan = planned(model, kinds=kinds)
         with pytest.raises(ArchitectureError, match=message):
-            gguf_lora(plan, model_map, model.get_parameter)
+            gguf_lora(base, plan)
 
     def test_position_embeddings_are_refused_since_no_adapter_reaches_them(self):
         model = zoo.build("gpt2", tie_word_embeddings=False)
-        model_map, _, plan = planned(model, kinds=("embedding",))
+        base, _, plan = planned(model, kinds=("embedding",))
         with pytest.raises(ArchitectureError, match=r"wpe.*applies no adapter"):
-            gguf_lora(plan, model_map, model.get_parameter)
+            gguf_lora(base, plan)
 
     def test_the_command_writes_metadata_that_llama_cpp_asks_for(self, command, tmp_path):
         zoo.build("llama").save_pretrained(tmp_path / "base")

@@ -12,11 +12,9 @@ from safetensors.torch import load_file, save_file
 
 import zoo
 from editing_process import MEMORY, edit_when_told, edit_within_limit
-from remove_refusals.baking.base import open_checkpoint
-from remove_refusals.baking.certificate import disk_reader
-from remove_refusals.baking.disk import bake_on_disk
+from remove_refusals.baking.base import open_base
+from remove_refusals.baking.disk import bake
 from remove_refusals.baking.shards import LEDGER_FILE, plan_files, write_shard
-from remove_refusals.directions.plan import resolve
 from remove_refusals.errors import CheckpointError, OutputError
 from remove_refusals.models.checkpoint import checkpoint_files, file_hashes
 from streaming import saved, streamed, taken_out
@@ -39,7 +37,7 @@ def whole_hashes(directory):
 def process(work, *arguments):
     """A process that is forked from one that has imported everything and run nothing."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["remove_refusals.disk_baking", "transformers.models.llama.modeling_llama"])
+    context.set_forkserver_preload(["remove_refusals.baking.disk", "transformers.models.llama.modeling_llama"])
     started = context.Process(target=work, args=arguments)
     started.start()
     return started
@@ -56,7 +54,7 @@ def editing(checkpoint, output):
 
 
 def test_a_process_killed_anywhere_is_resumed_to_the_same_bytes(large):
-    checkpoint = open_checkpoint(str(large / "base"))
+    checkpoint = open_base(large / "base")
     output, unfinished = large / "edited", large / ".edited.partial"
     undisturbed = editing(checkpoint, large / "undisturbed")
     begun = time.monotonic()
@@ -74,7 +72,7 @@ def test_a_process_killed_anywhere_is_resumed_to_the_same_bytes(large):
         resumed += any(unfinished.glob("*.safetensors"))
         if not output.exists():
             killed += 1
-            bake_on_disk(checkpoint, taken_out(), output, memory=MEMORY)
+            bake(checkpoint, taken_out(), output, disk=MEMORY)
         assert whole_hashes(output) == expected, number
         assert not unfinished.exists()
         shutil.rmtree(output)
@@ -84,7 +82,7 @@ def test_a_process_killed_anywhere_is_resumed_to_the_same_bytes(large):
 
 def test_a_disk_that_fills_up_leaves_nothing_half_written(large):
     largest = max(path.stat().st_size for path in checkpoint_files(large / "base"))
-    checkpoint = open_checkpoint(str(large / "base"))
+    checkpoint = open_base(large / "base")
     stopped = process(edit_within_limit, checkpoint, taken_out(), large / "streamed", largest - 100)
     stopped.join()
     assert stopped.exitcode == 2 and not (large / "streamed").exists()
@@ -149,10 +147,8 @@ def test_a_base_that_changed_is_not_mixed_with_an_unfinished_output(large):
 
 
 def test_a_base_that_changes_while_it_is_read_is_refused(large):
-    checkpoint = open_checkpoint(str(large / "base"))
-    reader = disk_reader(checkpoint.directory, str, checkpoint.model_map)
-    plan = resolve(taken_out(), checkpoint.model_map, reader)
-    file = plan_files(checkpoint.directory, plan, checkpoint.model_map).files[0]
+    checkpoint = open_base(large / "base")
+    file = plan_files(checkpoint, checkpoint.plan(taken_out())).files[0]
 
     def touched():
         os.utime(file.header.path)

@@ -12,7 +12,8 @@ from transformers import BartConfig, BartForCausalLM, T5Config, T5ForConditional
 from transformers.utils import logging
 
 import tiny
-from remove_refusals.baking.memory import bake
+from remove_refusals.baking.disk import bake
+from remove_refusals.baking.memory import bake_in_place
 from remove_refusals.directions.direction import find_direction
 from remove_refusals.directions.hooks import ablated
 from remove_refusals.directions.intervention import intervene
@@ -276,7 +277,7 @@ def test_loading_is_quiet_and_leaves_the_settings_as_they_were(saved: Path, capf
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
 
 
-def test_4bit_model_answers_with_the_direction_taken_out(tmp_path: Path) -> None:
+def test_4bit_model_answers_with_the_direction_taken_out() -> None:
     """Only the layers are quantised, so the direction is nearly the one of the full weights, and hooks act on it."""
     full, small = load("demo"), load("demo", load_in_4bit=True)
     assert small.model.model.layers[0].mlp.down_proj.weight.dtype == torch.uint8
@@ -291,7 +292,7 @@ def test_4bit_model_answers_with_the_direction_taken_out(tmp_path: Path) -> None
     assert refused.count(Label.REFUSAL) >= 11
     assert [judge_phrases(answer.text) for answer in ablated_answers].count(Label.REFUSAL) <= 2
     with pytest.raises(ModelError, match="quantised"):
-        bake(small, intervene(directions[1], small.model.config.num_hidden_layers), tmp_path / "edited")
+        bake_in_place(small, intervene(directions[1], small.model.config.num_hidden_layers))
 
 
 def test_a_model_in_memory_is_taken_as_it_is(saved: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 import expert_refusal
 import zoo
 from expert_refusal import refused, right
-from remove_refusals.baking.memory import bake
+from remove_refusals.baking.disk import bake
 from remove_refusals.directions.activations import collect_activations
 from remove_refusals.directions.attribution import expert_choices, site_contributions, writer_shares
 from remove_refusals.directions.direction import mean_difference

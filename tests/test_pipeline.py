@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tiny
-from remove_refusals.baking.certificate import certify_directory
+from remove_refusals.baking.disk import certify_directory
 from remove_refusals.cli.talk import answer_rows
 from remove_refusals.directions.direction import direction_from_vectors, find_direction
 from remove_refusals.directions.intervention import intervene

@@ -8,8 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, dynamic_module_utils
 
 import remote_code
-from remove_refusals.baking.certificate import certify_directory
-from remove_refusals.baking.memory import bake
+from remove_refusals.baking.disk import bake, certify_directory
 from remove_refusals.directions.direction import direction_from_vectors
 from remove_refusals.directions.hooks import ablated
 from remove_refusals.directions.intervention import intervene

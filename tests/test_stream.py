@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM
 
 import zoo
 from hashing import tensor_hashes
-from remove_refusals.baking.certificate import certify_directory
-from remove_refusals.baking.memory import bake
+from remove_refusals.baking.disk import bake, certify_directory
+from remove_refusals.baking.memory import bake_in_place
 from remove_refusals.baking.shards import LEDGER_FILE
 from remove_refusals.directions.hooks import ablated
 from remove_refusals.directions.saved import save_direction
-from remove_refusals.errors import CheckpointError, NotStreamedError
+from remove_refusals.errors import CheckpointError
 from remove_refusals.models.checkpoint import (
     INDEX_FILE,
     TensorEntry,
@@ -50,42 +50,54 @@ SHARDED = "60KB"
     ],
 )
 def test_the_bits_are_those_of_the_edit_in_memory(model_type, dtype, shards, tmp_path):
-    loaded = saved(tmp_path, model_type, dtype, shards)
+    saved(tmp_path, model_type, dtype, shards)
     assert (tmp_path / "base" / INDEX_FILE).exists() is (shards == SHARDED)
     intervention = taken_out(strength=0.9)
-    expected = bake(loaded, intervention, tmp_path / "in-memory")
+    expected = in_memory(tmp_path, intervention)
     found = streamed(tmp_path, intervention)
     base, edited = tensor_hashes(tmp_path / "base"), tensor_hashes(found.directory)
-    assert edited == tensor_hashes(expected.directory)
+    assert edited == tensor_hashes(expected)
     planned = {tensor.name for entry in found.plan.entries for tensor in entry.on_disk}
     assert {name for name, value in base.items() if edited[name] != value} == planned
-    assert found.certificate.passed and found.certificate.identical == expected.certificate.identical
-    assert found.record == expected.record
+    assert found.certificate.passed and found.certificate.identical == len(edited) - len(planned)
     assert certify_directory(found.directory, str(tmp_path / "base")).problems == ()
     names = {path.name for path in found.directory.iterdir()}
-    assert {path.name for path in expected.directory.glob("*[!.safetensors]")} - names == set()
+    assert {path.name for path in (tmp_path / "base").iterdir()} - names == set()
     assert LEDGER_FILE not in names and not (tmp_path / ".streamed.partial").exists()
 
 
-@pytest.mark.parametrize("variant", ["plain", "norm-preserving", "row-norm"])
+def test_of_a_loaded_model_the_files_are_edited(tmp_path):
+    loaded = saved(tmp_path, "mixtral", shards=SHARDED)
+    found = bake(loaded, taken_out(), tmp_path / "of-a-loaded-one")
+    other = streamed(tmp_path, taken_out())
+    assert file_hashes(found.directory) == file_hashes(other.directory) and found.record == other.record
+
+
+def in_memory(folder, intervention, **options):
+    """The edit of the loaded model, in the data type of its files, saved as Transformers does."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype="auto")
+    bake_in_place(model, intervention, **options)
+    model.save_pretrained(folder / "in-memory")
+    return folder / "in-memory"
+
+
+@pytest.mark.parametrize("variant", ["plain", "norm-preserving"])
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "gpt2"])
 def test_variants_and_planes(variant, model_type, tmp_path):
-    loaded = saved(tmp_path, model_type)
+    saved(tmp_path, model_type)
     intervention = taken_out(2, layers=(1, 2))
-    expected = bake(loaded, intervention, tmp_path / "in-memory", variant=variant)
-    assert tensor_hashes(streamed(tmp_path, intervention, variant=variant).directory) == tensor_hashes(
-        expected.directory
-    )
+    expected = in_memory(tmp_path, intervention, variant=variant)
+    assert tensor_hashes(streamed(tmp_path, intervention, variant=variant).directory) == tensor_hashes(expected)
 
 
 @pytest.mark.parametrize("tied", ["untie", "both"])
 @pytest.mark.parametrize("shards", ["1GB", SHARDED])
 def test_a_tied_embedding(tied, shards, tmp_path):
     loaded = saved(tmp_path, "gemma3_text", torch.float32, shards)
-    expected = bake(loaded, taken_out(), tmp_path / "in-memory", tied=tied)
+    expected = in_memory(tmp_path, taken_out(), tied=tied)
     found = streamed(tmp_path, taken_out(), tied=tied, memory=1 << 16)
     hashes = tensor_hashes(found.directory)
-    assert hashes == tensor_hashes(expected.directory) and found.certificate.passed
+    assert hashes == tensor_hashes(expected) and found.certificate.passed
     assert ("lm_head.weight" in hashes) is (tied == "untie")
     config = json.loads((found.directory / "config.json").read_text())
     assert config["tie_word_embeddings"] is (tied == "both")
@@ -150,13 +162,6 @@ def test_a_missing_writer_and_a_quantised_one_are_refused_by_name(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"base"}
 
 
-def test_row_norms_need_their_tensor_whole(tmp_path):
-    saved(tmp_path, "llama")
-    with pytest.raises(CheckpointError, match=r"row-norm needs the tensor .* whole"):
-        streamed(tmp_path, taken_out(), variant="row-norm", memory=1 << 16)
-    assert {path.name for path in tmp_path.iterdir()} == {"base"}
-
-
 @pytest.mark.parametrize("tied", ["untie", "both"])
 def test_a_tied_embedding_that_is_stored_twice(tied, tmp_path):
     saved(tmp_path, "gemma3_text")
@@ -169,12 +174,30 @@ def test_a_tied_embedding_that_is_stored_twice(tied, tmp_path):
     assert found.certificate.passed and edited.keys() == {*tensors, "lm_head.weight"}
     assert not torch.equal(edited["model.embed_tokens.weight"], embedding)
     assert torch.equal(edited["lm_head.weight"], embedding if tied == "untie" else edited["model.embed_tokens.weight"])
-    save_file(tensors | {"lm_head.weight": embedding + 1}, path, metadata={"format": "pt"})
-    with pytest.raises(NotStreamedError, match=r"lm_head\.weight"):
-        streamed(tmp_path, taken_out(), "other", tied=tied)
+    assert certify_directory(found.directory, str(tmp_path / "base")).passed
 
 
-def test_the_command_edits_on_disk_unless_it_cannot(tmp_path, command):
+@pytest.mark.parametrize("tied", ["untie", "both"])
+def test_an_unembedding_with_other_bytes_is_not_tied_whatever_the_configuration_says(tied, tmp_path):
+    saved(tmp_path, "gemma3_text", torch.float32)
+    path = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(path)
+    head = tensors["model.embed_tokens.weight"] + 1
+    save_file(tensors | {"lm_head.weight": head}, path, metadata={"format": "pt"})
+    found = streamed(tmp_path, taken_out(), tied=tied)
+    edited = load_file(found.directory / "model.safetensors")
+    assert torch.equal(edited["lm_head.weight"], head) and not found.record.plan.tied_in_base
+    assert not torch.equal(edited["model.embed_tokens.weight"], tensors["model.embed_tokens.weight"])
+    assert found.certificate.passed and certify_directory(found.directory, str(tmp_path / "base")).passed
+    base, other = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32).eval()
+        for name in ("base", "streamed")
+    )
+    with torch.inference_mode(), ablated(base, taken_out()):
+        torch.testing.assert_close(base(**zoo.inputs(base)).logits, other(**zoo.inputs(base)).logits)
+
+
+def test_the_command(tmp_path, command):
     saved(tmp_path, "llama", torch.float32)
     save_direction(taken_out().directions[0], tmp_path / "direction.safetensors")
 
@@ -182,14 +205,14 @@ def test_the_command_edits_on_disk_unless_it_cannot(tmp_path, command):
         given = ("--direction", tmp_path / "direction.safetensors", "-o", tmp_path / name)
         return command("bake", tmp_path / "base", *given, *options)
 
-    found = edited("streamed", "--memory", "200MiB", "--jobs", 2)
-    assert found.code == 0 and "in memory" not in found.out
+    assert edited("streamed", "--memory", "200MiB", "--jobs", 2).code == 0
     assert not (edited("quick", "--no-certify").code or (tmp_path / "quick" / "certificate.json").exists())
     assert "--memory" in edited("small", "--memory", "2KB").err
-    assert "in memory: --device or --dtype is given" in edited("loaded", "--device", "cpu").out
     weights = tmp_path / "base" / "model.safetensors"
     torch.save(load_file(weights), tmp_path / "base" / "pytorch_model.bin")
     weights.unlink()
-    assert "has no model.safetensors" in edited("from-bin").out
-    hashes = [tensor_hashes(tmp_path / name) for name in ("streamed", "quick", "loaded", "from-bin")]
-    assert hashes[0] == hashes[1] == hashes[2] == hashes[3]
+    assert edited("from-bin").code == 0 and (tmp_path / "from-bin" / "certificate.json").exists()
+    hashes = [tensor_hashes(tmp_path / name) for name in ("streamed", "quick", "from-bin")]
+    assert hashes[0] == hashes[1] == hashes[2]
+    (tmp_path / "base" / "pytorch_model.bin").unlink()
+    assert "has no model.safetensors" in edited("nothing").err

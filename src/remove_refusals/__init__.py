@@ -9,9 +9,9 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from remove_refusals.baking.base import open_checkpoint
-    from remove_refusals.baking.disk import bake_on_disk
-    from remove_refusals.baking.memory import bake
+    from remove_refusals.baking.base import open_base
+    from remove_refusals.baking.disk import bake
+    from remove_refusals.baking.memory import bake_in_place
     from remove_refusals.directions.activations import collect_activations
     from remove_refusals.directions.direction import direction_from_vectors, mean_difference, mean_difference_per_layer
     from remove_refusals.directions.hooks import ablated
@@ -54,8 +54,8 @@ _HOME = {
     "Separation": "types",
     "ablated": "directions.hooks",
     "analyze": "examination",
-    "bake": "baking.memory",
-    "bake_on_disk": "baking.disk",
+    "bake": "baking.disk",
+    "bake_in_place": "baking.memory",
     "calibrate": "measure.judges.calibration",
     "collect_activations": "directions.activations",
     "diff": "examination",
@@ -77,7 +77,7 @@ _HOME = {
     "mean_difference": "directions.direction",
     "mean_difference_per_layer": "directions.direction",
     "measure_separation": "directions.separation",
-    "open_checkpoint": "baking.base",
+    "open_base": "baking.base",
     "paired_difference": "measure.statistics",
     "paired_rates": "measure.statistics",
     "push": "report.card",
@@ -107,7 +107,7 @@ __all__ = [
     "ablated",
     "analyze",
     "bake",
-    "bake_on_disk",
+    "bake_in_place",
     "calibrate",
     "collect_activations",
     "diff",
@@ -129,7 +129,7 @@ __all__ = [
     "mean_difference",
     "mean_difference_per_layer",
     "measure_separation",
-    "open_checkpoint",
+    "open_base",
     "paired_difference",
     "paired_rates",
     "push",

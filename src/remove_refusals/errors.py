@@ -30,10 +30,6 @@ class CheckpointError(RemoveRefusalsError):
     """A checkpoint on disk is corrupt, incomplete or of an unknown format."""
 
 
-class NotStreamedError(CheckpointError):
-    """The edit on disk cannot do what is asked for; the edit of a model in memory may."""
-
-
 class DirectionError(RemoveRefusalsError):
     """A direction does not fit the model, is not finite, or cannot be computed from what was given."""
 

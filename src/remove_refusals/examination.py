@@ -2,14 +2,14 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from remove_refusals.baking import disk_reader
+from remove_refusals.baking import Base
 from remove_refusals.directions import (
     MOST_PROMPTS,
     ablated,
@@ -26,7 +26,7 @@ from remove_refusals.errors import ArchitectureError, CheckpointError, Direction
 from remove_refusals.files import atomic_directory, versions
 from remove_refusals.formula import ChannelStep, pull_back
 from remove_refusals.measure import Evaluation, EvaluationPrompts, evaluate, measuring_prompts
-from remove_refusals.modelmap import ModelMap, by_stored_name, disk_names, map_model, skeleton_of
+from remove_refusals.modelmap import ModelMap, by_stored_name, map_model, skeleton_of
 from remove_refusals.models import (
     FLOAT_DTYPES,
     LoadedModel,
@@ -405,11 +405,11 @@ def diff(
     folders = [_directory(name) for name in (first, second)]
     tensors = [checkpoint_tensors(folder) for folder in folders]
     bases: Mapping[str, tuple[int, torch.Tensor]] = {}
-    model_map = _map_of(folders[0], trust_remote_code, needed=direction is not None)
-    if model_map is not None:
-        tensors = [by_stored_name(found, model_map[1]) for found in tensors]
-    if direction is not None and model_map is not None:
-        bases = _bases(direction, folders[0], *model_map)
+    base = _base(folders[0], trust_remote_code, needed=direction is not None)
+    if base is not None:
+        tensors = [by_stored_name(found, base.model_map) for found in tensors]
+    if direction is not None and base is not None:
+        bases = _bases(direction, base)
     rows: list[TensorDifference] = []
     total, identical = _Squares(), 0
     for name in dict.fromkeys((*tensors[0], *tensors[1])):
@@ -434,30 +434,28 @@ def _directory(source: str) -> Path:
     return found
 
 
-def _map_of(directory: Path, trust_remote_code: bool, *, needed: bool) -> tuple[Callable[[str], str], ModelMap] | None:
+def _base(directory: Path, trust_remote_code: bool, *, needed: bool) -> Base | None:
     """Map the model, where that is possible; the names on disk need not be the same in both checkpoints."""
     try:
         model = skeleton_of(directory, trust_remote_code=trust_remote_code)
-        return lambda parameter: disk_names(model, parameter)[0], map_model(model)
+        map_model(model)
+        return Base(model, str(directory), directory=directory)
     except (ModelError, ArchitectureError):
         if needed:
             raise
         return None
 
 
-def _bases(
-    direction: Direction, directory: Path, names: Callable[[str], str], model_map: ModelMap
-) -> dict[str, tuple[int, torch.Tensor]]:
+def _bases(direction: Direction, base: Base) -> dict[str, tuple[int, torch.Tensor]]:
     """For each tensor that writes to the residual stream its axis, and the direction seen from it."""
-    if direction.d_model != model_map.d_model:
+    if direction.d_model != base.model_map.d_model:
         raise DirectionError(
-            f"The direction has d_model {direction.d_model} and the model has d_model {model_map.d_model}, expected "
-            "them to be equal; use a direction that was found on this model."
+            f"The direction has d_model {direction.d_model} and the model has d_model {base.model_map.d_model}, "
+            "expected them to be equal; use a direction that was found on this model."
         )
-    reader = disk_reader(directory, names, model_map)
     return {
-        tensor.name: (tensor.axis, pull_back(direction.basis, writer.steps, reader))
-        for site in model_map.sites
+        tensor.name: (tensor.axis, pull_back(direction.basis, writer.steps, base.tensor))
+        for site in base.model_map.sites
         for writer in site.writers
         for tensor in writer.on_disk
     }

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from remove_refusals.baking import Baked, bake_on_disk, check_not_source, load_edited, open_checkpoint, write_baked
+from remove_refusals.baking import Baked, base_of, check_not_source, load_edited, with_boundaries, write_baked
 from remove_refusals.directions import (
     FoundDirection,
     as_intervention,
@@ -30,7 +30,7 @@ from remove_refusals.measure import (
     measuring_prompts,
     warnings,
 )
-from remove_refusals.modelmap import ModelMap, map_model
+from remove_refusals.modelmap import map_model
 from remove_refusals.models import LoadedModel, file_hashes, load_model, local_directory
 from remove_refusals.progress import SILENT, Progress
 from remove_refusals.prompts import prompts_from
@@ -158,8 +158,11 @@ def _run_into(
         found = _found(loaded, settings, given, drawn, progress)
         intervention = as_intervention(found.directions, loaded, settings.edit)
         used, notes = found.prompts, (*said, *_outlier_warning(found, settings))
-    baked = _written(loaded, intervention, directory, settings, model_map)
+    base, edit = base_of(loaded), settings.edit
+    plan = base.plan(intervention, tied=edit.tied, allow_leak=edit.allow_leak, variant=edit.variant)
+    baked = write_baked(base, intervention, plan, directory)
     edited = load_model(str(directory), settings.loading.model_copy(update={"revision": None}), **told)
+    baked = with_boundaries(baked, edited, intervention)
     evaluation = evaluate(
         loaded,
         edited,
@@ -190,31 +193,13 @@ def _run_into(
 def _write_records(
     directory: Path, record: AblationRecord, selection: Selection | None, evaluation: Evaluation, baked: Baked
 ) -> None:
-    record.write(directory / "ablation.json")
+    record.write(directory / "ablation.json", force=True)
     if selection is not None:
         selection.record().write(directory / "selection.json")
         save_candidates(_kept(selection), directory / CANDIDATES)
     evaluation.save(directory)
     card = model_card(record, table(evaluation), table_key(evaluation), baked.certificate)
     (directory / "README.md").write_text(card, encoding="utf-8")
-
-
-def _written(
-    loaded: LoadedModel, intervention: Intervention, directory: Path, settings: RunSettings, model_map: ModelMap
-) -> Baked:
-    """Write the edited model; of one that is not whole in memory the files are edited instead."""
-    edit = settings.edit
-    options: dict[str, Any] = {"tied": edit.tied, "allow_leak": edit.allow_leak, "variant": edit.variant}
-    if not loaded.is_offloaded:
-        return write_baked(loaded, intervention, directory, model_map=model_map, **options)
-    loading = settings.loading
-    checkpoint = open_checkpoint(settings.model, revision=loading.revision, trust_remote_code=loading.trust_remote_code)
-    baked = bake_on_disk(checkpoint, intervention, directory / "edited", **options)
-    for path in sorted(baked.directory.iterdir()):
-        path.rename(directory / path.name)
-    baked.directory.rmdir()
-    (directory / "ablation.json").unlink()
-    return replace(baked, directory=directory)
 
 
 def _kept(selection: Selection) -> dict[int, Intervention]:

@@ -1,39 +1,27 @@
-"""The room baking."""
+"""What an edit leaves: a checkpoint edited file by file with its certificate, adapters, or an edit in memory."""
 
-from remove_refusals.baking.base import (
-    Baked,
-    BaseModel,
-    Carried,
-    base_in_memory,
-    base_on_disk,
-    check_not_source,
-    load_intervention,
-    open_checkpoint,
-)
-from remove_refusals.baking.certificate import certify, certify_directory, disk_reader
-from remove_refusals.baking.disk import bake_on_disk
+from remove_refusals.baking.base import Base, base_of, check_not_source, load_intervention, open_base
+from remove_refusals.baking.disk import Baked, bake, certify_directory, with_boundaries, write_baked
 from remove_refusals.baking.gguf import bake_gguf_lora
-from remove_refusals.baking.lora import bake_lora, is_adapter, load_edited, with_adapter
-from remove_refusals.baking.memory import bake, write_baked
+from remove_refusals.baking.lora import Carried, bake_lora
+from remove_refusals.baking.memory import bake_in_place, is_adapter, load_edited, with_adapter
 
 __all__ = [
     "Baked",
-    "BaseModel",
+    "Base",
     "Carried",
     "bake",
     "bake_gguf_lora",
+    "bake_in_place",
     "bake_lora",
-    "bake_on_disk",
-    "base_in_memory",
-    "base_on_disk",
-    "certify",
+    "base_of",
     "certify_directory",
     "check_not_source",
-    "disk_reader",
     "is_adapter",
     "load_edited",
     "load_intervention",
-    "open_checkpoint",
+    "open_base",
     "with_adapter",
+    "with_boundaries",
     "write_baked",
 ]

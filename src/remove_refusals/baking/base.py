@@ -1,214 +1,328 @@
-"""Carriers that need no new checkpoint: adapters that are exactly the edit, beside an untouched base model."""
+"""A model that something is made from, in memory or on disk: its map, its tensors, a plan, and what records say."""
 
+import json
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import pickle
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from remove_refusals.directions import EditPlan, check_fit, describe_direction, load_directions, resolve
-from remove_refusals.errors import CertificateError, CheckpointError, DirectionError, NotStreamedError, OutputError
-from remove_refusals.files import read_json, versions
-from remove_refusals.modelmap import ModelMap, by_stored_name, disk_tensors, map_model, skeleton_of
+from remove_refusals.directions import EditPlan, describe_direction, load_directions, resolve
+from remove_refusals.errors import CheckpointError, DirectionError, OutputError
+from remove_refusals.files import read_json, versions, write_json
+from remove_refusals.modelmap import (
+    DiskTensor,
+    ModelMap,
+    by_stored_name,
+    disk_tensors,
+    map_model,
+    skeleton,
+    skeleton_of,
+)
+from remove_refusals.modelmap import disk_names as names_on_disk
 from remove_refusals.models import (
     INDEX_FILE,
     SINGLE_FILE,
     LoadedModel,
+    Place,
     checkpoint_tensors,
     file_hashes,
     licence_fields,
     local_directory,
     model_source,
+    quiet,
     read_tensor,
+    same_bytes,
     saved_dtype,
     weights_directory,
+    write_from,
 )
-from remove_refusals.report import (
-    AblationRecord,
-    AdapterRecord,
-    BaseRecord,
-    Certificate,
-    DirectionRecord,
-    PlanRecord,
-)
+from remove_refusals.report import AblationRecord, AdapterRecord, BaseRecord, DirectionRecord, PlanRecord
 from remove_refusals.settings import Tied, Variant
 from remove_refusals.types import Intervention
 
+MODIFIED = "The refusal direction was taken out of this model's weights; it is not the base model."
+
+
+ADAPTED = "With this adapter the refusal direction is taken out; the base model's files are unchanged."
+
+PICKLED_FILE = "pytorch_model.bin"
+
+
+PICKLED_INDEX = "pytorch_model.bin.index.json"
+
+
+_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A tensor that the files get where nothing is tied any more: a stored one's, as it was or as the edit makes it."""
+
+    source: str
+    edited: bool
+
 
 @dataclass(frozen=True, eq=False)
-class BaseModel:
-    """A model that an adapter is made for, in memory or on disk.
+class Base:
+    """A model that something is made from.
 
     Attributes:
-        model: The model; its weights may be missing.
-        model_map: Its map.
-        tensor_of: Gives a parameter by its name in the model.
-        record: What `base_record` gives.
-        source: The directory or hub id.
-        revision: The hub's commit.
+        model: The model; where it has files its own weights are not looked at, and may be missing.
+        source: The directory or hub id that it was loaded from, `demo` resolved; or what to call it.
+        revision: The hub's commit; None for a directory.
+        directory: Where its files are; None for a model in memory alone.
+        converted: Where its weights are as safetensors, if they are not in `directory`.
+        trust_remote_code: Whether code that comes with it may be run.
+        tokenizer: Its tokenizer, if it is in memory.
     """
 
     model: PreTrainedModel
-    model_map: ModelMap
-    tensor_of: Callable[[str], torch.Tensor]
-    record: BaseRecord
     source: str
-    revision: str | None
+    revision: str | None = None
+    directory: Path | None = None
+    converted: Path | None = None
+    trust_remote_code: bool = False
+    tokenizer: PreTrainedTokenizerBase | None = None
 
     @property
     def name(self) -> str:
         """What records call the model: a hub id, or the last part of a path."""
-        return self.record.source
+        return Path(self.source).resolve().name if Path(self.source).is_dir() else self.source
 
+    @property
+    def model_map(self) -> ModelMap:
+        """Its map."""
+        return map_model(self.model)
 
-@dataclass(frozen=True, eq=False)
-class Carried:
-    """What was written.
+    @property
+    def files(self) -> Path:
+        """Where its files are, which there have to be."""
+        assert self.directory is not None
+        return self.directory
 
-    Attributes:
-        path: The file or directory.
-        plan: What happens to which tensor where the adapter is used.
-        record: The content of `ablation.json`, which a GGUF file holds in its metadata.
-    """
+    @property
+    def weights(self) -> Path:
+        """Where its safetensors files are."""
+        return self.converted or self.files
 
-    path: Path
-    plan: EditPlan
-    record: AblationRecord
+    def as_safetensors(self, scratch: Path) -> "Base":
+        """Give the same base with its weights as safetensors; what has other files, or none, gets some in `scratch`."""
+        if self.directory is None:
+            with quiet(bars=True):
+                self.model.save_pretrained(scratch, max_shard_size="4GB")
+                if self.tokenizer is not None:
+                    self.tokenizer.save_pretrained(scratch)
+            return replace(self, directory=scratch)
+        return self if has_safetensors(self.files) else replace(self, converted=convert(self.files, scratch))
 
+    @cached_property
+    def stored(self) -> Mapping[str, Place | torch.Tensor]:
+        """What the files hold, by the names that the map speaks of; of .bin files the tensors, mapped into memory."""
+        found: Mapping[str, Place | torch.Tensor] = (
+            checkpoint_tensors(self.weights) if has_safetensors(self.weights) else pickled_tensors(self.weights)
+        )
+        return by_stored_name(found, self.model_map)
 
-def base_in_memory(loaded: LoadedModel, model_map: ModelMap) -> BaseModel:
-    """Take a loaded model as the base."""
-    record = base_record(loaded.source, loaded.revision, model_map.model_type, loaded.checkpoint_dtype)
-    model = loaded.model
-    return BaseModel(
-        model,
-        model_map,
-        model.get_parameter,
-        record,
-        loaded.source,
-        loaded.revision,
-    )
-
-
-@dataclass(frozen=True, eq=False)
-class Checkpoint:
-    """A causal language model on disk, without its weights.
-
-    Attributes:
-        source: The directory or hub id as it was given, `demo` resolved.
-        revision: The hub's commit; None for a directory.
-        directory: Where its files are.
-        model: The model on the meta device.
-        model_map: Its map.
-    """
-
-    source: str
-    revision: str | None
-    directory: Path
-    model: PreTrainedModel
-    model_map: ModelMap
-
-
-def base_on_disk(checkpoint: Checkpoint) -> BaseModel:
-    """Take a checkpoint as the base, whose tensors are read one by one."""
-    config = read_json(checkpoint.directory / "config.json", error=NotStreamedError)
-    dtype = saved_dtype(str(checkpoint.directory), config if isinstance(config, dict) else {})
-    record = base_record(checkpoint.source, checkpoint.revision, checkpoint.model_map.model_type, dtype)
-    return BaseModel(
-        checkpoint.model,
-        checkpoint.model_map,
-        _reader(checkpoint),
-        record,
-        checkpoint.source,
-        checkpoint.revision,
-    )
-
-
-def _reader(checkpoint: Checkpoint) -> Callable[[str], torch.Tensor]:
-    """Read parameters from disk; what is fused in memory alone is put together."""
-    stored = by_stored_name(checkpoint_tensors(checkpoint.directory), checkpoint.model_map)
-    shapes = {name: tuple(tensor.shape) for name, tensor in checkpoint.model.state_dict().items()}
-    axes = {writer.parameter: writer.axis for site in checkpoint.model_map.sites for writer in site.writers}
-
-    def read(parameter: str) -> torch.Tensor:
-        shape, axis = shapes[parameter], axes.get(parameter, 0)
-        disk = disk_tensors(checkpoint.model, parameter, shape, axis)
+    def tensor(self, parameter: str) -> torch.Tensor:
+        """Read a parameter whole; what is fused in memory alone is put together."""
+        own: torch.Tensor = self.model.get_parameter(parameter)
+        if self.directory is None:
+            return own.detach()
+        shape = tuple(own.shape)
+        writers = [writer for site in self.model_map.sites for writer in site.writers]
+        axis = next((writer.axis for writer in writers if writer.parameter == parameter), 0)
         # The names of a list of experts come in the order of their numbers.
-        parts = [read_tensor(*stored[tensor.name]) for tensor in disk if tensor.name in stored]
-        layouts = {(tuple(part.shape), tensor.axis) for part, tensor in zip(parts, disk, strict=False)}
+        disk = [part for part in disk_tensors(self.model, parameter, shape, axis) if part.name in self.stored]
+        parts = [_read(self.stored[part.name]) for part in disk]
+        layouts = {(tuple(part.shape), tensor.axis) for part, tensor in zip(parts, disk, strict=True)}
         if layouts == {(shape, axis)}:
             return parts[0]
         if len(parts) != shape[0] or layouts != {(shape[1:], axis - 1)}:
-            raise NotStreamedError(f"The checkpoint holds parameter '{parameter}' in another layout than the model.")
+            raise CheckpointError(
+                f"The checkpoint {self.directory} has {len(parts)} tensors for parameter '{parameter}' of shape "
+                f"{shape}, of the shapes {[tuple(part.shape) for part in parts]}, expected one like it or one for each "
+                "expert; check that config.json and weights belong together."
+            )
         return torch.stack(parts)
 
-    return read
+    def plan(
+        self,
+        intervention: Intervention,
+        *,
+        tied: Tied = "untie",
+        allow_leak: bool = False,
+        variant: Variant = "plain",
+    ) -> EditPlan:
+        """Resolve an intervention against it; an embedding that the files hold twice is edited as they hold it."""
+        plan = resolve(intervention, self.model_map, self.tensor, tied=tied, allow_leak=allow_leak, variant=variant)
+        embedding = self.model_map.input_embedding
+        entry = next((entry for entry in plan.entries if entry.parameter == embedding), None)
+        if entry is None or self.directory is None or not self.model_map.tied:
+            return plan
+        plan = replace(plan, untie=plan.untie and self.tied)
+        if plan.untie or not entry.on_disk:
+            return plan
+        axis, own = entry.on_disk[0].axis, {tensor.name for tensor in entry.on_disk}
+        twins = [name for name in self._embedding_names - own if self._same(name, entry.on_disk[0].name)]
+        both = replace(entry, on_disk=(*entry.on_disk, *(DiskTensor(name, axis) for name in sorted(twins))))
+        return replace(plan, entries=tuple(both if known is entry else known for known in plan.entries))
+
+    @cached_property
+    def tied(self) -> bool:
+        """Whether the unembedding is the embedding; files that hold both with different bytes are loaded as two."""
+        model_map = self.model_map
+        if not model_map.tied or self.directory is None:
+            return model_map.tied
+        stored = [name for name in self._embedding_names if name in self.stored]
+        return all(self._same(name, stored[0]) for name in stored[1:])
+
+    def added(self, plan: EditPlan) -> dict[str, Copy]:
+        """Say which tensors the files need where a plan unties the embedding, and what is in them."""
+        added: dict[str, Copy] = {}
+        for group in self._tied_names if plan.untie else ():
+            stored = next((names for names in group if all(name in self.stored for name in names)), None)
+            edited = self._embedding_names.isdisjoint(name for names in group for name in names)
+            for names in group if stored is not None else ():
+                assert stored is not None
+                new = zip(names, stored, strict=True)
+                added |= {name: Copy(source, edited) for name, source in new if name not in self.stored}
+        return added
+
+    @cached_property
+    def _embedding_names(self) -> frozenset[str]:
+        """The names on disk of what shares the embedding's memory, its own included."""
+        own = names_on_disk(self.model, self.model_map.input_embedding)
+        groups = (frozenset(name for names in group for name in names) for group in self._tied_names)
+        return next((group for group in groups if not group.isdisjoint(own)), frozenset(own))
+
+    @cached_property
+    def _tied_names(self) -> tuple[tuple[tuple[str, ...], ...], ...]:
+        """What is one parameter as long as the embedding is tied, and several if not: groups of names on disk."""
+        if not self.model_map.tied:
+            return ()
+        tied, apart = skeleton(self.model), skeleton(self.model, tied=False)
+        groups: dict[int, dict[int, str]] = {}
+        for name, value in tied.named_parameters(remove_duplicate=False):
+            groups.setdefault(id(value), {}).setdefault(id(apart.get_parameter(name)), name)
+        return tuple(
+            tuple(names_on_disk(apart, name) for name in group.values()) for group in groups.values() if len(group) > 1
+        )
+
+    def _same(self, first: str, second: str) -> bool:
+        """Whether the files hold the same under two names."""
+        one, other = self.stored.get(first), self.stored.get(second)
+        if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
+            return isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) and torch.equal(one, other)
+        return one is not None and other is not None and same_bytes(one, other)
+
+    def record(self, known: Mapping[str, str] | None = None) -> BaseRecord:
+        """Say from what something was made; `known` are hashes of files that were computed before."""
+        path, config = Path(self.source), _config(self.directory)
+        dtype = saved_dtype(str(self.directory), config) if self.directory is not None else self.model.dtype
+        return BaseRecord(
+            source=self.name,
+            revision=self.revision,
+            model_type=self.model_map.model_type,
+            dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+            sha256=file_hashes(path, known) if path.is_dir() and self.directory is not None else None,
+            card=licence_fields(path) or None if path.is_dir() else None,
+        )
+
+    def ablation(
+        self,
+        intervention: Intervention,
+        plan: EditPlan,
+        known: Mapping[str, str] | None = None,
+        adapter: AdapterRecord | None = None,
+    ) -> AblationRecord:
+        """Say from what a model or an adapter was made and how, as written to `ablation.json`."""
+        return AblationRecord(
+            modified=MODIFIED if adapter is None else ADAPTED,
+            adapter=adapter,
+            base=self.record(known),
+            directions=tuple(DirectionRecord(**describe_direction(one)) for one in intervention.directions),
+            intervention=intervention.edits,
+            plan=PlanRecord(
+                edited=tuple(entry.parameter for entry in plan.entries),
+                left=dict(plan.left),
+                variant=plan.variant,
+                embedding_untied=plan.untie,
+                tied_in_base=self.tied,
+            ),
+            versions=versions(),
+        )
 
 
-def plan_for(
-    base: BaseModel,
-    intervention: Intervention,
-    *,
-    tied: Tied = "untie",
-    allow_leak: bool = False,
-    variant: Variant = "plain",
-) -> EditPlan:
-    """Resolve an intervention against a base.
+def _read(stored: Place | torch.Tensor) -> torch.Tensor:
+    return stored if isinstance(stored, torch.Tensor) else read_tensor(*stored)
+
+
+def has_safetensors(directory: Path) -> bool:
+    """Whether a directory has its weights as safetensors."""
+    return any((directory / name).is_file() for name in (SINGLE_FILE, INDEX_FILE))
+
+
+def has_weights(directory: Path) -> bool:
+    """Whether a directory has weights in a format that can be edited."""
+    return has_safetensors(directory) or any((directory / name).is_file() for name in (PICKLED_FILE, PICKLED_INDEX))
+
+
+def open_base(source: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Base:
+    """Map a checkpoint from its configuration and headers: a directory, a hub id (downloaded if need be), or `demo`.
 
     Raises:
-        DirectionError: If it does not fit the model.
-        ArchitectureError: If no exact weight edit of the model exists.
-    """
-    check_fit(intervention, base.model_map)
-    return resolve(
-        intervention,
-        base.model_map,
-        base.tensor_of,
-        tied=tied,
-        allow_leak=allow_leak,
-        variant=variant,
-    )
-
-
-def open_checkpoint(source: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Checkpoint:
-    """Map a checkpoint from its configuration and headers.
-
-    Args:
-        source: A directory, a hub id, or `demo`; what the hub has and this machine has not is downloaded.
-        revision: The hub's branch, tag or commit.
-        trust_remote_code: Run Python code that comes with the checkpoint.
-
-    Returns:
-        The checkpoint.
-
-    Raises:
-        NotStreamedError: If there are no safetensors files.
-        CheckpointError: If a file is missing or corrupt.
+        CheckpointError: If there are no weights, a file is missing or corrupt, or what is in it cannot be edited.
         ModelError: If there is no configuration of a causal language model.
         ArchitectureError: If the model cannot be mapped.
     """
-    directory = weights_directory(source, revision)
-    if directory is None or not any((directory / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
-        raise NotStreamedError(f"The model {source} has no {SINGLE_FILE} and no {INDEX_FILE}, expected one of them.")
+    name = model_source(str(source))
+    directory = weights_directory(name, revision)
+    if directory is None or not has_weights(directory):
+        raise CheckpointError(
+            f"The model {source} has no {SINGLE_FILE}, {INDEX_FILE}, {PICKLED_FILE} or {PICKLED_INDEX}, expected one "
+            "of them; check the path."
+        )
     if not hasattr(os, "preadv"):
-        raise NotStreamedError("This system has no positioned reads, expected Linux, macOS or another Unix.")
-    checkpoint_tensors(directory)
+        raise CheckpointError("This system has no positioned reads, expected Linux, macOS or another Unix.")
+    if has_safetensors(directory):
+        checkpoint_tensors(directory)
     _check_not_rotated(directory)
     model = skeleton_of(directory, trust_remote_code=trust_remote_code)
-    name = model_source(source)
-    commit = None if Path(name).is_dir() else directory.name
-    return Checkpoint(name, commit, directory, model, map_model(model))
+    map_model(model)
+    revision = None if Path(name).is_dir() else directory.name
+    return Base(model, name, revision, directory, trust_remote_code=trust_remote_code)
+
+
+def base_of(model: "Base | LoadedModel | str | Path") -> Base:
+    """Give the base that a loaded model was loaded from, or of a checkpoint by its name; one in memory alone has none.
+
+    Of a model that is whole in memory the map is known, and the names on disk are those that it was loaded by.
+    """
+    if isinstance(model, Base):
+        return model
+    if not isinstance(model, LoadedModel):
+        return open_base(model)
+    directory = local_directory(model.source, model.revision)
+    if directory is None or not has_weights(directory):
+        return Base(model.model, model.source, model.revision, tokenizer=model.tokenizer)
+    if model.is_offloaded or getattr(model.model.config, "quantization_config", None) is not None:
+        return open_base(model.source, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    _check_not_rotated(directory)
+    return Base(model.model, model.source, model.revision, directory, trust_remote_code=model.trust_remote_code)
 
 
 def _check_not_rotated(directory: Path) -> None:
-    """Check that no rotation is applied around what layers compute, as compressed-tensors can: it is in no tensor.
-
-    Raises:
-        CheckpointError: If the configuration names one.
-    """
+    """Check that no rotation is applied around what layers compute, as compressed-tensors can: it is in no tensor."""
     config = _config(directory)
     for key in ("quantization_config", "compression_config"):
         part = config.get(key)
@@ -222,50 +336,19 @@ def _check_not_rotated(directory: Path) -> None:
             )
 
 
-def _config(directory: Path) -> dict[str, Any]:
-    config = read_json(directory / "config.json", error=CheckpointError)
+def _config(directory: Path | None) -> dict[str, object]:
+    config = None if directory is None else read_json(directory / "config.json", error=CheckpointError)
     return config if isinstance(config, dict) else {}
 
 
-@dataclass(frozen=True, eq=False)
-class Baked:
-    """What was written.
-
-    Attributes:
-        directory: Where.
-        plan: What happened to which tensor.
-        record: The content of `ablation.json`.
-        certificate: What was measured on the saved files; None where the base has no safetensors to compare with, or
-            the dtype was changed.
-    """
-
-    directory: Path
-    plan: EditPlan
-    record: AblationRecord
-    certificate: Certificate | None
-
-
-def check_passed(certificate: Certificate) -> None:
-    """Check that saved files hold what their plan says.
-
-    Raises:
-        CertificateError: If they do not.
-    """
-    if not certificate.passed:
-        raise CertificateError(
-            f"The saved files do not hold the edit: {certificate.problems[0].rstrip('.')} "
-            f"({len(certificate.problems)} such in all), expected every writer edited and all other bytes "
-            "unchanged; nothing was kept, report this model type."
-        )
+def load_intervention(directory: Path) -> Intervention:
+    """Read the intervention that a directory was made with, which can be resolved against the same base again."""
+    record = AblationRecord.read(directory / "ablation.json", error=DirectionError)
+    return Intervention(load_directions(directory), record.intervention)
 
 
 def check_not_source(output: Path, model: str, revision: str | None = None) -> None:
-    """Check that an output does not take the place of the model that it is made from.
-
-    Args:
-        output: The directory to be made.
-        model: The model's directory, hub id, or `demo`.
-        revision: The hub's branch, tag or commit.
+    """Check that an output does not take the place of the model (a directory or hub id) that it is made from.
 
     Raises:
         OutputError: If the output is the model's directory or one above it, links followed.
@@ -278,68 +361,99 @@ def check_not_source(output: Path, model: str, revision: str | None = None) -> N
         )
 
 
-def base_directory(loaded: LoadedModel) -> Path | None:
-    """Find the directory of the safetensors files that a model was loaded from.
+def pickled_files(directory: Path) -> tuple[Path, ...]:
+    """Find the .bin files of a checkpoint: the single file, or else the shards that the index names."""
+    if (directory / PICKLED_FILE).is_file():
+        return (directory / PICKLED_FILE,)
+    index = read_json(directory / PICKLED_INDEX, error=CheckpointError)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    names = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
+    for name in names or [""]:
+        if Path(name).name != name or not name.endswith(".bin") or not (directory / name).is_file():
+            raise CheckpointError(
+                f"The index {directory / PICKLED_INDEX} names the shard {name!r}, expected a .bin file in the same "
+                "directory; download the checkpoint again."
+            )
+    return tuple(directory / name for name in names)
 
-    Returns:
-        The directory, in the hub's cache for a hub id; None if there are no safetensors files.
+
+def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
+    """Read one file; what is in it is tensors and no code is run."""
+    try:
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:
+            # The format from before PyTorch 1.6 cannot be mapped.
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"The weight file {path} cannot be read ({str(error).strip().splitlines()[0] if str(error) else 'empty'}), "
+            "expected plain tensors; do not load it in any other way, but look for safetensors files."
+        ) from error
+    for name, tensor in found.items() if isinstance(found, dict) else [("its content", found)]:
+        plain = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.dtype in _NAMES
+        if not plain or not isinstance(name, str):
+            what = f"of {tensor.dtype}" if isinstance(tensor, torch.Tensor) else f"a {type(tensor).__name__}"
+            raise CheckpointError(
+                f"The weight file {path} has {name!r}, {what}, expected tensors that safetensors can hold; use a "
+                "safetensors checkpoint of this model."
+            )
+    return dict(found)
+
+
+def pickled_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    """Read every tensor of a checkpoint in .bin files, mapped into memory."""
+    found: dict[str, torch.Tensor] = {}
+    for path in pickled_files(directory):
+        found |= _read_pickled(path)
+    return found
+
+
+def convert(directory: Path, target: Path) -> Path:
+    """Write the .bin files of a checkpoint as safetensors files, shard by shard, shared memory once for each name.
+
+    The files' times are those of the .bin files, so that the same base is known again.
     """
-    source = local_directory(loaded.source, loaded.revision)
-    if source is None:
-        return None
-    return source if (source / SINGLE_FILE).is_file() or (source / INDEX_FILE).is_file() else None
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    weight_map: dict[str, str] = {}
+    total = 0
+    paths = pickled_files(directory)
+    for path in paths:
+        stem = path.stem.removeprefix("pytorch_").replace("pytorch_model", "model")
+        name = SINGLE_FILE if len(paths) == 1 else f"{stem}.safetensors"
+        tensors = {key: tensor for key, tensor in _read_pickled(path).items() if key not in weight_map}
+        total += _write(tensors, target / name)
+        weight_map |= dict.fromkeys(tensors, name)
+        times = path.stat()
+        os.utime(target / name, ns=(times.st_atime_ns, times.st_mtime_ns))
+    if len(paths) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(target / INDEX_FILE, index)
+    return target
 
 
-MODIFIED = "The refusal direction was taken out of this model's weights; it is not the base model."
-ADAPTED = "With this adapter the refusal direction is taken out; the base model's files are unchanged."
-
-
-def ablation_record(
-    base: BaseRecord,
-    intervention: Intervention,
-    plan: EditPlan,
-    model_map: ModelMap,
-    adapter: AdapterRecord | None = None,
-) -> AblationRecord:
-    """Say from what a model or an adapter was made and how, as written to `ablation.json`."""
-    return AblationRecord(
-        modified=MODIFIED if adapter is None else ADAPTED,
-        base=base,
-        directions=tuple(DirectionRecord(**describe_direction(direction)) for direction in intervention.directions),
-        intervention=intervention.edits,
-        plan=PlanRecord(
-            edited=tuple(entry.parameter for entry in plan.entries),
-            left=dict(plan.left),
-            variant=plan.variant,
-            embedding_untied=plan.untie,
-            tied_in_base=model_map.tied,
-        ),
-        versions=versions(),
-        adapter=adapter,
-    )
-
-
-def load_intervention(directory: Path) -> Intervention:
-    """Read the intervention that a directory was made with, which can be resolved against the same base again."""
-    record = AblationRecord.read(directory / "ablation.json", error=DirectionError)
-    return Intervention(load_directions(directory), record.intervention)
-
-
-def base_record(
-    source: str,
-    revision: str | None,
-    model_type: str,
-    dtype: torch.dtype | None,
-    known: Mapping[str, str] | None = None,
-) -> BaseRecord:
-    """Say from what a model was made; of `known` files the SHA-256 was computed before."""
-    path = Path(source)
-    local = path.is_dir()
-    return BaseRecord(
-        source=path.resolve().name if local else source,
-        revision=revision,
-        model_type=model_type,
-        dtype=str(dtype).removeprefix("torch.") if dtype else None,
-        sha256=file_hashes(path, known) if local else None,
-        card=licence_fields(path) or None if local else None,
-    )
+def _write(tensors: Mapping[str, torch.Tensor], path: Path) -> int:
+    """Write one safetensors file, tensor by tensor, large numbers first, so that all of them are aligned."""
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    place = 0
+    for name in names:
+        stop = place + tensors[name].numel() * tensors[name].element_size()
+        shape = list(tensors[name].shape)
+        header[name] = {"dtype": _NAMES[tensors[name].dtype], "shape": shape, "data_offsets": [place, stop]}
+        place = stop
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        start = 8 + len(text)
+        write_from(descriptor, memoryview(len(text).to_bytes(8, "little") + text), 0)
+        for name in names:
+            tensor = tensors[name].contiguous().reshape(-1).view(torch.uint8)
+            if tensor.numel():
+                write_from(descriptor, tensor.numpy().data, start)
+            start += tensor.numel()
+    finally:
+        os.close(descriptor)
+    return place

@@ -4,34 +4,31 @@ A writer passes if it is the tensor that the plan says, up to the rounding of th
 a unit in the last place of each number.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from remove_refusals.baking.base import load_intervention
-from remove_refusals.directions import EditPlan, PlanEntry, resolve
-from remove_refusals.errors import CheckpointError
+from remove_refusals.baking.base import Base
+from remove_refusals.directions import EditPlan, PlanEntry
 from remove_refusals.formula import blocks, project_out_in_place, whole_blocks
-from remove_refusals.modelmap import DiskTensor, ModelMap, by_stored_name, disk_names, map_model, skeleton_of
+from remove_refusals.modelmap import DiskTensor, by_stored_name
 from remove_refusals.models import (
     BlockTensor,
     Place,
     checkpoint_tensors,
     find_block_tensor,
     float_dtype,
-    local_directory,
     opened,
     read_slice,
-    read_tensor,
     same_bytes,
     shares,
     tensor_slices,
     workers,
 )
-from remove_refusals.report import AblationRecord, Certificate, WriterCertificate
-from remove_refusals.settings import VARIANTS, Variant
+from remove_refusals.report import Certificate, WriterCertificate
+from remove_refusals.settings import Variant
 
 DEFAULT_MEMORY = 1 << 28
 """How many bytes are held at once if nothing is said."""
@@ -39,6 +36,16 @@ DEFAULT_MEMORY = 1 << 28
 
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float64: 2.0**-53}
 """Half a unit in the last place, relative to a number: the largest error of one rounding."""
+
+
+_SCRATCH_BYTES = 16 << 20
+
+
+_ROW = 4096
+
+
+# More would not be quicker: tables of indices and floats come to many times a quantised number's own size.
+_QUANTISED_NUMBERS = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -59,17 +66,12 @@ class PlainTensor:
         return str(float_dtype(*self.place)).removeprefix("torch.")
 
     @property
-    def axis(self) -> int:
-        """The axis of width d_model in what `parts` gives."""
-        return 1
-
-    @property
     def itemsize(self) -> int:
         """How many bytes a number has."""
         return float_dtype(*self.place).itemsize
 
     def parts(self, numbers: int) -> Iterator[torch.Tensor]:
-        """Read it part by part: `[outer, d_model, inner]` in its own data type; a part holds until the next is read."""
+        """Read it part by part, `[outer, d_model, inner]`; a part holds until the next is read."""
         path, entry = self.place
         dtype = float_dtype(path, entry)
         # Parts end where blocks do: then what is measured does not depend on the memory.
@@ -98,44 +100,30 @@ class _Pair:
 
 
 def certify(
-    directory: Path,
-    base: Path,
-    plan: EditPlan,
-    model_map: ModelMap,
-    *,
-    boundaries: tuple[float, ...] | None = None,
-    memory: int = DEFAULT_MEMORY,
-    jobs: int | None = None,
+    directory: Path, base: Base, plan: EditPlan, *, memory: int = DEFAULT_MEMORY, jobs: int | None = None
 ) -> Certificate:
     """Measure saved files against their base and a plan.
 
     Args:
         directory: The edited checkpoint.
-        base: The checkpoint that it was made from.
+        base: What it was made from, with its weights as safetensors.
         plan: What was to happen to which tensor.
-        model_map: The model's map.
-        boundaries: What `measure_boundaries` found, if the model was run.
         memory: How many bytes may be held at once.
         jobs: How many tensors to read at once; by default as many as there are cores, at most 4.
 
     Returns:
         The certificate, passed or not.
-
-    Raises:
-        CheckpointError: If a checkpoint cannot be read.
     """
-    before, after = (by_stored_name(checkpoint_tensors(path), model_map) for path in (base, directory))
+    before, after = (by_stored_name(checkpoint_tensors(path), base.model_map) for path in (base.weights, directory))
     problems: list[str] = []
     writers, planned = _pairs(before, after, plan, (base.name, directory.name), problems)
-    dropped = sorted(before.keys() - after.keys() - model_map.stored) if model_map.stored else []
-    apart = planned | set(dropped)
     # In the order of the files, so that the disk is read from front to back.
-    others = [name for name in before if name in after and name not in apart]
+    others = [name for name in before if name in after and name not in planned]
     jobs, share = shares(memory, jobs, len(writers) + len(others))
     with workers(jobs) as pool:
         measured = pool.map(lambda pair: _writer(pair, plan.variant, share), writers)
         equal = pool.map(lambda name: same_bytes(after[name], before[name]), others)
-        edited = list(measured)
+        edited = tuple(measured)
         unchanged = {name for name, same in zip(others, equal, strict=True) if same}
     problems.extend(
         f"Writer '{entry.name}' deviates from the plan by {entry.error:.2g}, more than the {entry.allowed:.2g} that"
@@ -143,15 +131,27 @@ def certify(
         for entry in edited
         if not entry.passed
     )
-    identical = _compare_others(before, after, plan, model_map, apart, unchanged, problems)
+    added = base.added(plan)
+    for name, copy in added.items():
+        source = (after if copy.edited else before).get(copy.source)
+        if name not in after or source is None or not same_bytes(after[name], source):
+            how = "as the edit makes it" if copy.edited else "as it was, for the unembedding"
+            problems.append(f"Tensor '{name}' does not hold '{copy.source}' {how}.")
+    known = planned | added.keys()
+    problems.extend(f"Tensor '{name}' of the base is missing." for name in before if name not in {*after, *known})
+    problems.extend(f"Tensor '{name}' is not in the base." for name in after if name not in {*before, *known})
+    problems.extend(
+        f"Tensor '{name}' is not to be edited and its bytes differ from the base's."
+        for name in others
+        if name not in unchanged
+    )
     return Certificate(
-        problems=tuple(problems),
-        edited=tuple(edited),
+        edited=edited,
         left=dict(plan.left),
-        identical=identical,
-        dropped=tuple(dropped) or None,
+        identical=len(unchanged) + len(added.keys() & after.keys()),
+        problems=tuple(problems),
         leaks=plan.leaks or None,
-        boundaries=boundaries,
+        boundaries=None,
     )
 
 
@@ -162,11 +162,7 @@ def _pairs(
     names: tuple[str, str],
     problems: list[str],
 ) -> tuple[list[_Pair], set[str]]:
-    """Find each planned tensor in both checkpoints; what cannot be measured goes to `problems`.
-
-    Returns:
-        The pairs, and the names of all tensors that belong to the plan.
-    """
+    """Find each planned tensor in both checkpoints, and name all that belong to the plan; the rest are problems."""
     planned: set[str] = set()
     pairs: list[_Pair] = []
     for entry in plan.entries:
@@ -215,122 +211,6 @@ def _writer(pair: _Pair, variant: Variant, memory: int) -> WriterCertificate:
     )
 
 
-def _compare_others(
-    before: Mapping[str, Place],
-    after: Mapping[str, Place],
-    plan: EditPlan,
-    model_map: ModelMap,
-    apart: set[str],
-    unchanged: set[str],
-    problems: list[str],
-) -> int:
-    """Count the tensors whose bytes are as they should be, those set apart left out; others go to `problems`."""
-    kept: list[Place] = []
-    if plan.untie:
-        embedding = next(entry for entry in plan.entries if entry.parameter == model_map.input_embedding)
-        names = {tensor.name for tensor in embedding.on_disk}
-        kept = [before[name] for name in names & before.keys()]
-        if not any(same_bytes(after[name], place) for name in after.keys() - names for place in kept):
-            problems.append(f"No tensor holds '{model_map.input_embedding}' as it was, for the unembedding.")
-        # Where nothing is tied any more, what was one tensor under several names is several with the same bytes.
-        kept += [after[name] for name in (before.keys() & after.keys()) - names]
-    identical = 0
-    for name in dict.fromkeys((*before, *after)):
-        if name in apart:
-            continue
-        if name not in after:
-            problems.append(f"Tensor '{name}' of the base is missing.")
-        elif name not in before and not any(same_bytes(after[name], place) for place in kept):
-            problems.append(f"Tensor '{name}' is not in the base.")
-        elif name in before and name not in unchanged:
-            problems.append(f"Tensor '{name}' is not to be edited and its bytes differ from the base's.")
-        else:
-            identical += 1
-    return identical
-
-
-def disk_reader(directory: Path, names: Callable[[str], str], model_map: ModelMap) -> Callable[[str], torch.Tensor]:
-    """Give a function that reads a parameter of a checkpoint by its name in the model.
-
-    Args:
-        directory: The checkpoint.
-        names: Turns a name in the model into the one on disk.
-        model_map: The model's map.
-
-    Raises:
-        CheckpointError: If the checkpoint cannot be read, or (from the function) does not hold the parameter.
-    """
-    tensors = by_stored_name(checkpoint_tensors(directory), model_map)
-
-    def read(parameter: str) -> torch.Tensor:
-        name = names(parameter)
-        if name not in tensors:
-            raise CheckpointError(
-                f"The checkpoint {directory} has no tensor '{name}', expected parameter '{parameter}' under that name; "
-                "check that it is the base that the directory was made from."
-            )
-        return read_tensor(*tensors[name])
-
-    return read
-
-
-def certify_directory(directory: Path, base: str, *, trust_remote_code: bool = False) -> Certificate:
-    """Measure a saved edit against its base, as its own `ablation.json` says it was made.
-
-    Args:
-        directory: The edited model, with `ablation.json` and its directions.
-        base: The base model: a directory, or a hub id in the local cache.
-        trust_remote_code: Run Python code that comes with the base.
-
-    Returns:
-        The certificate, passed or not.
-
-    Raises:
-        CheckpointError: If a file is missing or corrupt.
-        ModelError: If the base has no configuration of a causal language model.
-        DirectionError: If the record holds no intervention, or the directions do not fit the base.
-        ArchitectureError: If the base cannot be mapped.
-    """
-    record = AblationRecord.read(directory / "ablation.json", error=CheckpointError)
-    base_directory = local_directory(base)
-    if base_directory is None:
-        raise CheckpointError(
-            f"The base {base} is neither a directory nor in the hub's local cache, expected its files; download it."
-        )
-    model = skeleton_of(base_directory, trust_remote_code=trust_remote_code)
-    model_map = map_model(model)
-    intervention = load_intervention(directory)
-    plan = resolve(
-        intervention,
-        model_map,
-        disk_reader(base_directory, lambda parameter: disk_names(model, parameter)[0], model_map),
-        tied="untie" if record.plan.embedding_untied or not model_map.tied else "both",
-        allow_leak=True,
-        variant=_variant(record.plan.variant),
-    )
-    return certify(directory, base_directory, plan, model_map)
-
-
-def _variant(found: str) -> Variant:
-    for variant in VARIANTS:
-        if found == variant:
-            return variant
-    raise CheckpointError(
-        f"The record names the variant {found!r}, expected one of {', '.join(VARIANTS)}; use the version of this "
-        "package that made it."
-    )
-
-
-_SCRATCH_BYTES = 16 << 20
-
-
-_ROW = 4096
-
-
-# More would not be quicker: tables of indices and floats come to many times a quantised number's own size.
-_QUANTISED_NUMBERS = 1 << 21
-
-
 @dataclass
 class Deviation:
     """Squared Frobenius norms, summed over a tensor.
@@ -369,28 +249,8 @@ def _sum_of_squares(tensor: torch.Tensor) -> float:
     return float(rows.to(torch.float64).square().sum() + numbers[whole:].to(torch.float64).square().sum())
 
 
-def deviation(
-    original: PlainTensor | BlockTensor,
-    saved: PlainTensor | BlockTensor,
-    entry: PlanEntry,
-    variant: Variant,
-    memory: int,
-) -> Deviation:
-    """Measure a saved tensor against what its plan makes of the original.
-
-    Args:
-        original: The base's tensor.
-        saved: The edited one, of the same shape.
-        entry: The plan.
-        variant: What else the edit does.
-        memory: How many bytes may be held at once.
-
-    Returns:
-        The sums, of what was computed in float32.
-
-    Raises:
-        CheckpointError: If a tensor cannot be read or is not of a data type to compute with.
-    """
+def deviation(original: Readable, saved: Readable, entry: PlanEntry, variant: Variant, memory: int) -> Deviation:
+    """Measure a saved tensor in float32 against what its plan makes of the original, of the same shape."""
     found, room = Deviation(), _Room()
     # Both are cut alike, whatever their data types.
     pair_bytes = sum(tensor.itemsize for tensor in (original, saved) if isinstance(tensor, PlainTensor))
@@ -402,7 +262,15 @@ def deviation(
     for base, values in zip(first_parts, second_parts, strict=True):
         for block, twin in zip(blocks(base.contiguous(), 1), blocks(values.contiguous(), 1), strict=True):
             first, second = room.floats(block, 0), room.floats(twin, 1)
-            _add_block(found, first, second, entry, variant, 1, room)
+            found.add(
+                before=_components(first, entry.basis),
+                after=_components(second, entry.basis),
+                original=first,
+                saved=second,
+            )
+            planned = room.floats(first, 2)
+            project_out_in_place(planned, entry.basis, entry.strength, 1, variant)
+            found.add(planned=planned, error=second.sub_(planned))
         if isinstance(original, BlockTensor):
             found.add(requantised=original.fresh(base) - base)
     if isinstance(saved, BlockTensor):
@@ -423,31 +291,8 @@ class _Room:
         return self._rows[index][: block.numel()].view(block.shape).copy_(block)
 
 
-def _add_block(
-    found: Deviation,
-    base: torch.Tensor,
-    values: torch.Tensor,
-    entry: PlanEntry,
-    variant: Variant,
-    axis: int,
-    room: _Room,
-) -> None:
-    """Add a part of both tensors in float32; of `values` nothing is left."""
-    found.add(
-        before=_components(base, entry.basis, axis),
-        after=_components(values, entry.basis, axis),
-        original=base,
-        saved=values,
-    )
-    planned = room.floats(base, 2)
-    project_out_in_place(planned, entry.basis, entry.strength, axis, variant)
-    found.add(planned=planned, error=values.sub_(planned))
-
-
-def _components(values: torch.Tensor, basis: torch.Tensor, axis: int) -> torch.Tensor:
-    """Give `QᵀW`: `[..., k]`, the axis of width d_model summed over."""
-    if axis != 1 or values.dim() != 3:
-        return values.movedim(axis, -1) @ basis
+def _components(values: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    """Give `QᵀW` of `[outer, d_model, inner]`, with k numbers for each input."""
     if values.shape[2] == 1:
         return values.view(values.shape[:2]) @ basis
-    return torch.matmul(basis.T, values).movedim(1, -1)
+    return torch.matmul(basis.T, values)

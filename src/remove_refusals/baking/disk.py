@@ -1,62 +1,74 @@
-"""A permanent edit of a checkpoint on disk: no model is loaded, so the checkpoint may be larger than the memory."""
+"""An edited checkpoint on disk: the base's files with the bytes of its writers anew, its records and its certificate.
 
+No model is loaded, so the checkpoint may be larger than the memory.
+"""
+
+import filecmp
 import fnmatch
+import os
 import shutil
-from collections.abc import Callable
-from dataclasses import replace
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
 
 from remove_refusals.baking.base import (
-    Baked,
-    Checkpoint,
-    _config,
-    ablation_record,
-    base_record,
+    Base,
+    base_of,
     check_not_source,
-    check_passed,
+    has_safetensors,
+    load_intervention,
+    open_base,
 )
-from remove_refusals.baking.certificate import certify, disk_reader
-from remove_refusals.baking.shards import DEFAULT_MEMORY, plan_files, stream_edited
-from remove_refusals.directions import DIRECTIONS, EditPlan, check_exact, check_fit, resolve, save_directions
-from remove_refusals.errors import CertificateError, NotStreamedError
-from remove_refusals.files import resumable_directory, write_json
-from remove_refusals.modelmap import DiskTensor, by_stored_name, disk_names, skeleton
-from remove_refusals.models import (
-    checkpoint_tensors,
-    same_bytes,
-    saved_dtype,
-)
-from remove_refusals.report import Certificate
-from remove_refusals.settings import Tied, Variant
+from remove_refusals.baking.certificate import certify
+from remove_refusals.baking.shards import CONVERTED, LEDGER_FILE, plan_files, stream_edited
+from remove_refusals.directions import DIRECTIONS, EditPlan, measure_boundaries, save_directions
+from remove_refusals.errors import CertificateError, CheckpointError
+from remove_refusals.files import read_json, resumable_directory, write_json
+from remove_refusals.modelmap import by_stored_name, map_model
+from remove_refusals.models import LoadedModel, checkpoint_files, load, local_directory, read_header
+from remove_refusals.progress import SILENT, Progress
+from remove_refusals.report import AblationRecord, Certificate, LeakRecord
+from remove_refusals.settings import VARIANTS, DiskSettings, Tied, Variant
 from remove_refusals.types import Intervention
 
-OnProgress = Callable[[str, int, int], None]
-
-
-CARRIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*", "USE_POLICY*")
-"""What goes along beside the weights: configuration, tokenizer, chat template, code of its own, licence."""
-
-
-_FOLDERS = ("additional_chat_templates",)
-
-
 _LEFT = (
-    "*.index.json",
-    "ablation.json",
-    "certificate.json",
-    "scores.json",
-    "selection.json",
-    "adapter_config.json",
-    "requirements*.txt",
-)
-"""What does not: indices of weights in any format, which are written anew, and records of an earlier edit."""
+    # Weights in other formats and of other models, and what names them; safetensors are looked at one by one.
+    "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.ggml", "*.onnx", "*.onnx_data", "*.tflite",
+    "*.npz", "*.ot", "*.pkl", "*.index.json", "adapter_config.json", "adapter_model.safetensors",
+    "consolidated*.safetensors", "params.json",
+    # Records of an earlier edit or training, and the card with its pictures, which speak of another model.
+    "ablation.json", "certificate.json", "scores.json", "selection.json", "analysis.json", "rows.jsonl", "report.html",
+    "candidates.safetensors", "trainer_state.json", "README.md", "*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg",
+    "*.webp", "*.mp4", "*.pdf",
+    # Caches, and folders of other things.
+    ".*", "__pycache__", DIRECTIONS, "checkpoint-*", "runs", "wandb",
+)  # fmt: skip
+"""What does not go along with the weights."""
 
 
-def bake_on_disk(
-    checkpoint: Checkpoint,
+@dataclass(frozen=True, eq=False)
+class Baked:
+    """What was written.
+
+    Attributes:
+        directory: Where.
+        plan: What happened to which tensor.
+        record: The content of `ablation.json`.
+        certificate: What was measured on the saved files; None if that was not wanted.
+    """
+
+    directory: Path
+    plan: EditPlan
+    record: AblationRecord
+    certificate: Certificate | None
+
+
+def bake(
+    model: Base | LoadedModel | str | Path,
     intervention: Intervention,
     output: Path | str,
     *,
@@ -64,146 +76,200 @@ def bake_on_disk(
     allow_leak: bool = False,
     variant: Variant = "plain",
     force: bool = False,
-    memory: int = DEFAULT_MEMORY,
-    jobs: int | None = None,
-    certified: bool = True,
-    on_progress: OnProgress | None = None,
+    disk: DiskSettings | None = None,
+    progress: Progress = SILENT,
 ) -> Baked:
-    """Edit a checkpoint without loading it, and leave what `bake` leaves.
+    """Edit a model's files: all that is beside the weights goes along, and every byte but the writers' is the base's.
 
     The output grows in a directory beside its place, which is renamed at the end. If the process is killed, the same
     call goes on from the files that are whole, and ends with the same bytes as one that was left alone.
 
     Args:
-        checkpoint: The base; it is only read.
+        model: A directory, a hub id or `demo`; of a loaded model the files that it was loaded from are edited, and one
+            that has none is saved first.
         intervention: What to take out where.
         output: The directory to be made.
         tied: What to do with an embedding that is also the unembedding.
-        allow_leak: Whether a model whose weights no edit makes exact is edited in memory instead of refused.
-        variant: What else the edit does to each tensor.
+        allow_leak: Whether to edit a model whose weights no edit makes exact.
+        variant: What else the edit does to each tensor; only `plain` is what the hooks do.
         force: Whether to replace an existing output, or one that was begun from something else.
-        memory: How many bytes may be held beside what Python and its packages take.
-        jobs: How many files to write at once; by default as many as there are cores, at most 4.
-        certified: Whether the saved files are measured against the base, which reads both once more.
-        on_progress: Told of both stages.
+        disk: How the files are written.
+        progress: Told of the files that are whole.
 
     Returns:
-        What was written; without a certificate if none was wanted.
+        What was written: the checkpoint, its directions, `ablation.json` and `certificate.json`. Where a loaded model
+        was given, or the edit leaks, the result was loaded too, and what it holds between layers measured.
 
     Raises:
-        NotStreamedError: If what is asked for needs the model in memory.
         DirectionError: If the intervention does not fit the model.
         ArchitectureError: If no exact weight edit of the model exists.
         CheckpointError: If the base is corrupt, changes meanwhile, or has a format that cannot be edited.
         CertificateError: If the saved files do not hold what the plan says.
         OutputError: If the output is the base's own directory, exists and `force` is not given, or cannot be written.
     """
-    target = Path(output)
-    check_not_source(target, checkpoint.source, checkpoint.revision)
-    model_map = checkpoint.model_map
-    plan = _plan(checkpoint, intervention, tied=tied, allow_leak=allow_leak, variant=variant)
-    plan, names = _shared(checkpoint, plan)
-    stream = plan_files(checkpoint.directory, plan, model_map, names)
+    base, target = base_of(model), Path(output)
+    check_not_source(target, base.source, base.revision)
+    plan = base.plan(intervention, tied=tied, allow_leak=allow_leak, variant=variant)
     with resumable_directory(target, force=force) as directory:
-        hashes, ledger = stream_edited(
-            stream,
-            directory,
-            memory=memory,
-            jobs=jobs,
-            force=force,
-            on_progress=None if on_progress is None else lambda done, total: on_progress("files", done, total),
-        )
-        _carry_along(checkpoint, directory, untie=plan.untie)
-        certificate = _certificate(checkpoint, directory, plan, memory, jobs) if certified else None
-        save_directions(intervention.directions, directory / DIRECTIONS)
-        dtype = saved_dtype(str(checkpoint.directory), _config(checkpoint.directory))
-        base = base_record(checkpoint.source, checkpoint.revision, model_map.model_type, dtype, hashes)
-        record = ablation_record(base, intervention, plan, model_map)
-        record.write(directory / "ablation.json")
-        ledger.close()
-    return Baked(target, plan, record, certificate)
+        baked = write_baked(base, intervention, plan, directory, force=force, disk=disk, progress=progress)
+        loaded = isinstance(model, LoadedModel) and not model.is_offloaded
+        if loaded or plan.leaks:
+            device = model.device if isinstance(model, LoadedModel) else None
+            edited = load(directory, device=device, dtype=torch.float32, trust_remote_code=base.trust_remote_code)
+            baked = with_boundaries(baked, edited, intervention)
+    return replace(baked, directory=target)
 
 
-def _plan(
-    checkpoint: Checkpoint, intervention: Intervention, *, tied: Tied, allow_leak: bool, variant: Variant
-) -> EditPlan:
-    model_map = checkpoint.model_map
-    check_fit(intervention, model_map)
-    check_exact(model_map, allow_leak=allow_leak)
-    if model_map.leaks:
-        raise NotStreamedError("What an inexact edit leaks is measured on a loaded model.")
-    reader = disk_reader(checkpoint.directory, lambda name: disk_names(checkpoint.model, name)[0], model_map)
-    return resolve(intervention, model_map, reader, tied=tied, allow_leak=allow_leak, variant=variant)
+def write_baked(
+    base: Base,
+    intervention: Intervention,
+    plan: EditPlan,
+    directory: Path,
+    *,
+    force: bool = False,
+    disk: DiskSettings | None = None,
+    progress: Progress = SILENT,
+) -> Baked:
+    """Write an edited checkpoint into a directory that is empty, or as an interrupted call has left it."""
+    disk, scratch = disk or DiskSettings(), directory / CONVERTED
+    try:
+        safe = base.as_safetensors(scratch)
+        stream = plan_files(safe, plan)
+        hashes = stream_edited(stream, directory, memory=disk.memory, jobs=disk.jobs, force=force, progress=progress)
+        _carry_along(safe, plan, directory)
+        certificate = None
+        if disk.certify:
+            certificate = _certified(directory, safe, plan, disk)
+            if not certificate.passed:
+                for path in directory.iterdir():
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                raise CertificateError(
+                    f"The saved files do not hold the edit: {certificate.problems[0].rstrip('.')} "
+                    f"({len(certificate.problems)} such in all), expected every writer edited and all other bytes "
+                    "unchanged; nothing was kept, report this model type."
+                )
+            certificate.write(directory / "certificate.json")
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    save_directions(intervention.directions, directory / DIRECTIONS)
+    record = base.ablation(intervention, plan, hashes)
+    record.write(directory / "ablation.json")
+    (directory / LEDGER_FILE).unlink()
+    return Baked(directory, plan, record, certificate)
 
 
-def _shared(checkpoint: Checkpoint, plan: EditPlan) -> tuple[EditPlan, tuple[str, ...]]:
-    """Name on disk what else is the embedding in the model, which need not be among the checkpoint's tensors.
+def with_boundaries(baked: Baked, edited: LoadedModel, intervention: Intervention) -> Baked:
+    """Measure on the saved model, loaded, what is left at every layer boundary, where nothing should be; record it."""
+    everywhere = {(edit.kind, edit.layer) for edit in intervention.edits if edit.strength == 1}
+    sites = {(site.kind, site.layer) for site in map_model(edited.model).sites}
+    if len(intervention.directions) != 1 or sites - everywhere:
+        return baked
+    found = measure_boundaries(edited, intervention.directions[0])
+    certificate, record = baked.certificate, baked.record
+    if certificate is not None:
+        certificate = certificate.model_copy(update={"boundaries": found})
+        certificate.write(baked.directory / "certificate.json", force=True)
+    if baked.plan.leaks:
+        record = record.model_copy(update={"leak": LeakRecord(why=baked.plan.leaks, largest_component=max(found))})
+        record.write(baked.directory / "ablation.json", force=True)
+    return replace(baked, record=record, certificate=certificate)
 
-    Returns:
-        The plan, in which such a tensor is edited with the embedding if the two stay tied, and the names of those that
-        get a copy of the unedited embedding if not.
+
+def certify_directory(directory: Path, base: str, *, trust_remote_code: bool = False) -> Certificate:
+    """Measure a saved edit against its base (a directory, or a hub id in the local cache), as its own record says.
 
     Raises:
-        NotStreamedError: If such a tensor is among the checkpoint's and has other bytes, or more than the embedding
-            would have to be untied.
+        CheckpointError: If a file is missing or corrupt, or the record is not one.
+        DirectionError: If the record holds no intervention, or the directions do not fit the base.
     """
-    model_map, model = checkpoint.model_map, checkpoint.model
-    entry = next((entry for entry in plan.entries if entry.parameter == model_map.input_embedding), None)
-    if not model_map.tied or entry is None:
-        return plan, ()
-    embedding = model.get_parameter(model_map.input_embedding)
-    shared = [name for name, value in model.named_parameters(remove_duplicate=False) if value is embedding]
-    untied = skeleton(model, tied=False)
-    if plan.untie:
-        _check_nothing_else_is_tied(model, embedding)
-    own = {tensor.name for tensor in entry.on_disk}
-    names = [disk for name in shared for disk in disk_names(untied, name) if disk not in own]
-    stored = by_stored_name(checkpoint_tensors(checkpoint.directory), model_map)
-    twice = [name for name in names if name in stored]
-    for name in twice:
-        if not any(same_bytes(stored[name], stored[known]) for known in own & stored.keys()):
-            raise NotStreamedError(f"The checkpoint holds '{name}', which the model ties to the embedding, otherwise.")
-    if plan.untie:
-        return plan, tuple(name for name in names if name not in stored)
-    both = replace(entry, on_disk=(*entry.on_disk, *(DiskTensor(name, entry.on_disk[0].axis) for name in twice)))
-    return replace(plan, entries=tuple(both if known is entry else known for known in plan.entries)), ()
+    record = AblationRecord.read(directory / "ablation.json", error=CheckpointError)
+    if local_directory(base) is None:
+        raise CheckpointError(
+            f"The base {base} is neither a directory nor in the hub's local cache, expected its files; download it."
+        )
+    intervention = load_intervention(directory)
+    with ExitStack() as stack:
+        made_from = open_base(base, trust_remote_code=trust_remote_code)
+        if not has_safetensors(made_from.files):
+            # Beside the directory, where there is room for a model.
+            scratch = tempfile.TemporaryDirectory(dir=directory.resolve().parent, prefix=".certify-")
+            made_from = made_from.as_safetensors(Path(stack.enter_context(scratch)))
+        variant = next((known for known in VARIANTS if known == record.plan.variant), None)
+        if variant is None:
+            raise CheckpointError(
+                f"The record names the variant {record.plan.variant!r}, expected one of {', '.join(VARIANTS)}; use the "
+                "version of this package that made it."
+            )
+        tied: Tied = "untie" if record.plan.embedding_untied or not made_from.tied else "both"
+        plan = made_from.plan(intervention, tied=tied, allow_leak=True, variant=variant)
+        return _certified(directory, made_from, plan, DiskSettings(memory=1 << 28))
 
 
-def _check_nothing_else_is_tied(model: PreTrainedModel, embedding: torch.nn.Parameter) -> None:
-    """Check that the setting that unties the embedding unties nothing else."""
-    names: dict[int, str] = {id(embedding): ""}
-    for name, value in model.named_parameters(remove_duplicate=False):
-        if names.setdefault(id(value), name) not in {"", name}:
-            raise NotStreamedError(f"The model ties '{name}' to '{names[id(value)]}', which would be untied too.")
+def _certified(directory: Path, base: Base, plan: EditPlan, disk: DiskSettings) -> Certificate:
+    """Measure the tensors, and compare the weight files that no index names."""
+    certificate = certify(directory, base, plan, memory=disk.memory, jobs=disk.jobs)
+    problems = [
+        f"The weight file {path} is missing or its bytes differ from the base's."
+        for path in _carried(base, plan)
+        if path.suffix == ".safetensors"
+        and not ((directory / path).is_file() and filecmp.cmp(base.files / path, directory / path, shallow=False))
+    ]
+    return certificate.model_copy(update={"problems": (*certificate.problems, *problems)})
 
 
-def _carry_along(checkpoint: Checkpoint, directory: Path, *, untie: bool) -> None:
+def _carried(base: Base, plan: EditPlan) -> Iterator[Path]:
+    """Name the files beside the weights: processors, tokenizer, code, licence, and weights that no index names.
+
+    Raises:
+        CheckpointError: If one of them is a link that leads out of the base.
+    """
+    own = {path.name for path in checkpoint_files(base.weights)}
+    for path in base.files.glob("*.index.json"):
+        index = read_json(path, error=CheckpointError)
+        own.update(index.get("weight_map", {}).values() if isinstance(index, dict) else ())
+    edited = {tensor.name for entry in plan.entries for tensor in entry.on_disk}
+    # The hub's cache keeps a snapshot's files apart from it.
+    inside = (base.files.resolve(), (base.files / ".." / ".." / "blobs").resolve())
+    for folder, folders, names in os.walk(base.files):
+        folders[:] = sorted(name for name in folders if not _is_left(name) and not _is_edited(Path(folder, name)))
+        for name in sorted((*names, *(name for name in folders if Path(folder, name).is_symlink()))):
+            path = Path(folder, name)
+            if _is_left(name) or path.relative_to(base.files).as_posix() in own:
+                continue
+            if not any(path.resolve().is_relative_to(place) for place in inside):
+                raise CheckpointError(
+                    f"The file {path} of the base is a link to {path.resolve()}, expected a file within the base, "
+                    "since it would go along with the edited model; copy it there, or remove the link."
+                )
+            if path.suffix == ".safetensors":
+                tensors = {tensor.name: tensor for tensor in read_header(path).tensors}
+                if edited.intersection(by_stored_name(tensors, base.model_map)):
+                    # Another copy of the model, which the edit has not reached.
+                    continue
+            if path.is_file():
+                yield path.relative_to(base.files)
+
+
+def _is_left(name: str) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in _LEFT)
+
+
+def _is_edited(folder: Path) -> bool:
+    """Whether a folder is what `bake` or `run` made."""
+    return (folder / "ablation.json").exists()
+
+
+def _carry_along(base: Base, plan: EditPlan, directory: Path) -> None:
     """Copy what is beside the weights; the configuration says that nothing is tied any more where that is so."""
-    for path in sorted(checkpoint.directory.iterdir()):
-        wanted = any(fnmatch.fnmatch(path.name, pattern) for pattern in CARRIED)
-        if wanted and path.is_file() and not any(fnmatch.fnmatch(path.name, pattern) for pattern in _LEFT):
-            shutil.copyfile(path, directory / path.name)
-        elif path.name in _FOLDERS and path.is_dir():
-            shutil.copytree(path, directory / path.name, dirs_exist_ok=True)
-    if untie:
-        config = _config(directory)
-        text = checkpoint.model.config.get_text_config(decoder=True)
+    for path in _carried(base, plan):
+        (directory / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(base.files / path, directory / path)
+    if plan.untie:
+        config = read_json(directory / "config.json", error=CheckpointError)
+        assert isinstance(config, dict)
+        text = base.model.config.get_text_config(decoder=True)
         config["tie_word_embeddings"] = False
         for name, part in config.items():
-            if isinstance(part, dict) and getattr(checkpoint.model.config, name, None) is text:
+            if isinstance(part, dict) and getattr(base.model.config, name, None) is text:
                 part["tie_word_embeddings"] = False
         write_json(directory / "config.json", config, force=True)
-
-
-def _certificate(checkpoint: Checkpoint, directory: Path, plan: EditPlan, memory: int, jobs: int | None) -> Certificate:
-    """Measure the saved files; of files that do not hold what they should nothing is kept."""
-    source, model_map = checkpoint.directory, checkpoint.model_map
-    certificate = certify(directory, source, plan, model_map, memory=memory, jobs=jobs)
-    try:
-        check_passed(certificate)
-    except CertificateError:
-        for path in directory.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        raise
-    certificate.write(directory / "certificate.json")
-    return certificate

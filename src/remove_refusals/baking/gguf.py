@@ -7,14 +7,15 @@ round, `[n_vocab, k]` and `[d_model, k]`, since llama.cpp looks tokens up in the
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from remove_refusals.baking.base import BaseModel, Carried, ablation_record, plan_for
-from remove_refusals.baking.lora import LowRank, check_low_rank, low_rank
+from remove_refusals.baking.base import Base
+from remove_refusals.baking.lora import Carried, LowRank, check_low_rank, low_rank
 from remove_refusals.directions import EditPlan, PlanEntry
 from remove_refusals.errors import ArchitectureError, OutputError, require_package
 from remove_refusals.files import atomic_file
@@ -25,7 +26,7 @@ from remove_refusals.types import Intervention
 
 
 def bake_gguf_lora(
-    base: BaseModel,
+    base: Base,
     intervention: Intervention,
     output: Path | str,
     *,
@@ -39,29 +40,22 @@ def bake_gguf_lora(
     Args:
         base: The model that it is made for, in full precision.
         intervention: What to take out where.
-        output: The file to be made.
+        output: The file to be made; it holds the record as `remove_refusals.ablation` in its metadata.
         tied: As for `bake`; llama.cpp takes no adapter of a tied embedding.
         allow_leak: As for `bake`.
         variant: As for `bake`; only `plain` is of low rank.
         force: Whether to replace an existing output.
 
-    Returns:
-        What was written; the record lies in the metadata, under `remove_refusals.ablation`.
-
     Raises:
         ArchitectureError: If llama.cpp does not know the model or cannot carry the edit; the message names what.
-        OutputError: If the `gguf` package is not installed, or the output exists and `force` is not given, or cannot be
-            written.
-        DirectionError: If the intervention does not fit the model.
     """
-    plan = plan_for(base, intervention, tied=tied, allow_leak=allow_leak, variant=variant)
-    adapter = gguf_lora(plan, base.model_map, base.tensor_of)
-    described = AdapterRecord(kind="gguf-lora", rank=adapter.rank, dtype="float32", tensors=len(adapter.tensors))
-    record = ablation_record(base.record, intervention, plan, base.model_map, described)
+    plan = base.plan(intervention, tied=tied, allow_leak=allow_leak, variant=variant)
+    adapter = gguf_lora(base, plan)
+    about = AdapterRecord(kind="gguf-lora", rank=adapter.rank, dtype="float32", tensors=len(adapter.tensors))
+    record = base.ablation(intervention, plan, adapter=about)
+    name, text = f"{base.name} without refusals", json.dumps(record.to_json())
     with atomic_file(Path(output), force=force) as staging:
-        write_gguf_lora(
-            adapter, staging, name=f"{base.name} without refusals", base=base.name, record=json.dumps(record.to_json())
-        )
+        write_gguf_lora(adapter, staging, name=name, base=base.name, record=text)
     return Carried(Path(output), plan, record)
 
 
@@ -86,31 +80,21 @@ class GgufLora:
     tensors: dict[str, torch.Tensor]
 
 
-def gguf_lora(plan: EditPlan, model_map: ModelMap, tensor_of: Callable[[str], torch.Tensor]) -> GgufLora:
+def gguf_lora(base: Base, plan: EditPlan) -> GgufLora:
     """Build the llama.cpp LoRA that is an edit.
-
-    Args:
-        plan: What happens to which tensor.
-        model_map: The model's map.
-        tensor_of: Gives a parameter by its name in the model.
-
-    Returns:
-        The adapter.
 
     Raises:
         ArchitectureError: If GGUF has no place for a writer, or llama.cpp cannot carry a change; the message names the
             parameter.
-        ModelError: If a tensor is quantised or not in memory.
-        OutputError: If the `gguf` package is not installed.
     """
-    names = GgufNames(model_map)
-    writers = [writer for site in model_map.sites for writer in site.writers]
+    names = GgufNames(base.model_map)
+    writers = [writer for site in base.model_map.sites for writer in site.writers]
     planned = {entry.parameter for entry in plan.entries}
     named = names.of_writers(writer for writer in writers if writer.parameter in planned)
     check_low_rank(plan)
     for entry in plan.entries:
-        _check_applied(entry, named[entry.parameter], model_map)
-    factors = {entry.parameter: low_rank(entry, tensor_of(entry.parameter)) for entry in plan.entries}
+        _check_applied(entry, named[entry.parameter], tied=base.tied)
+    factors = {entry.parameter: low_rank(entry, base.tensor(entry.parameter)) for entry in plan.entries}
     ranks = [found.rank for found in factors.values()]
     rank = max(ranks, key=ranks.count, default=1)
     tensors: dict[str, torch.Tensor] = {}
@@ -123,19 +107,19 @@ def gguf_lora(plan: EditPlan, model_map: ModelMap, tensor_of: Callable[[str], to
     return GgufLora(names.architecture, rank, tensors)
 
 
-def _check_applied(entry: PlanEntry, name: str, model_map: ModelMap) -> None:
+def _check_applied(entry: PlanEntry, name: str, *, tied: bool) -> None:
     """Check that llama.cpp applies an adapter to a tensor, and only where it should."""
     if name in _LOOKED_UP:
         raise ArchitectureError(
             f"Parameter '{entry.parameter}' is '{name}' in GGUF files, to which llama.cpp applies no adapter, expected "
-            "the token embedding or a projection; leave the embedding out with --sites attn,mlp, or edit a GGUF file "
-            "itself with --as gguf."
+            "the token embedding or a projection; leave the embedding out with --sites attn,mlp, or convert an "
+            "edited checkpoint."
         )
-    if name == EMBEDDING and model_map.tied:
+    if name == EMBEDDING and tied:
         raise ArchitectureError(
             f"Parameter '{entry.parameter}' is also the unembedding, and llama.cpp breaks off on an adapter of such a "
-            "tensor, expected an embedding of its own; leave the embedding out with --sites attn,mlp, or edit a GGUF "
-            "file itself with --as gguf."
+            "tensor, expected an embedding of its own; leave the embedding out with --sites attn,mlp, or convert "
+            "an edited checkpoint."
         )
 
 
@@ -151,16 +135,8 @@ def _laid_out(entry: PlanEntry, name: str, factors: LowRank) -> tuple[torch.Tens
 
 
 def write_gguf_lora(adapter: GgufLora, path: Path, *, name: str, base: str, record: str = "") -> None:
-    """Write an adapter to a file.
-
-    Args:
-        adapter: The adapter.
-        path: The file; whoever calls moves it into place.
-        name: What the adapter is called in its metadata.
-        base: What the base model is called in its metadata.
-        record: JSON that says how it was made, kept under `remove_refusals.ablation`.
-    """
-    gguf = require_package("gguf", "gguf", "GGUF files", OutputError)
+    """Write an adapter to a file, with what it and its base are called and the record of how it was made."""
+    gguf = _package()
     writer = gguf.GGUFWriter(path, adapter.architecture)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
@@ -231,24 +207,18 @@ ARCHITECTURES = {
 }
 
 
+def _package() -> Any:
+    return require_package("gguf", "gguf", "GGUF files", OutputError)
+
+
 def architecture_of(model_type: str) -> str:
-    """Give the architecture of a model type in GGUF files.
-
-    Args:
-        model_type: The `model_type` of a configuration.
-
-    Returns:
-        The value of `general.architecture`.
+    """Give the value of `general.architecture` for the `model_type` of a configuration.
 
     Raises:
         ArchitectureError: If the type is not listed, or the installed package does not know its architecture.
-        OutputError: If the `gguf` package is not installed.
     """
     found = ARCHITECTURES.get(model_type)
-    if (
-        found is None
-        or found not in require_package("gguf", "gguf", "GGUF files", OutputError).MODEL_ARCH_NAMES.values()
-    ):
+    if found is None or found not in _package().MODEL_ARCH_NAMES.values():
         raise ArchitectureError(
             f"Model type '{model_type}' has no known architecture in GGUF files, expected one of "
             f"{', '.join(sorted(ARCHITECTURES))}; save the edited weights and convert those instead."
@@ -260,31 +230,15 @@ class GgufNames:
     """The names of one model's tensors in a GGUF file."""
 
     def __init__(self, model_map: ModelMap) -> None:
-        """Look the architecture up.
-
-        Args:
-            model_map: The model's map.
-
-        Raises:
-            ArchitectureError: As from `architecture_of`.
-            OutputError: As from `architecture_of`.
-        """
-        gguf = require_package("gguf", "gguf", "GGUF files", OutputError)
+        """Look the architecture up."""
+        gguf = _package()
         self.architecture = architecture_of(model_map.model_type)
         known = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == self.architecture)
         self._map = gguf.get_tensor_name_map(known, model_map.n_layers)
         self._model_type = model_map.model_type
 
     def find(self, parameter: str, on_disk: Iterable[DiskTensor] = ()) -> str | None:
-        """Give a tensor's name.
-
-        Args:
-            parameter: Its name in the model.
-            on_disk: The tensors of a checkpoint that hold it.
-
-        Returns:
-            The name in the GGUF file, suffix included; None if the architecture has no such tensor.
-        """
+        """Give a tensor's name in the GGUF file, by that in the model or on disk; None if there is no such tensor."""
         names = [parameter, *(tensor.name for tensor in on_disk)]
         # The converter stacks what a checkpoint has for each expert, and calls the stack by the name without a number.
         names += [re.sub(r"\.experts\.\d+\.", ".experts.", name) for name in names]
@@ -299,16 +253,10 @@ class GgufNames:
         return None
 
     def of_writers(self, writers: Iterable[Writer]) -> dict[str, str]:
-        """Name writers.
-
-        Args:
-            writers: The writers.
-
-        Returns:
-            The name in the GGUF file by that in the model.
+        """Give the names in the GGUF file by those in the model.
 
         Raises:
-            ArchitectureError: If the architecture has no place for one, or one place for two.
+            ArchitectureError: If the architecture has no place for a writer, or one place for two.
         """
         names: dict[str, str] = {}
         for writer in writers:

@@ -8,7 +8,7 @@ import json
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,24 +19,34 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from remove_refusals import formula
-from remove_refusals.baking.base import BaseModel, Carried, ablation_record, check_not_source, plan_for
-from remove_refusals.directions import (
-    DIRECTIONS,
-    EditPlan,
-    PlanEntry,
-    save_directions,
-)
-from remove_refusals.errors import ArchitectureError, ModelError, OutputError, require_package
+from remove_refusals.baking.base import Base, check_not_source
+from remove_refusals.baking.memory import peft_package
+from remove_refusals.directions import DIRECTIONS, EditPlan, PlanEntry, save_directions
+from remove_refusals.errors import ArchitectureError, ModelError
 from remove_refusals.files import atomic_directory
-from remove_refusals.modelmap import ModelMap, skeleton
-from remove_refusals.models import LoadedModel, load_model
-from remove_refusals.report import AdapterRecord
-from remove_refusals.settings import ChatFormat, LoadSettings, Tied, Variant
+from remove_refusals.modelmap import skeleton
+from remove_refusals.report import AblationRecord, AdapterRecord
+from remove_refusals.settings import Tied, Variant
 from remove_refusals.types import Intervention
 
 
+@dataclass(frozen=True, eq=False)
+class Carried:
+    """An adapter that was written.
+
+    Attributes:
+        path: The file or directory.
+        plan: What happens to which tensor where the adapter is used.
+        record: The content of `ablation.json`, which a GGUF file holds in its metadata.
+    """
+
+    path: Path
+    plan: EditPlan
+    record: AblationRecord
+
+
 def bake_lora(
-    base: BaseModel,
+    base: Base,
     intervention: Intervention,
     output: Path | str,
     *,
@@ -51,36 +61,29 @@ def bake_lora(
     Args:
         base: The model that it is made for.
         intervention: What to take out where.
-        output: The directory to be made.
+        output: The directory to be made, with the adapter, `README.md`, `ablation.json` and the directions.
         tied: As for `bake`; `both` is refused where an embedding is tied.
         allow_leak: As for `bake`.
         variant: As for `bake`; only `plain` is of low rank.
         dtype: The dtype of the adapter's tensors; float32 keeps the edit exact.
         force: Whether to replace an existing output.
 
-    Returns:
-        What was written: adapter, `README.md`, `ablation.json` and the directions.
-
     Raises:
         ArchitectureError: If PEFT cannot carry the edit; the message names what.
-        OutputError: If PEFT is not installed, or the output exists and `force` is not given, or cannot be written.
-        DirectionError: If the intervention does not fit the model.
     """
-    check_installed()
+    peft_package()
     target = Path(output)
     check_not_source(target, base.source, base.revision)
-    plan = plan_for(base, intervention, tied=tied, allow_leak=allow_leak, variant=variant)
-    adapter = peft_adapter(
-        base.model, plan, base.model_map, base.tensor_of, base=base.name, revision=base.revision, dtype=dtype
-    )
-    described = AdapterRecord(
+    plan = base.plan(intervention, tied=tied, allow_leak=allow_leak, variant=variant)
+    adapter = peft_adapter(base, plan, dtype)
+    about = AdapterRecord(
         kind="peft-lora",
         rank=adapter.config["r"],
         dtype=str(dtype).removeprefix("torch."),
         tensors=len(adapter.tensors),
         biases=sum(".lora_" not in name for name in adapter.tensors),
     )
-    record = ablation_record(base.record, intervention, plan, base.model_map, described)
+    record = base.ablation(intervention, plan, adapter=about)
     environment = Environment(
         loader=PackageLoader("remove_refusals", "data"), undefined=StrictUndefined, keep_trailing_newline=True
     )
@@ -123,41 +126,19 @@ class PeftAdapter:
     tensors: dict[str, torch.Tensor]
 
 
-def peft_adapter(
-    model: PreTrainedModel,
-    plan: EditPlan,
-    model_map: ModelMap,
-    tensor_of: Callable[[str], torch.Tensor],
-    *,
-    base: str,
-    revision: str | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> PeftAdapter:
-    """Build the LoRA that is an edit.
+def peft_adapter(base: Base, plan: EditPlan, dtype: torch.dtype = torch.float32) -> PeftAdapter:
+    """Build the LoRA that is an edit; of the base's model only the modules' types are looked at.
 
     With `B` and `A` as PEFT calls them, a linear writer gets `B = -s Q` and `A = Qᵀ W`; the scale is 1 whatever the
     rank. An edited bias is stored whole, as PEFT does with `bias="all"`.
-
-    Args:
-        model: The model; it is left as it is, and only its modules' types are looked at, so it may have no weights.
-        plan: What happens to which tensor.
-        model_map: The model's map.
-        tensor_of: Gives a parameter by its name in the model.
-        base: What PEFT loads the base model by, if it is not given one.
-        revision: The hub's branch, tag or commit.
-        dtype: The dtype of the stored tensors; float32 keeps the edit exact.
-
-    Returns:
-        The adapter.
 
     Raises:
         ArchitectureError: If a change cannot be carried by a LoRA of PEFT; the message names the parameter.
         ModelError: If a tensor is quantised or not in memory.
     """
+    model, targets = base.model, {entry.parameter: target_of(base.model, entry) for entry in plan.entries}
     check_low_rank(plan, allowed_bias=lambda entry: "bias" in entry.parameter.rpartition(".")[2])
-    check_tied(plan, model_map)
-    targets = {entry.parameter: target_of(model, entry) for entry in plan.entries}
-    _check_uses(targets, model_map)
+    _check_uses(base, plan, targets)
     holders = [_module_of(name) for name, target in targets.items() if target != "bias"]
     for name in holders:
         if holders.count(name) > 1:
@@ -168,36 +149,33 @@ def peft_adapter(
     tensors: dict[str, torch.Tensor] = {}
     ranks: dict[str, int] = {}
     for entry in plan.entries:
-        tensor, target = tensor_of(entry.parameter), targets[entry.parameter]
+        tensor, target = base.tensor(entry.parameter), targets[entry.parameter]
         if target == "bias":
-            stored = {_bias_key(entry.parameter, holders): _edited_bias(entry, tensor)}
+            stored = {
+                _bias_key(entry.parameter, holders): formula.project_out(
+                    tensor.float(), entry.basis, entry.strength, entry.axis
+                )
+            }
         else:
             factors = low_rank(entry, tensor)
             ranks[entry.parameter if target == "parameter" else _module_of(entry.parameter)] = factors.rank
             stored = _peft_tensors(model, entry, target, factors)
         tensors |= {name: value.to("cpu", dtype).contiguous().clone() for name, value in stored.items()}
-    return PeftAdapter(_config(targets, ranks, base, revision), tensors)
+    return PeftAdapter(_config(targets, ranks, base), tensors)
 
 
-def check_tied(plan: EditPlan, model_map: ModelMap) -> None:
-    """Check that an adapter can do what a plan does to a tied embedding.
-
-    Raises:
-        ArchitectureError: If the plan edits the unembedding with the embedding.
-    """
-    if model_map.tied and not plan.untie and any(e.parameter == model_map.input_embedding for e in plan.entries):
+def _check_uses(base: Base, plan: EditPlan, targets: dict[str, Target]) -> None:
+    """Check that what PEFT puts in a module's place is called wherever its parameter is used, and nowhere else."""
+    embedding, model_map = base.model_map.input_embedding, base.model_map
+    if base.tied and not plan.untie and embedding in targets:
         raise ArchitectureError(
-            f"Parameter '{model_map.input_embedding}' is also the unembedding and both are to be edited as one, "
-            "expected --tied untie, since an adapter of the embedding leaves the unembedding alone and adapters of "
-            "both would be merged into the one tensor twice; leave --tied out, or save the edited weights instead."
+            f"Parameter '{embedding}' is also the unembedding and both are to be edited as one, expected --tied untie, "
+            "since an adapter of the embedding leaves the unembedding alone and adapters of both would be merged into "
+            "the one tensor twice; leave --tied out, or save the edited weights instead."
         )
-
-
-def _check_uses(targets: dict[str, Target], model_map: ModelMap) -> None:
-    """Check that what PEFT puts in a module's place is called wherever its parameter is used."""
     for name, target in targets.items():
         # That a tied embedding is used by the unembedding as well is known and wanted.
-        if name in model_map.used_elsewhere and target != "bias" and name != model_map.input_embedding:
+        if name in model_map.used_elsewhere and target != "bias" and name != embedding:
             raise ArchitectureError(
                 f"Parameter '{name}' is used outside of its own module in model type '{model_map.model_type}', where "
                 "an adapter of PEFT does not reach, expected it to be used by its module alone; save the edited "
@@ -210,16 +188,6 @@ def target_of(model: PreTrainedModel, entry: PlanEntry) -> Target:
 
     A module whose forward pass is not the one that PEFT expects of its type is not replaced; its parameter is adapted
     instead, which is right whatever the module does with it.
-
-    Args:
-        model: The model.
-        entry: The plan's entry for the writer.
-
-    Returns:
-        The kind of target.
-
-    Raises:
-        ArchitectureError: If PEFT refuses the writer's module.
     """
     if is_bias(entry):
         return "bias"
@@ -297,10 +265,6 @@ def _peft_tensors(
     return dict(zip(keys, (right.flatten(0, 1), left.permute(1, 2, 0).flatten(1)), strict=True))
 
 
-def _edited_bias(entry: PlanEntry, tensor: torch.Tensor) -> torch.Tensor:
-    return formula.project_out(tensor.to(torch.float32), entry.basis, entry.strength, entry.axis)
-
-
 def _bias_key(parameter: str, holders: list[str]) -> str:
     """The name of a bias in a model with adapters: within a module that PEFT wraps it lies one level down."""
     module, _, leaf = parameter.rpartition(".")
@@ -311,7 +275,7 @@ def _module_of(parameter: str) -> str:
     return parameter.rpartition(".")[0]
 
 
-def _config(targets: dict[str, Target], ranks: dict[str, int], base: str, revision: str | None) -> dict[str, Any]:
+def _config(targets: dict[str, Target], ranks: dict[str, int], base: Base) -> dict[str, Any]:
     modules = [_module_of(name) for name, target in targets.items() if target not in ("bias", "parameter")]
     parameters = [name for name, target in targets.items() if target == "parameter"]
     rank = max(ranks.values(), key=list(ranks.values()).count, default=1)
@@ -319,8 +283,8 @@ def _config(targets: dict[str, Target], ranks: dict[str, int], base: str, revisi
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "revision": revision,
+        "base_model_name_or_path": base.name,
+        "revision": base.revision,
         "inference_mode": True,
         "r": rank,
         "lora_alpha": rank,
@@ -337,29 +301,9 @@ def _config(targets: dict[str, Target], ranks: dict[str, int], base: str, revisi
 
 
 def save_peft_adapter(adapter: PeftAdapter, directory: Path) -> None:
-    """Write an adapter's two files.
-
-    Args:
-        adapter: The adapter.
-        directory: An existing directory.
-    """
+    """Write an adapter's two files into a directory."""
     (directory / "adapter_config.json").write_text(json.dumps(adapter.config, indent=2) + "\n", encoding="utf-8")
     safetensors.torch.save_file(adapter.tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-
-
-def load_edited(
-    edited: str, base: str, settings: LoadSettings, chat: ChatFormat | None = None, batch_size: int | None = None
-) -> LoadedModel:
-    """Load an edited model; a directory with an adapter of PEFT is merged into the base first.
-
-    Raises:
-        ModelError: If it cannot be found or loaded, or the adapter does not fit the base.
-        CheckpointError: If a weight file is corrupt.
-        OutputError: If it is an adapter and PEFT is not installed.
-    """
-    if is_adapter(edited):
-        return with_adapter(load_model(base, settings, chat=chat, batch_size=batch_size), Path(edited))
-    return load_model(edited, settings.model_copy(update={"revision": None}), chat=chat, batch_size=batch_size)
 
 
 def low_rank(entry: PlanEntry, tensor: torch.Tensor) -> LowRank:
@@ -370,10 +314,7 @@ def low_rank(entry: PlanEntry, tensor: torch.Tensor) -> LowRank:
 
     Args:
         entry: What happens to the tensor; its axis is one of the last two.
-        tensor: The tensor, `[n_rows, n_columns]` or `[n_experts, n_rows, n_columns]`, floating point.
-
-    Returns:
-        The factors, on the tensor's device.
+        tensor: `[n_rows, n_columns]` or `[n_experts, n_rows, n_columns]`, floating point.
 
     Raises:
         ModelError: If the tensor is not that of the entry, quantised or not in memory.
@@ -395,15 +336,7 @@ def low_rank(entry: PlanEntry, tensor: torch.Tensor) -> LowRank:
 
 
 def check_low_rank(plan: EditPlan, *, allowed_bias: Callable[[PlanEntry], bool] = lambda entry: False) -> None:
-    """Check that a plan's edits are of low rank, and that a carrier can take its biases.
-
-    Args:
-        plan: What happens to which tensor.
-        allowed_bias: Whether the carrier takes the edit of a vector.
-
-    Raises:
-        ArchitectureError: If the variant is not `plain`, or a bias cannot be carried; the message names it.
-    """
+    """Check that a plan's edits are of low rank, and that the carrier takes the edits of its biases."""
     if plan.variant != "plain":
         raise ArchitectureError(
             f"The variant is '{plan.variant}', whose change of a tensor has full rank, expected 'plain' for an "
@@ -423,22 +356,13 @@ def is_bias(entry: PlanEntry) -> bool:
     return len(entry.shape) == 1 or "bias" in entry.parameter.rpartition(".")[2]
 
 
-def check_installed() -> Any:
-    """Give PEFT, which before 0.19 lays out experts in another way."""
-    return require_package("peft", "adapters", "adapters", OutputError, at_least=(0, 19))
-
-
 def check_loads(model: PreTrainedModel, directory: Path) -> None:
     """Check that PEFT finds a place for every tensor of an adapter, and a tensor for every place.
-
-    Args:
-        model: The base model; it is left as it is, and its weights are not read.
-        directory: The adapter's directory.
 
     Raises:
         ArchitectureError: If PEFT would pass a tensor by or refuses the adapter; the message names what it is about.
     """
-    peft = check_installed()
+    peft = peft_package()
     tensors = safetensors.torch.load_file(directory / "adapter_model.safetensors")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -458,52 +382,3 @@ def check_loads(model: PreTrainedModel, directory: Path) -> None:
             f"PEFT finds no place or no value for '{lost[0]}' in model type '{model.config.model_type}' ({len(lost)} "
             "such in all), expected all of the adapter to be loaded; save the edited weights instead."
         )
-
-
-def is_adapter(source: str | Path) -> bool:
-    """Whether a directory holds an adapter of PEFT."""
-    return (Path(source) / "adapter_config.json").is_file()
-
-
-def with_adapter(base: LoadedModel, directory: Path) -> LoadedModel:
-    """Merge an adapter into its base model, in memory.
-
-    An embedding that is also the unembedding is given a copy first where the adapter changes it, so that the merged
-    model gives the logits of the adapted one.
-
-    Args:
-        base: The base model, loaded for this alone: its weights are changed.
-        directory: The adapter's directory.
-
-    Returns:
-        The same model with the adapter in its weights; `source` is the adapter's directory.
-
-    Raises:
-        ModelError: If the base is quantised, or the adapter does not fit it.
-        OutputError: If PEFT is not installed.
-    """
-    peft = check_installed()
-    model = base.model
-    if any(not parameter.is_floating_point() for parameter in model.parameters()):
-        raise ModelError(
-            f"The base {base.source} is quantised, expected its full weights to merge the adapter {directory} into; "
-            "leave --load-in-4bit out."
-        )
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is not None and embedding is not None and getattr(head, "weight", None) is embedding.weight:
-        head.weight = torch.nn.Parameter(head.weight.detach().clone())
-        model.config.tie_word_embeddings = False
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            merged = peft.PeftModel.from_pretrained(model, directory).merge_and_unload()
-        except (ValueError, RuntimeError, KeyError, OSError) as error:
-            reason = str(error).strip().splitlines()[0].rstrip(".:")
-            raise ModelError(
-                f"The adapter {directory} cannot be loaded into {base.source} ({reason}), expected one that was made "
-                "for this model; check both paths."
-            ) from error
-    # PEFT freezes the base, which makes the CPU's `linear` pathologically slow.
-    for parameter in merged.parameters():
-        parameter.requires_grad_(True)
-    return replace(base, model=merged.eval(), source=str(directory), revision=None)

@@ -1,10 +1,12 @@
-"""One weight file, copied with the bytes of its edited tensors written anew; nothing of it is mapped into memory."""
+"""Weight files, copied with the bytes of their edited tensors written anew; nothing of them is mapped into memory."""
 
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, wait
@@ -14,20 +16,21 @@ from typing import Any
 
 import torch
 
+from remove_refusals.baking.base import Base, Copy
 from remove_refusals.directions import EditPlan, PlanEntry
 from remove_refusals.errors import CheckpointError, OutputError
-from remove_refusals.files import read_json, versions, write_json
+from remove_refusals.files import Log, read_json, versions, write_json
 from remove_refusals.formula import project_out_in_place
-from remove_refusals.modelmap import ModelMap, by_stored_name
+from remove_refusals.modelmap import by_stored_name
 from remove_refusals.models import (
     BYTES_PER_NUMBER,
     COPY_BYTES,
     INDEX_FILE,
     SINGLE_FILE,
     BlockTensor,
+    Place,
     ShardHeader,
     TensorEntry,
-    TensorSlice,
     checkpoint_files,
     find_block_tensor,
     float_dtype,
@@ -41,7 +44,11 @@ from remove_refusals.models import (
     write_from,
     write_slice,
 )
+from remove_refusals.progress import SILENT, Progress
 from remove_refusals.settings import Variant
+
+if sys.platform != "win32":
+    import fcntl
 
 # Of linux/fs.h: _IOW(0x94, 9, int).
 _FICLONE = 0x40049409
@@ -51,35 +58,32 @@ SCRATCH_BYTES = 24 << 20
 """What a worker holds beside the slice that it edits: the copy's buffer and the edit's blocks of float32."""
 
 
+DEFAULT_MEMORY = 1 << 30
+"""How much a process takes beside what Python and its packages take."""
+
+
+_LARGEST_SHARE = 288 << 20
+
+
+LEDGER_FILE = ".whole-files.jsonl"
+"""The log of what is whole in an unfinished output; the finished one has none."""
+
+
+CONVERTED = ".converted"
+"""Where an unfinished output has its base's weights as safetensors, if the base has not."""
+
+
 class StoppedError(Exception):
     """Another worker has failed, or the user has interrupted: this one is to end."""
 
 
 def clone(source: int, target: int) -> bool:
-    """Let one open file share the other's blocks on the disk, where the file system can.
-
-    Returns:
-        Whether it could; if not, the target is as it was.
-    """
+    """Let one open file share the other's blocks on the disk, and say whether the file system could."""
     try:
-        import fcntl
-
         fcntl.ioctl(target, _FICLONE, source)
-    except (ImportError, OSError):
+    except OSError:
         return False
     return True
-
-
-def can_clone(source: Path, directory: Path) -> bool:
-    """Try whether files of a directory can share blocks with a file."""
-    probe = directory / ".probe"
-    descriptor = os.open(probe, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
-    try:
-        with opened(source) as original:
-            return clone(original, descriptor)
-    finally:
-        os.close(descriptor)
-        probe.unlink()
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,13 +105,7 @@ class TensorEdit:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What tells one state of a file from another without reading all of it.
-
-    Attributes:
-        size: Its length in bytes.
-        modified: When it was last written, in nanoseconds.
-        header: SHA-256 of its safetensors header.
-    """
+    """What tells one state of a file from another without reading all of it: size, time in ns, hash of the header."""
 
     size: int
     modified: int
@@ -115,11 +113,7 @@ class Fingerprint:
 
 
 def fingerprint(path: Path) -> Fingerprint:
-    """Look at a safetensors file.
-
-    Raises:
-        CheckpointError: If it cannot be read.
-    """
+    """Look at a safetensors file."""
     try:
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
@@ -141,13 +135,18 @@ class FilePlan:
         header: The header of the base's file.
         fingerprint: The base's file as it was when this was planned.
         edits: The tensors that are edited, by their names in the file.
-        copies: New tensors, each by the name of the one whose unedited bytes it gets and behind which it lies.
+        copies: New tensors by the name of the one behind which each lies, with whether it gets that one's edited bytes.
     """
 
     header: ShardHeader
     fingerprint: Fingerprint
     edits: Mapping[str, TensorEdit]
-    copies: Mapping[str, tuple[str, ...]]
+    copies: Mapping[str, Mapping[str, bool]]
+
+    @property
+    def name(self) -> str:
+        """The file's name."""
+        return self.header.path.name
 
     @property
     def size(self) -> int:
@@ -176,21 +175,10 @@ class FilePlan:
 
 
 def write_shard(file: FilePlan, target: Path, variant: Variant, memory: int, stopped: Callable[[], bool]) -> str:
-    """Write one weight file and flush it to the disk.
-
-    Args:
-        file: What happens to it.
-        target: Where it goes; whatever is there is replaced.
-        variant: The plan's variant.
-        memory: How many bytes may be held at once.
-        stopped: Asked often whether to end.
-
-    Returns:
-        SHA-256 of the base's file.
+    """Write one weight file, flush it to the disk, and give the SHA-256 of the base's file.
 
     Raises:
         CheckpointError: If the base's file cannot be read, or has changed since it was planned.
-        OSError: If the file cannot be written.
         StoppedError: If it was told to end.
     """
     with opened(file.header.path) as source:
@@ -237,16 +225,15 @@ class _Writer:
             self.read(0, file.data_start)
             done, self.place = file.data_start, len(header)
         for tensor in file.header.tensors:
-            edit, copies = file.edits.get(tensor.name), file.copies.get(tensor.name, ())
+            edit, copies = file.edits.get(tensor.name), file.copies.get(tensor.name, {})
             if edit is None and not copies:
                 continue
             self.copy(done, tensor.start)
-            if edit is None:
-                self.copy(tensor.start, tensor.stop)
-            else:
-                self.edit(edit, file.header.path)
-            for _ in copies:
-                self.copy(tensor.start, tensor.stop, hashed=False)
+            for number, edited in enumerate((True, *copies.values())):
+                if edit is not None and edited:
+                    self.edit(edit, file.header.path, hashed=number == 0)
+                else:
+                    self.copy(tensor.start, tensor.stop, hashed=number == 0)
             done = tensor.stop
         self.copy(done, file.fingerprint.size)
 
@@ -268,17 +255,17 @@ class _Writer:
                 place += len(part)
             start += len(part)
 
-    def edit(self, edit: TensorEdit, path: Path) -> None:
+    def edit(self, edit: TensorEdit, path: Path, *, hashed: bool) -> None:
         """Write an edited tensor to where the writing has come to, slice by slice."""
         tensor, entry = edit.tensor, edit.entry
         if edit.block is not None:
-            self.edit_block(edit, edit.block)
+            self.edit_block(edit, edit.block, hashed=hashed)
             return
         dtype = float_dtype(path, tensor)
-        parts = self.slices(edit, dtype.itemsize)
-        together = all(part.runs == 1 for part in parts)
-        if not together:
-            # Its slices are not read in the order of the file.
+        room = self.memory - SCRATCH_BYTES if self.memory > 2 * SCRATCH_BYTES else self.memory // 16
+        parts = list(tensor_slices(tensor.shape, edit.axis, dtype.itemsize, max(1, room // dtype.itemsize)))
+        in_order = all(part.runs == 1 for part in parts)
+        if hashed and not in_order:
             self.read(tensor.start, tensor.stop)
         for part in parts:
             self.heed()
@@ -286,16 +273,16 @@ class _Writer:
                 # The smaller room is given back first, so that there are never two.
                 self.room = torch.empty(0, dtype=torch.uint8)
                 self.room = torch.empty(part.run * part.runs, dtype=torch.uint8)
-            hashed = self.digest.update if together else None
-            values = read_slice(self.source, tensor.start, part, dtype, room=self.room, seen=hashed)
+            seen = self.digest.update if hashed and in_order else None
+            values = read_slice(self.source, tensor.start, part, dtype, room=self.room, seen=seen)
             project_out_in_place(values, entry.basis, entry.strength, 1, self.variant)
             write_slice(self.target, self.place, part, values)
         self.place += tensor.stop - tensor.start
 
-    def edit_block(self, edit: TensorEdit, block: BlockTensor) -> None:
+    def edit_block(self, edit: TensorEdit, block: BlockTensor, *, hashed: bool) -> None:
         """Write the numbers or the scales of an edited quantised tensor; both come of the same computation."""
         tensor, entry = edit.tensor, edit.entry
-        self.read(tensor.start, tensor.stop)
+        self.read(tensor.start, tensor.stop, hashed=hashed)
         index = block.names.index(tensor.name)
         with opened(block.weights[0]) as weights, opened(block.scales[0]) as scales:
             for part in block.parts(self.memory // BYTES_PER_NUMBER):
@@ -307,40 +294,27 @@ class _Writer:
                 write_slice(self.target, self.place, part[index], written)
         self.place += tensor.stop - tensor.start
 
-    def slices(self, edit: TensorEdit, item: int) -> list[TensorSlice]:
-        """Cut a tensor so that what is held at once fits the memory."""
-        shape = edit.tensor.shape
-        room = self.memory - SCRATCH_BYTES if self.memory > 2 * SCRATCH_BYTES else self.memory // 16
-        return list(tensor_slices(shape, edit.axis, item, max(1, room // item)))
-
     def heed(self) -> None:
         """End if told to."""
         if self.stopped():
             raise StoppedError
 
 
-DEFAULT_MEMORY = 1 << 30
-"""How much a process takes beside what Python and its packages take."""
-
-
-_LARGEST_SHARE = 288 << 20
-
-
 @dataclass(frozen=True, eq=False)
 class StreamPlan:
-    """What happens to the files of a checkpoint.
+    """What happens to the weight files of a base.
 
     Attributes:
-        base: The checkpoint's directory; it is only read.
+        base: The base; it is only read.
         plan: What happens to which parameter.
         files: Its weight files.
-        added: New tensors by name, with the name of the one that each is an unedited copy of.
+        added: New tensors by name, with what is in each.
     """
 
-    base: Path
+    base: Base
     plan: EditPlan
     files: tuple[FilePlan, ...]
-    added: Mapping[str, str]
+    added: Mapping[str, Copy]
 
     def made_from(self) -> dict[str, Any]:
         """Give what decides every byte of the weight files, as JSON: `plan`, `base` and `version`."""
@@ -348,95 +322,64 @@ class StreamPlan:
         for entry in self.plan.entries:
             fields = (entry.parameter, entry.strength, [(t.name, t.axis) for t in entry.on_disk])
             digest.update(repr(fields).encode() + entry.basis.numpy().tobytes())
-        digest.update(repr((self.plan.variant, sorted(self.added.items()))).encode())
-        base = {file.header.path.name: list(vars(file.fingerprint).values()) for file in self.files}
+        digest.update(repr((self.plan.variant, sorted(self.added.items(), key=str))).encode())
+        base = {file.name: list(vars(file.fingerprint).values()) for file in self.files}
         return {"plan": digest.hexdigest(), "base": base, "version": versions().get("remove-refusals", "unknown")}
 
     def index(self) -> dict[str, Any] | None:
         """Give the content of the new index; None for a checkpoint of a single file."""
-        if self.files[0].header.path.name == SINGLE_FILE:
+        if self.files[0].name == SINGLE_FILE:
             return None
-        index = read_json(self.base / INDEX_FILE, error=CheckpointError)
+        index = read_json(self.base.weights / INDEX_FILE, error=CheckpointError)
         assert isinstance(index, dict)
         metadata = dict(index.get("metadata") or {})
-        for name, source in self.added.items():
-            file, tensor = next((f, t) for f in self.files for t in f.header.tensors if t.name == source)
-            index["weight_map"][name] = file.header.path.name
-            added = {"total_size": tensor.stop - tensor.start, "total_parameters": _numbers(tensor)}
-            metadata |= {key: metadata[key] + count for key, count in added.items() if key in metadata}
+        for file in self.files:
+            for tensor in file.header.tensors:
+                for name in file.copies.get(tensor.name, ()):
+                    index["weight_map"][name] = file.name
+                    added = {
+                        "total_size": tensor.stop - tensor.start,
+                        "total_parameters": math.prod(tensor.shape),
+                    }
+                    metadata |= {key: metadata[key] + count for key, count in added.items() if key in metadata}
         return {**index, "metadata": metadata, "weight_map": dict(sorted(index["weight_map"].items()))}
 
 
-class Ledger:
-    """What is whole in a directory, as long as it is made from the same things.
+def open_ledger(directory: Path, made_from: Mapping[str, Any], *, force: bool = False) -> Log:
+    """Open the log of an unfinished output, and remove everything there that is not known to be whole.
 
-    The first line says from what the directory is made; every other line is a file that was written and flushed.
+    Its first line says from what the output is made; every other line is a file that was written and flushed.
+
+    Raises:
+        OutputError: If the output was begun from something else and `force` (to throw it away) is not given.
     """
-
-    def __init__(self, directory: Path, made_from: Mapping[str, Any], *, force: bool = False) -> None:
-        """Open the ledger of a directory, and remove everything there that is not known to be whole.
-
-        Args:
-            directory: The unfinished output.
-            made_from: What decides the bytes of every file, as JSON.
-            force: Whether an output that was begun from something else is thrown away.
-
-        Raises:
-            OutputError: If the output was begun from something else and `force` is not given.
-        """
-        self._path = directory / LEDGER_FILE
-        self._lock = threading.Lock()
-        self._made_from = dict(made_from)
-        begun, records = self._read()
-        if begun is not None and begun != dict(made_from) and not force:
+    path = directory / LEDGER_FILE
+    ledger = Log(path)
+    begun = ledger.entries[0] if ledger.entries else None
+    if begun is not None and begun != made_from:
+        if not force:
             differs = sorted(key for key in {*begun, *made_from} if begun.get(key) != made_from.get(key))
             raise OutputError(
                 f"The unfinished output {directory} was begun with another {' and '.join(differs)}, expected the same "
                 "to go on from; repeat the command that began it, pass --force to begin anew, or remove it."
             )
-        self.whole: dict[str, dict[str, Any]] = {}
-        if begun == dict(made_from):
-            self.whole = {name: record for name, record in records.items() if _is_whole(directory / name, record)}
-        for path in directory.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name not in self.whole and path != self._path:
-                path.unlink()
-        self._begun = begun == dict(made_from)
+        path.unlink()
+        ledger = Log(path)
+    whole = {LEDGER_FILE, CONVERTED, *_whole(ledger, directory)}
+    for found in directory.iterdir():
+        if found.name not in whole:
+            shutil.rmtree(found) if found.is_dir() else found.unlink()
+    return ledger
 
-    def begin(self) -> None:
-        """Write the first line, if it is not there."""
-        if not self._begun:
-            self._append(self._made_from, fresh=True)
-            self._begun = True
 
-    def add(self, name: str, size: int, **facts: Any) -> None:
-        """Note that a file is whole; it has been flushed to the disk."""
-        record = {"file": name, "bytes": size, **facts}
-        with self._lock:
-            self._append(record)
-            self.whole[name] = record
-
-    def close(self) -> None:
-        """Remove the ledger: the output is finished."""
-        self._path.unlink()
-
-    def _read(self) -> tuple[dict[str, Any] | None, dict[str, dict[str, Any]]]:
-        lines: list[dict[str, Any]] = []
-        if self._path.is_file():
-            text = self._path.read_text(encoding="utf-8", errors="replace")
-            # A killed process may have left half of a line, which is cut off so that the next one stands alone.
-            whole = text[: text.rfind("\n") + 1]
-            if whole != text:
-                os.truncate(self._path, len(whole.encode()))
-            lines = [json.loads(line) for line in whole.splitlines()]
-        return (lines[0] if lines else None), {line["file"]: line for line in lines[1:]}
-
-    def _append(self, record: Mapping[str, Any], *, fresh: bool = False) -> None:
-        with self._path.open("w" if fresh else "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+def _whole(ledger: Log, directory: Path) -> dict[str, str]:
+    """Give the files of a ledger that are whole, each with the SHA-256 of the base's file."""
+    records = ((directory / entry["file"], entry) for entry in ledger.entries[1:])
+    return {
+        path.name: entry["base_sha256"]
+        for path, entry in records
+        if path.is_file() and path.stat().st_size == entry["bytes"]
+    }
 
 
 def stream_edited(
@@ -446,8 +389,8 @@ def stream_edited(
     memory: int = DEFAULT_MEMORY,
     jobs: int | None = None,
     force: bool = False,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> tuple[dict[str, str], Ledger]:
+    progress: Progress = SILENT,
+) -> dict[str, str]:
     """Write the weight files of an edited checkpoint, those that are not whole yet.
 
     A file shares the base's blocks on the disk where the file system can do that, and is copied where not; of an edited
@@ -459,32 +402,28 @@ def stream_edited(
         memory: How many bytes may be held beside what Python and its packages take.
         jobs: How many files to write at once; fewer where the memory is too small for so many.
         force: Whether an output that was begun from something else is thrown away.
-        on_progress: Called with the number of whole files and of all.
+        progress: Told of whole files, as the stage `files`.
 
     Returns:
-        SHA-256 of each of the base's weight files by name, and the ledger, which is to be closed when the output is
-        finished.
-
-    Raises:
-        CheckpointError: If the base cannot be read, or changes meanwhile, or the variant needs more memory.
-        OutputError: If the output was begun from something else, or the disk has no room for it.
-        OSError: If a file cannot be written.
+        SHA-256 of each of the base's weight files by name.
     """
     jobs, share = shares(memory, jobs, len(stream.files))
-    share = min(share, _LARGEST_SHARE)
-    ledger = Ledger(directory, stream.made_from(), force=force)
-    left = [file for file in stream.files if file.header.path.name not in ledger.whole]
+    ledger = open_ledger(directory, stream.made_from(), force=force)
+    whole = _whole(ledger, directory)
+    left = [file for file in stream.files if file.name not in whole]
     _check_room(left, directory)
-    ledger.begin()
+    if not ledger.entries:
+        ledger.append(stream.made_from())
     ended = threading.Event()
+    progress = progress.stage("files", len(stream.files))
 
     def write(file: FilePlan) -> None:
-        name = file.header.path.name
         try:
-            digest = write_shard(file, directory / name, stream.plan.variant, share, ended.is_set)
-            ledger.add(name, file.size, base_sha256=digest)
-            if on_progress is not None:
-                on_progress(len(ledger.whole), len(stream.files))
+            target, variant = directory / file.name, stream.plan.variant
+            digest = write_shard(file, target, variant, min(share, _LARGEST_SHARE), ended.is_set)
+            ledger.append({"file": file.name, "bytes": file.size, "base_sha256": digest})
+            whole[file.name] = digest
+            progress.done(len(whole))
         except BaseException:
             ended.set()
             raise
@@ -502,21 +441,18 @@ def stream_edited(
     index = stream.index()
     if index is not None:
         write_json(directory / INDEX_FILE, index, force=True)
-    return {name: str(record["base_sha256"]) for name, record in ledger.whole.items()}, ledger
+    return dict(sorted(whole.items()))
 
 
 def _check_room(left: list[FilePlan], directory: Path) -> None:
-    """Check that the disk has room for what is still to be written.
-
-    Raises:
-        OutputError: If it has not.
-    """
+    """Check that the disk has room for what is still to be written; files may share blocks with the base's."""
     if not left:
         return
     free = shutil.disk_usage(directory).free
     needed = sum(file.size for file in left)
-    if needed > free and can_clone(left[0].header.path, directory):
-        needed = sum(_written(file) for file in left)
+    if needed > free and _can_clone(left[0].header.path, directory):
+        edited = (sum(e.tensor.stop - e.tensor.start for e in file.edits.values()) for file in left if not file.copies)
+        needed = sum(edited) + sum(file.size for file in left if file.copies)
     if needed > free:
         raise OutputError(
             f"The output {directory.parent} has {free / 1e9:.2f} GB free ({os.strerror(errno.ENOSPC)}), expected room "
@@ -524,106 +460,83 @@ def _check_room(left: list[FilePlan], directory: Path) -> None:
         )
 
 
-def _written(file: FilePlan) -> int:
-    """How many bytes of a file that shares the base's blocks are its own."""
-    return file.size if file.copies else sum(e.tensor.stop - e.tensor.start for e in file.edits.values())
+def _can_clone(source: Path, directory: Path) -> bool:
+    """Try whether files of a directory can share blocks with a file."""
+    probe = directory / ".probe"
+    descriptor = os.open(probe, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        with opened(source) as original:
+            return clone(original, descriptor)
+    finally:
+        os.close(descriptor)
+        probe.unlink()
 
 
-def _numbers(tensor: TensorEntry) -> int:
-    count = 1
-    for size in tensor.shape:
-        count *= size
-    return count
-
-
-def plan_files(base: Path, plan: EditPlan, model_map: ModelMap, names: tuple[str, ...] = ()) -> StreamPlan:
-    """Resolve an edit plan against the files of a checkpoint.
-
-    Args:
-        base: The checkpoint's directory.
-        plan: What happens to which parameter.
-        model_map: The model's map.
-        names: The names on disk of the unembedding, and of what else shares the embedding's memory in the model, that
-            get a copy of the unedited embedding where the plan unties them.
-
-    Returns:
-        What happens to each file.
+def plan_files(base: Base, plan: EditPlan) -> StreamPlan:
+    """Resolve an edit plan against the files of a base.
 
     Raises:
         CheckpointError: If the checkpoint is corrupt, a tensor to be edited is not there, or it is of a data type or
             shape that cannot be edited.
     """
-    headers = {path: read_header(path) for path in checkpoint_files(base)}
+    headers = {path: read_header(path) for path in checkpoint_files(base.weights)}
     prints = {path: fingerprint(path) for path in headers}
-    stored = by_stored_name({t.name: (path, t) for path, header in headers.items() for t in header.tensors}, model_map)
+    places = {tensor.name: (path, tensor) for path, header in headers.items() for tensor in header.tensors}
+    stored = by_stored_name(places, base.model_map)
     edits: dict[Path, dict[str, TensorEdit]] = {path: {} for path in headers}
-    for path, edit in _edits(base, plan, stored):
+    for path, edit in _edits(base.files, plan, stored):
         known = edits[path].setdefault(edit.tensor.name, edit)
         if known is not edit and not _same(known, edit):
             raise CheckpointError(
                 f"The tensor {edit.tensor.name} holds '{known.entry.parameter}' and '{edit.entry.parameter}', which "
                 "want two different edits, expected one edit per tensor; use one strength and direction for both."
             )
-    added: dict[str, str] = {}
-    if plan.untie:
-        embedding = next(entry for entry in plan.entries if entry.parameter == model_map.input_embedding)
-        source = stored[embedding.on_disk[0].name][1].name
-        added = {name: source for name in names if name not in stored}
-    files = tuple(
+    added = base.added(plan)
+    copies: dict[str, dict[str, bool]] = {}
+    for name, copy in added.items():
+        copies.setdefault(stored[copy.source][1].name, {})[name] = copy.edited
+    files = (
         FilePlan(
-            header,
-            prints[path],
-            edits[path],
-            {t.name: copies for t in header.tensors if (copies := tuple(n for n, s in added.items() if s == t.name))},
+            header, prints[path], edits[path], {t.name: copies[t.name] for t in header.tensors if t.name in copies}
         )
         for path, header in headers.items()
     )
-    return StreamPlan(base, plan, files, added)
+    return StreamPlan(base, plan, tuple(files), added)
 
 
-def _edits(
-    base: Path, plan: EditPlan, stored: Mapping[str, tuple[Path, TensorEntry]]
-) -> Iterator[tuple[Path, TensorEdit]]:
+def _edits(directory: Path, plan: EditPlan, stored: Mapping[str, Place]) -> Iterator[tuple[Path, TensorEdit]]:
     for entry in plan.entries:
         blocks = {tensor.name: find_block_tensor(tensor.name, stored) for tensor in entry.on_disk}
         missing = [name for name, block in blocks.items() if block is None and name not in stored]
         if missing or not entry.on_disk:
             what = f"no tensor {missing[0]}" if missing else "no tensor that is known to hold it"
+            config = read_json(directory / "config.json", error=CheckpointError)
+            quantised = config.get("quantization_config") if isinstance(config, dict) else None
+            found = f" (the format is {quantised.get('quant_method')})" if isinstance(quantised, dict) else ""
             raise CheckpointError(
-                f"The checkpoint {base} has {what}, expected the one that holds '{entry.parameter}', which is to be "
-                f"edited{_format(base)}; use an unquantised checkpoint as `save_pretrained` writes it."
+                f"The checkpoint {directory} has {what}, expected the one that holds '{entry.parameter}', which is to "
+                f"be edited{found}; use an unquantised checkpoint as `save_pretrained` writes it."
             )
+        rank, width = entry.basis.shape[1], entry.basis.shape[0]
         for disk in entry.on_disk:
             block = blocks[disk.name]
+            if block is not None and (block.shape[1] != width or rank != 1):
+                raise CheckpointError(
+                    f"The tensor {block.names[0]} is stored as {block.format} with width {block.shape[1]}, and the "
+                    f"edit has rank {rank} and width {width}, expected the same width and rank 1; use an unquantised "
+                    "checkpoint."
+                )
             if block is not None:
-                _check_block(block, entry)
                 yield from ((path, TensorEdit(t, 1, entry, block)) for path, t in (block.weights, block.scales))
                 continue
             path, tensor = stored[disk.name]
             float_dtype(path, tensor)
-            if disk.axis >= len(tensor.shape) or tensor.shape[disk.axis] != entry.basis.shape[0]:
+            if disk.axis >= len(tensor.shape) or tensor.shape[disk.axis] != width:
                 raise CheckpointError(
                     f"The tensor {tensor.name} of {path.name} has shape {tensor.shape}, expected axis {disk.axis} of "
-                    f"width {entry.basis.shape[0]}; check that config.json and weights belong together."
+                    f"width {width}; check that config.json and weights belong together."
                 )
             yield path, TensorEdit(tensor, disk.axis, entry)
-
-
-def _check_block(block: BlockTensor, entry: PlanEntry) -> None:
-    """Check that an edit of a quantised tensor is one that its rounding can keep."""
-    rank, width = entry.basis.shape[1], entry.basis.shape[0]
-    if block.shape[1] != width or rank != 1:
-        raise CheckpointError(
-            f"The tensor {block.names[0]} is stored as {block.format} with width {block.shape[1]}, and the edit has "
-            f"rank {rank} and width {width}, expected the same width and rank 1; use an unquantised checkpoint."
-        )
-
-
-def _format(base: Path) -> str:
-    """Name the checkpoint's format where its config names one."""
-    config = read_json(base / "config.json", error=CheckpointError)
-    quantised = config.get("quantization_config") if isinstance(config, dict) else None
-    return f" (the format is {quantised.get('quant_method')})" if isinstance(quantised, dict) else ""
 
 
 def _same(first: TensorEdit, second: TensorEdit) -> bool:
@@ -631,11 +544,3 @@ def _same(first: TensorEdit, second: TensorEdit) -> bool:
     one, other = (vars(entry) for entry in plain)
     same_basis = one["basis"].equal(other["basis"])
     return first.axis == second.axis and same_basis and (one | {"basis": 0}) == (other | {"basis": 0})
-
-
-LEDGER_FILE = ".whole-files.jsonl"
-"""The ledger's name in the unfinished output; the finished one has none."""
-
-
-def _is_whole(path: Path, record: Mapping[str, Any]) -> bool:
-    return path.is_file() and path.stat().st_size == record["bytes"]

@@ -10,7 +10,6 @@ from remove_refusals.cli.command import ConfigFile, DirectionFile, Force, ModelA
 from remove_refusals.errors import DirectionError, SelectionError
 
 if TYPE_CHECKING:
-    from remove_refusals.baking import BaseModel, Carried
     from remove_refusals.modelmap import ModelMap
     from remove_refusals.settings import DiskSettings, EditSettings, RunFiles, RunSettings
     from remove_refusals.types import Intervention
@@ -94,7 +93,7 @@ def find(
 _KINDS = ("checkpoint", "lora", "gguf-lora")
 
 
-@takes("edit", "loading.device", "loading.dtype", "loading.trust_remote_code", "loading.revision")
+@takes("edit", "loading.trust_remote_code", "loading.revision")
 def bake(
     model: ModelArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="The directory to make; a file for GGUF.")],
@@ -109,28 +108,34 @@ def bake(
 ) -> None:
     """Edit the weights for good, file by file on disk; the same command goes on where a killed one stopped.
 
-    No model is loaded, unless an option needs it or there are no safetensors files; it says so.
+    No model is loaded, but to measure a leak that is allowed.
     """
+    from remove_refusals import baking
     from remove_refusals.cli import printing
     from remove_refusals.files import check_target
 
     if kind not in _KINDS:
         raise DirectionError(f"--as is {kind!r}, expected one of {', '.join(_KINDS)}.")
     check_target(output, force=force, directory=kind in ("checkpoint", "lora"))
-    intervene = _chosen(direction, repeat, settings.edit)
+    edit, loading = settings.edit, settings.loading
+    intervene = _chosen(direction, repeat, edit)
+    base = baking.open_base(model, revision=loading.revision, trust_remote_code=loading.trust_remote_code)
+    options: dict[str, Any] = {"tied": edit.tied, "allow_leak": edit.allow_leak, "variant": edit.variant}
+    intervention, model_map = intervene(base.model_map), base.model_map
     if kind == "checkpoint":
-        baked, model_map, reason = _baked(model, output, settings, disk, intervene, force=force)
-        last = f"Saved to {output}." + (f" Edited in memory: {reason}" if reason else "")
+        with printing.progress() as progress:
+            baked = baking.bake(base, intervention, output, **options, force=force, disk=disk, progress=progress)
         printing.finish(
             {"output": str(output), "record": baked.record.to_json()},
-            last,
+            f"Saved to {output}.",
             lambda: printing.show_plan(baked.plan, model_map),
         )
         return
-    carried, model_map = _carried(kind, model, output, settings, intervene, force=force)
+    make = baking.bake_lora if kind == "lora" else baking.bake_gguf_lora
+    carried = make(base, intervention, output, **options, force=force)
     names = {entry.parameter for entry in carried.plan.entries}
     remarks = [f"The adapter changes {len(names)} tensors of model type {model_map.model_type}; the base stays."]
-    if model_map.tied and model_map.input_embedding in names:
+    if base.tied and model_map.input_embedding in names:
         remarks.append("The embedding is tied: loaded, the adapter leaves the unembedding alone; merged, both change.")
     printing.finish(
         {"output": str(output), "record": carried.record.to_json()},
@@ -156,75 +161,6 @@ def _chosen(direction: Path | None, repeat: Path | None, edit: "EditSettings") -
     assert direction is not None
     given = load_directions(direction)
     return lambda model_map: as_intervention(given, model_map, edit)
-
-
-def _options(edit: "EditSettings") -> dict[str, Any]:
-    return {"tied": edit.tied, "allow_leak": edit.allow_leak, "variant": edit.variant}
-
-
-def _baked(
-    model: str,
-    output: Path,
-    settings: "RunSettings",
-    disk: "DiskSettings",
-    intervene: "Callable[[ModelMap], Intervention]",
-    *,
-    force: bool,
-) -> tuple[Any, "ModelMap", str]:
-    """Edit the files, or where that is not possible the model in memory; the last part says why."""
-    from remove_refusals.baking import bake as bake_in_memory
-    from remove_refusals.baking import bake_on_disk, open_checkpoint
-    from remove_refusals.cli import printing
-    from remove_refusals.errors import NotStreamedError
-    from remove_refusals.modelmap import map_model
-    from remove_refusals.models import load_model
-
-    loading, options = settings.loading, _options(settings.edit) | {"force": force}
-    reason = "--device or --dtype is given." if loading.device is not None or loading.dtype != "auto" else ""
-    if not reason:
-        try:
-            checkpoint = open_checkpoint(model, revision=loading.revision, trust_remote_code=loading.trust_remote_code)
-            options |= {"memory": disk.memory, "jobs": disk.jobs, "certified": disk.certify}
-            with printing.progress() as progress:
-                made = intervene(checkpoint.model_map)
-                baked = bake_on_disk(checkpoint, made, output, on_progress=progress.on_progress, **options)
-            return baked, checkpoint.model_map, ""
-        except NotStreamedError as error:
-            reason = str(error)
-    loaded = load_model(model, loading)
-    model_map = map_model(loaded.model)
-    baked = bake_in_memory(loaded, intervene(model_map), output, **_options(settings.edit), force=force)
-    return baked, model_map, reason
-
-
-def _carried(
-    kind: str,
-    model: str,
-    output: Path,
-    settings: "RunSettings",
-    intervene: "Callable[[ModelMap], Intervention]",
-    *,
-    force: bool,
-) -> tuple["Carried", "ModelMap"]:
-    """Write the edit beside its base: from tensors on disk where that is enough, else from the loaded model."""
-    from remove_refusals.baking import bake_gguf_lora, bake_lora, base_in_memory, base_on_disk, open_checkpoint
-    from remove_refusals.errors import NotStreamedError
-    from remove_refusals.modelmap import map_model
-    from remove_refusals.models import load_model
-
-    loading = settings.loading
-
-    def write(base: "BaseModel") -> "Carried":
-        make = bake_lora if kind == "lora" else bake_gguf_lora
-        return make(base, intervene(base.model_map), output, **_options(settings.edit), force=force)
-
-    try:
-        checkpoint = open_checkpoint(model, revision=loading.revision, trust_remote_code=loading.trust_remote_code)
-        return write(base_on_disk(checkpoint)), checkpoint.model_map
-    except NotStreamedError:
-        loaded = load_model(model, loading)
-        model_map = map_model(loaded.model)
-        return write(base_in_memory(loaded, model_map)), model_map
 
 
 def push(
