@@ -20,13 +20,9 @@ _SMALLEST_ODDS = 1e-6
 
 @dataclass(frozen=True, eq=False)
 class Option:
-    """One direction to be tried.
+    """One direction to be tried; `index` is where it was found, on the layer axis of `Activations.hidden`.
 
-    Attributes:
-        index: Where it was found, on the layer axis of `Activations.hidden`.
-        direction: The unit direction.
-        push: `[d_model]`, float32: the difference of the means along it, for adding.
-        name: What it is called.
+    The push, `[d_model]`, float32, is the difference of the means along it, for adding.
     """
 
     index: int
@@ -41,13 +37,13 @@ class Option:
 
 @dataclass(frozen=True)
 class LayerScore:
-    """What was measured of one direction.
+    """What was measured of one direction: means over prompts, when it is taken out or, for `induce`, added.
 
     Attributes:
-        bypass: How far the log-odds of a refusal of harmful prompts rise when it is taken out; negative if they fall.
-        induce: How far those of its first tokens rise on harmless prompts when it is added.
-        refusal: The mean probability of a refusal of harmful prompts when it is taken out.
-        damage: The mean KL on harmless prompts when it is taken out, in nats.
+        bypass: How far the log-odds of a refusal of harmful prompts rise; negative if they fall.
+        induce: How far those of a refusal's first tokens rise on harmless prompts.
+        refusal: The probability of a refusal of harmful prompts.
+        damage: The KL on harmless prompts, in nats.
     """
 
     bypass: float

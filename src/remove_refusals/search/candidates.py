@@ -21,14 +21,9 @@ CANDIDATES = f"{DIRECTIONS}/candidates.safetensors"
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """One intervention with what the search measured of it.
+    """One intervention with what the search measured of it, and what generation showed, if it was tried.
 
-    Attributes:
-        name: How it was found, for example `descent 2, damage weight 4`.
-        intervention: What it takes out where.
-        refusal: The share of harmful prompts that is refused, from 0 to 1: the probability of the model's own refusals.
-        damage: The mean KL on harmless prompts, in nats.
-        confirmation: What generation showed, if it was tried.
+    The refusal is the mean probability of the model's own refusals, the damage the mean KL on harmless prompts in nats.
     """
 
     name: str
@@ -38,27 +33,14 @@ class Candidate:
     confirmation: Confirmation | None = None
 
     def record(self) -> CandidateRecord:
-        """Give name and scores, and the strengths by layer and kind of site."""
-        return CandidateRecord(
-            name=self.name,
-            refusal=self.refusal,
-            damage=self.damage,
-            strengths=self.intervention.edits,
-            confirmation=self.confirmation,
-        )
+        """Give the entry in `selection.json`."""
+        values = {name: value for name, value in vars(self).items() if name != "intervention"}
+        return CandidateRecord(strengths=self.intervention.edits, **values)
 
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """What a search tried and what it picked.
-
-    Attributes:
-        method: How the candidates were found.
-        candidates: All of them, in the order in which they were tried.
-        picked: The index of the pick.
-        rule: What decided.
-        notes: What should be said of it, a sentence each: a confirmation that fell short, a limit that none kept.
-    """
+    """What a search tried, what it picked by which rule, and what should be said of it, a sentence each."""
 
     method: str
     candidates: tuple[Candidate, ...]
@@ -108,11 +90,7 @@ class Selection:
 
 
 def front(points: Sequence[tuple[float, float]]) -> tuple[int, ...]:
-    """Find the points that no other beats in both coordinates, less being better.
-
-    Returns:
-        Their indices by rising second coordinate; of equal points the first.
-    """
+    """Give, by rising second coordinate, the indices of points that no other beats; less is better, ties go first."""
     order = sorted(range(len(points)), key=lambda index: (points[index][1], points[index][0], index))
     kept: list[int] = []
     for index in order:
@@ -155,9 +133,9 @@ def save_candidates(interventions: Mapping[int, Intervention], path: Path) -> No
     tensors: dict[str, torch.Tensor] = {}
     names: dict[str, list[str]] = {}
     for number, intervention in interventions.items():
-        found = {direction_sha256(direction)[:16]: direction.basis for direction in intervention.directions}
         names[str(number)] = [direction_sha256(direction)[:16] for direction in intervention.directions]
-        tensors |= {name: basis.contiguous() for name, basis in found.items()}
+        bases = (direction.basis.contiguous() for direction in intervention.directions)
+        tensors |= dict(zip(names[str(number)], bases, strict=True))
     with atomic_file(path) as staging:
         safetensors.torch.save_file(tensors, staging, {"candidates": json.dumps(names)})
 

@@ -102,24 +102,19 @@ def descend(
     journal: Journal | None = None,
     progress: Progress = SILENT,
 ) -> list[Candidate]:
-    """Search by gradients from one direction for each layer, found in the stream behind it.
+    """Search by gradients from one direction for each layer, found in the stream behind it: once for each weight.
 
     After each descent the model generates a little. Refusals that open in a new way are learned, for the next descent
-    and for the scores of all candidates.
-
-    Returns:
-        One candidate for each damage weight. Its refusal is the probability of the model's own refusals, or the share
-        of generated answers that refused, whichever is greater.
+    and for the scores of all candidates. The refusal of a candidate is the probability of the model's own refusals, or
+    the share of generated answers that refused, whichever is greater.
     """
     steering = start_steering(material.loaded, directions, settings, material.first_layer)
     reached: list[tuple[Steering, float]] = []
     journal = journal or Journal()
     # Directions are told apart by where they come from.
     origins = [direction.origin.model_copy(update={"length": None}).to_json() for direction in directions]
-    batches = [
-        [probe.inputs["input_ids"].tolist(), probe.paths]
-        for probe in (*material.refusal_probes, *material.damage_probes)
-    ]
+    probes = (*material.refusal_probes, *material.damage_probes)
+    batches = [[probe.inputs["input_ids"].tolist(), probe.paths] for probe in probes]
     inputs = [settings.model_dump(), origins, material.first_layer, batches]
     lengths = [settings.n_steps] + [settings.n_more_steps] * (len(settings.damage_weights) - 1)
     progress = progress.stage("descent", sum(lengths))
@@ -201,13 +196,10 @@ def _go_down(
 
 
 def first_layer_that_counts(directions: Sequence[Direction], material: Material, settings: GradientSettings) -> int:
-    """Find the layer below which an edit does little good for the damage that it does.
+    """Find the highest layer from which on the sites hold nine tenths of what is won.
 
     Half of the direction is taken out at every site, and one gradient on the first two batches says what a little more
     at each of them would do for the logarithm of the refusals' probability, and what it would cost in damage.
-
-    Returns:
-        The highest layer from which on the sites hold nine tenths of what is won.
     """
     loaded = material.loaded
     steering = start_steering(loaded, directions, settings, 0)

@@ -6,6 +6,7 @@ few prompts.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 
 from remove_refusals.directions import mean_difference
@@ -35,13 +36,9 @@ class LayerRule(Rule):
 
 @dataclass(frozen=True, eq=False)
 class LayerSearch:
-    """What the choice found.
+    """What was tried, those that came farthest first, with the scores of the last round that each was in.
 
-    Attributes:
-        candidates: All that were tried, those that came farthest first.
-        scores: Theirs, each on the prompts of the last round that it was in.
-        order: The indices of those to be confirmed, the preferred one first.
-        notes: What should be said of it, a sentence each.
+    `order` are the indices of those to be confirmed, the preferred one first.
     """
 
     candidates: tuple[Candidate, ...]
@@ -71,10 +68,7 @@ def ranked(scores: Sequence[LayerScore], max_kl: float) -> tuple[int, ...]:
 
 
 def search_layers(
-    own: OwnAnswers,
-    collected: tuple[Activations, Activations],
-    settings: LayerSettings,
-    progress: Progress = SILENT,
+    own: OwnAnswers, collected: tuple[Activations, Activations], settings: LayerSettings, progress: Progress = SILENT
 ) -> LayerSearch:
     """Choose layer, position and recipe by activations of every layer at each position to be tried."""
     model = published_name(own.loaded.source)
@@ -89,11 +83,7 @@ def search_layers(
 
 
 def narrow_down(
-    bench: Bench,
-    options: Sequence[Option],
-    n_prompts: int,
-    settings: LayerSettings,
-    progress: Progress = SILENT,
+    bench: Bench, options: Sequence[Option], n_prompts: int, settings: LayerSettings, progress: Progress = SILENT
 ) -> LayerSearch:
     """Score directions, dropping those that are clearly worse after a few prompts.
 
@@ -150,13 +140,9 @@ def make_options(
     options = []
     for index in range(1, max(2, ceil(depth * harmful.n_layers))):
         for position in harmful.positions:
+            made = partial(mean_difference, harmful, harmless, layer=index, position=position, model=model, seed=seed)
             try:
-                plain, projected = (
-                    mean_difference(
-                        harmful, harmless, layer=index, position=position, projected=flag, model=model, seed=seed
-                    )
-                    for flag in (False, True)
-                )
+                plain, projected = made(), made(projected=True)
             except DirectionError:
                 # The two means are the same.
                 continue

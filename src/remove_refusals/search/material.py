@@ -92,13 +92,10 @@ class Material:
     """What a search runs on.
 
     Attributes:
-        loaded: The model.
-        refused: The harmful prompts that it refused, with its answers.
-        openings: How its refusals open.
+        refused: The harmful prompts that the model refused, with its answers.
         refusal_probes: Batches of those prompts with the openings of their refusals.
         damage_probes: Batches of harmless prompts with the model's answers.
         base: For each of the latter `[n, n_tokens]`, float32: the model's log-probabilities as it stands.
-        vocabulary: The tokens that are looked at.
         first_layer: The first layer that may be edited.
     """
 
@@ -168,11 +165,9 @@ def _prepared(
 def with_new_refusals(
     answers: Sequence[Answer], material: Material, settings: GradientSettings
 ) -> tuple[Material, float]:
-    """Look in what a candidate answers to the first prompts for refusals that open in a way that is not known yet.
+    """Learn the openings of refusals among what a candidate answers to the first prompts; give the refusals' share.
 
-    Returns:
-        Material with their openings; a prompt that is refused in another way is looked at along that way from now on.
-        And the share of the answers that refuse.
+    A prompt that is refused in another way is looked at along that way from now on.
     """
     before, loaded = material.refused, material.loaded
     few = before.at(range(len(answers)))
@@ -197,14 +192,7 @@ def refusal_probabilities(
     that one run gives the probability of all openings, or a little more: of an opening that branches off, its first
     other token is counted and not the rest.
 
-    Args:
-        log_probabilities: `[n, n_tokens]`, float32, along the paths of the batch, which are openings.
-        probe: The batch.
-        openings: All openings that are known.
-        vocabulary: The tokens on the second axis.
-
-    Returns:
-        `[n_prompts]`, float32, from 0 to 1.
+    From `[n, n_tokens]`, float32, along the paths of the batch, which are openings, to `[n_prompts]`, from 0 to 1.
     """
     targets = vocabulary.indices(probe.targets)
     along = log_probabilities.gather(1, targets[:, None])[:, 0]

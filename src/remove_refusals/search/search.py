@@ -27,10 +27,7 @@ _FEWEST = 8
 class SearchPrompts:
     """Prompts of a search, harmful and harmless ones in each pair; no prompt is in two of them.
 
-    Attributes:
-        direction: What the directions are found on, beside those of `choose`.
-        choose: What the search runs on.
-        confirm: What the pick is confirmed on.
+    Directions are found on those of `choose`, too, on which the search runs.
     """
 
     direction: tuple[PromptSet, PromptSet]
@@ -69,14 +66,7 @@ def split_for_search(
 
 @dataclass(frozen=True, eq=False)
 class BaseBehaviour:
-    """What the base model does on the prompts of a search.
-
-    Attributes:
-        collected: Activations on harmful and on harmless prompts.
-        harmful: Its answers to the harmful prompts that the search runs on.
-        harmless: Its answers to the harmless ones.
-        confirming: Its answers to the prompts of the confirmation.
-    """
+    """What the base model does on the prompts of a search: activations, and answers to what the search runs on."""
 
     collected: tuple[Activations, Activations]
     harmful: Answered
