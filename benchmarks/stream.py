@@ -28,9 +28,7 @@ MAKE = """
 import sys, torch
 from pathlib import Path
 from transformers import LlamaConfig
-from remove_refusals.direction_files import save_direction
-from remove_refusals.directions import direction_from_vectors
-from remove_refusals.types import DirectionOrigin
+from remove_refusals.directions import direction_from_vectors, save_direction
 sys.path.insert(0, str(Path(sys.argv[1])))
 import stream
 stream.write_checkpoint(Path(sys.argv[2]), float(sys.argv[3]))
@@ -39,7 +37,7 @@ save_direction(direction_from_vectors(vector), Path(sys.argv[2]) / "direction.sa
 """
 
 IMPORTS = """
-from remove_refusals import atomic, baking, cli, console, direction_files, disk_baking, stages
+from remove_refusals import baking, cli, directions
 from transformers.models.llama import modeling_llama
 """
 
@@ -47,8 +45,8 @@ LOADED = """
 import sys, torch
 from pathlib import Path
 from transformers import AutoModelForCausalLM
-from remove_refusals.direction_files import load_direction
-from remove_refusals.linalg import project_out_in_place
+from remove_refusals.directions import load_direction
+from remove_refusals.formula import project_out_in_place
 from remove_refusals.modelmap import map_model
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
 basis = load_direction(Path(sys.argv[2])).basis
