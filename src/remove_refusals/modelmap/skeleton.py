@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.configuration_utils import PretrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from remove_refusals.errors import ModelError
 from remove_refusals.modelmap.types import DiskTensor, ModelMap
-from remove_refusals.models import check_trust, model_source
+from remove_refusals.models import explained, model_source, read_config
 
 T = TypeVar("T")
 
@@ -35,18 +33,11 @@ def skeleton(model: PreTrainedModel, *, dtype: torch.dtype | None = None, tied: 
 
 def skeleton_of(source: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
     """Build a model without weights, as `skeleton` does, from a checkpoint's configuration alone."""
-    try:
-        name = model_source(str(source))
-        check_trust(name, PretrainedConfig.get_config_dict(name, revision=revision)[0], trust_remote_code)
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    name = model_source(str(source))
+    with explained(f"The configuration of {source}"):
+        _, config = read_config(name, {"revision": revision}, trust_remote_code)
         with torch.device("meta"):
             built: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(
-            f"The configuration of {source} gives no causal language model "
-            f"({str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}), expected a "
-            "directory with a config.json of a known model type; check the path."
-        ) from error
     return _without_weights(built)
 
 

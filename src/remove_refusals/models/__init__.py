@@ -1,10 +1,8 @@
 """A model on disk and in memory, on one device or many, and running it."""
 
 from remove_refusals.models.batches import (
-    MOST_PROMPTS,
     accepts,
     first_batch_size,
-    fitting_pass,
     hooked,
     in_batches,
     in_order,
@@ -46,13 +44,13 @@ from remove_refusals.models.source import (
     HTTPError,
     cached_commit,
     check_complete,
-    check_trust,
     explained,
     find_source,
     licence_fields,
     local_directory,
     model_source,
     quiet,
+    read_config,
     weights_directory,
 )
 
@@ -63,7 +61,6 @@ __all__ = [
     "COPY_BYTES",
     "FLOAT_DTYPES",
     "INDEX_FILE",
-    "MOST_PROMPTS",
     "SINGLE_FILE",
     "Answer",
     "AnswerLogits",
@@ -79,7 +76,6 @@ __all__ = [
     "cached_commit",
     "check_complete",
     "check_positions",
-    "check_trust",
     "checkpoint_files",
     "checkpoint_tensors",
     "explained",
@@ -88,7 +84,6 @@ __all__ = [
     "find_source",
     "fingerprint",
     "first_batch_size",
-    "fitting_pass",
     "float_dtype",
     "generate",
     "hooked",
@@ -104,6 +99,7 @@ __all__ = [
     "opened",
     "pick_device",
     "quiet",
+    "read_config",
     "read_header",
     "read_into",
     "read_slice",

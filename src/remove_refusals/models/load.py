@@ -8,21 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
-from transformers.configuration_utils import PretrainedConfig
 
 from remove_refusals.errors import ModelError, require_package
 from remove_refusals.models.checkpoint import FLOAT_DTYPES, INDEX_FILE, SINGLE_FILE, checkpoint_tensors
 from remove_refusals.models.source import (
-    cached_commit,
     check_complete,
-    check_model_type,
     explained,
     find_source,
     model_source,
     quiet,
+    read_config,
 )
 from remove_refusals.settings import ChatFormat, LoadSettings
 
@@ -176,20 +174,16 @@ def load_model(
     values exactly).
     """
     name, revision = model_source(model), settings.revision
-    if settings.device is not None and settings.device_map is not None:
-        raise ModelError(
-            f"Both device {settings.device} and device_map {settings.device_map} are given, expected one; leave one "
-            "out."
-        )
-    if settings.device_map is None and (settings.offload is not None or settings.max_memory is not None):
-        raise ModelError(
-            "The options offload and max_memory are given without a device map, expected both; add --device-map auto."
-        )
-    where = pick_device(settings.device)
+    where, places = _placed(settings)
     wanted = _parse_dtype(settings.dtype)
     access: dict[str, Any] = {"revision": revision, "local_files_only": find_source(name, revision)}
     with quiet(bars=Path(name).is_dir()), explained(f"The model {name}"):
-        described, config = _read_config(name, access, settings.trust_remote_code)
+        described, config = read_config(name, access, settings.trust_remote_code)
+        if getattr(config, "is_encoder_decoder", False):
+            raise ModelError(
+                f"The model {name} of type {config.model_type} is an encoder-decoder, expected a decoder that "
+                "continues its prompt; choose a causal language model."
+            )
         saved = saved_dtype(name, described)
         quantised = settings.load_in_4bit or "quantization_config" in described
         if wanted is None and where.type == "cpu" and settings.device_map is None and not quantised:
@@ -198,8 +192,7 @@ def load_model(
             name,
             config=config,
             dtype="auto" if wanted is None else wanted,
-            device_map=settings.device_map or {"": where},
-            **_offloading(settings.offload, settings.max_memory),
+            **places,
             quantization_config=_four_bit(wanted or saved or torch.float32) if settings.load_in_4bit else None,
             ignore_mismatched_sizes=True,  # so that they are reported with their names, below
             output_loading_info=True,
@@ -219,23 +212,6 @@ def load_model(
         chat=chat or ChatFormat(),
         batch_size=batch_size,
     )
-
-
-def _read_config(name: str, access: dict[str, Any], trust_remote_code: bool) -> tuple[dict[str, Any], Any]:
-    """Read the configuration, as a dictionary and as Transformers has it; note in `access` which commit it is of."""
-    described, _ = PretrainedConfig.get_config_dict(name, **access)
-    check_model_type(name, described, trust_remote_code)
-    access["trust_remote_code"] = trust_remote_code
-    if (commit := cached_commit(name, access["revision"])) is not None:
-        # A branch may move between two requests.
-        access["revision"] = commit
-    config = AutoConfig.from_pretrained(name, **access)
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(
-            f"The model {name} of type {config.model_type} is an encoder-decoder, expected a decoder that "
-            "continues its prompt; choose a causal language model."
-        )
-    return described, config
 
 
 def _load_tokenizer(name: str, **access: Any) -> Tokenizer:
@@ -309,15 +285,29 @@ def pick_device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
-def _offloading(offload: str | Path | None, max_memory: str | None) -> dict[str, Any]:
-    """Give what `from_pretrained` needs so that what fits into no memory, `8GiB` say, stays on the disk."""
-    settings: dict[str, Any] = {} if offload is None else {"offload_folder": str(offload)}
-    if max_memory is not None:
+def _placed(settings: LoadSettings) -> tuple[torch.device, dict[str, Any]]:
+    """Say where a model goes, and what `from_pretrained` needs so that what fits into no memory stays on the disk."""
+    if settings.device is not None and settings.device_map is not None:
+        raise ModelError(
+            f"Both device {settings.device} and device_map {settings.device_map} are given, expected one; leave one "
+            "out."
+        )
+    if settings.device_map is None and (settings.offload is not None or settings.max_memory is not None):
+        raise ModelError(
+            "The options offload and max_memory are given without a device map, expected both; add --device-map auto."
+        )
+    where = pick_device(settings.device)
+    places: dict[str, Any] = {"device_map": settings.device_map or {"": where}}
+    if settings.offload is not None:
+        places["offload_folder"] = settings.offload
+    if settings.max_memory is not None:
         from accelerate.utils import convert_file_size_to_int, get_max_memory
 
         try:
-            size = convert_file_size_to_int(max_memory)
+            size = convert_file_size_to_int(settings.max_memory)
         except ValueError as error:
-            raise ModelError(f"The size {max_memory!r} is none, expected one such as 8GiB; correct it.") from error
-        settings["max_memory"] = get_max_memory() | {"cpu": size}
-    return settings
+            raise ModelError(
+                f"The size {settings.max_memory!r} is none, expected one such as 8GiB; correct it."
+            ) from error
+        places["max_memory"] = get_max_memory() | {"cpu": size}
+    return where, places

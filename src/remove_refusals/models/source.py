@@ -12,6 +12,8 @@ import torch
 from huggingface_hub import HfApi, constants, errors, snapshot_download, try_to_load_from_cache
 from huggingface_hub.repocard import metadata_load
 from safetensors import SafetensorError
+from transformers import AutoConfig
+from transformers.configuration_utils import PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
@@ -89,31 +91,34 @@ def licence_fields(directory: Path) -> dict[str, Any]:
     return {name: found[name] for name in CARRIED_FIELDS if name in found} if isinstance(found, dict) else {}
 
 
-def check_trust(name: str, described: Mapping[str, Any], trust_remote_code: bool) -> None:
-    """Check that code which a checkpoint comes with, by its `config.json`, and cannot do without may be run."""
-    model_type = described.get("model_type")
-    needed = "AutoModelForCausalLM" in (described.get("auto_map") or {})
-    if needed and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not trust_remote_code:
+def read_config(name: str, access: dict[str, Any], trust_remote_code: bool) -> tuple[dict[str, Any], Any]:
+    """Read a causal model's configuration, as a dictionary and as Transformers has it, if its code may be run.
+
+    Which commit it is of, and whether its code may be run, is noted in `access`, the arguments of `from_pretrained`.
+    """
+    described, _ = PretrainedConfig.get_config_dict(name, **access)
+    model_type, code = described.get("model_type"), described.get("auto_map") or {}
+    known, own = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "AutoModelForCausalLM" in code
+    if own and not known and not trust_remote_code:
         raise ModelError(
             f"The model {name} of type {model_type} needs code that comes with it, expected permission to run it; "
             "read that code and pass trust_remote_code if you trust it."
         )
-
-
-def check_model_type(name: str, described: Mapping[str, Any], trust_remote_code: bool) -> None:
-    """Check that a `config.json` is that of a causal language model whose code, if it brings any, may be run."""
-    check_trust(name, described, trust_remote_code)
-    model_type, code = described.get("model_type"), described.get("auto_map") or {}
     if not model_type and "AutoConfig" not in code:
         raise ModelError(
             f"The config.json of {name} names no model_type, expected one that Transformers knows; check the file."
         )
-    if "AutoModelForCausalLM" not in code and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if not own and not known:
         reason = "has no causal form" if model_type in CONFIG_MAPPING_NAMES else "this Transformers does not know"
         raise ModelError(
             f"The model {name} is of type {model_type}, which {reason}, expected a decoder that continues its prompt; "
             "choose another model or upgrade Transformers."
         )
+    access["trust_remote_code"] = trust_remote_code
+    if (commit := cached_commit(name, access["revision"])) is not None:
+        # A branch may move between two requests.
+        access["revision"] = commit
+    return described, AutoConfig.from_pretrained(name, **access)
 
 
 def find_source(name: str, revision: str | None) -> bool:
