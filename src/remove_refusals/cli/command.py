@@ -3,15 +3,14 @@
 Nothing heavy is imported, Pydantic included: `--help` lists the commands and needs no settings.
 """
 
-import functools
 import inspect
 import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,11 +19,7 @@ import typer
 from remove_refusals.errors import OutputError
 
 ModelArgument = Annotated[str, typer.Argument(help="A directory, a hub id, or 'demo', the embedded model.")]
-
-
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
-
-
 DirectionFile = Annotated[
     Path | None,
     typer.Option("--direction", help="A direction: .safetensors or .pt; or a directory of one for each layer."),
@@ -61,49 +56,30 @@ ConfigFile = Annotated[
 ]
 
 
-@dataclass(frozen=True)
-class Taken:
-    """Which settings a command has options for.
+TAKEN: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {}
+"""By a command's qualified name what was said to `takes`."""
 
-    Attributes:
-        places: Where they stand in `RunSettings`, such as `loading` or `measure.n_test`; all of it if there are none.
-        without: Those of them that are left out.
-        defaults: By the options' parameter names, those that the command has instead of the tree's.
+
+def takes(*places: str, **defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Note which settings a command has options for; they are made of its annotations when it is asked for.
+
+    The places are in `RunSettings`, such as `loading` or `measure.n_test`, and stand for all that lies within; without
+    any it is the whole tree. The defaults, by the options' parameter names, are those that the command has instead.
     """
 
-    places: tuple[str, ...] = ()
-    without: tuple[str, ...] = ()
-    defaults: dict[str, Any] = field(default_factory=dict)
-
-
-TAKEN: dict[str, Taken] = {}
-"""By a command's qualified name; its parameters that are annotated with settings get the options that are meant."""
-
-
-def takes(
-    *places: str, without: tuple[str, ...] = (), **defaults: Any
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Note which settings a command has options for; they are made when it is asked for."""
-
     def note(command: Callable[..., None]) -> Callable[..., None]:
-        TAKEN[f"{command.__module__}.{command.__qualname__}"] = Taken(places, without, defaults)
+        TAKEN[f"{command.__module__}.{command.__qualname__}"] = places, defaults
         return command
 
     return note
 
 
-def with_parameters(
-    command: Callable[..., None], called: Callable[..., None], parameters: list[inspect.Parameter]
-) -> Callable[..., None]:
-    """Make `called`, which stands in for a command, look like it but for its parameters, to Typer too."""
-    functools.update_wrapper(called, command)
-    parameters = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in parameters]
-    called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    called.__annotations__ = {one.name: one.annotation for one in parameters}
-    return called
+def parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    """Declare a command's parameter; `...` stands for no default."""
+    default = inspect.Parameter.empty if default is ... else default
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-_PANEL = "Output"
 _LOGGER = logging.getLogger("remove_refusals")
 _TENTHS = 10
 
@@ -119,25 +95,17 @@ class Output:
 _CURRENT: ContextVar[Output | None] = ContextVar("output", default=None)
 
 
-_OPTIONS: dict[str, tuple[Any, Any]] = {
-    "quiet": (
-        False,
-        Annotated[
-            bool, typer.Option("--quiet", "-q", help="Only the result and errors, no progress.", rich_help_panel=_PANEL)
-        ],
-    ),
-    "log": (
-        None,
-        Annotated[
-            Path | None,
-            typer.Option("--log", help="Append stages and their times to this file.", rich_help_panel=_PANEL),
-        ],
-    ),
-    "as_json": (
-        False,
-        Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=_PANEL)],
-    ),
-}
+def _option(name: str, kind: Any, text: str, *words: str) -> inspect.Parameter:
+    option = Annotated[kind, typer.Option(*words, help=text, rich_help_panel="Output")]
+    return parameter(name, option, False if kind is bool else None)
+
+
+OUTPUT = (
+    _option("quiet", bool, "Only the result and errors, no progress.", "--quiet", "-q"),
+    _option("log", Path | None, "Append stages and their times to this file.", "--log"),
+    _option("as_json", bool, "Print the result as JSON.", "--json"),
+)
+"""Options of every command; the last one only where there is a result."""
 
 
 def current() -> Output:
@@ -145,32 +113,20 @@ def current() -> Output:
     return _CURRENT.get() or Output()
 
 
-def with_output(command: Callable[..., None], *, json: bool = True) -> Callable[..., None]:
-    """Give a command `--quiet`, `--log` and, if its result can be JSON, `--json`."""
-    added = {name: option for name, option in _OPTIONS.items() if json or name != "as_json"}
-
-    def called(**values: Any) -> None:
-        asked = {name: values.pop(name) for name in added}
-        token = _CURRENT.set(Output(asked["quiet"], asked.get("as_json", False)))
-        try:
-            with _logged(asked["log"]):
-                command(**values)
-        finally:
-            _CURRENT.reset(token)
-
-    more = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-        for name, (default, annotation) in added.items()
-    ]
-    return with_parameters(command, called, [*inspect.signature(command).parameters.values(), *more])
+@contextmanager
+def as_asked(quiet: bool, log: Path | None, as_json: bool) -> Iterator[None]:
+    """Print as asked while the context lasts, and write the log."""
+    token = _CURRENT.set(Output(quiet, as_json))
+    try:
+        with nullcontext() if log is None else _logged(log):
+            yield
+    finally:
+        _CURRENT.reset(token)
 
 
 @contextmanager
-def _logged(path: Path | None) -> Iterator[None]:
+def _logged(path: Path) -> Iterator[None]:
     """Write to a log while the context lasts: the command line, what `write_log` is told, and how it ended."""
-    if path is None:
-        yield
-        return
     try:
         handler = logging.FileHandler(path, encoding="utf-8")
     except OSError as error:

@@ -279,7 +279,7 @@ def reproduce(
         lines += [f"missing    {'':16}  {name}" for name in found.missing]
         lines += [f"new        {'':16}  {name}" for name in found.new]
         total = len(found.same) + len(found.different) + len(found.missing)
-        printing.say_all([*lines, f"{len(found.same)} of {total} files came out the same."])
+        printing.say(*lines, f"{len(found.same)} of {total} files came out the same.")
 
     printing.finish(found.to_json(), show=show)
     if not found.weights_alike:

@@ -140,7 +140,7 @@ def bake(
     printing.finish(
         {"output": str(output), "record": carried.record.to_json()},
         f"Saved to {output}: a {'PEFT' if kind == 'lora' else 'llama.cpp'} LoRA of the edit.",
-        lambda: printing.say_all(remarks),
+        lambda: printing.say(*remarks),
     )
 
 
@@ -201,5 +201,5 @@ def push(
     printing.finish(
         pushed.to_json(),
         f"Sent {len(pushed.files)} files to {pushed.url} ({who}), commit {pushed.commit}.",
-        lambda: printing.say_all(remarks),
+        lambda: printing.say(*remarks),
     )

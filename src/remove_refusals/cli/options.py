@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
 from remove_refusals import settings
-from remove_refusals.cli.command import IN_FILE, TAKEN, Taken, complete_judge, with_output, with_parameters
+from remove_refusals.cli.command import IN_FILE, OUTPUT, TAKEN, as_asked, complete_judge, parameter
 from remove_refusals.errors import ConfigurationError, PromptError
 from remove_refusals.settings import SITE_KINDS, DiskSettings, Option, PromptSource, RunFiles, RunSettings, Settings
 
@@ -60,6 +60,15 @@ class Setting:
             return ",".join(default) or None
         return None if isinstance(default, PromptSource) else default
 
+    def is_within(self, places: tuple[str, ...]) -> bool:
+        """Whether it stands at or within one of the places, which are dotted; without any it does."""
+        dotted = [".".join(place) + "." for place in self.places]
+        return not places or any(one.startswith(f"{place}.") for one in dotted for place in places)
+
+    def complete(self, incomplete: str) -> list[str]:
+        """Give the choices that begin so."""
+        return [name for name in self.choices if name.startswith(incomplete)]
+
     @property
     def is_list(self) -> bool:
         """Whether it can be given several times."""
@@ -89,49 +98,6 @@ def _walk(kind: type[Settings], before: Place) -> Iterator[Setting]:
             yield from _walk(inner, (*before, name))
 
 
-def with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command options in place of the parameters that are annotated with settings; see `takes`."""
-    taken = TAKEN.get(f"{command.__module__}.{command.__qualname__}")
-    own = inspect.signature(command, locals=vars(settings), eval_str=True).parameters
-    trees = {name: one.annotation for name, one in own.items() if _is_tree(one.annotation)}
-    if taken is None or not trees:
-        return command
-    used = {
-        name: [one for one in settings_of(tree).values() if tree is not RunSettings or _is_taken(one, taken)]
-        for name, tree in trees.items()
-    }
-
-    def called(context: typer.Context, **values: Any) -> None:
-        read: Mapping[str, Any] = context.meta.get(IN_FILE, {})
-        for name, tree in trees.items():
-            given = dict(taken.defaults) if tree is RunSettings else {}
-            for one in used[name]:
-                value, source = values.pop(one.parameter), context.get_parameter_source(one.parameter)
-                if source is not None and source.name == "COMMANDLINE":
-                    given[one.parameter] = value
-                elif one.parameter in read:
-                    given[one.parameter] = read[one.parameter]
-            values[name] = made(tree, given)
-        command(**values)
-
-    added = [(one, _parameter(one, taken.defaults)) for each in used.values() for one in each]
-    context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
-    arguments = [parameter for one, parameter in added if one.option.is_argument]
-    kept = [one for name, one in own.items() if name not in trees]
-    rest = [parameter for one, parameter in added if not one.option.is_argument]
-    return with_parameters(command, called, [context, *arguments, *kept, *rest])
-
-
-def _is_taken(setting: Setting, taken: Taken) -> bool:
-    dotted = [".".join(place) + "." for place in setting.places]
-    wanted = not taken.places or any(one.startswith(f"{place}.") for one in dotted for place in taken.places)
-    return wanted and not any(one.startswith(f"{place}.") for one in dotted for place in taken.without)
-
-
-def _is_tree(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, Settings)
-
-
 _LIMITS = (("min", "ge"), ("max", "le"))
 
 
@@ -157,23 +123,14 @@ def _parameter(setting: Setting, defaults: Mapping[str, Any]) -> inspect.Paramet
             for limit in setting.declared.metadata:
                 # Of annotated_types, which Pydantic makes of `ge` and `le`.
                 shown |= {name: value for name, at in _LIMITS if (value := getattr(limit, at, None)) is not None}
-        complete = COMPLETIONS.get(setting.name)
-        if setting.choices:
-            complete = _completing(setting.choices)
+        complete = COMPLETIONS.get(setting.name, setting.complete if setting.choices else None)
         info = typer.Option(*names, metavar=option.metavar, autocompletion=complete, **shown)
     kind = kind if default is not None else kind | None
-    return inspect.Parameter(
-        setting.parameter, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info]
-    )
+    return parameter(setting.parameter, Annotated[kind, info], default)
 
 
 def made(tree: type[Settings], given: Mapping[str, Any], source: Path | None = None) -> Any:
-    """Make settings of what is given by the options' parameter names; only that counts as set.
-
-    Raises:
-        ConfigurationError: If something is not accepted; it names the option, or the file `source` and its key.
-        PromptError: If a file whose text is asked for cannot be read.
-    """
+    """Make settings of what is given by the options' parameter names, in the file `source`; only that counts as set."""
     known = {one.parameter: one for one in settings_of(tree).values()}
     data: dict[str, Any] = {}
     left_out: list[Place] = []
@@ -183,7 +140,7 @@ def made(tree: type[Settings], given: Mapping[str, Any], source: Path | None = N
             part = data
             for step in place[:-1]:
                 part = part.setdefault(step, {})
-            part[place[-1]] = _text_of(Path(value)) if option.option.is_file else value
+            part[place[-1]] = _text_of(Path(str(value))) if option.option.is_file else value
             left_out += [place[:-1]] if option.option.may_be_none and value == "none" else []
     for parent in left_out:
         data[parent[0]] = None
@@ -242,14 +199,7 @@ def _wrong(error: ValidationError, known: list[Setting], source: Path | None) ->
 
 
 def read_configuration(path: Path) -> dict[str, Any]:
-    """Read the options of `run` from a TOML file, whose keys may stand in any tables or none.
-
-    Returns:
-        Values by parameter name; only what stands in the file.
-
-    Raises:
-        ConfigurationError: If the file cannot be read, or a key or a value is not accepted.
-    """
+    """Read options of `run`, by their parameters' names, from a TOML file; keys may stand in any tables or none."""
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -299,13 +249,6 @@ def default_configuration() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _completing(choices: tuple[str, ...]) -> Callable[[str], list[str]]:
-    def complete(incomplete: str) -> list[str]:
-        return [name for name in choices if name.startswith(incomplete)]
-
-    return complete
-
-
 def complete_sites(incomplete: str) -> list[str]:
     """Complete the last of several kinds of sites; those that stand there already are not offered again."""
     *given, last = incomplete.split(",")
@@ -352,27 +295,49 @@ def _show_all(context: typer.Context, wanted: bool) -> None:
         raise typer.Exit
 
 
-_HelpAll = Annotated[
-    bool, typer.Option("--help-all", is_eager=True, callback=_show_all, help="Show every option and exit.")
-]
-
-
-def _with_help(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the option `--help-all`, or the command itself where its options are few."""
-    parameters = list(inspect.signature(command).parameters.values())
-    if len(parameters) <= _MOST:
-        return command
-
-    def called(*, help_all: bool = False, **values: Any) -> None:
-        command(**values)
-
-    added = inspect.Parameter("help_all", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=_HelpAll)
-    return with_parameters(command, called, [*parameters, added])
+_HELP_ALL = parameter(
+    "help_all",
+    Annotated[bool, typer.Option("--help-all", is_eager=True, callback=_show_all, help="Show every option and exit.")],
+    False,
+)
 
 
 def whole(command: Callable[..., None], name: str, epilog: str, *, json: bool) -> Any:
-    """Make a command as Click knows it, with all of its options."""
+    """Make a command as Click knows it, with options in place of the parameters that are annotated with settings."""
+    places, defaults = TAKEN.get(f"{command.__module__}.{command.__qualname__}", ((), {}))
+    own = inspect.signature(command, locals=vars(settings), eval_str=True).parameters
+    kinds = {name: one.annotation for name, one in own.items()}
+    trees = {name: kind for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, Settings)}
+    used = {
+        name: [one for one in settings_of(tree).values() if tree is not RunSettings or one.is_within(places)]
+        for name, tree in trees.items()
+    }
+
+    def called(context: typer.Context, **values: Any) -> None:
+        values.pop("help_all", None)
+        with as_asked(values.pop("quiet"), values.pop("log"), values.pop("as_json", False)):
+            for role, tree in trees.items():
+                given = dict(defaults) if tree is RunSettings else {}
+                for one in used[role]:
+                    value, source = values.pop(one.parameter), context.get_parameter_source(one.parameter)
+                    if source is not None and source.name == "COMMANDLINE":
+                        given[one.parameter] = value
+                    elif one.parameter in context.meta.get(IN_FILE, {}):
+                        given[one.parameter] = context.meta[IN_FILE][one.parameter]
+                values[role] = made(tree, given)
+            command(**values)
+
+    added = [(one, _parameter(one, defaults)) for each in used.values() for one in each]
+    parameters = [parameter("context", typer.Context, ...)]
+    parameters += [one for setting, one in added if setting.option.is_argument]
+    parameters += [one for name, one in own.items() if name not in trees]
+    parameters += [one for setting, one in added if not setting.option.is_argument]
+    parameters += [one for one in OUTPUT if json or one.name != "as_json"]
+    parameters += [_HELP_ALL] if len(parameters) > _MOST else []
+    parameters = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in parameters]
+    functools.update_wrapper(called, command)
+    called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    called.__annotations__ = {one.name: one.annotation for one in parameters}
     alone = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-    built = _with_help(with_output(with_settings(command), json=json))
-    alone.command(name, cls=Page, epilog=epilog)(built)
+    alone.command(name, cls=Page, epilog=epilog)(called)
     return typer.main.get_command(alone)

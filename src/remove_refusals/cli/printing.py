@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import Any
@@ -31,15 +31,21 @@ _MOST_ROWS = 12
 """With more candidates than this, only the front and what was confirmed are shown."""
 
 
-def say(text: str) -> None:
-    """Print one line to standard output."""
-    Console(highlight=False).print(text, soft_wrap=True, markup=False)
-
-
-def say_all(lines: Iterable[str]) -> None:
+def say(*lines: str, style: str | None = None) -> None:
     """Print lines to standard output."""
     for line in lines:
-        say(line)
+        Console(highlight=False).print(line, soft_wrap=True, markup=False, style=style)
+
+
+def _show(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], n_left: int = 1) -> None:
+    """Print a table; the first columns stand on the left, and the very first is not broken where it alone does."""
+    shown = Table(title=title)
+    for number, column in enumerate(columns):
+        side: Any = "left" if number < n_left else "right"
+        shown.add_column(column, justify=side, no_wrap=number == 0 and n_left == 1, overflow="fold")
+    for row in rows:
+        shown.add_row(*row)
+    Console(highlight=False).print(shown)
 
 
 def write(text: str) -> None:
@@ -118,10 +124,7 @@ def show_plan(plan: EditPlan, model_map: ModelMap) -> None:
 
 def show_selection(selection: Selection) -> None:
     """Print every candidate of a search with its scores, and the pick."""
-    console = Console(highlight=False)
-    table = Table(title=f"Candidates; the pick: {selection.rule}")
-    for column in ("", "candidate", "refusal", "damage", "refused", "degenerate", "broken"):
-        table.add_column(column, justify="left" if column in ("", "candidate") else "right")
+    rows = []
     for number, candidate in enumerate(selection.candidates):
         found = candidate.confirmation
         if len(selection.candidates) > _MOST_ROWS and found is None and number not in selection.front:
@@ -130,70 +133,52 @@ def show_selection(selection: Selection) -> None:
         row += [f"{candidate.refusal:.1%}", f"{candidate.damage:.3f}"]
         if found is not None:
             row += [f"{rate.count}/{rate.n}" for rate in (found.refusals, found.degenerate, found.broken) if rate]
-        table.add_row(*row)
-    console.print(table)
-    console.print(
+        rows.append(row)
+    columns = ("", "candidate", "refusal", "damage", "refused", "degenerate", "broken")
+    _show(f"Candidates; the pick: {selection.rule}", columns, rows, n_left=2)
+    say(
         "Refusal and damage (KL in nats, along the model's own answers): on the prompts of the search. The counts: "
         "generated, on others.",
-        markup=False,
+        *(f"Note: {note}" for note in selection.notes),
     )
-    for note in selection.notes:
-        console.print(f"Note: {note}", markup=False)
 
 
 def show_evaluation(evaluation: Evaluation, notes: tuple[str, ...]) -> None:
     """Print the scores of base and edited model side by side, and what should be said of them."""
-    console = Console(highlight=False)
-    shown = Table(title="Base and edited model on the same prompts")
-    for column in ("", "base", "edited", "verdict, p"):
-        shown.add_column(column, justify="left" if not column else "right", no_wrap=not column, overflow="fold")
-    for row in table(evaluation):
-        shown.add_row(*row)
-    console.print(shown)
-    console.print(table_key(evaluation), markup=False)
+    columns = ("", "base", "edited", "verdict, p")
+    _show("Base and edited model on the same prompts", columns, table(evaluation))
+    say(table_key(evaluation))
     if evaluation.judge_usage is not None:
-        console.print(f"Asked the judge: {evaluation.judge_usage}.", markup=False)
-    for note in notes:
-        console.print(f"Warning: {note}", style="yellow", markup=False)
+        say(f"Asked the judge: {evaluation.judge_usage}.")
+    say(*(f"Warning: {note}" for note in notes), style="yellow")
 
 
 def show_calibration(calibration: Calibration, usage: object | None) -> None:
     """Print what a judge says of answers with known labels, how often it is right, and what asking it has cost."""
-    console = Console(highlight=False)
-    said = Table(title=f"{calibration.judge} on {calibration.n} answers ({calibration.labelled})")
-    right = Table(title="How often it is right about each label")
     counted = [
         (str(true), *(str(row[label]) for label in Label))
         for true, row in calibration.confusion.items()
         if any(row.values())
     ]
+    title = f"{calibration.judge} on {calibration.n} answers ({calibration.labelled})"
+    _show(title, ("true, said:", *map(str, Label)), counted)
     rates = [(str(label), str(one.sensitivity), str(one.specificity)) for label, one in calibration.classes.items()]
-    for shown, columns, rows in (
-        (said, ("true, said:", *map(str, Label)), counted),
-        (right, ("label", "sensitivity", "specificity"), rates),
-    ):
-        for number, column in enumerate(columns):
-            shown.add_column(column, justify="right" if number else "left", overflow="fold")
-        for row in rows:
-            shown.add_row(*row)
-        console.print(shown)
-    console.print("Intervals: 95%, Wilson. SHA-256 of the answers' file:", calibration.sha256, markup=False)
+    _show("How often it is right about each label", ("label", "sensitivity", "specificity"), rates)
+    say(f"Intervals: 95%, Wilson. SHA-256 of the answers' file: {calibration.sha256}")
     if usage is not None:
-        console.print(f"Asked: {usage}.", markup=False)
+        say(f"Asked: {usage}.")
 
 
 def finish(data: object, last: str | None = None, show: Callable[[], None] | None = None) -> None:
     """Print a command's result: as JSON if that was asked for, else for people.
 
-    Args:
-        data: The result as JSON.
-        last: The line that says what was made; None where the result itself is what was asked for.
-        show: Prints the result, or remarks before the last line, which `--quiet` leaves out.
+    `last` says what was made, or is None where the result itself was asked for; `show` prints that, or remarks before
+    the last line, which `--quiet` leaves out.
     """
     if last is not None:
         write_log(last)
     if current().as_json:
-        say_json(data)
+        sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
         return
     if show is not None and not (current().quiet and last is not None):
         show()
@@ -201,36 +186,26 @@ def finish(data: object, last: str | None = None, show: Callable[[], None] | Non
         say(last)
 
 
-def say_json(data: object) -> None:
-    """Print JSON to standard output, and nothing else."""
-    sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
-
-
 def show_map(found: Mapping[str, Any]) -> None:
     """Print a model's map as a table, with its verdict and what would be left."""
-    console = Console(highlight=False)
-    table = Table(title=f"{found['model_type']}: {found['n_layers']} layers, d_model {found['d_model']}")
-    for column in ("site", "layer", "on disk", "shape", "axis", "dtype", "norm", "tied"):
-        table.add_column(column, overflow="fold")
+    rows = []
     for row in found["writers"]:
-        layer = "" if row["layer"] is None else str(row["layer"])
+        layer, tied = "" if row["layer"] is None else str(row["layer"]), "yes" if row["tied"] else ""
         dtype = "missing" if row.get("missing") else row.get("dtype", "")
         shape = " x ".join(map(str, row["shape"]))
-        tied = "yes" if row["tied"] else ""
-        table.add_row(row["site"], layer, row["on_disk"], shape, str(row["axis"]), dtype, row["norm"] or "", tied)
-    console.print(table)
+        rows.append((row["site"], layer, row["on_disk"], shape, str(row["axis"]), dtype, row["norm"] or "", tied))
+    columns = ("site", "layer", "on disk", "shape", "axis", "dtype", "norm", "tied")
+    title = f"{found['model_type']}: {found['n_layers']} layers, d_model {found['d_model']}"
+    _show(title, columns, rows, n_left=len(columns))
     meaning = "weights and hooks" if found["verdict"] == "exact" else "no weight edit is exact"
-    console.print(f"Verdict: {found['verdict']} ({meaning}).")
-    for sentence in (*found["leaks"], *found["unhooked"]):
-        console.print(f"  {sentence}", markup=False)
+    say(f"Verdict: {found['verdict']} ({meaning}).", *(f"  {part}" for part in (*found["leaks"], *found["unhooked"])))
     if found["unused"]:
-        console.print(f"Left, since their modules take no part in the forward pass: {', '.join(found['unused'])}.")
+        say(f"Left, since their modules take no part in the forward pass: {', '.join(found['unused'])}.")
 
 
 def show_certificate(certificate: Certificate) -> None:
     """Print what was measured on the saved files."""
-    for problem in certificate.problems:
-        say(f"Failed: {problem}")
+    say(*(f"Failed: {problem}" for problem in certificate.problems))
     worst = certificate.worst
     if worst is not None:
         say(
@@ -245,33 +220,23 @@ def show_certificate(certificate: Certificate) -> None:
 
 def show_side_by_side(found: SideBySide) -> None:
     """Print a column for each model, and the differences that the data support."""
-    console = Console(highlight=False)
-    table = Table(title="Models on the same prompts")
-    table.add_column("", no_wrap=True)
-    for model in found.models:
-        table.add_column(model, justify="right", overflow="fold")
-    for row in found.rates:
-        cells = [str(row.models[model]) for model in found.models]
-        table.add_row(f"{row.label}, {row.set}".capitalize(), *cells)
-    shown = [{}, *(_damage(found.damage[model]) for model in found.models[1:])]
-    for title in dict.fromkeys(title for part in shown for title in part):
-        cells = [part.get(title, "") for part in shown]
-        if any(cells):
-            table.add_row(title, *cells)
-    console.print(table)
+    rows = [
+        [f"{row.label}, {row.set}".capitalize(), *(str(row.models[one]) for one in found.models)] for row in found.rates
+    ]
+    damages = [{}, *(_damage(found.damage[model]) for model in found.models[1:])]
+    titles = dict.fromkeys(title for part in damages for title in part)
+    rows += [[title, *(part.get(title, "") for part in damages)] for title in titles]
+    _show("Models on the same prompts", ("", *found.models), rows)
     decided = [one for one in found.differences if one.verdict is not Verdict.UNDECIDED]
     for one in decided:
         points = f"{100 * one.value:+.0f} [{100 * one.low:+.0f}, {100 * one.high:+.0f}] points"
-        console.print(
+        say(
             f"{one.second} has a {one.verdict} {one.label} rate than {one.first} on {one.prompt_set} prompts: "
-            f"{points}, p = {one.adjusted_p:.2g}.",
-            markup=False,
+            f"{points}, p = {one.adjusted_p:.2g}."
         )
-    undecided = len(found.differences) - len(decided)
-    console.print(
-        f"{undecided} of {len(found.differences)} comparisons are undecided. Exact McNemar, corrected for all of them "
-        f"(Holm 1979); intervals at 95%. Labels: {found.judge}.",
-        markup=False,
+    say(
+        f"{len(found.differences) - len(decided)} of {len(found.differences)} comparisons are undecided. Exact "
+        f"McNemar, corrected for all of them (Holm 1979); intervals at 95%. Labels: {found.judge}."
     )
 
 

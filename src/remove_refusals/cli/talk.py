@@ -1,7 +1,7 @@
 """Commands that let a model answer, and the talk in the terminal: as it is, with the direction taken out, or both."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 
 Sides = Literal["ablated", "original", "compare"]
-
 
 Make = Callable[[float, "tuple[int, int] | None"], "Intervention"]
 """Makes the intervention of a strength and a range of layers, None for all."""
@@ -105,29 +104,19 @@ def _obey(line: str, state: ChatState, turns: list[Turn], make: Make | None) -> 
     if name in get_args(Sides):
         return replace(state, sides=next(side for side in get_args(Sides) if side == name)), f"Now: {name}."
     if make is not None and name in ("strength", "layers"):
-        state = replace(state, strength=_strength(rest)) if name == "strength" else replace(state, layers=_layers(rest))
+        first, _, last = rest.partition("-")
+        try:
+            if name == "strength":
+                state = replace(state, strength=float(rest))
+            else:
+                state = replace(state, layers=None if rest == "all" else (int(first), int(last)))
+        except ValueError as error:
+            expected = "a number such as 0.5" if name == "strength" else "a range such as 8-20, or all"
+            raise DirectionError(f"/{name} is followed by {rest!r}, expected {expected}.") from error
         make(state.strength, state.layers)
         where = "all layers" if state.layers is None else f"layers {state.layers[0]}-{state.layers[1]}"
         return state, f"Strength {state.strength:g} in {where}."
     raise DirectionError(f"There is no command /{name}, expected one of these:\n{HELP}")
-
-
-def _strength(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError as error:
-        raise DirectionError(
-            f"The strength is {text!r}, expected a number such as 0.5; write /strength 0.5."
-        ) from error
-
-
-def _layers(text: str) -> tuple[int, int] | None:
-    first, dash, last = text.partition("-")
-    if text == "all":
-        return None
-    if not dash or not first.isdecimal() or not last.isdecimal():
-        raise DirectionError(f"The layers are {text!r}, expected a range or all; write /layers 8-20.")
-    return int(first), int(last)
 
 
 def _save(text: str, turns: list[Turn]) -> str:
@@ -135,7 +124,7 @@ def _save(text: str, turns: list[Turn]) -> str:
 
     if not text:
         raise DirectionError("The file is missing, expected a path; write /save talk.jsonl.")
-    rows: Iterator[dict[str, object]] = (
+    rows = (
         {
             "side": turn.side,
             "strength": turn.state.strength if turn.side == "ablated" else 0.0,

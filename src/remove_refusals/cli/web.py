@@ -20,19 +20,6 @@ from remove_refusals.types import Intervention
 
 LOOPBACK = "127.0.0.1"
 
-
-_CLICKED = """
-element.addEventListener('click', event => {
-  const point = event.target.closest('[data-candidate]');
-  if (point) trigger('click', {candidate: point.dataset.candidate});
-});
-element.addEventListener('keydown', event => {
-  const point = event.target.closest('[data-candidate]');
-  if (point && (event.key === 'Enter' || event.key === ' ')) trigger('click', {candidate: point.dataset.candidate});
-});
-"""
-
-
 Messages = list[dict[str, str]]
 
 
@@ -151,7 +138,7 @@ def build_page(page: Page) -> Any:
                 with gradio.Column(min_width=320):
                     talk = gradio.Chatbot(label=name, height=360, buttons=["copy"], feedback_options=None)
                     sides.append((talk, gradio.HTML(elem_classes="strips")))
-        gradio.HTML(legend())
+        gradio.HTML(_LEGEND)
         prompt = gradio.Textbox(label="Message", placeholder="Ask both", autofocus=True, elem_id="message")
         with gradio.Row():
             send = gradio.Button("Send", variant="primary", elem_id="send")
@@ -184,10 +171,16 @@ def build_page(page: Page) -> Any:
     return blocks
 
 
+def _data(name: str) -> str:
+    return (resources.files("remove_refusals") / "data" / name).read_text(encoding="utf-8")
+
+
 def _add_front(gradio: Any, page: Page, candidate: Any) -> None:
     """Add the drawing of the candidates; a click on one sets `candidate`."""
     kept = tuple(page.tried)
-    drawing = gradio.HTML(front_drawing(page.candidates, kept, page.picked), js_on_load=_CLICKED, elem_id="front")
+    drawing = gradio.HTML(
+        front_drawing(page.candidates, kept, page.picked), js_on_load=_data("web.js"), elem_id="front"
+    )
     trying = gradio.Markdown(f"Now: {page.picked}. Click a large point to try that candidate.", elem_id="trying")
 
     def choose(event: Any) -> tuple[str, str, str]:
@@ -229,20 +222,17 @@ def serve(page: Page, *, host: str = LOOPBACK, port: int | None = None, wait: bo
     blocks = build_page(page)
     import gradio
 
-    style = (resources.files("remove_refusals") / "data" / "web.css").read_text(encoding="utf-8")
     # Fonts by name: those of Gradio's own themes would be asked of a server far away.
     theme = gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    private: dict[str, Any] = {"share": False, "enable_monitoring": False, "ssr_mode": False, "footer_links": []}
     blocks.queue().launch(
         server_name=host,
         server_port=port,
-        share=False,
         quiet=True,
         prevent_thread_lock=not wait,
-        footer_links=[],
         theme=theme,
-        css=style,
-        enable_monitoring=False,
-        ssr_mode=False,
+        css=_data("web.css"),
+        **private,
     )
     return blocks
 
@@ -254,6 +244,10 @@ def _text(content: Any) -> str:
     return "".join(str(piece.get("text", "")) if isinstance(piece, dict) else str(piece) for piece in content)
 
 
+_LEGEND = (
+    '<div class="legend">Each token by its projection on the direction, at about 60% of the depth: '
+    '<span class="towards">towards it</span> <span class="away">away from it</span></div>'
+)
 _WIDTH, _HEIGHT, _MARGIN = 640, 240, 44
 
 
@@ -286,37 +280,21 @@ def strip(tokens: Sequence[str], values: Sequence[float], largest: float) -> str
     return f'<div class="strip" aria-label="Projection of each token on the direction">{"".join(pieces)}</div>'
 
 
-def legend() -> str:
-    """Say in HTML what the colours of the strips mean."""
-    return (
-        '<div class="legend">Each token by its projection on the direction, at about 60% of the depth: '
-        '<span class="towards">towards it</span> <span class="away">away from it</span></div>'
-    )
-
-
 def front_drawing(candidates: Sequence[CandidateRecord], kept: Sequence[str], chosen: str | None) -> str:
     """Draw the candidates of a search by damage and refusal as SVG; those that can be tried are buttons."""
     largest = max((candidate.damage for candidate in candidates), default=0.0) or 1.0
 
-    def at(candidate: CandidateRecord) -> tuple[float, float]:
-        across = _MARGIN + (_WIDTH - 2 * _MARGIN) * candidate.damage / largest
-        return across, _HEIGHT - _MARGIN - (_HEIGHT - 2 * _MARGIN) * candidate.refusal
-
     marks = []
     for candidate in candidates:
-        across, down = at(candidate)
+        across = _MARGIN + (_WIDTH - 2 * _MARGIN) * candidate.damage / largest
+        down = _HEIGHT - _MARGIN - (_HEIGHT - 2 * _MARGIN) * candidate.refusal
         name = html.escape(candidate.name, quote=True)
-        said = f"{name}: {candidate.refusal:.1%} refused, damage {candidate.damage:.3g}"
+        said, shape = f"{name}: {candidate.refusal:.1%} refused, damage {candidate.damage:.3g}", 'r="3" class="other"'
         if candidate.name in kept:
             ring = "chosen" if candidate.name == chosen else "kept"
-            marks.append(
-                f'<circle cx="{across:.1f}" cy="{down:.1f}" r="8" data-candidate="{name}" role="button" tabindex="0" '
-                f'class="{ring}"><title>{said}: try it</title></circle>'
-            )
-        else:
-            marks.append(
-                f'<circle cx="{across:.1f}" cy="{down:.1f}" r="3" class="other"><title>{said}</title></circle>'
-            )
+            shape = f'r="8" class="{ring}" data-candidate="{name}" role="button" tabindex="0"'
+            said += ": try it"
+        marks.append(f'<circle cx="{across:.1f}" cy="{down:.1f}" {shape}><title>{said}</title></circle>')
     bottom, right = _HEIGHT - _MARGIN, _WIDTH - _MARGIN
     return (
         f'<svg class="front" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="group" '
