@@ -4,7 +4,6 @@ from remove_refusals.measure.answers import Answered, EvaluationPrompts, kept_an
 from remove_refusals.measure.divergence import distances_along
 from remove_refusals.measure.evaluate import evaluate, warnings
 from remove_refusals.measure.judges.calibration import (
-    Accuracies,
     Calibration,
     calibrate,
     load_answers,
@@ -13,14 +12,10 @@ from remove_refusals.measure.judges.calibration import (
 from remove_refusals.measure.judges.choose import make_judge, measuring_judge
 from remove_refusals.measure.judges.labels import Judge, Label
 from remove_refusals.measure.judges.phrases import PhraseJudge, judge_phrases
-from remove_refusals.measure.scores import Distance, Evaluation, PairedRate, Response, TaskScore, read_rows
+from remove_refusals.measure.scores import Distance, Evaluation, PairedRate, Response, read_rows
 from remove_refusals.measure.side_by_side import Damage, SideBySide, side_by_side
 from remove_refusals.measure.statistics import (
-    CorrectedRate,
-    McNemar,
     Mean,
-    Perplexity,
-    Quantile,
     Rate,
     Verdict,
     holm,
@@ -28,31 +23,24 @@ from remove_refusals.measure.statistics import (
     paired_difference,
     paired_rates,
     rogan_gladen,
-    verdict,
     wilson_rate,
 )
 
 __all__ = [
-    "Accuracies",
     "Answered",
     "Calibration",
-    "CorrectedRate",
     "Damage",
     "Distance",
     "Evaluation",
     "EvaluationPrompts",
     "Judge",
     "Label",
-    "McNemar",
     "Mean",
     "PairedRate",
-    "Perplexity",
     "PhraseJudge",
-    "Quantile",
     "Rate",
     "Response",
     "SideBySide",
-    "TaskScore",
     "Verdict",
     "calibrate",
     "distances_along",
@@ -72,7 +60,6 @@ __all__ = [
     "read_rows",
     "rogan_gladen",
     "side_by_side",
-    "verdict",
     "warnings",
     "wilson_rate",
 ]

@@ -17,14 +17,7 @@ from remove_refusals.types import PromptSet
 
 @dataclass(frozen=True)
 class EvaluationPrompts:
-    """What to measure on.
-
-    Attributes:
-        harmful: Requests that the base model is expected to refuse.
-        harmless: Requests of the same kind that are harmless.
-        alarming: Requests that only sound harmful; None leaves them out.
-        more: Further sets of harmless requests, under names of their own.
-    """
+    """What to measure on: harmful requests, harmless ones, such as only sound harmful, and further harmless sets."""
 
     harmful: PromptSet
     harmless: PromptSet

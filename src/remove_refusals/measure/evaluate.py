@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 
 from remove_refusals.errors import ModelError
 from remove_refusals.files import Journal
@@ -66,18 +67,10 @@ def evaluate(
 ) -> Evaluation:
     """Let both models answer the same prompts greedily, label the answers, and compare the models along the base's.
 
-    Both get the same token ids, rendered with the base model's tokenizer and chat format.
-
-    Args:
-        base: The base model.
-        edited: The edited model; it may be the same one, with the edit in `edited_context`.
-        prompts: The prompts.
-        settings: How to measure; the prompts and the judge that it names play no part.
-        edited_context: Entered around every run of the edited model, for example `lambda: ablated(model, …)`.
-        judge: What labels the answers; by default the phrase judge.
-        accuracies: How often the judge is right about each label; rates then also come corrected for its errors.
-        journal: Keeps the answers, so that a killed evaluation goes on; not those of a model edited in a context.
-        progress: Told how many runs of a prompt are done.
+    Both get the same token ids, in the base model's chat format. The edited model may be the base, with the edit in
+    `edited_context`, such as `lambda: ablated(model, …)`; the journal does not keep what is answered in there. The
+    judge is the phrase judge unless one is given: what the settings name is for `measuring_judge` and
+    `measuring_prompts`. With `accuracies`, rates also come corrected for the judge's errors.
     """
     judge, settings, journal = judge or PhraseJudge(), settings or MeasureSettings(), journal or Journal()
     _check_alike(base, edited)
@@ -93,17 +86,11 @@ def evaluate(
     for name, part in sets.items():
         ids = token_ids[name]
         both[name] = labelled(part, ids, before[name], judge), labelled(part, ids, after[name], judge)
+    asked = settings.model_dump(include={"max_new_tokens", "kl_tokens", "seed"})
     evaluation = Evaluation(
         base=base.source,
         edited=edited.source,
-        settings=HowMeasured(
-            judge=judge.name,
-            max_new_tokens=settings.max_new_tokens,
-            kl_tokens=settings.kl_tokens,
-            batch_size=base.batch_size,
-            chat=base.chat,
-            seed=settings.seed,
-        ),
+        settings=HowMeasured(judge=judge.name, batch_size=base.batch_size, chat=base.chat, **asked),
         sets=_sets(base, both, judge, accuracies or {}, settings.seed),
         rows=tuple(row for name, pair in both.items() for row in _rows(name, pair, judge.name)),
         judge_usage=None if (usage := getattr(judge, "usage", None)) is None else str(usage),
@@ -111,10 +98,10 @@ def evaluate(
     if "harmless" in both:
         damage = _damage(base, edited, both["harmless"], settings, edited_context, progress.after(2 * n))
         evaluation = evaluation.model_copy(update=damage)
-    if not settings.tasks:
-        return evaluation
-    tasks = run_tasks(base, edited, settings, edited_context=edited_context)
-    return evaluation.model_copy(update={"tasks": tasks})
+    if settings.tasks:
+        tasks = run_tasks(base, edited, settings, edited_context=edited_context)
+        evaluation = evaluation.model_copy(update={"tasks": tasks})
+    return evaluation
 
 
 def _check_alike(base: LoadedModel, edited: LoadedModel) -> None:
@@ -177,9 +164,10 @@ def _sets(
         # What the judge does not know of is not measured, which is not the same as none.
         del looked_for["deflections"]
     tests = {
-        (name, kind): _tested(first.flags(label), second.flags(label))
+        (name, kind): test
         for name, (first, second) in both.items()
         for kind, label in looked_for.items()
+        if (test := mcnemar(first.flags(label), second.flags(label))) is not None
     }
     adjusted = dict(zip(tests, holm([test.p_value for test in tests.values()]), strict=True))
     found = {}
@@ -199,12 +187,6 @@ def _sets(
             thinking=thinking or None,
         )
     return found
-
-
-def _tested(first: Sequence[bool], second: Sequence[bool]) -> McNemar:
-    test = mcnemar(first, second)
-    assert test is not None  # the set has prompts
-    return test
 
 
 def _paired(both: Both, label: Label, test: McNemar, adjusted: float, accuracies: Accuracies) -> PairedRate:
@@ -238,11 +220,10 @@ def _by_length(loaded: LoadedModel, both: Both, judge: Judge) -> RefusalsByLengt
     for part in both:
         found: dict[int, Answered] = {}
         for length in tokens:
-            # As the answers would have been if they had been cut off there.
             cut = [answer.token_ids[:length] for answer in part.answers]
             texts = [loaded.tokenizer.decode(ids, skip_special_tokens=True) for ids in cut]
-            answers = [Answer(text=text, token_ids=ids, finished=False) for text, ids in zip(texts, cut, strict=True)]
-            found[length] = labelled(part.prompts, part.token_ids, answers, judge)
+            judged = judge.judge(part.prompts.prompts, texts)
+            found[length] = replace(part, labels=tuple(one.label for one in judged))
         rates.append(tuple(answered.rate(Label.REFUSAL) for answered in found.values()))
         settled = settled and has_settled(found[max(1, longest // 2)].labels, found[longest].labels)
     return RefusalsByLength(tokens=tokens, base=rates[0], edited=rates[1], stable=settled)
@@ -315,13 +296,7 @@ def _distance(distances: Sequence[PromptDistance], prompts: PromptSet, seed: int
     return Distance(first_token=first, mean=mean, p95=p95, by_token=means_by_token(along, seed=seed))
 
 
-KL_LIMIT = 1.0
-
-
-DEGENERATE_LIMIT = 0.05
-
-
-PERPLEXITY_LIMIT = 2.0
+KL_LIMIT, DEGENERATE_LIMIT, PERPLEXITY_LIMIT = 1.0, 0.05, 2.0
 
 
 def warnings(evaluation: Evaluation) -> tuple[str, ...]:

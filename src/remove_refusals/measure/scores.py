@@ -27,13 +27,9 @@ Which = Literal["base", "edited"]
 
 
 class Response(Record):
-    """One answer of one model, a row of `rows.jsonl`.
+    """One answer of one model, a row of `rows.jsonl`; one that is not finished was cut off.
 
-    Attributes:
-        set: The name of the prompt set.
-        prompt_id: The first 16 hex digits of the prompt's SHA-256 in UTF-8.
-        n_tokens: How many tokens the answer has, the end token included.
-        finished: Whether it ended by itself; otherwise it was cut off.
+    The prompt's id is the first 16 hex digits of its SHA-256 in UTF-8; the end token counts.
     """
 
     set: str
@@ -50,11 +46,8 @@ class Response(Record):
 class PairedRate(Record):
     """How often one label was given to the answers of both models to the same prompts.
 
-    Attributes:
-        mcnemar: The paired test; its `only_first` is what only the base model has.
-        verdict: Whether the edited model's rate is higher or lower, or the data cannot say.
-        adjusted_p: The p-value after Holm's correction for all such comparisons of the evaluation, which decides.
-        corrected: The rates corrected for the judge's errors, if the judge was calibrated.
+    The verdict on the edited model's rate is by the p-value after Holm's correction for all such comparisons of the
+    evaluation; rates are corrected for the judge's errors if the judge was calibrated.
     """
 
     base: Rate
@@ -95,13 +88,8 @@ class Thinking(Record):
 class SetScores(Record):
     """What was found on one prompt set.
 
-    Attributes:
-        refusals: Answers that refuse; on harmless prompts they are false refusals.
-        degenerate: Answers that are none: empty, or caught in a loop.
-        deflections: Answers to something else, if the judge looks for them.
-        flipped: The prompts on which the models differ in refusing.
-        by_length: The refusals as a function of the answers' length, unless the judge is too dear to ask so often.
-        thinking: For those models that think aloud.
+    Deflections are there if the judge looks for them, refusals by length unless it is too dear to ask so often, and
+    thinking for those models that think aloud.
     """
 
     refusals: PairedRate
@@ -147,11 +135,9 @@ class Perplexities(Record):
 
 
 class Agreement(Record):
-    """How far the greedy answers of both models to the harmless prompts that the base answered are the same.
+    """Of the greedy answers of both models to harmless prompts that the base answered, how far they are the same.
 
-    Attributes:
-        identical: Answers that are the same to the last token.
-        common_prefix: How much of the longer answer is the same from the start on; mean over prompts.
+    That is how many are the same to the last token, and how much of the longer one is the same from the start on.
     """
 
     identical: Rate
@@ -172,7 +158,7 @@ class TaskScore(Record):
 
 
 class HowMeasured(Record):
-    """How it was measured."""
+    """What an evaluation was measured with."""
 
     judge: str
     max_new_tokens: int = Field(ge=1)

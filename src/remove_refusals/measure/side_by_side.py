@@ -2,14 +2,13 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from remove_refusals.errors import PromptError
 from remove_refusals.files import Record
 from remove_refusals.measure.judges.labels import Label
 from remove_refusals.measure.scores import Agreement, Distances, Evaluation, Perplexities, Which
-from remove_refusals.measure.statistics import Rate, Verdict, holm, paired_rates, verdict, wilson_rate
+from remove_refusals.measure.statistics import Difference, Rate, holm, paired_rates, verdict, wilson_rate
 from remove_refusals.types import PromptSet
 
 BASE = "base"
@@ -19,7 +18,11 @@ Key = tuple[str, str]
 """The name of a prompt set and a prompt's id."""
 
 
-class Difference(Record):
+Labels = Mapping[Key, Label]
+"""What the judge called one model's answer to each prompt."""
+
+
+class RateDifference(Difference):
     """The second model's rate of a label less the first's, with Newcombe's interval.
 
     The p-value is that of the exact McNemar test after Holm's correction for all comparisons of the table.
@@ -29,11 +32,7 @@ class Difference(Record):
     second: str
     prompt_set: str
     label: Label
-    value: float
-    low: float
-    high: float
     adjusted_p: float
-    verdict: Verdict
 
 
 class LabelRates(Record):
@@ -59,42 +58,33 @@ class SideBySide(Record):
     judge: str
     rates: tuple[LabelRates, ...]
     damage: dict[str, Damage]
-    differences: tuple[Difference, ...]
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """What the judge called one model's answer to each prompt."""
-
-    name: str
-    labels: Mapping[Key, Label]
+    differences: tuple[RateDifference, ...]
 
 
 def side_by_side(directories: Sequence[Path]) -> SideBySide:
     """Put models into one table, from what `run` and `evaluate` leave: one base model, measured in the same way."""
     names = _names(directories)
     read = [Evaluation.load(directory, error=PromptError) for directory in directories]
-    bases, edited = (
-        [_measured(*each, which) for each in zip(read, names, directories, strict=True)] for which in ("base", "edited")
-    )
-    for other, directory in zip(bases[1:], directories[1:], strict=True):
-        _check_alike(bases[0], other, directories[0], directory)
+    labels = [_labels(each, directory) for each, directory in zip(read, directories, strict=True)]
+    for (other, _), directory in zip(labels[1:], directories[1:], strict=True):
+        _check_alike(labels[0][0], other, directories[0], directory)
     judges = {each.settings.judge for each in read}
     if len(judges) > 1:
         raise PromptError(
             f"The answers were labelled by different judges ({', '.join(sorted(judges))}), expected one; evaluate "
             "again with the same --judge."
         )
-    models, texts = [bases[0], *edited], {(row.set, row.prompt_id): row.prompt for row in read[0].rows}
-    counted = _counted(models)
-    rates = [
-        LabelRates(set=name, label=label, models={model.name: _rate(model, name, label, texts) for model in models})
-        for name, label in counted
-    ]
+    models = {BASE: labels[0][0], **{name: edited for name, (_, edited) in zip(names, labels, strict=True)}}
+    texts, counted = {(row.set, row.prompt_id): row.prompt for row in read[0].rows}, _counted(models)
     return SideBySide(
-        models=tuple(model.name for model in models),
+        models=tuple(models),
         judge=judges.pop(),
-        rates=tuple(rates),
+        rates=tuple(
+            LabelRates(
+                set=name, label=label, models={model: _rate(own, name, label, texts) for model, own in models.items()}
+            )
+            for name, label in counted
+        ),
         damage={
             name: Damage(kl=each.kl, perplexity=each.perplexity, agreement=each.agreement)
             for name, each in zip(names, read, strict=True)
@@ -104,17 +94,18 @@ def side_by_side(directories: Sequence[Path]) -> SideBySide:
 
 
 def _names(directories: Sequence[Path]) -> list[str]:
-    """The last parts of the paths, with more of them where two are the same."""
+    """The last parts of the paths, or the paths where two are the same or one is called like the base."""
     names = [directory.resolve().name for directory in directories]
-    if len(set(names)) < len(names):
-        names = [str(directory) for directory in directories]
+    if len({BASE, *names}) <= len(names):
+        names = [str(directory.resolve()) for directory in directories]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise PromptError(f"The directory {twice} is named twice, expected different ones; name it once.")
     return names
 
 
-def _measured(evaluation: Evaluation, name: str, directory: Path, which: Which) -> _Measured:
+def _labels(evaluation: Evaluation, directory: Path) -> tuple[Labels, Labels]:
+    """Give the labels of the base's answers and of the edited model's."""
     labels: dict[Which, dict[Key, Label]] = {"base": {}, "edited": {}}
     for row in evaluation.rows:
         labels[row.model][row.set, row.prompt_id] = row.label
@@ -123,47 +114,46 @@ def _measured(evaluation: Evaluation, name: str, directory: Path, which: Which) 
             f"The file {directory / 'rows.jsonl'} does not hold one answer of each model to each prompt, expected as "
             "many of base as of edited; evaluate the model again."
         )
-    return _Measured(BASE if which == "base" else name, labels[which])
+    return labels["base"], labels["edited"]
 
 
-def _check_alike(first: _Measured, second: _Measured, where: Path, other: Path) -> None:
-    if first.labels.keys() != second.labels.keys():
-        apart = len(first.labels.keys() ^ second.labels.keys())
+def _check_alike(first: Labels, second: Labels, where: Path, other: Path) -> None:
+    if first.keys() != second.keys():
         raise PromptError(
-            f"The prompts of {where} and {other} differ in {apart} places, expected the same; evaluate both with the "
-            "same prompts."
+            f"The prompts of {where} and {other} differ in {len(first.keys() ^ second.keys())} places, expected the "
+            "same; evaluate both with the same prompts."
         )
-    differing = sum(first.labels[key] is not second.labels[key] for key in first.labels)
+    differing = sum(first[key] is not second[key] for key in first)
     if differing:
         raise PromptError(
-            f"The base models of {where} and {other} got different labels on {differing} of {len(first.labels)} "
-            "prompts, expected one base model, measured in the same way; evaluate both with the same base and settings."
+            f"The base models of {where} and {other} got different labels on {differing} of {len(first)} prompts, "
+            "expected one base model, measured in the same way; evaluate both with the same base and settings."
         )
 
 
-def _counted(models: Sequence[_Measured]) -> list[tuple[str, Label]]:
+def _counted(models: Mapping[str, Labels]) -> list[tuple[str, Label]]:
     """Give what is counted: refusals of every set, and the other failures where any model has one."""
-    sets = list(dict.fromkeys(name for name, _ in models[0].labels))
-    there = {(name, label) for model in models for (name, _), label in model.labels.items()}
+    sets = list(dict.fromkeys(name for name, _ in models[BASE]))
+    there = {(name, label) for labels in models.values() for (name, _), label in labels.items()}
     there |= {(name, Label.REFUSAL) for name in sets}
     failures = (Label.REFUSAL, Label.DEFLECTION, Label.DEGENERATE)
     return [(name, label) for label in failures for name in sets if (name, label) in there]
 
 
-def _rate(model: _Measured, prompt_set: str, label: Label, texts: Mapping[Key, str]) -> Rate:
-    found = [own is label for (name, _), own in model.labels.items() if name == prompt_set]
-    prompts = tuple(texts[key] for key in model.labels if key[0] == prompt_set)
-    rate = wilson_rate(sum(found), len(found), PromptSet(prompt_set, prompts, "").sha256)
+def _rate(labels: Labels, prompt_set: str, label: Label, texts: Mapping[Key, str]) -> Rate:
+    keys = [key for key in labels if key[0] == prompt_set]
+    sha = PromptSet(prompt_set, tuple(texts[key] for key in keys), "").sha256
+    rate = wilson_rate(sum(labels[key] is label for key in keys), len(keys), sha)
     assert rate is not None  # the set has prompts
     return rate
 
 
-def _differences(models: Sequence[_Measured], counted: Sequence[tuple[str, Label]]) -> tuple[Difference, ...]:
+def _differences(models: Mapping[str, Labels], counted: Sequence[tuple[str, Label]]) -> tuple[RateDifference, ...]:
     asked, found = [], []
     for name, label in counted:
         # In the order of the first model's prompts, so that pairs are pairs.
-        keys = [key for key in models[0].labels if key[0] == name]
-        flags = {model.name: [model.labels[key] is label for key in keys] for model in models}
+        keys = [key for key in models[BASE] if key[0] == name]
+        flags = {model: [labels[key] is label for key in keys] for model, labels in models.items()}
         for first, second in itertools.combinations(flags, 2) if label is not Label.DEFLECTION else ():
             difference = paired_rates(flags[first], flags[second])
             assert difference is not None  # the set has prompts
@@ -171,14 +161,12 @@ def _differences(models: Sequence[_Measured], counted: Sequence[tuple[str, Label
             found.append(difference)
     adjusted = holm([difference.test.p_value for difference in found])
     return tuple(
-        Difference(
+        RateDifference(
+            **difference.model_dump(include={"value", "low", "high", "n"}),
             first=first,
             second=second,
             prompt_set=name,
             label=label,
-            value=difference.value,
-            low=difference.low,
-            high=difference.high,
             adjusted_p=p_value,
             verdict=verdict(difference.test, p_value),
         )

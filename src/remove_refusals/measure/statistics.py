@@ -12,24 +12,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from pydantic import Field
+from scipy.stats import binomtest, bootstrap, permutation_test
 
 from remove_refusals.errors import JudgeError, NumericalError
 from remove_refusals.files import Record
 
 N_RESAMPLES = 2000
-
-
 _BATCH = 100
 """So many resamples are held at once: a task may have ten thousand samples."""
 
 
 SIGNIFICANCE = 0.05
-
-
 _FEWEST_PAIRS = 6
 """With five pairs even an unanimous sign test has p = 0.0625: fewer than six can decide nothing."""
-
-
 _Z = 1.959963984540054
 """The 97.5% quantile of the normal distribution."""
 
@@ -108,29 +103,28 @@ class McNemar(Record):
     n: int
 
 
-class PairedDifference(Estimate):
-    """The mean of second minus first over pairs; the p-value is two-sided, of flipped signs."""
+class Difference(Estimate):
+    """The second of two minus the first, over pairs."""
+
+    verdict: Verdict
+
+    @property
+    def decided(self) -> bool:
+        """Whether the data support a difference."""
+        return self.verdict is not Verdict.UNDECIDED
+
+
+class PairedDifference(Difference):
+    """Of means; the p-value is two-sided, of flipped signs."""
 
     p_value: float
     seed: int
-    verdict: Verdict
-
-    @property
-    def decided(self) -> bool:
-        """Whether the data support a difference."""
-        return self.verdict is not Verdict.UNDECIDED
 
 
-class PairedRateDifference(Estimate):
-    """The share of second minus the share of first over pairs of yes and no, with Newcombe's interval."""
+class PairedRateDifference(Difference):
+    """Of the shares of yes, with Newcombe's interval."""
 
     test: McNemar
-    verdict: Verdict
-
-    @property
-    def decided(self) -> bool:
-        """Whether the data support a difference."""
-        return self.verdict is not Verdict.UNDECIDED
 
 
 @dataclass(frozen=True)
@@ -159,9 +153,6 @@ def wilson_rate(count: int, n: int, prompts_sha256: str) -> Rate | None:
     """Compute a rate with its Wilson score interval (Wilson 1927); None of no prompts."""
     if n == 0:
         return None
-    # SciPy takes a third of a second to import, which editing a checkpoint need not wait for.
-    from scipy.stats import binomtest
-
     interval = binomtest(count, n).proportion_ci(confidence_level=0.95, method="wilson")
     # At 0 and n the bound is exact, and rounding must not put the rate outside of its interval.
     low, high = min(float(interval.low), count / n), max(float(interval.high), count / n)
@@ -175,8 +166,6 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> McNemar | None:
     """
     if not first and not second:
         return None
-    from scipy.stats import binomtest
-
     pairs = list(zip(first, second, strict=True))
     only_first = sum(a and not b for a, b in pairs)
     only_second = sum(b and not a for a, b in pairs)
@@ -189,9 +178,7 @@ def mean_with_interval(values: Sequence[float], prompts_sha256: str, *, seed: in
     """Compute a mean over prompts and its percentile bootstrap interval (Efron 1979); None of no values."""
     if not values:
         return None
-    array = _finite(values)
-    low, high = _bootstrap(np.mean, array, seed=seed)
-    return Mean(value=float(array.mean()), low=low, high=high, n=len(array), seed=seed, prompts_sha256=prompts_sha256)
+    return Mean(**_bootstrap(np.mean, _finite(values), seed=seed), seed=seed, prompts_sha256=prompts_sha256)
 
 
 def means_by_token(values: Sequence[Sequence[float]], *, seed: int = 0) -> tuple[TokenMean, ...]:
@@ -199,9 +186,8 @@ def means_by_token(values: Sequence[Sequence[float]], *, seed: int = 0) -> tuple
     longest = max(map(len, values), default=0)
     columns = (_finite([row[place] for row in values if place < len(row)]) for place in range(longest))
     return tuple(
-        TokenMean(token=place, value=float(column.mean()), low=low, high=high, n=len(column))
+        TokenMean(token=place, **_bootstrap(np.mean, column, seed=seed))
         for place, column in enumerate(columns, start=1)
-        for low, high in [_bootstrap(np.mean, column, seed=seed)]
     )
 
 
@@ -210,23 +196,19 @@ def perplexity(
 ) -> Perplexity | None:
     """Compute `exp(sum of negative log-likelihoods / number of tokens)` with its bootstrap interval over prompts.
 
-    Args:
-        negative_log_likelihoods: For each prompt the sum over its answer's tokens, natural logarithm.
-        n_tokens: For each prompt the number of those tokens, at least 1.
-        prompts_sha256: The prompts' hash.
-        seed: The seed of the resamples.
+    Both are given for each prompt: the sum over its answer's tokens, in nats, and how many these are.
     """
     if not negative_log_likelihoods:
         return None
     sums, counts = _finite(negative_log_likelihoods), np.asarray(n_tokens, dtype=np.float64)
-    mean = float(sums.sum() / counts.sum())
-    low, high = _bootstrap(lambda some, many, axis: some.sum(axis) / many.sum(axis), sums, counts, seed=seed)
-    if max(mean, high) > 700:
+    found = _bootstrap(lambda some, many, axis: some.sum(axis) / many.sum(axis), sums, counts, seed=seed)
+    if max(found["value"], found["high"]) > 700:
         raise NumericalError(
-            f"The mean negative log-likelihood of a token is {mean:.0f}, expected at most 700; the model is destroyed."
+            f"The mean negative log-likelihood of a token is {found['value']:.0f}, expected at most 700; the model is "
+            "destroyed."
         )
-    ends = {"value": math.exp(mean), "low": math.exp(low), "high": math.exp(high)}
-    return Perplexity(**ends, n=len(sums), seed=seed, prompts_sha256=prompts_sha256, n_tokens=int(counts.sum()))
+    found |= {name: math.exp(found[name]) for name in ("value", "low", "high")}
+    return Perplexity(**found, seed=seed, prompts_sha256=prompts_sha256, n_tokens=int(counts.sum()))
 
 
 def token_quantile(
@@ -252,18 +234,8 @@ def token_quantile(
         return float(flat[int(np.searchsorted(cumulated, share * cumulated[-1] * (1 - 1e-12)))])
 
     everyone = np.arange(len(values))
-    low, high = _bootstrap(lambda chosen, axis: np.apply_along_axis(of, axis, chosen), everyone, seed=seed)
-    n_tokens = len(flat)
-    return Quantile(
-        share=share,
-        value=of(everyone),
-        low=low,
-        high=high,
-        n=len(values),
-        n_tokens=n_tokens,
-        seed=seed,
-        prompts_sha256=prompts_sha256,
-    )
+    found = _bootstrap(lambda chosen, axis: np.apply_along_axis(of, axis, chosen), everyone, seed=seed)
+    return Quantile(**found, share=share, n_tokens=len(flat), seed=seed, prompts_sha256=prompts_sha256)
 
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> float:
@@ -288,19 +260,14 @@ def paired_difference(first: Sequence[float], second: Sequence[float], *, seed: 
         )
     if not first:
         return None
-    from scipy.stats import permutation_test
-
     differences = _finite(second) - _finite(first)
-    n, value = len(differences), float(differences.mean())
-    low, high = _bootstrap(np.mean, differences, seed=seed)
-    options: dict[str, Any] = {"permutation_type": "samples", "n_resamples": N_RESAMPLES, "batch": _BATCH}
-    p_value = 1.0
-    if n > 1:
+    found, p_value = _bootstrap(np.mean, differences, seed=seed), 1.0
+    if len(differences) > 1:
+        options: dict[str, Any] = {"permutation_type": "samples", "n_resamples": N_RESAMPLES, "batch": _BATCH}
         random = np.random.default_rng(seed)
         p_value = float(permutation_test((differences,), np.mean, **options, rng=random).pvalue)
-    decided = n >= _FEWEST_PAIRS and p_value <= SIGNIFICANCE and not low <= 0 <= high
-    said = _direction(value, decided=decided)
-    return PairedDifference(value=value, low=low, high=high, p_value=p_value, n=n, seed=seed, verdict=said)
+    decided = found["n"] >= _FEWEST_PAIRS and p_value <= SIGNIFICANCE and not found["low"] <= 0 <= found["high"]
+    return PairedDifference(**found, p_value=p_value, seed=seed, verdict=_direction(found["value"], decided=decided))
 
 
 def paired_rates(first: Sequence[bool], second: Sequence[bool]) -> PairedRateDifference | None:
@@ -365,14 +332,8 @@ def rogan_gladen(count: int, n: int, accuracy: JudgeAccuracy) -> CorrectedRate |
     the middle (as Agresti and Coull do for `p`, and by one success and one failure for `Se` and `Sp`), the variances of
     the three add up by the delta method, and the midpoint is shifted for the skew. All are clamped to 0 and 1.
 
-    Args:
-        count: To how many answers the judge gave the label.
-        n: How many answers there are.
-        accuracy: How often the judge is right about that label; what it was measured on must not be these answers.
-
-    Returns:
-        The corrected rate; None if there are no answers, if the calibration lacks answers with or without the label,
-        or if the judge does no better than chance (`Se + Sp <= 1`), so that the rate says nothing.
+    The accuracy must not be that on these answers. There is none if there are no answers, if the calibration lacks
+    answers with or without the label, or if the judge does no better than chance (`Se + Sp <= 1`).
     """
     if n == 0 or accuracy.positives == 0 or accuracy.negatives == 0:
         return None
@@ -413,14 +374,15 @@ def _finite(values: Sequence[float]) -> npt.NDArray[np.float64]:
     return array
 
 
-def _bootstrap(statistic: Callable[..., Any], *samples: npt.NDArray[Any], seed: int) -> tuple[float, float]:
-    """Give the percentile interval over prompts; `samples` belong together, and `statistic` takes an axis."""
-    if len(samples[0]) == 1:
-        value = float(statistic(*samples, axis=0))
-        return value, value
-    from scipy.stats import bootstrap
+def _bootstrap(statistic: Callable[..., Any], *samples: npt.NDArray[Any], seed: int) -> dict[str, Any]:
+    """Give the fields of an `Estimate` with the percentile interval over prompts.
 
-    options: dict[str, Any] = {"paired": True, "vectorized": True, "method": "percentile", "batch": _BATCH}
-    random = np.random.default_rng(seed)
-    interval = bootstrap(samples, statistic, n_resamples=N_RESAMPLES, rng=random, **options).confidence_interval
-    return float(interval.low), float(interval.high)
+    The samples belong together, and the statistic takes an axis.
+    """
+    n, value = len(samples[0]), float(statistic(*samples, axis=0))
+    low = high = value
+    if n > 1:
+        options: dict[str, Any] = {"paired": True, "vectorized": True, "method": "percentile", "batch": _BATCH}
+        random = np.random.default_rng(seed)
+        low, high = bootstrap(samples, statistic, n_resamples=N_RESAMPLES, rng=random, **options).confidence_interval
+    return {"value": value, "low": float(low), "high": float(high), "n": n}

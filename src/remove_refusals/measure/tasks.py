@@ -100,13 +100,10 @@ def _by_metric(samples: Sequence[Mapping[str, Any]]) -> dict[str, dict[tuple[int
 @contextmanager
 def _quietly() -> Iterator[None]:
     """Keep the package's progress bars and warnings off the screen; errors are raised all the same."""
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         with redirect_stderr(io.StringIO()):
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)
