@@ -14,9 +14,9 @@ from remove_refusals.models.batches import (
     accepts,
     check_prompts,
     contiguous_head,
+    in_batches,
     left_padded,
     longest_first,
-    with_backoff,
 )
 from remove_refusals.models.generate import answer_logits, generate, stream
 from remove_refusals.models.load import LoadedModel
@@ -30,6 +30,9 @@ TEXTS = (
     "Why?",
     "A longer prompt than the others are, by far.",
 )
+
+
+MODEL = tiny.llama()
 
 
 def loaded_model(model: PreTrainedModel) -> LoadedModel:
@@ -105,7 +108,7 @@ def test_backoff_covers_every_item_once_in_order(n: int, size: int, room: int) -
             raise torch.cuda.OutOfMemoryError("no room")
         return sum(batch)
 
-    done = list(with_backoff(function, list(range(n)), size))
+    done = list(in_batches(loaded_model(MODEL), [1] * n, function, most=size))
     assert [item for batch, _ in done for item in batch] == list(range(n))
     assert all(result == sum(batch) and len(batch) <= room for batch, result in done)
 
@@ -118,7 +121,7 @@ def test_backoff_gives_up_with_one_prompt_and_knows_real_memory_errors() -> None
         return torch.empty(2**58, dtype=torch.uint8)  # more than any machine has: PyTorch's own error
 
     with pytest.raises(ModelError, match="batch of 1"):
-        list(with_backoff(function, [1, 2, 3, 4], 4))
+        list(in_batches(loaded_model(MODEL), [1] * 4, function, most=4))
     assert calls == [4, 2, 1]
 
 
@@ -127,7 +130,7 @@ def test_backoff_passes_other_errors_on() -> None:
         raise RuntimeError("shapes do not match")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        list(with_backoff(function, [1, 2], 2))
+        list(in_batches(loaded_model(MODEL), [1] * 2, function, most=2))
 
 
 def test_greedy_answers_do_not_depend_on_batch_size_or_padding(loaded: LoadedModel, prompts: list[list[int]]) -> None:

@@ -12,7 +12,6 @@ from remove_refusals.errors import ModelError, PromptError
 from remove_refusals.models.load import LoadedModel
 from remove_refusals.progress import SILENT, Progress
 
-T = TypeVar("T")
 R = TypeVar("R")
 
 _FIRST_BATCH_SIZE, _FIRST_BATCH_SIZE_ELSEWHERE = {"cuda": 128}, 32
@@ -71,51 +70,24 @@ def in_batches(
     Args:
         loaded: The model; its batch size, if it has one, is that of the forward passes.
         lengths: The prompts' numbers of tokens.
-        run: Given the indices of some prompts, gives what is wanted of them.
+        run: Given the indices of some prompts, gives what is wanted of them; when memory runs out it leaves nothing.
         most: How many prompts make a batch; by default as many as keep the device busy and waste little on padding.
         progress: Told how many prompts are done.
 
     Yields:
         The indices of each batch with what it gave; every prompt is in one batch.
     """
-    size = most or loaded.batch_size
-
-    def fitting(indices: Sequence[int]) -> int:
-        return size or fitting_pass(loaded, [lengths[index] for index in indices])
-
-    done = 0
-    for indices, result in with_backoff(run, longest_first(lengths), size or MOST_PROMPTS, fitting=fitting):
-        yield indices, result
-        done += len(indices)
-        progress.done(done)
-
-
-def in_order(batches: Iterable[tuple[Sequence[int], Sequence[R]]]) -> list[R]:
-    """Put what `in_batches` gave, a result for each prompt, into the order of the prompts."""
-    found = {index: one for indices, results in batches for index, one in zip(indices, results, strict=True)}
-    return [found[index] for index in range(len(found))]
-
-
-def with_backoff(
-    function: Callable[[Sequence[T]], R],
-    items: Sequence[T],
-    batch_size: int,
-    *,
-    fitting: Callable[[Sequence[T]], int] = len,
-) -> Iterator[tuple[Sequence[T], R]]:
-    """Run a function over batches; when memory runs out, halve the batch size and go on from where it failed.
-
-    Given the next items, `fitting` says how many of them, at least 1, make a batch. Each batch is given with its
-    result, in order; a call that runs out of memory must leave nothing behind.
-    """
-    start, size = 0, max(1, batch_size)
-    while start < len(items):
-        batch = items[start : start + size]
-        batch = batch[: fitting(batch)]
-        result = _unless_out_of_memory(function, batch)
+    order, asked = longest_first(lengths), most or loaded.batch_size
+    done, size = 0, asked or MOST_PROMPTS
+    while done < len(order):
+        batch = order[done : done + size]
+        if asked is None:
+            batch = batch[: fitting_pass(loaded, [lengths[index] for index in batch])]
+        result = _unless_out_of_memory(run, batch)
         if result is not None:
             yield batch, result[0]
-            start += len(batch)
+            done += len(batch)
+            progress.done(done)
         elif len(batch) == 1:
             raise ModelError(
                 "Memory ran out with a batch of 1 prompt, expected room for it; use shorter prompts, a smaller data "
@@ -123,6 +95,12 @@ def with_backoff(
             )
         else:
             size = len(batch) // 2
+
+
+def in_order(batches: Iterable[tuple[Sequence[int], Sequence[R]]]) -> list[R]:
+    """Put what `in_batches` gave, a result for each prompt, into the order of the prompts."""
+    found = {index: one for indices, results in batches for index, one in zip(indices, results, strict=True)}
+    return [found[index] for index in range(len(found))]
 
 
 def first_batch_size(loaded: LoadedModel) -> int:
@@ -214,7 +192,7 @@ def contiguous_head(loaded: LoadedModel) -> AbstractContextManager[None]:
     return nullcontext() if head is None else hooked(head, before=[("", contiguous)])
 
 
-def _unless_out_of_memory(function: Callable[[Sequence[T]], R], batch: Sequence[T]) -> tuple[R] | None:
+def _unless_out_of_memory(function: Callable[[Sequence[int]], R], batch: Sequence[int]) -> tuple[R] | None:
     """Run a batch; return its result in a tuple, or None when memory ran out, with what it held given back."""
     try:
         return (function(batch),)
