@@ -319,3 +319,4 @@ def test_what_is_no_model_in_memory_is_said(saved: Path) -> None:
     assert "Linear" in refused(torch.nn.Linear(2, 2), tokenizer=tiny.tokenizer())
     assert "is a NoneType" in refused(tiny.llama())
     assert "option device" in refused(tiny.llama(), tokenizer=tiny.tokenizer(), device="cpu")
+    assert "option devise" in refused(saved, devise="cpu")

@@ -196,20 +196,19 @@ class Knowledge:
 
     def united(self, *values: Any) -> Terms | None:
         """Give the terms of a collection of values; None if no parameter has reached any of them."""
-        floats = [tensor for tensor in tensors_in(values) if tensor.is_floating_point()]
-        found = [self.terms(tensor) for tensor in floats]
-        if all(terms is None for terms in found):
-            return None
-        return self.summed(*(frozenset({CONSTANT}) if terms is None else terms for terms in found))
+        return self.summed(*(self.terms(tensor) for tensor in tensors_in(values) if tensor.is_floating_point()))
 
-    def summed(self, *parts: Terms) -> Terms:
-        """Give the terms of a sum.
+    def summed(self, *parts: Terms | None) -> Terms | None:
+        """Give the terms of a sum, in which what no parameter has reached is a constant; None if that is all.
 
         What passed through a depthwise convolution is joined with the same that passed beside it. Anything else that is
         there twice, behind different steps, becomes opaque: no one edit is right for both.
         """
-        whole: Terms = frozenset().union(*parts)
-        if any(part == whole for part in parts):
+        if all(part is None for part in parts):
+            return None
+        known_parts = [frozenset({CONSTANT}) if part is None else part for part in parts]
+        whole: Terms = frozenset().union(*known_parts)
+        if whole in known_parts:
             return whole
         chosen: dict[tuple[str, int | None, int], Term] = {}
         for term in sorted(whole, key=lambda term: len(term.steps)):

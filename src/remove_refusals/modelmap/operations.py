@@ -167,8 +167,7 @@ def _add(known: Knowledge, args: Sequence[Any]) -> Terms | None:
     found = [known.terms(value) for value in args[:2]]
     if found == [None, None]:
         return None
-    pairs = zip(args[:2], found, strict=True)
-    return known.summed(*(ZERO if _is_zero(value) else _or_constant(terms) for value, terms in pairs))
+    return known.summed(*(ZERO if _is_zero(value) else terms for value, terms in zip(args[:2], found, strict=True)))
 
 
 @_rule("sub")
@@ -215,8 +214,7 @@ def _divide(known: Knowledge, args: Sequence[Any]) -> Terms | None:
 
 @_rule("addcmul")
 def _add_product(known: Knowledge, args: Sequence[Any]) -> Terms | None:
-    parts = _multiply(known, args[1:3]), known.terms(args[0])
-    return None if parts == (None, None) else known.summed(*map(_or_constant, parts))
+    return known.summed(_multiply(known, args[1:3]), known.terms(args[0]))
 
 
 @_rule("where")

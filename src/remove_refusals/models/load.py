@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -107,7 +108,15 @@ def load(
             name: str(value) if isinstance(value, Path | torch.device | torch.dtype) else value
             for name, value in options.items()
         }
-        return load_model(str(source), LoadSettings(**named), chat, batch_size, tokenizer=tokenizer)
+        try:
+            settings = LoadSettings(**named)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ModelError(
+                f"The option {first['loc'][0]} of `load` is {first['input']!r} ({first['msg']}), expected values for "
+                f"{', '.join(LoadSettings.model_fields)}; correct it."
+            ) from error
+        return load_model(str(source), settings, chat=chat, batch_size=batch_size, tokenizer=tokenizer)
     if options:
         raise ModelError(
             f"The option {next(iter(options))} is given with a model that is in memory already, expected none; leave "
