@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from remove_refusals.directions.separation import separation
-from remove_refusals.measure.statistics import Mean, mcnemar, mean_with_interval, wilson_rate
+from remove_refusals.measure.statistics import Mean, mcnemar, mean_with_interval, verdict, wilson_rate
 from remove_refusals.report.records import AnalysisRecord
 from remove_refusals.types import Activations, PromptSet
 
@@ -56,12 +56,13 @@ def scores(answers: list[dict[str, object]]) -> dict[str, object]:
         }
         n = len(refused["base"])
         rates = {model: wilson_rate(sum(found), n, HASH).to_json() for model, found in refused.items()}
-        paired = {**rates, "mcnemar": mcnemar(refused["base"], refused["edited"]).to_json()}
+        test = mcnemar(refused["base"], refused["edited"])
+        compared = {"mcnemar": test.to_json(), "verdict": verdict(test)}
         ids = [row["prompt_id"] for row in answers if (row["set"], row["model"]) == (name, "base")]
         only_base = [key for key, was, now in zip(ids, *refused.values(), strict=True) if was and not now]
         sets[name] = {
-            "refusals": paired,
-            "degenerate": {"base": rates["edited"], "edited": rates["edited"], "mcnemar": paired["mcnemar"]},
+            "refusals": rates | compared,
+            "degenerate": {"base": rates["edited"], "edited": rates["edited"]} | compared,
             "flipped": {"only_base": only_base, "only_edited": []},
             "by_length": {
                 "tokens": [8, 32],
@@ -75,14 +76,15 @@ def scores(answers: list[dict[str, object]]) -> dict[str, object]:
         {"token": place, "value": 0.3 / place, "low": 0.2 / place, "high": 0.5 / place, "n": 3}
         for place in range(1, 33)
     ]
-    distance = {"first_token": mean, "mean": mean, "p95": mean, "by_token": tokens}
+    distance = {"first_token": mean, "mean": mean, "p95": mean | {"share": 0.95, "n_tokens": 9}, "by_token": tokens}
+    found = {"base": 12.5, "edited": 13.25}
     return {
         "base": "the-base",
         "edited": "the-edited",
         "settings": {"judge": "phrases", "max_new_tokens": 100, "kl_tokens": 32, "seed": 0},
         "sets": sets,
         "kl": {"harmless": distance, "harmless_answered": distance},
-        "perplexity": {"base": {**mean, "value": 12.5}, "edited": {**mean, "value": 13.25}},
+        "perplexity": {model: {**mean, "value": value, "n_tokens": 9} for model, value in found.items()},
         "agreement": {"identical": wilson_rate(1, 3, HASH).to_json(), "common_prefix": mean},
     }
 
@@ -112,7 +114,8 @@ def ablation(n_layers: int) -> dict[str, object]:
 
 def selection(n_candidates: int, n_layers: int) -> dict[str, object]:
     random = np.random.default_rng(0)
-    edits = strengths(n_layers)
+    # As an older version wrote it.
+    edits = [{"site" if key == "kind" else key: value for key, value in edit.items()} for edit in strengths(n_layers)]
     entries = [
         {
             "name": f"trial {number}",
@@ -145,6 +148,11 @@ def certificate(n_layers: int) -> dict[str, object]:
         "edited": [
             {
                 "name": f"model.layers.{edit['layer']}.{edit['kind']}.weight",
+                "parameter": f"model.layers.{edit['layer']}.{edit['kind']}.weight",
+                "kind": edit["kind"],
+                "layer": edit["layer"],
+                "error": 0.001,
+                "allowed": 0.002,
                 "strength": edit["strength"],
                 "share_left": 1 - edit["strength"] + 0.001,
                 "dtype": "bfloat16",
@@ -154,6 +162,7 @@ def certificate(n_layers: int) -> dict[str, object]:
         ],
         "left": {"model.embed_tokens.weight": "not selected"},
         "identical_tensors": 7,
+        "largest_component_at_layer_boundaries": [1e-5] * n_layers + [0.0023],
     }
 
 

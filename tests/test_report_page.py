@@ -115,6 +115,7 @@ def test_what_was_measured_is_there(page):
         "Refused by the base model alone: 3", "harmful test", "0123456789ab…",
     ):  # fmt: skip
         assert said in page.words, said
+    assert "At most 0.00230 of the residual stream's norm is along the direction at any layer's boundary." in page.words
     assert re.search(r"off the plan by at most 0\.1[01]%", page.words)
     assert "Not measured" not in page.words and "Not recorded" not in page.words
 
@@ -233,20 +234,19 @@ def test_corrected_rates_deflections_and_thinking_are_shown(directory):
     def newer(scores):
         part = scores["sets"]["harmful"]
         part["deflections"] = part["refusals"]
-        part["refusals"]["corrected"] = {"base": {"value": 0.87, "low": 0.61, "high": 0.97}}
+        part["refusals"]["corrected"] = {"base": {"value": 0.87, "low": 0.61, "high": 0.97, "n": 3, "n_calibration": 9}}
         part["refusals"] |= {"adjusted_p": 0.75, "verdict": "undecided"}
         thought = {"unfinished": part["refusals"]["edited"], "length": scores["kl"]["harmless"]["mean"]}
         mean = scores["kl"]["harmless"]["mean"]
-        scores["text"] = scores["perplexity"] | {"kl": mean}
-        task = {"task": "mine", "metric": "exact_match", "base": mean, "edited": mean, "difference": mean}
-        scores["tasks"] = [task | {"difference": mean | {"verdict": "undecided"}}]
+        numbers = {key: mean[key] for key in ("value", "low", "high", "n", "seed")}
+        difference = numbers | {"p_value": 0.5, "verdict": "undecided"}
+        task = {"task": "mine", "metric": "exact_match", "base": mean, "edited": mean, "difference": difference}
+        scores["tasks"] = [task]
         part["thinking"] = {"base": thought, "edited": thought}
 
     change(directory, "scores", newer)
     words = Page(html_report(directory)).words
     for said in (
-        "Perplexity of a text 12.5",
-        "Perplexity of a text, kl",
         "mine exact_match",
         "p = 0.25, p = 0.75 corrected",
     ):
@@ -283,19 +283,19 @@ def test_what_is_no_run_is_said_in_a_sentence(tmp_path, directory):
     with pytest.raises(RecordError, match=r"holds none of ablation\.json, scores\.json"):
         html_report(tmp_path / "empty")
     (directory / "selection.json").write_text("[1]")
-    with pytest.raises(RecordError, match=r"selection\.json holds a list"):
+    with pytest.raises(RecordError, match=r"selection\.json has at the top \[1\]"):
         html_report(directory)
     (directory / "selection.json").write_text('{"method": "auto"}')
-    with pytest.raises(RecordError, match=r"selection\.json has an unknown form \(KeyError: 'candidates'\)"):
+    with pytest.raises(RecordError, match=r"selection\.json has at rule .*Field required"):
         html_report(directory)
     (directory / "selection.json").unlink()
     for name, content in (("scores", {"sets": []}), ("ablation", {"base": "mine"})):
         (directory / f"{name}.json").write_text(json.dumps(content))
-        with pytest.raises(RecordError, match=rf"{name}\.json has an unknown form"):
+        with pytest.raises(RecordError, match=rf"{name}\.json has at \w+ .*expected what this version writes"):
             html_report(directory)
         (directory / f"{name}.json").unlink()
     (directory / "rows.jsonl").write_text('{"set": 1}\n[]\n')
-    with pytest.raises(RecordError, match="line 2 is a list"):
+    with pytest.raises(RecordError, match="row 1, has at set 1"):
         html_report(directory)
 
 

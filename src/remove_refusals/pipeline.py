@@ -40,8 +40,6 @@ from remove_refusals.report import (
     BaseRecord,
     PromptsRecord,
     model_card,
-    table,
-    table_key,
     write_html_report,
 )
 from remove_refusals.search import CANDIDATES, SearchPrompts, Selection, save_candidates, select, split_for_search
@@ -178,7 +176,7 @@ def _run_into(
         "settings": settings.record(),
         "prompts": _prompt_records(used, prompts),
         "selection": None if selection is None else selection.summary(),
-        "scores": evaluation.to_json(),
+        "scores": evaluation,
         "warnings": notes,
     }
     record = baked.record.model_copy(update=more)
@@ -198,7 +196,7 @@ def _write_records(
         selection.record().write(directory / "selection.json")
         save_candidates(_kept(selection), directory / CANDIDATES)
     evaluation.save(directory)
-    card = model_card(record, table(evaluation), table_key(evaluation), baked.certificate)
+    card = model_card(record, baked.certificate)
     (directory / "README.md").write_text(card, encoding="utf-8")
 
 

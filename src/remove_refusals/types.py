@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
-from pydantic import Field, PlainSerializer
+from pydantic import AliasChoices, Field, PlainSerializer
 
 from remove_refusals.errors import DirectionError
 from remove_refusals.files import Record
@@ -128,7 +128,8 @@ class Direction:
 class SiteEdit(Record):
     """How much of which direction is taken out at the sites of one kind in one layer."""
 
-    kind: SiteKind
+    # What `selection.json` once called it.
+    kind: SiteKind = Field(validation_alias=AliasChoices("kind", "site"))
     layer: int | None = None
     """None for the embedding."""
     strength: float

@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import safetensors.torch
 import torch
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -25,7 +24,7 @@ from remove_refusals.directions import DIRECTIONS, EditPlan, PlanEntry, save_dir
 from remove_refusals.errors import ArchitectureError, ModelError
 from remove_refusals.files import atomic_directory
 from remove_refusals.modelmap import skeleton
-from remove_refusals.report import AblationRecord, AdapterRecord
+from remove_refusals.report import AblationRecord, AdapterRecord, adapter_card
 from remove_refusals.settings import Tied, Variant
 from remove_refusals.types import Intervention
 
@@ -84,15 +83,11 @@ def bake_lora(
         biases=sum(".lora_" not in name for name in adapter.tensors),
     )
     record = base.ablation(intervention, plan, adapter=about)
-    environment = Environment(
-        loader=PackageLoader("remove_refusals", "data"), undefined=StrictUndefined, keep_trailing_newline=True
-    )
     with atomic_directory(target, force=force) as directory:
         save_peft_adapter(adapter, directory)
         check_loads(base.model, directory)
         save_directions(intervention.directions, directory / DIRECTIONS)
-        card = environment.get_template("adapter_card.md.jinja").render(record=record)
-        (directory / "README.md").write_text(card, encoding="utf-8")
+        (directory / "README.md").write_text(adapter_card(record), encoding="utf-8")
         record.write(directory / "ablation.json")
     return Carried(target, plan, record)
 

@@ -12,11 +12,13 @@ from remove_refusals.measure.judges.calibration import (
 from remove_refusals.measure.judges.choose import make_judge, measuring_judge
 from remove_refusals.measure.judges.labels import Judge, Label
 from remove_refusals.measure.judges.phrases import PhraseJudge, judge_phrases
-from remove_refusals.measure.scores import Distance, Evaluation, PairedRate, Response, read_rows
+from remove_refusals.measure.scores import Distance, Evaluation, PairedRate, RefusalsByLength, Response, read_rows
 from remove_refusals.measure.side_by_side import Damage, SideBySide, side_by_side
 from remove_refusals.measure.statistics import (
+    Estimate,
     Mean,
     Rate,
+    TokenMean,
     Verdict,
     holm,
     mean_with_interval,
@@ -31,6 +33,7 @@ __all__ = [
     "Calibration",
     "Damage",
     "Distance",
+    "Estimate",
     "Evaluation",
     "EvaluationPrompts",
     "Judge",
@@ -39,8 +42,10 @@ __all__ = [
     "PairedRate",
     "PhraseJudge",
     "Rate",
+    "RefusalsByLength",
     "Response",
     "SideBySide",
+    "TokenMean",
     "Verdict",
     "calibrate",
     "distances_along",

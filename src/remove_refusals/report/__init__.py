@@ -1,6 +1,6 @@
 """The room report."""
 
-from remove_refusals.report.card import Pushed, model_card, push
+from remove_refusals.report.card import Pushed, adapter_card, model_card, push
 from remove_refusals.report.page import html_report, write_html_report
 from remove_refusals.report.records import (
     AblationRecord,
@@ -40,6 +40,7 @@ __all__ = [
     "SelectionRecord",
     "SelectionSummary",
     "WriterCertificate",
+    "adapter_card",
     "html_report",
     "model_card",
     "push",

@@ -1,87 +1,74 @@
-"""The model card, from records; nothing is computed here but what is printed."""
+"""The cards of what was made, from its record, and the way of all that to the hub."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from fnmatch import fnmatch
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, errors, hf_hub_download
-from huggingface_hub.repocard import metadata_load
-from huggingface_hub.utils._validators import validate_repo_id
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from huggingface_hub import HfApi, ModelCard, ModelCardData, errors, hf_hub_download
+from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
 from remove_refusals.errors import HubError
+from remove_refusals.files import Record
 from remove_refusals.models import CARD, CARRIED_FIELDS, HTTPError, licence_fields, model_source
 from remove_refusals.report.records import AblationRecord, Certificate, DirectionRecord
+from remove_refusals.report.words import table, table_key
+
+_HIDDEN = (".*", "*/.*")
+
+_WITH_ANSWERS = ("*.jsonl", "*.html")
+"""Rows of answers, and the page that quotes them."""
+
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+
+_BESIDE_AN_ADAPTER = (
+    *_ADAPTER, CARD, "ablation.json", "analysis.json", "certificate.json", "scores.json", "selection.json",
+    "directions/*", "LICENSE*", "NOTICE*", "USE_POLICY*", *_WITH_ANSWERS,
+)  # fmt: skip
 
 
-def model_card(
-    record: AblationRecord, table: Sequence[Sequence[str]], key: str, certificate: Certificate | None = None
-) -> str:
-    """Write the model card of an edited model.
-
-    Args:
-        record: The content of `ablation.json`; measured if it has `prompts`, `scores` and `warnings`.
-        table: The rows of `Evaluation.table`.
-        key: What explains the table.
-        certificate: What was measured on the saved files; left out if there is none.
-
-    Returns:
-        Markdown with the metadata block that the Hugging Face hub reads.
-    """
-    # Markdown, not HTML: text is kept as it is, and what could break the table is in no record.
-    environment = Environment(
-        loader=PackageLoader("remove_refusals", "data"), undefined=StrictUndefined, keep_trailing_newline=True
-    )
-    worst = certificate.worst if certificate is not None else None
-    text: str = environment.get_template("model_card.md.jinja").render(
+def model_card(record: AblationRecord, certificate: Certificate | None = None) -> str:
+    """Write the model card of an edited model: Markdown with the metadata that the hub reads."""
+    scores = record.scores
+    return _card(
+        "model_card.md.jinja",
+        ModelCardData(library_name="transformers", tags=["modified", "refusal-ablation"], **_common(record)),
         record=record,
-        table=table,
-        key=key,
+        table=() if scores is None else table(scores),
+        key="" if scores is None else table_key(scores),
         certificate=certificate,
-        worst=100 * worst.off if worst is not None else 0.0,
         strengths=sorted({edit.strength for edit in record.intervention}),
         groups=_alike(record.directions),
     )
-    return text
+
+
+def adapter_card(record: AblationRecord) -> str:
+    """Write the card of a LoRA."""
+    data = ModelCardData(library_name="peft", tags=["lora", "refusal-ablation"], **_common(record))
+    return _card("adapter_card.md.jinja", data, record=record)
+
+
+def _common(record: AblationRecord) -> dict[str, Any]:
+    return {"base_model": record.base.source, "pipeline_tag": "text-generation"}
+
+
+def _card(template: str, data: ModelCardData, **more: Any) -> str:
+    # Markdown, not HTML: text is kept as it is, and what could break the table is in no record.
+    text = (resources.files("remove_refusals") / "data" / template).read_text(encoding="utf-8")
+    return f"{ModelCard.from_template(data, template_str=text, **more)}\n"
 
 
 def _alike(directions: Sequence[DirectionRecord]) -> list[list[DirectionRecord]]:
     """Put directions together that differ in nothing but the layer, so that a card needs one line for them."""
     groups: dict[str, list[DirectionRecord]] = {}
     for direction in directions:
-        recipe = direction.model_dump_json(exclude={"layer", "sha256", "length"})
-        groups.setdefault(recipe, []).append(direction)
+        groups.setdefault(direction.model_dump_json(exclude={"layer", "sha256", "length"}), []).append(direction)
     return list(groups.values())
 
 
-_WITH_ANSWERS = ("*.jsonl", "*.html")
-"""Rows of answers, and the page that quotes them."""
-
-
-_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-
-
-_BESIDE_AN_ADAPTER = (
-    *_ADAPTER,
-    CARD,
-    "ablation.json",
-    "analysis.json",
-    "certificate.json",
-    "scores.json",
-    "selection.json",
-    "directions/*",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-    *_WITH_ANSWERS,
-)
-
-
-@dataclass(frozen=True)
-class Pushed:
+class Pushed(Record):
     """What was sent.
 
     Attributes:
@@ -101,12 +88,8 @@ class Pushed:
     private: bool
     files: tuple[str, ...]
     left_out: tuple[str, ...]
-    card: Mapping[str, Any]
+    card: dict[str, Any]
     notes: tuple[str, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """Give the attributes."""
-        return asdict(self)
 
 
 def push(
@@ -145,25 +128,42 @@ def push(
     """
     source = Path(directory)
     record = _checked_record(source)
-    files, left_out = _chosen_files(source, adapter_only=adapter_only, with_answers=with_answers)
-    api = HfApi(endpoint=endpoint, token=token)
-    with _explained(repo):
-        validate_repo_id(repo)
-        carried, notes = _carried(record, base, token, endpoint)
-        card = _card(source, record, carried)
+    if adapter_only and not all((source / name).is_file() for name in _ADAPTER):
+        raise HubError(
+            f"The directory {source} has no {' and '.join(_ADAPTER)}, expected an adapter; make one with "
+            "`bake --as lora`, or leave --adapter-only out."
+        )
+    found = sorted(path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file())
+    ignored = _HIDDEN if with_answers else (*_HIDDEN, *_WITH_ANSWERS)
+    allowed = list(_BESIDE_AN_ADAPTER) if adapter_only else None
+    chosen = set(filter_repo_objects(found, allow_patterns=allowed, ignore_patterns=list(ignored)))
+    with _explained(repo), tempfile.TemporaryDirectory() as staging:
+        carried = _carried(record, base, token, endpoint)
+        # One commit holds the directory's files and a card that is not the directory's.
+        for name in chosen - {CARD}:
+            (Path(staging) / name).parent.mkdir(parents=True, exist_ok=True)
+            (Path(staging) / name).symlink_to((source / name).resolve())
+        (Path(staging) / CARD).write_text(_card_to_send(source, record, carried), encoding="utf-8")
+        api = HfApi(endpoint=endpoint, token=token)
         made = api.create_repo(repo, private=private, exist_ok=True)
         if private and api.model_info(made.repo_id).private is not True:
             raise HubError(
                 f"The repository {made.repo_id} is public already, expected a private one; make it private, choose "
                 "another, or allow it with --public."
             )
-        operations = [CommitOperationAdd(name, source / name) for name in files if name != CARD]
-        operations.append(CommitOperationAdd(CARD, card.encode()))
-        commit = api.create_commit(
-            made.repo_id, operations, commit_message="A model with its refusal direction taken out"
-        )
-    sent = tuple(sorted({*files, CARD}))
-    return Pushed(made.repo_id, str(made), commit.oid, private, sent, left_out, carried, notes)
+        message = "A model with its refusal direction taken out"
+        commit = api.upload_folder(repo_id=made.repo_id, folder_path=staging, commit_message=message)
+    missing = () if "license" in carried else ("The base's card names no licence, so this one names none; mind it.",)
+    return Pushed(
+        repo=made.repo_id,
+        url=str(made),
+        commit=commit.oid,
+        private=private,
+        files=tuple(sorted({*chosen, CARD})),
+        left_out=tuple(name for name in found if name not in chosen),
+        card=carried,
+        notes=missing,
+    )
 
 
 def _checked_record(directory: Path) -> AblationRecord:
@@ -178,33 +178,7 @@ def _checked_record(directory: Path) -> AblationRecord:
     return record
 
 
-def _chosen_files(
-    directory: Path, *, adapter_only: bool, with_answers: bool
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Give what is sent of a directory and what is not, by name within it."""
-    if adapter_only and not all((directory / name).is_file() for name in _ADAPTER):
-        raise HubError(
-            f"The directory {directory} has no {' and '.join(_ADAPTER)}, expected an adapter; make one with "
-            "`bake --as lora`, or leave --adapter-only out."
-        )
-    chosen: list[str] = []
-    left_out: list[str] = []
-    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
-        name = path.relative_to(directory).as_posix()
-        fits = not any(part.startswith(".") for part in name.split("/"))
-        fits = fits and (with_answers or not _matches(name, _WITH_ANSWERS))
-        fits = fits and (not adapter_only or _matches(name, _BESIDE_AN_ADAPTER))
-        (chosen if fits else left_out).append(name)
-    return tuple(chosen), tuple(left_out)
-
-
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch(name, pattern) for pattern in patterns)
-
-
-def _carried(
-    record: AblationRecord, base: str | None, token: str | None, endpoint: str | None
-) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _carried(record: AblationRecord, base: str | None, token: str | None, endpoint: str | None) -> dict[str, Any]:
     """Find what the base's card says of its licence, and what model the card is to name as base."""
     on_hub = None if record.base.sha256 is not None else record.base.source
     found = dict(record.base.card or {})
@@ -219,31 +193,29 @@ def _carried(
         if "://" not in (link := str(found.get("license_link", "://"))):
             # A file's name within the base's repository means nothing in another.
             found["license_link"] = f"https://huggingface.co/{on_hub}/blob/main/{link}"
-    missing = () if "license" in found else ("The base's card names no licence, so this one names none; mind it.",)
-    return found, missing
+    return found
 
 
 def _hub_fields(repo: str, revision: str | None, token: str | None, endpoint: str | None) -> dict[str, Any]:
     """Read the licence fields of a card on the hub; none where there is no card for us to read."""
     try:
-        card = hf_hub_download(repo, CARD, revision=revision, token=token, endpoint=endpoint)
+        path = hf_hub_download(repo, CARD, revision=revision, token=token, endpoint=endpoint)
     except (errors.RepositoryNotFoundError, errors.EntryNotFoundError, errors.RevisionNotFoundError):
         return {}
-    found = metadata_load(card) or {}
+    found = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
     return {name: found[name] for name in CARRIED_FIELDS if name in found}
 
 
-def _card(directory: Path, record: AblationRecord, carried: Mapping[str, Any]) -> str:
+def _card_to_send(directory: Path, record: AblationRecord, carried: dict[str, Any]) -> str:
     """Give the directory's card, or one written from its record, with the fields of the base."""
     place = directory / CARD
-    text = place.read_text(encoding="utf-8") if place.is_file() else model_card(record, (), "")
-    card = ModelCard(text, ignore_metadata_errors=True)
-    fields = {name: value for name, value in vars(card.data).items() if value is not None}
+    card = ModelCard(place.read_text(encoding="utf-8") if place.is_file() else model_card(record), True)
+    fields = card.data.to_dict()  # type: ignore[no-untyped-call]
     # A directory's name is not a model on the hub, which would take it for one.
     fields.pop("base_model", None)
     known = {name: carried[name] for name in ("base_model", *CARRIED_FIELDS) if name in carried}
-    data = ModelCardData(**(known | fields), ignore_metadata_errors=True)
-    return f"---\n{data.to_yaml()}\n---\n{card.text}"
+    card.data = ModelCardData(**(known | fields), ignore_metadata_errors=True)
+    return str(card)
 
 
 @contextmanager

@@ -1,15 +1,14 @@
 """What a run's directory says of itself: the records that are written to disk and read back, each with its type."""
 
-import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, computed_field
 
 from remove_refusals.errors import RecordError
-from remove_refusals.files import Record, read_json
-from remove_refusals.measure import Mean, Rate
+from remove_refusals.files import Record
+from remove_refusals.measure import Evaluation, Mean, Rate, Response, read_rows
 from remove_refusals.settings import SiteKind
 from remove_refusals.types import (
     Auroc,
@@ -136,7 +135,7 @@ class AblationRecord(Record):
     settings: dict[str, Any] | None = None
     prompts: dict[str, PromptsRecord] | None = None
     selection: SelectionSummary | None = None
-    scores: dict[str, Any] | None = None
+    scores: Evaluation | None = None
     warnings: tuple[str, ...] | None = None
 
 
@@ -300,77 +299,51 @@ class AnalysisRecord(Record):
 
 @dataclass(frozen=True)
 class Material:
-    """What a report is made from; what is not in the directory is None.
+    """What a report is made from; what is not in the directory is None."""
 
-    Attributes:
-        ablation: The content of `ablation.json`: what was done.
-        scores: Of `scores.json`: what was measured.
-        selection: Of `selection.json`: what a search tried.
-        certificate: Of `certificate.json`: what the saved files hold.
-        analysis: Of `analysis.json`: how far apart harmful and harmless prompts lie.
-        rows: Of `rows.jsonl`: every answer.
-    """
+    ablation: AblationRecord | None = None
+    scores: Evaluation | None = None
+    selection: SelectionRecord | None = None
+    certificate: Certificate | None = None
+    analysis: AnalysisRecord | None = None
+    rows: tuple[Response, ...] | None = None
 
-    ablation: dict[str, Any] | None = None
-    scores: dict[str, Any] | None = None
-    selection: dict[str, Any] | None = None
-    certificate: dict[str, Any] | None = None
-    analysis: dict[str, Any] | None = None
-    rows: tuple[dict[str, Any], ...] | None = None
+    @property
+    def is_examination(self) -> bool:
+        """Whether a model was looked at beyond the separation of its prompts."""
+        return self.analysis is not None and self.analysis.contributions is not None
 
 
-NAMES = tuple(f"{field.name}.{'jsonl' if field.name == 'rows' else 'json'}" for field in fields(Material))
+_RECORDS: dict[str, type[Record]] = {
+    "ablation": AblationRecord,
+    "scores": Evaluation,
+    "selection": SelectionRecord,
+    "certificate": Certificate,
+    "analysis": AnalysisRecord,
+}
+
+NAMES = (*(f"{name}.json" for name in _RECORDS), "rows.jsonl")
 """The files that a report is made from."""
 
 
 def read_material(directory: Path) -> Material:
-    """Read the records in a directory.
-
-    Args:
-        directory: What `run` left, or any directory with some of the same files.
-
-    Returns:
-        The records.
+    """Read the records in what `run` left, or in any directory with some of the same files.
 
     Raises:
-        RecordError: If it is no directory, holds none of them, or one that cannot be read or is no JSON object.
+        RecordError: If it is no directory, holds none of them, or one that is not as this version writes it.
     """
     if not directory.is_dir():
         raise RecordError(f"There is no directory {directory}, expected one that `run` made; check the path.")
-    found: dict[str, Any] = {}
-    for name in NAMES:
-        path = directory / name
-        if not path.is_file():
-            continue
-        found[path.stem] = _rows(path) if path.suffix == ".jsonl" else _object(path)
+    found: dict[str, Any] = {
+        name: record.read(path, error=RecordError)
+        for name, record in _RECORDS.items()
+        if (path := directory / f"{name}.json").is_file()
+    }
+    if (rows := directory / "rows.jsonl").is_file():
+        found["rows"] = read_rows(rows, error=RecordError)
     if not found:
         raise RecordError(
             f"The directory {directory} holds none of {', '.join(NAMES)}, expected at least one; name a directory that "
             "`run` made."
         )
     return Material(**found)
-
-
-def _object(path: Path) -> dict[str, Any]:
-    data = read_json(path, error=RecordError)
-    if not isinstance(data, dict):
-        raise RecordError(
-            f"The record {path} holds a {type(data).__name__}, expected a JSON object; make the directory again."
-        )
-    return data
-
-
-def _rows(path: Path) -> tuple[dict[str, Any], ...]:
-    rows = []
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                row = json.loads(line) if line.strip() else None
-                if row is not None and not isinstance(row, dict):
-                    raise ValueError(f"line {number} is a {type(row).__name__}")
-                rows += [row] if row is not None else []
-    except (OSError, ValueError, RecursionError) as cause:
-        raise RecordError(
-            f"The record {path} cannot be read ({cause}), expected one JSON object a line; make the directory again."
-        ) from cause
-    return tuple(rows)

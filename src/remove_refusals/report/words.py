@@ -2,10 +2,9 @@
 
 import math
 import re
-from collections.abc import Mapping
-from typing import Any
 
-from remove_refusals.measure import Distance, Evaluation, PairedRate
+from remove_refusals.measure import Distance, Estimate, Evaluation, PairedRate
+from remove_refusals.types import Auroc, Contribution
 
 _WIDE_ENDS = "\u3002\uff01\uff1f"
 """The full stop, exclamation and question mark of Chinese and Japanese, after which no space stands."""
@@ -40,14 +39,33 @@ def percent(value: float) -> str:
     return f"{shown:.1f}%" if 0 < shown < 1 or 99 < shown < 100 else f"{shown:.0f}%"
 
 
-def interval(record: Mapping[str, Any]) -> str:
-    """Print `low` and `high` of a record; nothing where it has none."""
-    return f"[{number(record['low'])}, {number(record['high'])}]" if "low" in record else ""
+Measured = Estimate | Auroc | Contribution
+"""A number with the ends of its interval."""
 
 
-def percent_interval(record: Mapping[str, Any]) -> str:
-    """Print `low` and `high` of a rate as percentages."""
-    return f"[{percent(record['low']).removesuffix('%')}, {percent(record['high'])}]"
+def interval(found: Measured) -> str:
+    """Print the ends of an interval."""
+    return f"[{number(found.low)}, {number(found.high)}]"
+
+
+def estimate(found: Measured) -> str:
+    """Print a number with its interval."""
+    return f"{number(found.value)} {interval(found)}"
+
+
+def percent_interval(found: Measured) -> str:
+    """Print the ends of a rate's interval as percentages."""
+    return f"[{percent(found.low).removesuffix('%')}, {percent(found.high)}]"
+
+
+def percentage(found: Measured) -> str:
+    """Print a rate with its interval as percentages."""
+    return f"{percent(found.value)} {percent_interval(found)}"
+
+
+def place(share: float) -> str:
+    """Print where a share lies on a line from 0 to 100; a corrected rate may lie beyond its ends."""
+    return f"{100 * min(1.0, max(0.0, share)):.2f}"
 
 
 def p_value(value: float) -> str:
@@ -61,15 +79,7 @@ def short_hash(value: str) -> str:
 
 
 def first_sentence(text: str) -> tuple[str, int]:
-    """Cut a text to its first sentence.
-
-    Args:
-        text: The text.
-
-    Returns:
-        The first sentence of its first line that has one, no longer than 240 characters, and how many characters of
-        the text were left out.
-    """
+    """Give the first sentence of a text's first line, of at most 240 characters, and how many were left out."""
     whole = text.strip()
     line = whole.split("\n", 1)[0]
     found = _SENTENCE.match(line)

@@ -1,0 +1,202 @@
+"""What the page shows of a run: the first figures, refusals, damage, answers, and what was chosen and taken out."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from remove_refusals.measure import Evaluation, RefusalsByLength, Response, TokenMean
+from remove_refusals.report.charts import Chart, Point, Scale, Series, integers, scale_of
+from remove_refusals.report.records import CandidateRecord, Material, SelectionRecord
+from remove_refusals.report.words import estimate, interval, number, percent, percent_interval, percentage
+from remove_refusals.types import SiteEdit
+
+_SETS = {
+    "harmful": "Harmful requests",
+    "harmless": "Harmless requests",
+    "alarming": "Harmless requests that sound alarming",
+}
+
+HARMLESS = frozenset({"harmless", "alarming"})
+"""The sets that are harmless wherever they turn up; one that is not known to be is treated as harmful."""
+
+KL_OVER = {
+    "harmless": "all harmless prompts",
+    "harmless_answered": "harmless prompts that the base model answered",
+}
+
+SITES = {"attn": "Attention, or the mixer in its place", "mlp": "MLP"}
+
+_MOST_CANDIDATES = 30
+"""Of more, those that are neither on the front nor tried by generation are drawn and not listed."""
+
+
+def set_title(name: str) -> str:
+    """Say what a prompt set is."""
+    return _SETS.get(name, name.replace("_", " ").capitalize())
+
+
+def rate_name(name: str, kind: str) -> str:
+    """Say what is counted in a prompt set."""
+    if kind == "refusals":
+        return "Refusals" if name == "harmful" else "False refusals"
+    return "Degenerate answers" if kind == "degenerate" else kind.capitalize()
+
+
+def tiles(material: Material) -> list[tuple[str, str, str, str]]:
+    """Give the first figures on the page: name, before, value, note; what was not measured has none."""
+    found, scores = [], material.scores
+    sets = scores.sets if scores is not None else {}
+    for name in ("harmful", "alarming" if "alarming" in sets else "harmless"):
+        if name in sets:
+            base, edited = sets[name].refusals.base, sets[name].refusals.edited
+            note = f"of {edited.n} prompts; 95% interval {percent_interval(edited)}"
+            found.append((f"{rate_name(name, 'refusals')}, {name}", percent(base.value), percent(edited.value), note))
+    if scores is not None and scores.kl is not None:
+        mean = (scores.kl.harmless_answered or scores.kl.harmless).mean
+        over = "harmless prompts" + (" that the base answered" if scores.kl.harmless_answered else "")
+        note = f"nats, over {mean.n} {over}; 95% interval {interval(mean)}"
+        found.append(("KL from the base", "", number(mean.value), note))
+    if (certificate := material.certificate) is not None:
+        note = f"{len(certificate.edited)} tensors measured on the saved files"
+        found.append(("Certificate", "", "passed" if certificate.passed else "failed", note))
+    return found
+
+
+def lengths(name: str, found: RefusalsByLength) -> Chart:
+    """Draw the refusals of a set by how much of the answer is read."""
+    series = []
+    for model, rates, kind in (("base", found.base, "ring"), ("edited", found.edited, "dot")):
+        points = (
+            Point(at, rate.value, rate.low, rate.high, f"{model}, {at} tokens: {percentage(rate)}", kind)
+            for at, rate in zip(found.tokens, rates, strict=True)
+        )
+        series.append(Series(model, model, tuple(points)))
+    return Chart(
+        f"Refusals of {set_title(name).lower()} by how much of the answer is read, with 95% intervals",
+        scale_of(found.tokens),
+        Scale(0, 1),
+        "counted as refusals",
+        "tokens of the answer",
+        tuple(series),
+        whole=False,
+        height=130,
+        up=percent,
+    )
+
+
+def token_means(scores: Evaluation) -> tuple[str, tuple[TokenMean, ...]] | None:
+    """Give KL by token, over what the base model answered if that was measured; None where it was not."""
+    for over in reversed(KL_OVER):
+        if (part := getattr(scores.kl, over, None)) is not None and part.by_token:
+            return KL_OVER[over], part.by_token
+    return None
+
+
+def by_token(means: Sequence[TokenMean]) -> Chart:
+    """Draw KL by token of the answer."""
+    points = tuple(
+        Point(mean.token, mean.value, mean.low, mean.high, f"token {mean.token}: {estimate(mean)}") for mean in means
+    )
+    return Chart(
+        "KL divergence from the base model by token of the answer, with 95% intervals",
+        integers(means[0].token, means[-1].token),
+        scale_of(end for mean in means for end in (mean.value, mean.low, mean.high)),
+        "KL in nats",
+        "token of the answer",
+        (Series("KL", "edited", points),),
+    )
+
+
+def answers(rows: Iterable[Response]) -> list[tuple[str, dict[str, Response]]]:
+    """Pair the answers of both models to each prompt, in the order of the prompts; each pair has a name of its own."""
+    pairs: dict[str, dict[str, Response]] = {}
+    seen: Counter[tuple[str, str, str]] = Counter()
+    for row in rows:
+        key = row.set, row.prompt_id, row.model
+        # A prompt may stand in a set twice.
+        again = f"-{seen[key] + 1}" if seen[key] else ""
+        seen[key] += 1
+        pairs.setdefault(f"{row.set}-{row.prompt_id}{again}", {})[row.model] = row
+    return list(pairs.items())
+
+
+def candidates(selection: SelectionRecord) -> Chart:
+    """Draw the front of refusals and damage."""
+    entries = selection.candidates
+    others = tuple(_candidate(entry, "ring") for at, entry in enumerate(entries) if at not in selection.front)
+    damages, refusals = [entry.damage for entry in entries], [entry.refusal for entry in entries]
+    return Chart(
+        "Every candidate of the search: refusals against damage; the front joins those that no other beats",
+        scale_of(damages, from_zero=min(damages) < 0.5 * max(damages), may_be_logarithmic=True),
+        scale_of(refusals, may_be_logarithmic=max(refusals) < 0.05),
+        "refusals",
+        "damage: KL in nats on the prompts of the search",
+        (
+            Series("other candidates", "other", others, joined=False),
+            Series("front", "edited", tuple(_candidate(entries[at], "dot") for at in selection.front)),
+            Series("picked", "edited", (_candidate(entries[selection.picked], "star"),), joined=False),
+        ),
+        whole=False,
+        up=lambda value: f"{100 * value:g}%",
+    )
+
+
+def _candidate(entry: CandidateRecord, kind: str) -> Point:
+    title = f"{entry.name}: refusals {percent(entry.refusal)}, damage {number(entry.damage)}"
+    return Point(entry.damage, entry.refusal, title=title, kind=kind)
+
+
+def listed(selection: SelectionRecord) -> list[tuple[CandidateRecord, str]]:
+    """Give the candidates that stand in the table, each with its mark."""
+    marks = dict.fromkeys(selection.front, "front") | {selection.picked: "picked"}
+    return [
+        (entry, marks.get(at, ""))
+        for at, entry in enumerate(selection.candidates)
+        if len(selection.candidates) <= _MOST_CANDIDATES or entry.confirmation is not None or at in selection.front
+    ]
+
+
+def strengths(material: Material) -> Sequence[SiteEdit] | None:
+    """Give how much was taken out at which site of which layer; None if no record says it."""
+    if material.ablation is not None:
+        return material.ablation.intervention
+    selection = material.selection
+    return None if selection is None else selection.candidates[selection.picked].strengths
+
+
+def strength_bars(material: Material, edits: Sequence[SiteEdit]) -> list[Chart]:
+    """Draw the strengths by layer, for each kind of site."""
+    depth = len(material.analysis.layers) - 2 if material.analysis is not None else 0
+    across = integers(0, max([depth, *(edit.layer for edit in edits if edit.layer is not None)]))
+    taken = [edit.strength for edit in edits]
+    up = Scale(min([0.0, *taken]), max([1.0, *taken]))
+    values = [(edit.kind, edit.layer, edit.strength) for edit in edits if edit.layer is not None]
+    return site_bars("Strength", values, across, up, "left alone everywhere")
+
+
+def site_bars(
+    what: str, values: Sequence[tuple[str, int, float]], across: Scale, up: Scale, nothing: str
+) -> list[Chart]:
+    """Draw a number for each layer, for each kind of site; the values are kind, layer and number."""
+    charts = []
+    for kind, name in SITES.items():
+        bars = tuple((layer, value) for site, layer, value in values if site == kind)
+        said = ", ".join(f"layer {layer}: {number(value)}" for layer, value in bars) or nothing
+        charts.append(Chart(f"{what} by layer, {name}: {said}", across, up, name, bars=bars, height=90))
+    return charts
+
+
+def ranges(layers: Iterable[int | None]) -> str:
+    """Print whole numbers with runs drawn together: `1-6, 9`."""
+    runs: list[list[int]] = []
+    for each in sorted({layer for layer in layers if layer is not None}):
+        if runs and each == runs[-1][1] + 1:
+            runs[-1][1] = each
+        else:
+            runs.append([each, each])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def bound(share: float) -> str:
+    """Print a share that is near 0, rounded up."""
+    return "less than 0.01%" if share < 1e-4 else f"at most {math.ceil(1e4 * share) / 100:.2f}%"
