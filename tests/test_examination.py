@@ -46,7 +46,7 @@ def test_what_an_examination_leaves(settings, tmp_path):
     names = {path.name for path in (tmp_path / "seen").iterdir()}
     assert names == {"analysis.json", "scores.json", "rows.jsonl", "report.html"}
     record = json.loads((tmp_path / "seen" / "analysis.json").read_text())
-    assert record == json.loads(json.dumps(found.record().to_json()))
+    assert record == json.loads(json.dumps(found.analysis.to_json()))
     assert [part["position"] for part in record["positions"]] == list(range(-1, -9, -1))
     assert "".join(part["token"] for part in reversed(record["positions"])) == "istant: "
     assert [layer["layer"] for layer in record["layers"]] == [0, 1, 2]
@@ -67,14 +67,14 @@ def test_the_numbers_are_those_of_the_parts(settings):
         prompts_from(chosen.direction.harmful, "harmful", ""),
         prompts_from(chosen.direction.harmless, "harmless", ""),
     )
-    for part in (found.separation, *found.elsewhere):
+    for part in found.analysis.positions:
         collected = [collect_activations(loaded, each, positions=(part.position,)) for each in prompts]
         again = separation(*collected, position=part.position, seed=5)
-        assert [layer.auroc for layer in part.layers] == [layer.auroc for layer in again.layers]
-    best = max(layer.auroc.value for layer in found.separation.layers if layer.auroc is not None)
+        assert list(part.auroc) == [layer.auroc for layer in again.layers]
+    best = max(layer.auroc.value for layer in found.analysis.layers if layer.auroc is not None)
     layer = found.direction.origin.layer
-    assert found.layers == (0, 1)
-    assert found.separation.layers[layer].auroc.value >= best - 0.005
+    assert found.analysis.direction.taken_out_of == (0, 1)
+    assert found.analysis.layers[layer].auroc.value >= best - 0.005
     collected = [collect_activations(loaded, each) for each in prompts]
     assert torch.allclose(found.direction.basis, mean_difference(*collected, layer=layer).basis, atol=1e-5)
 
@@ -84,14 +84,14 @@ def test_where_one_coordinate_holds_the_stream_its_part_is_removed_first(setting
     with torch.no_grad():
         model.get_input_embeddings().weight[:, 7] = 300.0
     found = analyze(settings(model), answers=False)
-    assert found.direction.origin.method == "projected-mean-difference" and found.layers == (1, 1)
-    assert found.record().to_json()["direction"]["taken_out_of"] == [1, 1]
+    assert found.direction.origin.method == "projected-mean-difference"
+    assert found.analysis.to_json()["direction"]["taken_out_of"] == [1, 1]
 
 
 def test_a_mixture_of_experts(settings, tmp_path):
     found = analyze(settings(zoo.build("mixtral")), tmp_path / "seen", answers=False)
-    experts = {(share.layer, share.expert) for share in found.shares if share.expert is not None}
-    assert experts == {(choice.layer, choice.expert) for choice in found.choices} and experts
+    experts = {(share.layer, share.expert) for share in found.analysis.writer_shares if share.expert is not None}
+    assert experts == {(choice.layer, choice.expert) for choice in found.analysis.expert_choices} and experts
     page = Page(html_report(tmp_path / "seen"))
     assert "Which experts are chosen" in page.words and "times chance" in page.words
 

@@ -32,10 +32,10 @@ def base(request, tmp_path):
 
 
 def test_inspect_gives_the_names_in_the_files(base):
-    writers = inspect(str(base))["writers"]
+    writers = inspect(str(base)).writers
     names = load_file(base / "model.safetensors").keys()
-    assert {writer["on_disk"] for writer in writers} <= names and "h.0.attn.c_proj.weight" in names
-    assert all(writer["dtype"] == "F32" and "missing" not in writer for writer in writers)
+    assert {writer.on_disk for writer in writers} <= names and "h.0.attn.c_proj.weight" in names
+    assert all(writer.dtype == "F32" and writer.missing is None for writer in writers)
     assert len(writers) == 2 + 2 * 4
 
 

@@ -176,12 +176,12 @@ def test_a_certificate_fails_for_files_that_were_changed(settings, tmp_path):
 def test_inspect_needs_no_weights(settings, tmp_path):
     (tmp_path / "base" / "model.safetensors").unlink()
     found = inspect(settings.model)
-    assert found["verdict"] == "exact" and found["sites"] == {"embedding": 1, "attn": 2, "mlp": 2}
-    assert [row["on_disk"] for row in found["writers"]][:2] == [
+    assert found.verdict == "exact" and found.sites == {"embedding": 1, "attn": 2, "mlp": 2}
+    assert [row.on_disk for row in found.writers][:2] == [
         "model.embed_tokens.weight",
         "model.layers.0.self_attn.o_proj.weight",
     ]
-    assert "dtype" not in found["writers"][0]
+    assert "dtype" not in found.to_json()["writers"][0]
 
 
 def test_answer_rows(settings):

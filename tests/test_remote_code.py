@@ -44,7 +44,7 @@ def test_it_is_mapped_as_exact(base):
         **{("attn", n): [f"transformer.h.{n}.attn.c_proj.weight"] for n in range(remote_code.N_LAYERS)},
         **{("mlp", n): [f"transformer.h.{n}.mlp.c_proj.weight"] for n in range(remote_code.N_LAYERS)},
     }
-    assert inspect(str(base), trust_remote_code=True)["verdict"] == "exact"
+    assert inspect(str(base), trust_remote_code=True).verdict == "exact"
 
 
 def test_its_edit_is_certified_and_loads_with_the_code_that_lies_beside_it(base, tmp_path):

@@ -3,9 +3,10 @@
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -23,13 +24,12 @@ from remove_refusals.directions import (
     writer_shares,
 )
 from remove_refusals.errors import ArchitectureError, CheckpointError, DirectionError, ModelError
-from remove_refusals.files import atomic_directory, versions
+from remove_refusals.files import Record, atomic_directory, versions
 from remove_refusals.formula import ChannelStep, pull_back
-from remove_refusals.measure import Evaluation, EvaluationPrompts, evaluate, measuring_prompts
-from remove_refusals.modelmap import ModelMap, by_stored_name, map_model, skeleton_of
+from remove_refusals.measure import Evaluation, evaluate, measuring_prompts
+from remove_refusals.modelmap import by_stored_name, map_model, skeleton_of
 from remove_refusals.models import (
     FLOAT_DTYPES,
-    LoadedModel,
     Place,
     checkpoint_tensors,
     load_model,
@@ -44,16 +44,8 @@ from remove_refusals.models import (
 from remove_refusals.progress import SILENT, Progress
 from remove_refusals.prompts import draw, prompts_from
 from remove_refusals.report import AnalysisRecord, LookedAtDirection, PositionRecord, write_html_report
-from remove_refusals.settings import RunSettings, published_name
-from remove_refusals.types import (
-    Activations,
-    Contributions,
-    Direction,
-    ExpertChoice,
-    PromptSet,
-    Separation,
-    WriterShare,
-)
+from remove_refusals.settings import RunSettings, SiteKind, published_name
+from remove_refusals.types import Activations, Direction, Separation
 
 MOST_POSITIONS = 8
 """So many tokens of the chat template's tail are looked at, from the end."""
@@ -66,56 +58,17 @@ direction is taken out of the upper half of the layers only. Taken out everywher
 
 @dataclass(frozen=True, eq=False)
 class Examination:
-    """What was found of a model. What was not measured is None or empty.
+    """What was found of a model.
 
     Attributes:
-        separation: How far apart harmful and harmless prompts lie at the last token, layer by layer.
-        elsewhere: The same at the other tokens of the chat template's tail.
-        tokens: The token at each position, by its position.
+        analysis: How far apart its harmful and harmless prompts lie, and where that comes from.
         direction: The difference of the means where the last token separates best.
-        layers: The first and the last layer that it is taken out of to see what is left without it.
-        contributions: What each site adds along it.
-        shares: How much of what each writer can write lies along it.
-        choices: Which experts the routers choose.
-        evaluation: What the model answers as it is, and with that direction taken out as it runs.
+        evaluation: What the model answers as it is, and with that direction taken out as it runs; None without answers.
     """
 
-    separation: Separation
-    elsewhere: tuple[Separation, ...]
-    tokens: dict[int, str]
+    analysis: AnalysisRecord
     direction: Direction
-    layers: tuple[int, int]
-    contributions: Contributions
-    shares: tuple[WriterShare, ...]
-    choices: tuple[ExpertChoice, ...]
     evaluation: Evaluation | None = None
-
-    def record(self) -> AnalysisRecord:
-        """Give the content of `analysis.json`; the evaluation has records of its own."""
-        origin = self.direction.origin
-        positions = (
-            PositionRecord(
-                position=part.position,
-                token=self.tokens[part.position],
-                auroc=tuple(layer.auroc for layer in part.layers),
-            )
-            for part in (self.separation, *self.elsewhere)
-        )
-        return AnalysisRecord.made(
-            self.separation,
-            positions=tuple(positions),
-            direction=LookedAtDirection(
-                layer=origin.layer,
-                position=origin.position,
-                method=origin.method,
-                sha256=direction_sha256(self.direction),
-                taken_out_of=self.layers,
-            ),
-            contributions=self.contributions,
-            writer_shares=self.shares,
-            expert_choices=self.choices,
-            versions=versions(),
-        )
 
 
 def analyze(
@@ -138,9 +91,6 @@ def analyze(
         force: Whether an existing output is replaced.
         progress: Told of every stage.
 
-    Returns:
-        What was found.
-
     Raises:
         RemoveRefusalsError: Of the type that fits what went wrong; nothing is left half-made.
     """
@@ -148,7 +98,7 @@ def analyze(
         return _examine(settings, answers=answers, progress=progress)
     with atomic_directory(Path(output), force=force) as directory:
         found = _examine(settings, answers=answers, progress=progress)
-        found.record().write(directory / "analysis.json")
+        found.analysis.write(directory / "analysis.json")
         if found.evaluation is not None:
             found.evaluation.save(directory)
         write_html_report(directory)
@@ -157,71 +107,68 @@ def analyze(
 
 def _examine(settings: RunSettings, *, answers: bool, progress: Progress) -> Examination:
     finding = settings.direction
-    harmful, harmless = (
-        _at_most(part, finding.seed)
-        for part in (
-            prompts_from(finding.harmful, "harmful", "harmful_train"),
-            prompts_from(finding.harmless, "harmless", "harmless_train"),
-        )
-    )
+    sets = [prompts_from(finding.harmful, "harmful", "harmful_train")]
+    sets.append(prompts_from(finding.harmless, "harmless", "harmless_train"))
+    harmful, harmless = (draw(part, MOST_PROMPTS, finding.seed) if len(part) > MOST_PROMPTS else part for part in sets)
     prompts = measuring_prompts(settings.measure, (harmful, harmless))
     loaded = load_model(settings.model, settings.loading, chat=settings.chat, batch_size=settings.batch_size)
-    model_map = map_model(loaded.model)
+    model_map, name = map_model(loaded.model), published_name(loaded.source)
     if answers and model_map.unhooked:
         raise ArchitectureError(
             f"Hooks on model type '{model_map.model_type}' are not exact ({model_map.unhooked[0].rstrip('.')}), "
             "expected hooks that are to see what is left without a direction; pass `--no-answers`."
         )
-    tokens = _tail(loaded, harmful)
+    # The tokens that stand behind every prompt, the last one first; at least the last of all.
+    ids = render(loaded, harmful.prompts[:1])[0]
+    positions = range(-1, -max(1, min(template_tail_length(loaded), MOST_POSITIONS)) - 1, -1)
+    tokens = {position: str(loaded.tokenizer.decode([ids[position]])) for position in positions}
     # All positions in one pass.
     told = progress.stage("activations", len(harmful) + len(harmless))
     activations = collect_both(loaded, harmful, harmless, positions=tuple(tokens), progress=told)
-    seed, name = finding.seed, published_name(loaded.source)
-    parts = [
-        separation(activations[0], activations[1], position=position, seed=seed, model=name) for position in tokens
-    ]
+    parts = [separation(*activations, position=position, seed=finding.seed, model=name) for position in tokens]
     direction = _direction(activations, parts[0])
-    found = Examination(
+    origin = direction.origin
+    layers = (model_map.n_layers // 2 if origin.method.startswith("projected") else 0, model_map.n_layers - 1)
+    by_position = (
+        PositionRecord(position=position, token=token, auroc=tuple(layer.auroc for layer in part.layers))
+        for part, (position, token) in zip(parts, tokens.items(), strict=True)
+    )
+    analysis = AnalysisRecord.made(
         parts[0],
-        tuple(parts[1:]),
-        tokens,
-        direction,
-        _layers(direction, model_map),
-        site_contributions(loaded, harmful, harmless, direction, position=parts[0].position),
-        writer_shares(loaded, direction),
-        expert_choices(loaded, harmful, harmless, position=parts[0].position),
+        positions=tuple(by_position),
+        direction=LookedAtDirection(
+            layer=origin.layer,
+            position=origin.position,
+            method=origin.method,
+            sha256=direction_sha256(direction),
+            taken_out_of=layers,
+        ),
+        contributions=site_contributions(loaded, harmful, harmless, direction, position=parts[0].position),
+        writer_shares=writer_shares(loaded, direction),
+        expert_choices=expert_choices(loaded, harmful, harmless, position=parts[0].position),
+        versions=versions(),
     )
     if not answers:
-        return found
-    return replace(found, evaluation=_without(loaded, found, model_map, prompts, settings, progress))
-
-
-def _at_most(prompts: PromptSet, seed: int) -> PromptSet:
-    return draw(prompts, MOST_PROMPTS, seed) if len(prompts) > MOST_PROMPTS else prompts
-
-
-def _tail(loaded: LoadedModel, prompts: PromptSet) -> dict[int, str]:
-    """The tokens that stand behind every prompt, the last one first; at least the last of all."""
-    length = template_tail_length(loaded)
-    ids = render(loaded, prompts.prompts[:1])[0]
-    positions = range(-1, -max(1, min(length, MOST_POSITIONS)) - 1, -1)
-    return {position: str(loaded.tokenizer.decode([ids[position]])) for position in positions}
+        return Examination(analysis, direction)
+    without = partial(ablated, loaded, intervene(direction, model_map.n_layers, layers=layers))
+    evaluation = evaluate(loaded, loaded, prompts, settings.measure, edited_context=without, progress=progress)
+    names = {"base": name, "edited": f"{name} without one direction"}
+    return Examination(analysis, direction, evaluation.model_copy(update=names))
 
 
 def _direction(activations: Sequence[Activations], separated: Separation) -> Direction:
-    measured = [layer for layer in separated.layers if layer.auroc is not None]
+    measured = [(layer, layer.auroc.value) for layer in separated.layers if layer.auroc is not None]
     if not measured:
         raise DirectionError(
             f"The activations at position {separated.position} are the same on harmful and harmless prompts at every "
             "layer, expected them to differ; use other prompts or another chat template."
         )
     # Of layers that separate alike the one in the middle of them: the first may have the direction in part only.
-    most = max(layer.auroc.value for layer in measured if layer.auroc is not None)
-    best = [layer for layer in measured if layer.auroc is not None and layer.auroc.value >= most - 0.005]
+    most = max(value for _, value in measured)
+    best = [layer for layer, value in measured if value >= most - 0.005]
     chosen = best[len(best) // 2]
     return mean_difference(
-        activations[0],
-        activations[1],
+        *activations,
         layer=chosen.layer,
         position=separated.position,
         projected=chosen.largest_coordinate_share >= _OUTLIER_SHARE,
@@ -230,33 +177,45 @@ def _direction(activations: Sequence[Activations], separated: Separation) -> Dir
     )
 
 
-def _layers(direction: Direction, model_map: ModelMap) -> tuple[int, int]:
-    projected = direction.origin.method.startswith("projected")
-    return (model_map.n_layers // 2 if projected else 0, model_map.n_layers - 1)
+class InspectedWriter(Record):
+    """A tensor that writes to the residual stream; `missing` if the files are at hand and do not hold it.
+
+    Attributes:
+        on_disk: Its name in the files.
+        axis: Its axis of width d_model.
+        norm: What lies between it and the residual stream.
+        tied: Whether it is the unembedding too.
+        dtype: Its data type, where the files are at hand.
+    """
+
+    site: SiteKind
+    layer: int | None = None
+    parameter: str
+    on_disk: str
+    axis: int
+    shape: tuple[int, ...]
+    norm: str | None = None
+    tied: bool
+    dtype: str | None = None
+    missing: bool | None = None
 
 
-def _without(
-    loaded: LoadedModel,
-    found: Examination,
-    model_map: ModelMap,
-    prompts: EvaluationPrompts,
-    settings: RunSettings,
-    progress: Progress,
-) -> Evaluation:
-    intervention = intervene(found.direction, model_map.n_layers, layers=found.layers)
-    evaluation = evaluate(
-        loaded,
-        loaded,
-        prompts,
-        settings.measure,
-        edited_context=lambda: ablated(loaded, intervention),
-        progress=progress,
-    )
-    name = published_name(loaded.source)
-    return evaluation.model_copy(update={"base": name, "edited": f"{name} without one direction"})
+class Inspection(Record):
+    """What an edit of a model would touch, and why it may not be exact; `sites` counts them by kind."""
+
+    model_type: str
+    d_model: int
+    n_layers: int
+    verdict: str
+    leaks: tuple[str, ...]
+    unhooked: tuple[str, ...]
+    unused: tuple[str, ...]
+    tied: bool
+    sites: dict[SiteKind, int]
+    writers: tuple[InspectedWriter, ...]
 
 
-def inspect(source: str, *, revision: str | None = None, trust_remote_code: bool = False) -> dict[str, Any]:
+def inspect(source: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Inspection:
     """Describe what an edit of a model would touch, from its configuration and the headers of its files alone.
 
     Args:
@@ -264,63 +223,50 @@ def inspect(source: str, *, revision: str | None = None, trust_remote_code: bool
         revision: The hub's branch, tag or commit.
         trust_remote_code: Run Python code that comes with the checkpoint.
 
-    Returns:
-        A JSON object: `model_type`, `d_model`, `n_layers`, `verdict`, `leaks`, `unhooked`, `unused`, `tied`, and
-        `writers`, one object for each tensor on disk with `site`, `layer`, `parameter`, `on_disk`, `axis`, `shape`,
-        `norm`, `tied` and, where the files are at hand, `dtype`.
-
     Raises:
         ModelError: If there is no configuration of a causal language model.
         ArchitectureError: If the model cannot be mapped.
         CheckpointError: If its files are at hand and corrupt.
     """
-    model = skeleton_of(source, revision=revision, trust_remote_code=trust_remote_code)
-    model_map = map_model(model)
+    model_map = map_model(skeleton_of(source, revision=revision, trust_remote_code=trust_remote_code))
     directory = local_directory(source, revision)
-    headers = by_stored_name(_headers(directory), model_map)
+    at_hand = directory is not None and any(directory.glob("*.safetensors"))
+    tensors = checkpoint_tensors(directory) if at_hand and directory is not None else {}
+    headers = by_stored_name({name: entry for name, (_, entry) in tensors.items()}, model_map)
     writers = []
-    for site in model_map.sites:
-        for writer in site.writers:
-            for tensor in writer.on_disk:
-                entry = headers.get(tensor.name)
-                row: dict[str, Any] = {
-                    "site": site.kind,
-                    "layer": site.layer,
-                    "parameter": writer.parameter,
-                    "on_disk": entry.name if entry is not None else tensor.name,
-                    "axis": tensor.axis,
-                    "shape": list(entry.shape if entry is not None else writer.shape),
-                    "norm": _norm(writer.steps),
-                    "tied": model_map.tied and writer.parameter == model_map.input_embedding,
-                }
-                if entry is not None:
-                    row["dtype"] = entry.dtype
-                elif headers:
-                    row["missing"] = True
-                writers.append(row)
-    return {
-        "model_type": model_map.model_type,
-        "d_model": model_map.d_model,
-        "n_layers": model_map.n_layers,
-        "verdict": model_map.verdict,
-        "leaks": list(model_map.leaks),
-        "unhooked": list(model_map.unhooked),
-        "unused": list(model_map.unused),
-        "tied": model_map.tied,
-        "sites": dict(Counter(site.kind for site in model_map.sites)),
-        "writers": writers,
-    }
+    for site, writer in ((found, writer) for found in model_map.sites for writer in found.writers):
+        for tensor in writer.on_disk:
+            entry = headers.get(tensor.name)
+            row = InspectedWriter(
+                site=site.kind,
+                layer=site.layer,
+                parameter=writer.parameter,
+                on_disk=entry.name if entry is not None else tensor.name,
+                axis=tensor.axis,
+                shape=entry.shape if entry is not None else writer.shape,
+                norm=_norm(writer.steps),
+                tied=model_map.tied and writer.parameter == model_map.input_embedding,
+                dtype=entry.dtype if entry is not None else None,
+                missing=True if headers and entry is None else None,
+            )
+            writers.append(row)
+    return Inspection(
+        model_type=model_map.model_type,
+        d_model=model_map.d_model,
+        n_layers=model_map.n_layers,
+        verdict=model_map.verdict,
+        leaks=model_map.leaks,
+        unhooked=model_map.unhooked,
+        unused=model_map.unused,
+        tied=model_map.tied,
+        sites=dict(Counter(site.kind for site in model_map.sites)),
+        writers=tuple(writers),
+    )
 
 
 def _norm(steps: tuple[ChannelStep, ...]) -> str | None:
     parts = [step.kind if step.parameter is None else f"{step.offset:g}+{step.parameter}" for step in steps]
     return ", ".join(part.removeprefix("0+") for part in parts) or None
-
-
-def _headers(directory: Path | None) -> dict[str, Any]:
-    if directory is None or not any(directory.glob("*.safetensors")):
-        return {}
-    return {name: entry for name, (_, entry) in checkpoint_tensors(directory).items()}
 
 
 _NUMBERS = 1 << 21
@@ -329,13 +275,10 @@ _NUMBERS = 1 << 21
 Status = Literal["changed", "only in the first", "only in the second", "another shape", "another data type"]
 
 
-@dataclass(frozen=True)
-class TensorDifference:
+class TensorDifference(Record):
     """One tensor that two checkpoints do not have in common.
 
     Attributes:
-        name: Its name on disk.
-        status: How it differs.
         relative: `‖B - A‖ / ‖A‖` (Frobenius norms); None where the two cannot be subtracted, or A is zero.
         along: The share of `‖B - A‖²` that lies along the direction, as it reaches the residual stream; None without
             a direction, or for a tensor that does not write to the residual stream.
@@ -349,15 +292,10 @@ class TensorDifference:
     axis: int | None = None
 
 
-@dataclass(frozen=True)
-class Differences:
-    """What two checkpoints do not have in common.
+class Differences(Record):
+    """What two checkpoints do not have in common, and how many tensors are the same byte for byte.
 
-    Attributes:
-        tensors: Those that differ, in the order of the first's files.
-        identical: How many are the same byte for byte.
-        relative: `‖B - A‖ / ‖A‖` over all tensors that could be subtracted, the identical ones left out.
-        along: The share of `‖B - A‖²` along the direction, over the tensors that it was measured for.
+    `relative` and `along` are those of all tensors together for which each was measured.
     """
 
     tensors: tuple[TensorDifference, ...]
@@ -365,20 +303,25 @@ class Differences:
     relative: float | None = None
     along: float | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """Give a JSON object; what was not measured is absent."""
-        rows = [{key: value for key, value in asdict(row).items() if value is not None} for row in self.tensors]
-        record: dict[str, Any] = {"tensors": rows, "identical": self.identical}
-        whole = {"relative": self.relative, "along": self.along}
-        return record | {key: value for key, value in whole.items() if value is not None}
 
+class _Squares(NamedTuple):
+    """Squared norms: of the first tensor, of the difference, and of that along a direction, where there is one."""
 
-@dataclass
-class _Squares:
     first: float = 0.0
     delta: float = 0.0
     measured: float = 0.0
     along: float = 0.0
+
+    def plus(self, other: "_Squares") -> "_Squares":
+        return _Squares(*map(sum, zip(self, other, strict=True)))
+
+    @property
+    def shares(self) -> dict[str, float | None]:
+        """How large the difference is, and how much of it lies along the direction."""
+        return {
+            "relative": math.sqrt(self.delta / self.first) if self.first else None,
+            "along": self.along / self.measured if self.measured else None,
+        }
 
 
 def diff(
@@ -393,9 +336,6 @@ def diff(
             residual stream behind them.
         trust_remote_code: Run Python code that comes with the first.
 
-    Returns:
-        What differs.
-
     Raises:
         CheckpointError: If a checkpoint is missing or corrupt.
         DirectionError: If the direction's width is not the first model's.
@@ -405,23 +345,25 @@ def diff(
     folders = [_directory(name) for name in (first, second)]
     tensors = [checkpoint_tensors(folder) for folder in folders]
     bases: Mapping[str, tuple[int, torch.Tensor]] = {}
-    base = _base(folders[0], trust_remote_code, needed=direction is not None)
-    if base is not None:
+    try:
+        base = Base(skeleton_of(folders[0], trust_remote_code=trust_remote_code), str(folders[0]), directory=folders[0])
+        # The names on disk need not be the same in both.
         tensors = [by_stored_name(found, base.model_map) for found in tensors]
-    if direction is not None and base is not None:
-        bases = _bases(direction, base)
+        bases = {} if direction is None else _bases(direction, base)
+    except (ModelError, ArchitectureError):
+        if direction is not None:
+            raise
     rows: list[TensorDifference] = []
     total, identical = _Squares(), 0
     for name in dict.fromkeys((*tensors[0], *tensors[1])):
-        places = [found.get(name) for found in tensors]
-        row = _difference(name, places, bases.get(name), total)
-        if row is None:
+        one, other = (found.get(name) for found in tensors)
+        if one is not None and other is not None and one[1].shape == other[1].shape and same_bytes(one, other):
             identical += 1
-        else:
-            rows.append(row)
-    relative = math.sqrt(total.delta / total.first) if total.first else None
-    along = total.along / total.measured if total.measured else None
-    return Differences(tuple(rows), identical, relative, along)
+            continue
+        row, squares = _difference(name, one, other, bases.get(name))
+        rows.append(row)
+        total = total.plus(squares)
+    return Differences(tensors=tuple(rows), identical=identical, **total.shares)
 
 
 def _directory(source: str) -> Path:
@@ -432,18 +374,6 @@ def _directory(source: str) -> Path:
             "the path."
         )
     return found
-
-
-def _base(directory: Path, trust_remote_code: bool, *, needed: bool) -> Base | None:
-    """Map the model, where that is possible; the names on disk need not be the same in both checkpoints."""
-    try:
-        model = skeleton_of(directory, trust_remote_code=trust_remote_code)
-        map_model(model)
-        return Base(model, str(directory), directory=directory)
-    except (ModelError, ArchitectureError):
-        if needed:
-            raise
-        return None
 
 
 def _bases(direction: Direction, base: Base) -> dict[str, tuple[int, torch.Tensor]]:
@@ -462,43 +392,33 @@ def _bases(direction: Direction, base: Base) -> dict[str, tuple[int, torch.Tenso
 
 
 def _difference(
-    name: str, places: Sequence[Place | None], basis: tuple[int, torch.Tensor] | None, total: _Squares
-) -> TensorDifference | None:
-    first, second = places
+    name: str, first: Place | None, second: Place | None, basis: tuple[int, torch.Tensor] | None
+) -> tuple[TensorDifference, _Squares]:
+    status: Status = "changed"
     if first is None or second is None:
-        return TensorDifference(name, "only in the second" if first is None else "only in the first")
-    if first[1].shape != second[1].shape:
-        return TensorDifference(name, "another shape")
-    if same_bytes(first, second):
-        return None
-    status: Status = "changed" if first[1].dtype == second[1].dtype else "another data type"
-    if not {first[1].dtype, second[1].dtype} <= FLOAT_DTYPES.keys() or not first[1].shape:
-        return TensorDifference(name, status)
-    found = _squares(first, second, basis)
-    for field in ("first", "delta", "measured", "along"):
-        setattr(total, field, getattr(total, field) + getattr(found, field))
-    return TensorDifference(
-        name,
-        status,
-        math.sqrt(found.delta / found.first) if found.first else None,
-        found.along / found.measured if found.measured else None,
-        basis[0] if basis is not None else None,
-    )
+        status = "only in the second" if first is None else "only in the first"
+    elif first[1].shape != second[1].shape:
+        status = "another shape"
+    else:
+        status = "changed" if first[1].dtype == second[1].dtype else "another data type"
+        if {first[1].dtype, second[1].dtype} <= FLOAT_DTYPES.keys() and first[1].shape:
+            found, axis = _squares(first, second, basis), basis[0] if basis is not None else None
+            return TensorDifference(name=name, status=status, axis=axis, **found.shares), found
+    return TensorDifference(name=name, status=status), _Squares()
 
 
 def _squares(first: Place, second: Place, basis: tuple[int, torch.Tensor] | None) -> _Squares:
     dtypes = [FLOAT_DTYPES[place[1].dtype] for place in (first, second)]
     axis = basis[0] if basis is not None else len(first[1].shape) - 1
     cuts = [tensor_slices(first[1].shape, axis, dtype.itemsize, _NUMBERS) for dtype in dtypes]
-    found = _Squares()
+    total = _Squares()
     with opened(first[0]) as one, opened(second[0]) as other:
         for part, twin in zip(*cuts, strict=True):
             values = read_slice(one, first[1].start, part, dtypes[0]).to(torch.float64)
             delta = read_slice(other, second[1].start, twin, dtypes[1]).to(torch.float64) - values
-            found.first += float(values.square().sum())
-            found.delta += float(delta.square().sum())
+            found = _Squares(float(values.square().sum()), float(delta.square().sum()))
             if basis is not None:
-                found.along += float((delta.movedim(1, -1) @ basis[1].to(torch.float64)).square().sum())
-    if basis is not None:
-        found.measured = found.delta
-    return found
+                along = float((delta.movedim(1, -1) @ basis[1].to(torch.float64)).square().sum())
+                found = found._replace(measured=found.delta, along=along)
+            total = total.plus(found)
+    return total

@@ -66,7 +66,7 @@ def inspect(model: ModelArgument, settings: "RunSettings") -> None:
 
     loading = settings.loading
     found = examination.inspect(model, revision=loading.revision, trust_remote_code=loading.trust_remote_code)
-    printing.finish(found, show=lambda: printing.show_map(found))
+    printing.finish(found.to_json(), show=lambda: printing.show_map(found))
 
 
 @takes("loading.trust_remote_code")
@@ -129,7 +129,7 @@ def analyze(
     with printing.progress() as progress:
         found = examination.analyze(settings, output, answers=answers, force=force, progress=progress)
     printing.finish(
-        found.record().to_json() | {"output": str(output)},
+        found.analysis.to_json() | {"output": str(output)},
         f"Saved to {output}: report.html, analysis.json" + (", scores.json and rows.jsonl." if answers else "."),
         lambda: _show(found),
     )
@@ -140,14 +140,15 @@ def _show(found: "Examination") -> None:
     from remove_refusals.cli import printing
     from remove_refusals.measure import warnings
 
-    best = found.separation.layers[found.direction.origin.layer or 0].auroc
+    best = found.analysis.layers[found.direction.origin.layer or 0].auroc
     if best is not None:
         printing.say(
             f"Harmful and harmless prompts are told apart best at layer {found.direction.origin.layer} of "
-            f"{len(found.separation.layers) - 1}: AUROC {best.value:.3f} [{best.low:.3f}, {best.high:.3f}], "
+            f"{len(found.analysis.layers) - 1}: AUROC {best.value:.3f} [{best.low:.3f}, {best.high:.3f}], "
             f"{best.n_harmful} and {best.n_harmless} prompts, each by a direction that it had no part in."
         )
-    most = sorted(found.contributions.sites, key=lambda site: -site.value)[:3]
+    sites = found.analysis.contributions.sites if found.analysis.contributions is not None else ()
+    most = sorted(sites, key=lambda site: -site.value)[:3]
     written = ", ".join(f"{site.site} {'' if site.layer is None else site.layer} {site.value:.3g}" for site in most)
     printing.say(f"What adds most along that direction: {written}.")
     if found.evaluation is not None:

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import Any
@@ -14,6 +14,7 @@ from rich.table import Table
 
 from remove_refusals.cli.command import StageLog, current, write_log
 from remove_refusals.directions import EditPlan
+from remove_refusals.examination import Inspection
 from remove_refusals.measure import (
     Calibration,
     Damage,
@@ -186,21 +187,20 @@ def finish(data: object, last: str | None = None, show: Callable[[], None] | Non
         say(last)
 
 
-def show_map(found: Mapping[str, Any]) -> None:
+def show_map(found: Inspection) -> None:
     """Print a model's map as a table, with its verdict and what would be left."""
     rows = []
-    for row in found["writers"]:
-        layer, tied = "" if row["layer"] is None else str(row["layer"]), "yes" if row["tied"] else ""
-        dtype = "missing" if row.get("missing") else row.get("dtype", "")
-        shape = " x ".join(map(str, row["shape"]))
-        rows.append((row["site"], layer, row["on_disk"], shape, str(row["axis"]), dtype, row["norm"] or "", tied))
+    for row in found.writers:
+        layer, tied = "" if row.layer is None else str(row.layer), "yes" if row.tied else ""
+        dtype = "missing" if row.missing else row.dtype or ""
+        shape = " x ".join(map(str, row.shape))
+        rows.append((row.site, layer, row.on_disk, shape, str(row.axis), dtype, row.norm or "", tied))
     columns = ("site", "layer", "on disk", "shape", "axis", "dtype", "norm", "tied")
-    title = f"{found['model_type']}: {found['n_layers']} layers, d_model {found['d_model']}"
-    _show(title, columns, rows, n_left=len(columns))
-    meaning = "weights and hooks" if found["verdict"] == "exact" else "no weight edit is exact"
-    say(f"Verdict: {found['verdict']} ({meaning}).", *(f"  {part}" for part in (*found["leaks"], *found["unhooked"])))
-    if found["unused"]:
-        say(f"Left, since their modules take no part in the forward pass: {', '.join(found['unused'])}.")
+    _show(f"{found.model_type}: {found.n_layers} layers, d_model {found.d_model}", columns, rows, n_left=len(columns))
+    meaning = "weights and hooks" if found.verdict == "exact" else "no weight edit is exact"
+    say(f"Verdict: {found.verdict} ({meaning}).", *(f"  {part}" for part in (*found.leaks, *found.unhooked)))
+    if found.unused:
+        say(f"Left, since their modules take no part in the forward pass: {', '.join(found.unused)}.")
 
 
 def show_certificate(certificate: Certificate) -> None:
