@@ -57,12 +57,7 @@ def confirm(on: Confirming, intervention: Intervention, progress: Progress = SIL
 
 
 def pick(
-    selection: Selection,
-    order: Sequence[int],
-    on: Confirming,
-    most: int,
-    journal: Journal,
-    progress: Progress = SILENT,
+    selection: Selection, order: Sequence[int], on: Confirming, most: int, journal: Journal, progress: Progress
 ) -> Selection:
     """Confirm at most so many candidates, in an order; where none is confirmed, the pick is what came nearest."""
     candidates, notes, confirmed = list(selection.candidates), list(selection.notes), list[int]()

@@ -19,12 +19,9 @@ _TOLERANCE = 1e-3
 
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """The tokens that a search looks at.
+    """The tokens that a search looks at: `[n_tokens]`, int64, ascending, on the model's device.
 
-    Attributes:
-        tokens: `[n_tokens]`, int64, ascending, on the model's device.
-        weight: `[n_tokens, d_model]`: the head's rows for them; None where the head is not a plain linear layer.
-        bias: `[n_tokens]`; None if the head has none.
+    The weight, `[n_tokens, d_model]`, and bias are the head's rows for them; None where it is not a plain linear layer.
     """
 
     tokens: torch.Tensor
@@ -64,12 +61,12 @@ class Probe:
         return len(self.prompts)
 
 
+Tokens = Sequence[Sequence[int]]
+"""Token sequences."""
+
+
 def make_probes(
-    loaded: LoadedModel,
-    token_ids: Sequence[Sequence[int]],
-    continuations: Sequence[Sequence[int]],
-    n_tokens: int,
-    batch_size: int,
+    loaded: LoadedModel, token_ids: Tokens, continuations: Tokens, n_tokens: int, batch_size: int
 ) -> list[Probe]:
     """Make batches of prompts of similar length with the first tokens of their continuations."""
     paths = [tuple(tokens[:n_tokens]) for tokens in continuations]

@@ -4,76 +4,75 @@ Refusal is the probability of the model's own refusals; damage is the KL along i
 in the strengths and in the directions. One descent after another, each with the damage weighed less, gives a front.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 
 from remove_refusals.directions import SiteKey, Steer, direction_from_vectors, steered
-from remove_refusals.files import Journal
+from remove_refusals.files import Journal, Record
 from remove_refusals.modelmap import map_model
 from remove_refusals.models import Answer, LoadedModel, generate
-from remove_refusals.progress import SILENT, Progress
+from remove_refusals.progress import Progress
 from remove_refusals.search.candidates import Candidate
 from remove_refusals.search.continuations import frozen
 from remove_refusals.search.material import Material, unlikelihood, with_new_refusals
-from remove_refusals.settings import SITE_KINDS, GradientSettings
+from remove_refusals.settings import SITE_KINDS, GradientSettings, SiteKind
 from remove_refusals.types import Direction, DirectionOrigin, Intervention, SiteEdit
 
 
 @dataclass(frozen=True, eq=False)
 class Steering:
-    """What a descent changes.
+    """What a descent changes: a strength for each site, and a direction for each layer from the first edited one on.
 
     Attributes:
-        sites: The sites that may be edited.
-        strengths: `[n_sites]`, float32, one for each.
+        sites: Kind and layer of the sites that may be edited.
+        strengths: `[n_sites]`, float32.
         directions: `[n_directions, d_model]`, float32.
-        direction_of: For each site the index of its direction.
         origins: Where each direction came from.
-        learned: Whether the descent changes the directions.
+        first: The layer of the first direction.
     """
 
-    sites: tuple[SiteKey, ...]
+    sites: tuple[tuple[SiteKind, int], ...]
     strengths: torch.Tensor
     directions: torch.Tensor
-    direction_of: tuple[int, ...]
     origins: tuple[DirectionOrigin, ...]
-    learned: bool = False
+    first: int
 
     def steers(self) -> dict[SiteKey, Callable[[], Steer]]:
         """Give what is taken out at each site, as `steered` wants it."""
 
-        def at(index: int) -> Callable[[], Steer]:
-            return lambda: Steer(self.strengths[index], self.directions[self.direction_of[index]])
+        def at(index: int) -> Steer:
+            return Steer(self.strengths[index], self.directions[self.sites[index][1] - self.first])
 
-        return {site: at(index) for index, site in enumerate(self.sites)}
+        return {site: partial(at, index) for index, site in enumerate(self.sites)}
 
-    def copy(self) -> "Steering":
-        """Give what was reached, for the descent goes on in the same memory."""
-        return replace(self, strengths=self.strengths.clone(), directions=self.directions.clone())
-
-    def _origin(self, number: int) -> DirectionOrigin:
-        origin = self.origins[number]
-        if not self.learned:
-            return origin
-        return origin.model_copy(update={"method": f"gradient descent from {origin.method}", "length": None})
-
-    def intervention(self, least: float) -> Intervention:
-        """Give the intervention; strengths below `least` are left out, as are directions that nothing uses then."""
-        strengths = [round(float(value), 4) for value in self.strengths.detach()]
-        kept = [index for index, strength in enumerate(strengths) if strength >= least]
-        used = sorted({self.direction_of[index] for index in kept})
-        directions = tuple(
-            direction_from_vectors(self.directions[number].detach().to("cpu"), self._origin(number)) for number in used
+    def intervention(self, settings: GradientSettings) -> Intervention:
+        """Give the intervention; low strengths are left out, as are directions that nothing uses then."""
+        strengths = [round(float(value), 4) for value in self.strengths]
+        kept = [(site, value) for site, value in zip(self.sites, strengths, strict=True) if value >= settings.least]
+        used = sorted({layer for (_, layer), _ in kept})
+        directions = []
+        for layer in used:
+            origin = self.origins[layer - self.first]
+            if settings.direction_rate > 0:
+                changed = {"method": f"gradient descent from {origin.method}", "length": None}
+                origin = origin.model_copy(update=changed)
+            directions.append(direction_from_vectors(self.directions[layer - self.first].cpu(), origin))
+        edits = (
+            SiteEdit(kind=kind, layer=layer, strength=strength, direction=used.index(layer))
+            for (kind, layer), strength in kept
         )
-        edits = []
-        for index in kept:
-            (kind, layer), number = self.sites[index], used.index(self.direction_of[index])
-            edits.append(SiteEdit(kind=kind, layer=layer, strength=strengths[index], direction=number))
-        return Intervention(directions, tuple(edits))
+        return Intervention(tuple(directions), tuple(edits))
+
+
+class Reached(Record):
+    """Where a descent ended, and what the model answers there; a float32 is the same again when read from JSON."""
+
+    strengths: list[float]
+    directions: list[list[float]]
+    answers: list[Answer]
 
 
 def start_steering(
@@ -82,25 +81,19 @@ def start_steering(
     """Begin with one strength everywhere from layer `first` on; of each layer's direction the first column is used."""
     model_map = map_model(loaded.model)
     there = {(site.kind, site.layer) for site in model_map.sites}
-    sites = tuple(
-        (kind, layer) for layer in range(first, model_map.n_layers) for kind in SITE_KINDS[1:] if (kind, layer) in there
-    )
-    return Steering(
-        sites,
-        torch.full((len(sites),), settings.start, device=loaded.device),
-        torch.stack([direction.basis[:, 0] for direction in directions[first:]]).to(loaded.device),
-        tuple(layer - first for _, layer in sites if layer is not None),
-        tuple(direction.origin for direction in directions[first:]),
-        learned=settings.direction_rate > 0,
-    )
+    layers = range(first, model_map.n_layers)
+    sites = tuple((kind, layer) for layer in layers for kind in SITE_KINDS[1:] if (kind, layer) in there)
+    strengths = torch.full((len(sites),), settings.start, device=loaded.device)
+    columns = torch.stack([direction.basis[:, 0] for direction in directions[first:]]).to(loaded.device)
+    return Steering(sites, strengths, columns, tuple(direction.origin for direction in directions[first:]), first)
 
 
 def descend(
     directions: Sequence[Direction],
     material: Material,
     settings: GradientSettings,
-    journal: Journal | None = None,
-    progress: Progress = SILENT,
+    journal: Journal,
+    progress: Progress,
 ) -> list[Candidate]:
     """Search by gradients from one direction for each layer, found in the stream behind it: once for each weight.
 
@@ -110,7 +103,6 @@ def descend(
     """
     steering = start_steering(material.loaded, directions, settings, material.first_layer)
     reached: list[tuple[Steering, float]] = []
-    journal = journal or Journal()
     # Directions are told apart by where they come from.
     origins = [direction.origin.model_copy(update={"length": None}).to_json() for direction in directions]
     probes = (*material.refusal_probes, *material.damage_probes)
@@ -119,34 +111,24 @@ def descend(
     lengths = [settings.n_steps] + [settings.n_more_steps] * (len(settings.damage_weights) - 1)
     progress = progress.stage("descent", sum(lengths))
     for number in range(len(lengths)):
-        answers = journal.remember(
+        found = journal.remember(
             f"descent {number + 1}",
             inputs,
             partial(_go_down, steering, material, settings, number, progress.after(sum(lengths[:number]))),
-            partial(_pack, steering),
-            partial(_unpack_into, steering),
+            Reached.to_json,
+            Reached.model_validate,
         )
-        material, share = with_new_refusals(answers, material, settings)
-        reached.append((steering.copy(), share))
+        strengths, vectors = torch.tensor(found.strengths), torch.tensor(found.directions)
+        device = material.loaded.device
+        steering = replace(steering, strengths=strengths.to(device), directions=vectors.to(device))
+        material, share = with_new_refusals(found.answers, material, settings)
+        reached.append((steering, share))
     candidates = []
-    for number, (kept, share) in enumerate(reached):
+    for number, (steering, share) in enumerate(reached):
         name = f"descent {number + 1}, damage weight {settings.damage_weights[number]:g}"
-        refusal, damage = material.score(kept.steers())
-        candidates.append(Candidate(name, kept.intervention(settings.least), max(refusal, share), damage))
+        refusal, damage = material.score(steering.steers())
+        candidates.append(Candidate(name, steering.intervention(settings), max(refusal, share), damage))
     return candidates
-
-
-def _pack(steering: Steering, answers: Sequence[Answer]) -> dict[str, Any]:
-    """What a descent reached, and the answers after it; a float32 is the same again when read from JSON."""
-    reached = {"strengths": steering.strengths.tolist(), "directions": steering.directions.tolist()}
-    return reached | {"answers": [answer.to_json() for answer in answers]}
-
-
-def _unpack_into(steering: Steering, record: Mapping[str, Any]) -> list[Answer]:
-    """Put into `steering` what a descent had reached, and give the answers after it."""
-    steering.strengths.copy_(torch.tensor(record["strengths"]))
-    steering.directions.copy_(torch.tensor(record["directions"]))
-    return [Answer.model_validate(answer) for answer in record["answers"]]
 
 
 def _orders(material: Material, seed: int) -> Iterator[tuple[int, int]]:
@@ -162,37 +144,35 @@ def _orders(material: Material, seed: int) -> Iterator[tuple[int, int]]:
 
 def _go_down(
     steering: Steering, material: Material, settings: GradientSettings, number: int, progress: Progress
-) -> list[Answer]:
-    """Change `steering` in place, step by step, and let the model say its first words there.
-
-    The rate falls to a tenth along the second half.
-    """
+) -> Reached:
+    """Go down, the rate falling to a tenth along the second half, and let the model say its first words there."""
     loaded, weight = material.loaded, settings.damage_weights[number]
     n_steps = settings.n_more_steps if number else settings.n_steps
-    groups = [{"params": [steering.strengths.requires_grad_(True)], "lr": settings.rate}]
-    if steering.learned:
-        each = settings.direction_rate / steering.directions.shape[1] ** 0.5
-        groups.append({"params": [steering.directions.requires_grad_(True)], "lr": each})
+    strengths, directions = steering.strengths.clone().requires_grad_(), steering.directions.clone()
+    groups = [{"params": [strengths], "lr": settings.rate}]
+    if settings.direction_rate > 0:
+        each = settings.direction_rate / directions.shape[1] ** 0.5
+        groups.append({"params": [directions.requires_grad_()], "lr": each})
     optimizer = torch.optim.Adam(groups, betas=(0.8, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, 2.0 - 1.9 * (step + 1) / n_steps))
     orders = _orders(material, settings.seed + number)
+    steers = replace(steering, strengths=strengths, directions=directions).steers()
     for step in range(n_steps):
         harmful, harmless = next(orders)
         optimizer.zero_grad()
-        with frozen(loaded, gradients=True), steered(loaded.model, steering.steers()):
+        with frozen(loaded, gradients=True), steered(loaded.model, steers):
             unlikelihood(material.refusals(harmful)).backward()  # type: ignore[no-untyped-call]
             (weight * material.damages(harmless).mean()).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
         with torch.no_grad():
-            steering.strengths.clamp_(0.0, settings.most)
-            steering.directions.div_(steering.directions.norm(dim=-1, keepdim=True))
+            strengths.clamp_(0.0, settings.most)
+            directions.div_(directions.norm(dim=-1, keepdim=True))
         progress.done(step + 1)
-    steering.strengths.requires_grad_(False)
-    steering.directions.requires_grad_(False)
-    with steered(loaded.model, steering.steers()):
+    with torch.no_grad(), steered(loaded.model, steers):
         first = material.refused.token_ids[: settings.n_check]
-        return generate(loaded, first, max_new_tokens=settings.n_check_tokens)
+        answers = generate(loaded, first, max_new_tokens=settings.n_check_tokens)
+    return Reached(strengths=strengths.tolist(), directions=directions.tolist(), answers=answers)
 
 
 def first_layer_that_counts(directions: Sequence[Direction], material: Material, settings: GradientSettings) -> int:
@@ -209,7 +189,6 @@ def first_layer_that_counts(directions: Sequence[Direction], material: Material,
         (slopes,) = torch.autograd.grad(loss, strengths)
     won = [0.0] * map_model(loaded.model).n_layers
     for (_, layer), slope in zip(steering.sites, slopes.tolist(), strict=True):
-        assert layer is not None
         won[layer] += max(0.0, -slope)
     from_here = [sum(won[layer:]) for layer in range(len(won))]
     return max(layer for layer, rest in enumerate(from_here) if rest >= 0.9 * from_here[0])
