@@ -73,6 +73,14 @@ def test_every_option_of_run_comes_from_the_tree() -> None:
     assert names == declared | {"config", "help_all", "quiet", "log", "as_json"}
 
 
+def test_the_pages_say_of_every_option_what_the_tree_says() -> None:
+    told = (Path(__file__).parents[1] / "docs" / "configuration.md").read_text(encoding="utf-8")
+    for tree in (RunSettings, RunFiles):
+        for name, one in settings_of(tree).items():
+            default = "" if one.default is None or one.default is False else f"`{one.default}`"
+            assert one.option.is_argument or f"| `--{name}` | {default} | {one.declared.description} |" in told
+
+
 def test_the_default_file_is_toml_that_changes_nothing_and_gives_the_tree_back(tmp_path: Path) -> None:
     text = default_configuration()
     assert tomllib.loads(text) == {}

@@ -8,7 +8,6 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from remove_refusals.baking.disk import certify_directory
-from remove_refusals.cli.talk import answer_rows
 from remove_refusals.directions.direction import direction_from_vectors, find_direction
 from remove_refusals.directions.intervention import intervene
 from remove_refusals.directions.saved import load_direction, save_direction
@@ -182,13 +181,6 @@ def test_inspect_needs_no_weights(settings, tmp_path):
         "model.layers.0.self_attn.o_proj.weight",
     ]
     assert "dtype" not in found.to_json()["writers"][0]
-
-
-def test_answer_rows(settings):
-    loaded = load(settings.model)
-    rows = answer_rows(loaded, ("One", "Two"), None, max_new_tokens=5)
-    assert [row["prompt"] for row in rows] == ["One", "Two"]
-    assert all(row["n_tokens"] <= 5 and row["ablated"] is False for row in rows)
 
 
 def test_what_a_search_tried_can_be_tried_again(settings, tmp_path):

@@ -1,6 +1,5 @@
 """Commands that make something: a direction, an edited model, a repository on the hub."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,9 +9,7 @@ from remove_refusals.cli.command import ConfigFile, DirectionFile, Force, ModelA
 from remove_refusals.errors import DirectionError, SelectionError
 
 if TYPE_CHECKING:
-    from remove_refusals.modelmap import ModelMap
-    from remove_refusals.settings import DiskSettings, EditSettings, RunFiles, RunSettings
-    from remove_refusals.types import Intervention
+    from remove_refusals.settings import DiskSettings, RunFiles, RunSettings
 
 
 @takes()
@@ -112,16 +109,24 @@ def bake(
     """
     from remove_refusals import baking
     from remove_refusals.cli import printing
+    from remove_refusals.directions import as_intervention, load_directions
     from remove_refusals.files import check_target
 
     if kind not in _KINDS:
         raise DirectionError(f"--as is {kind!r}, expected one of {', '.join(_KINDS)}.")
     check_target(output, force=force, directory=kind in ("checkpoint", "lora"))
     edit, loading = settings.edit, settings.loading
-    intervene = _chosen(direction, repeat, edit)
+    if (direction is None) == (repeat is None) or (repeat and {"strength", "layers", "sites"} & edit.model_fields_set):
+        raise DirectionError(
+            "Expected one of --direction and --repeat, and beside --repeat none of --strength, --layers and --sites, "
+            "since the directory's record says that; leave the others out."
+        )
+    made_before = None if repeat is None else baking.load_intervention(repeat)
+    directions = () if direction is None else load_directions(direction)
     base = baking.open_base(model, revision=loading.revision, trust_remote_code=loading.trust_remote_code)
     options: dict[str, Any] = {"tied": edit.tied, "allow_leak": edit.allow_leak, "variant": edit.variant}
-    intervention, model_map = intervene(base.model_map), base.model_map
+    model_map = base.model_map
+    intervention = made_before or as_intervention(directions, model_map, edit)
     if kind == "checkpoint":
         with printing.progress() as progress:
             baked = baking.bake(base, intervention, output, **options, force=force, disk=disk, progress=progress)
@@ -142,25 +147,6 @@ def bake(
         f"Saved to {output}: a {'PEFT' if kind == 'lora' else 'llama.cpp'} LoRA of the edit.",
         lambda: printing.say(*remarks),
     )
-
-
-def _chosen(direction: Path | None, repeat: Path | None, edit: "EditSettings") -> "Callable[[ModelMap], Intervention]":
-    """Give what makes the intervention for a model, from a direction or from an edit that was made before."""
-    from remove_refusals.baking import load_intervention
-    from remove_refusals.directions import as_intervention, load_directions
-
-    as_given = {"strength", "layers", "sites"} & edit.model_fields_set
-    if (direction is None) == (repeat is None) or (repeat is not None and as_given):
-        raise DirectionError(
-            "Expected one of --direction and --repeat, and beside --repeat none of --strength, --layers and --sites, "
-            "since the directory's record says that; leave the others out."
-        )
-    if repeat is not None:
-        intervention = load_intervention(repeat)
-        return lambda model_map: intervention
-    assert direction is not None
-    given = load_directions(direction)
-    return lambda model_map: as_intervention(given, model_map, edit)
 
 
 def push(

@@ -80,7 +80,8 @@ def settings_of(kind: type[Settings]) -> dict[str, Setting]:
     """Give the settings of a tree that are options, by their names."""
     found: dict[str, Setting] = {}
     for one in _walk(kind, ()):
-        known = found.get(one.name)
+        # What stands in several places, such as a column's name, comes last.
+        known = found.pop(one.name, None)
         found[one.name] = one if known is None else replace(known, places=known.places + one.places)
     return found
 

@@ -1,16 +1,15 @@
 """Commands that let a model answer, and the talk in the terminal: as it is, with the direction taken out, or both."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import typer
 
 from remove_refusals.cli.command import DirectionFile, Force, ModelArgument, takes
 from remove_refusals.errors import DirectionError, RemoveRefusalsError
-from remove_refusals.progress import SILENT, Progress
 
 if TYPE_CHECKING:
     from remove_refusals.models import LoadedModel
@@ -307,9 +306,10 @@ def generate(
 ) -> None:
     """Answer prompts in batches, greedily; without --direction the model answers as it is."""
     from remove_refusals.cli import printing
-    from remove_refusals.directions import as_intervention, load_directions
+    from remove_refusals.directions import ablated, as_intervention, load_directions
     from remove_refusals.files import check_target, write_jsonl
-    from remove_refusals.models import load_model
+    from remove_refusals.models import generate as answer_all
+    from remove_refusals.models import load_model, render
     from remove_refusals.prompts import prompts_from
     from remove_refusals.settings import PromptSource
 
@@ -320,35 +320,11 @@ def generate(
     given = None if direction is None else load_directions(direction)
     loaded = load_model(model, settings.loading, settings.chat, settings.batch_size)
     intervention = None if given is None else as_intervention(given, loaded, settings.edit)
-    with printing.progress() as progress:
-        rows = answer_rows(
-            loaded,
-            prompt_set.prompts,
-            intervention,
-            max_new_tokens=settings.measure.max_new_tokens,
-            progress=progress.stage("answers", len(prompt_set)),
-        )
-    write_jsonl(output, rows, force=force)
-    printing.finish({"output": str(output), "answers": len(rows)}, f"Saved {len(rows)} answers to {output}.")
-
-
-def answer_rows(
-    loaded: "LoadedModel",
-    prompts: Sequence[str],
-    intervention: "Intervention | None",
-    *,
-    max_new_tokens: int = 100,
-    progress: Progress = SILENT,
-) -> list[dict[str, Any]]:
-    """Answer prompts in their order, with a direction taken out if an intervention is given; an object for each."""
-    from remove_refusals.directions import ablated
-    from remove_refusals.models import generate as generate_answers
-    from remove_refusals.models import render
-
-    token_ids = render(loaded, prompts)
-    with contextlib.nullcontext() if intervention is None else ablated(loaded, intervention):
-        answers = generate_answers(loaded, token_ids, max_new_tokens=max_new_tokens, progress=progress)
-    return [
+    token_ids, n_tokens = render(loaded, prompt_set.prompts), settings.measure.max_new_tokens
+    with printing.progress() as progress, ablated(loaded, intervention) if intervention else contextlib.nullcontext():
+        stage = progress.stage("answers", len(prompt_set))
+        answers = answer_all(loaded, token_ids, max_new_tokens=n_tokens, progress=stage)
+    rows = [
         {
             "prompt": prompt,
             "answer": answer.text,
@@ -356,5 +332,7 @@ def answer_rows(
             "finished": answer.finished,
             "ablated": intervention is not None,
         }
-        for prompt, answer in zip(prompts, answers, strict=True)
+        for prompt, answer in zip(prompt_set.prompts, answers, strict=True)
     ]
+    write_jsonl(output, rows, force=force)
+    printing.finish({"output": str(output), "answers": len(rows)}, f"Saved {len(rows)} answers to {output}.")
