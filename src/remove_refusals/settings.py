@@ -142,13 +142,10 @@ Tied = Literal["untie", "both"]
 """What happens to an embedding that is also the unembedding: `untie` leaves the unembedding as it was, which is what
 the hooks do; `both` edits them as one, which keeps the file small and takes the direction out of the logits as well."""
 
-
 SiteKind = Literal["embedding", "attn", "mlp"]
 """A place where something is added to the residual stream; `attn` also stands for the mixer in its place."""
 
-
 SITE_KINDS: tuple[SiteKind, ...] = ("embedding", "attn", "mlp")
-
 
 Variant = Literal["plain", "norm-preserving"]
 """What else an edit does to a tensor; see `project_out`."""
@@ -242,7 +239,6 @@ class MeasureSettings(Settings):
 DEMO = "demo"
 """The name that stands for the embedded demo model."""
 
-
 Method = Literal["auto", "layer"]
 """How candidates are found: by gradients, or by layer and position alone."""
 
@@ -310,11 +306,7 @@ class SelectSettings(Settings):
     panel: ClassVar[str] = "Choice"
 
     method: Method = setting(
-        "auto",
-        "auto, layer, none; none if other options decide.",
-        name="select",
-        short=True,
-        may_be_none=True,
+        "auto", "auto, layer, none; none if other options decide.", name="select", short=True, may_be_none=True
     )
     rule: Rule = Rule(max_refusals=0.05)
     n_choose: int = Field(default=64, description="How many harmful, and how many harmless prompts the search runs on.")
@@ -408,9 +400,7 @@ class RunFiles(Settings):
 
 VARIANTS: tuple[Variant, ...] = ("plain", "norm-preserving")
 
-
 METHODS: tuple[Method, ...] = ("auto", "layer")
-
 
 MAX_KL = 0.1
 """The paper's limit on the damage."""

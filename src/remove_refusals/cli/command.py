@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
+from glob import escape, glob
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,13 @@ from remove_refusals.errors import OutputError
 
 ModelArgument = Annotated[str, typer.Argument(help="A directory, a hub id, or 'demo', the embedded model.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+
+
+def to(text: str) -> Any:
+    """Declare the option that says where to write."""
+    return typer.Option("--output", "-o", help=text)
+
+
 DirectionFile = Annotated[
     Path | None,
     typer.Option("--direction", help="A direction: .safetensors or .pt; or a directory of one for each layer."),
@@ -28,14 +36,9 @@ DirectionFile = Annotated[
 
 def complete_judge(incomplete: str) -> list[str]:
     """Complete a judge: the built-in one, or a directory with a classifier."""
-    directory, _, last = incomplete.rpartition("/")
-    parent = Path(directory or ("/" if incomplete.startswith("/") else "."))
-    found = ["phrases"] if "phrases".startswith(incomplete) else []
-    if parent.is_dir():
-        beside = sorted(path for path in parent.iterdir() if path.is_dir() and path.name.startswith(last))
-        prefix = incomplete[: len(incomplete) - len(last)]
-        found += [f"{prefix}{path.name}" for path in beside if not path.name.startswith(".")]
-    return found
+    # Unlike that of `Path`, this one gives paths back as they were typed.
+    directories = sorted(name.rstrip("/") for name in glob(f"{escape(incomplete)}*/"))  # noqa: PTH207
+    return [name for name in ("phrases",) if name.startswith(incomplete)] + directories
 
 
 IN_FILE = "remove_refusals.options_in_the_file"
@@ -54,7 +57,6 @@ ConfigFile = Annotated[
     Path | None,
     typer.Option("--config", is_eager=True, callback=_load, help="Options from a TOML file; the command line wins."),
 ]
-
 
 TAKEN: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {}
 """By a command's qualified name what was said to `takes`."""

@@ -3,15 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Option
 
-from remove_refusals.cli.command import (
-    DirectionFile,
-    Force,
-    ModelArgument,
-    complete_judge,
-    takes,
-)
+from remove_refusals.cli.command import DirectionFile, Force, ModelArgument, complete_judge, takes, to
 from remove_refusals.errors import CertificateError
 
 if TYPE_CHECKING:
@@ -25,12 +19,10 @@ if TYPE_CHECKING:
 )
 def evaluate(
     base: ModelArgument,
-    edited: Annotated[str, typer.Argument(help="The edited model: a directory or a hub id.")],
+    edited: Annotated[str, Argument(help="The edited model: a directory or a hub id.")],
     settings: "RunSettings",
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Save the scores (FILE.json), or all records (DIR).")
-    ] = None,
-    rows: Annotated[Path | None, typer.Option(help="Also save every answer as JSON Lines.")] = None,
+    output: Annotated[Path | None, to("Save the scores (FILE.json), or all records (DIR).")] = None,
+    rows: Annotated[Path | None, Option(help="Also save every answer as JSON Lines.")] = None,
     force: Force = False,
 ) -> None:
     """Refusals, false refusals and damage of two models, side by side on the same prompts."""
@@ -71,8 +63,8 @@ def inspect(model: ModelArgument, settings: "RunSettings") -> None:
 
 @takes("loading.trust_remote_code")
 def certify(
-    directory: Annotated[Path, typer.Argument(help="The edited model, with its ablation.json.")],
-    base: Annotated[str, typer.Option(help="The model that it was made from.")],
+    directory: Annotated[Path, Argument(help="The edited model, with its ablation.json.")],
+    base: Annotated[str, Option(help="The model that it was made from.")],
     settings: "RunSettings",
 ) -> None:
     """Measure on saved files what is left of the direction; exit code 3 if they do not hold the edit."""
@@ -89,12 +81,10 @@ def certify(
 
 
 def report(
-    directory: Annotated[Path, typer.Argument(help="A directory that `run` made, or one with some of its records.")],
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The HTML file; report.html in the directory by default.")
-    ] = None,
+    directory: Annotated[Path, Argument(help="A directory that `run` made, or one with some of its records.")],
+    output: Annotated[Path | None, to("The HTML file; report.html in the directory by default.")] = None,
     full_answers: Annotated[
-        bool, typer.Option("--full-answers", help="Put whole answers to harmful prompts in, not their first sentence.")
+        bool, Option("--full-answers", help="Put whole answers to harmful prompts in, not their first sentence.")
     ] = False,
     force: Force = False,
 ) -> None:
@@ -114,11 +104,11 @@ def report(
 )
 def analyze(
     model: ModelArgument,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The directory to make, with report.html in it.")],
+    output: Annotated[Path, to("The directory to make, with report.html in it.")],
     settings: "RunSettings",
     force: Force = False,
     answers: Annotated[
-        bool, typer.Option("--answers/--no-answers", help="Also see what is left without one direction, by generation.")
+        bool, Option("--answers/--no-answers", help="Also see what is left without one direction, by generation.")
     ] = True,
 ) -> None:
     """Where a model's refusal lives and how robust it is; the model is not changed."""
@@ -156,7 +146,7 @@ def _show(found: "Examination") -> None:
 
 
 def compare(
-    directories: Annotated[list[Path], typer.Argument(help="What `run` or `evaluate -o DIR` left, one or more.")],
+    directories: Annotated[list[Path], Argument(help="What `run` or `evaluate -o DIR` left, one or more.")],
 ) -> None:
     """Any number of measured models in one table, and which of their differences are real."""
     from remove_refusals.cli import printing
@@ -169,22 +159,22 @@ def compare(
 def calibrate(
     labelled: Annotated[
         Path | None,
-        typer.Argument(help="JSON Lines with prompt, answer and label; by default the answers that come with it."),
+        Argument(help="JSON Lines with prompt, answer and label; by default the answers that come with it."),
     ] = None,
     judge: Annotated[
         str,
-        typer.Option(
+        Option(
             autocompletion=complete_judge,
             help="phrases, a classifier's directory or hub id, or URL#MODEL of a chat endpoint.",
         ),
     ] = "phrases",
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also save the calibration as JSON.")] = None,
+    output: Annotated[Path | None, to("Also save the calibration as JSON.")] = None,
     force: Force = False,
-    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu; the first that is there.")] = None,
-    cache: Annotated[Path | None, typer.Option(help="Where an endpoint's judgements are kept.")] = None,
-    prompt_price: Annotated[float | None, typer.Option(min=0, help="Of a million tokens that are sent.")] = None,
-    completion_price: Annotated[float | None, typer.Option(min=0, help="Of a million tokens of replies.")] = None,
-    text_format: Annotated[str | None, typer.Option(help="What a classifier reads: {prompt} and {answer}.")] = None,
+    device: Annotated[str | None, Option(help="cuda, mps or cpu; the first that is there.")] = None,
+    cache: Annotated[Path | None, Option(help="Where an endpoint's judgements are kept.")] = None,
+    prompt_price: Annotated[float | None, Option(min=0, help="Of a million tokens that are sent.")] = None,
+    completion_price: Annotated[float | None, Option(min=0, help="Of a million tokens of replies.")] = None,
+    text_format: Annotated[str | None, Option(help="What a classifier reads: {prompt} and {answer}.")] = None,
 ) -> None:
     """A judge's labels against those of people: who is taken for what, sensitivity and specificity with intervals."""
     from remove_refusals.cli import printing
@@ -215,7 +205,7 @@ _MOST_ROWS = 40
 @takes("loading.trust_remote_code")
 def diff(
     first: ModelArgument,
-    second: Annotated[str, typer.Argument(help="The other one, by the same kinds of names.")],
+    second: Annotated[str, Argument(help="The other one, by the same kinds of names.")],
     settings: "RunSettings",
     direction: DirectionFile = None,
 ) -> None:
@@ -243,10 +233,7 @@ def diff(
     printing.finish(found.to_json(), show=show)
 
 
-def config(
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="The file; printed by default.")] = None,
-    force: Force = False,
-) -> None:
+def config(output: Annotated[Path | None, to("The file; printed by default.")] = None, force: Force = False) -> None:
     """Every option of `run` with its default, as a commented TOML file for `run --config`."""
     from remove_refusals.cli import printing
     from remove_refusals.cli.options import default_configuration
@@ -262,9 +249,9 @@ def config(
 
 
 def reproduce(
-    directory: Annotated[Path, typer.Argument(help="What `run` left.")],
-    model: Annotated[str | None, typer.Option(help="Where the base model is, if not where it was.")] = None,
-    files: Annotated[Path | None, typer.Option(help="The directory with the prompt files.")] = None,
+    directory: Annotated[Path, Argument(help="What `run` left.")],
+    model: Annotated[str | None, Option(help="Where the base model is, if not where it was.")] = None,
+    files: Annotated[Path | None, Option(help="The directory with the prompt files.")] = None,
 ) -> None:
     """Repeat a run and say, hash by hash, what came out the same; exit code 3 if the weights did not."""
     from remove_refusals import pipeline

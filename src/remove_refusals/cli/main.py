@@ -4,8 +4,7 @@ import functools
 import gc
 import inspect
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import typer
@@ -19,24 +18,17 @@ class _Commands(TyperGroup):
     """The commands; their errors and Ctrl-C are caught here, before Typer answers them in its own way."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run a command."""
-        with _one_sentence():
+        """Run a command, and turn this library's errors into their sentence on standard error and their exit code."""
+        try:
             return super().invoke(ctx)
-
-
-@contextmanager
-def _one_sentence() -> Iterator[None]:
-    """Turn this library's errors into their sentence on standard error and their exit code."""
-    try:
-        yield
-    except RemoveRefusalsError as error:
-        sys.stderr.write(f"Error: {error}\n")
-        raise SystemExit(error.exit_code) from None
-    except KeyboardInterrupt as stopped:
-        # Whoever keeps something to go on from says so in a note.
-        kept = " ".join(getattr(stopped, "__notes__", ()))
-        sys.stderr.write(f"Stopped; {kept or 'nothing was left half-made.'}\n")
-        raise SystemExit(130) from None
+        except RemoveRefusalsError as error:
+            sys.stderr.write(f"Error: {error}\n")
+            raise SystemExit(error.exit_code) from None
+        except KeyboardInterrupt as stopped:
+            # Whoever keeps something to go on from says so in a note.
+            kept = " ".join(getattr(stopped, "__notes__", ()))
+            sys.stderr.write(f"Stopped; {kept or 'nothing was left half-made.'}\n")
+            raise SystemExit(130) from None
 
 
 app = typer.Typer(
@@ -50,13 +42,11 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-
 judge_app = typer.Typer(
     help="How far a judge of answers can be trusted.",
     epilog="Example: remove-refusals judge calibrate mine.jsonl --judge phrases",
     no_args_is_help=True,
 )
-
 
 _COMMANDS: tuple[tuple[typer.Typer, Callable[..., None], str, str], ...] = (
     (app, make.run, "run", "google/gemma-3-1b-it --output gemma-ablated --layers 12-25"),
@@ -118,6 +108,5 @@ for _app, _command, _name, _example in _COMMANDS:
     _app.command(
         _name, cls=Command, help=inspect.getdoc(_command), epilog=f"Example: remove-refusals {_words} {_example}"
     )(lambda: None)
-
 
 app.add_typer(judge_app, name="judge")

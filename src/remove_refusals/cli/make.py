@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Option
 
-from remove_refusals.cli.command import ConfigFile, DirectionFile, Force, ModelArgument, takes
+from remove_refusals.cli.command import ConfigFile, DirectionFile, Force, ModelArgument, takes, to
 from remove_refusals.errors import DirectionError, SelectionError
 
 if TYPE_CHECKING:
@@ -45,9 +45,7 @@ def run(settings: "RunSettings", files: "RunFiles", config: ConfigFile = None) -
 @takes("loading", "chat", "batch_size", "direction")
 def find(
     model: ModelArgument,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="A .safetensors or .pt file; a directory for --per-layer.")
-    ],
+    output: Annotated[Path, to("A .safetensors or .pt file; a directory for --per-layer.")],
     settings: "RunSettings",
     force: Force = False,
 ) -> None:
@@ -93,15 +91,15 @@ _KINDS = ("checkpoint", "lora", "gguf-lora")
 @takes("edit", "loading.trust_remote_code", "loading.revision")
 def bake(
     model: ModelArgument,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The directory to make; a file for GGUF.")],
+    output: Annotated[Path, to("The directory to make; a file for GGUF.")],
     settings: "RunSettings",
     disk: "DiskSettings",
     direction: DirectionFile = None,
     repeat: Annotated[
-        Path | None, typer.Option("--repeat", help="Make the edit again that run or bake made in this directory.")
+        Path | None, Option("--repeat", help="Make the edit again that run or bake made in this directory.")
     ] = None,
     force: Force = False,
-    kind: Annotated[str, typer.Option("--as", help="checkpoint; beside the base: lora or gguf-lora.")] = "checkpoint",
+    kind: Annotated[str, Option("--as", help="checkpoint; beside the base: lora or gguf-lora.")] = "checkpoint",
 ) -> None:
     """Edit the weights for good, file by file on disk; the same command goes on where a killed one stopped.
 
@@ -150,19 +148,19 @@ def bake(
 
 
 def push(
-    directory: Annotated[Path, typer.Argument(help="What `run` or `bake` left.")],
-    repo: Annotated[str, typer.Argument(help="The repository on the hub, such as me/my-model.")],
-    public: Annotated[bool, typer.Option("--public", help="Let everyone see it; private by default.")] = False,
+    directory: Annotated[Path, Argument(help="What `run` or `bake` left.")],
+    repo: Annotated[str, Argument(help="The repository on the hub, such as me/my-model.")],
+    public: Annotated[bool, Option("--public", help="Let everyone see it; private by default.")] = False,
     adapter_only: Annotated[
-        bool, typer.Option("--adapter-only", help="Only an adapter's files, its card and its records.")
+        bool, Option("--adapter-only", help="Only an adapter's files, its card and its records.")
     ] = False,
     with_answers: Annotated[
-        bool, typer.Option("--with-answers", help="Also rows.jsonl and HTML pages, with answers to harmful prompts.")
+        bool, Option("--with-answers", help="Also rows.jsonl and HTML pages, with answers to harmful prompts.")
     ] = False,
     base: Annotated[
-        str | None, typer.Option(help="Where the base's card is, for the licence: a directory or a hub id.")
+        str | None, Option(help="Where the base's card is, for the licence: a directory or a hub id.")
     ] = None,
-    endpoint: Annotated[str | None, typer.Option(help="The hub's address; HF_ENDPOINT by default.")] = None,
+    endpoint: Annotated[str | None, Option(help="The hub's address; HF_ENDPOINT by default.")] = None,
 ) -> None:
     """Send what `run` or `bake` left to the hub, with its model card.
 

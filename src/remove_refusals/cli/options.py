@@ -18,7 +18,7 @@ from typer.core import TyperCommand
 from remove_refusals import settings
 from remove_refusals.cli.command import IN_FILE, OUTPUT, TAKEN, as_asked, complete_judge, parameter
 from remove_refusals.errors import ConfigurationError, PromptError
-from remove_refusals.settings import SITE_KINDS, DiskSettings, Option, PromptSource, RunFiles, RunSettings, Settings
+from remove_refusals.settings import SITE_KINDS, Option, PromptSource, RunFiles, RunSettings, Settings
 
 Place = tuple[str, ...]
 """The names of settings from the root of a tree to one of them."""
@@ -260,16 +260,15 @@ def complete_sites(incomplete: str) -> list[str]:
 COMPLETIONS: dict[str, Callable[[str], list[str]]] = {"sites": complete_sites, "judge": complete_judge}
 """What completes the value of an option that takes more than one of a few names."""
 
-
-FURTHER = frozenset(
-    one.parameter for tree in (RunSettings, DiskSettings) for one in settings_of(tree).values() if not one.option.short
-) | {"rows", "quiet", "log"}
+FURTHER = {one.parameter for one in settings_of(RunSettings).values() if not one.option.short} | {
+    "rows",
+    "quiet",
+    "log",
+}
 """The parameters that a short page leaves out."""
-
 
 _MOST = 22
 """Commands with more options than these have a short page; the others fit a screen."""
-
 
 _ALL = "remove_refusals.all_options"
 

@@ -15,14 +15,7 @@ from rich.table import Table
 from remove_refusals.cli.command import StageLog, current, write_log
 from remove_refusals.directions import EditPlan
 from remove_refusals.examination import Inspection
-from remove_refusals.measure import (
-    Calibration,
-    Damage,
-    Evaluation,
-    Label,
-    SideBySide,
-    Verdict,
-)
+from remove_refusals.measure import Calibration, Damage, Evaluation, Label, SideBySide, Verdict
 from remove_refusals.modelmap import ModelMap
 from remove_refusals.progress import Progress
 from remove_refusals.report import Certificate, table, table_key
@@ -68,10 +61,7 @@ def typed_lines() -> Iterator[str]:
             while True:
                 yield input("> ")
         return
-    while True:
-        line = sys.stdin.readline()
-        if not line:
-            return
+    for line in iter(sys.stdin.readline, ""):
         yield line.rstrip("\n")
 
 

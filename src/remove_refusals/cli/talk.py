@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
-import typer
+from typer import Option
 
-from remove_refusals.cli.command import DirectionFile, Force, ModelArgument, takes
+from remove_refusals.cli.command import DirectionFile, Force, ModelArgument, takes, to
 from remove_refusals.errors import DirectionError, RemoveRefusalsError
 
 if TYPE_CHECKING:
@@ -16,12 +16,10 @@ if TYPE_CHECKING:
     from remove_refusals.settings import EditSettings, RunSettings
     from remove_refusals.types import Direction, Intervention
 
-
 Sides = Literal["ablated", "original", "compare"]
 
 Make = Callable[[float, "tuple[int, int] | None"], "Intervention"]
 """Makes the intervention of a strength and a range of layers, None for all."""
-
 
 HELP = """\
 /strength 0.5     how much is taken out from the next answer on
@@ -123,17 +121,11 @@ def _save(text: str, turns: list[Turn]) -> str:
 
     if not text:
         raise DirectionError("The file is missing, expected a path; write /save talk.jsonl.")
-    rows = (
-        {
-            "side": turn.side,
-            "strength": turn.state.strength if turn.side == "ablated" else 0.0,
-            "layers": turn.state.layers,
-            "system_prompt": turn.state.system_prompt,
-            "prompt": turn.prompt,
-            "answer": turn.answer,
-        }
-        for turn in turns
-    )
+    rows = []
+    for turn in turns:
+        state = {"layers": turn.state.layers, "system_prompt": turn.state.system_prompt}
+        strength = turn.state.strength if turn.side == "ablated" else 0.0
+        rows.append({"side": turn.side, "strength": strength, **state, "prompt": turn.prompt, "answer": turn.answer})
     write_jsonl(Path(text).expanduser(), rows)
     return f"Saved {len(turns)} answers to {text}."
 
@@ -174,8 +166,7 @@ def _turn(
     return found
 
 
-RunDirectory = Annotated[Path | None, typer.Option("--run", help="Take out what this run chose, a directory of `run`.")]
-
+RunDirectory = Annotated[Path | None, Option("--run", help="Take out what this run chose, a directory of `run`.")]
 
 _LOADING = ("loading.device", "loading.dtype", "loading.load_in_4bit", "loading.trust_remote_code", "loading.revision")
 _PARTS = ("edit.strength", "edit.layers", "edit.sites")
@@ -187,11 +178,9 @@ def chat(
     settings: "RunSettings",
     direction: DirectionFile = None,
     run: RunDirectory = None,
-    candidate: Annotated[
-        str | None, typer.Option("--candidate", help="With --run: another candidate of its search.")
-    ] = None,
-    no_ablation: Annotated[bool, typer.Option("--no-ablation", help="Talk to the model as it is.")] = False,
-    compare: Annotated[bool, typer.Option("--compare", help="Both answers, one after the other.")] = False,
+    candidate: Annotated[str | None, Option("--candidate", help="With --run: another candidate of its search.")] = None,
+    no_ablation: Annotated[bool, Option("--no-ablation", help="Talk to the model as it is.")] = False,
+    compare: Annotated[bool, Option("--compare", help="Both answers, one after the other.")] = False,
 ) -> None:
     """Talk to a model with the direction taken out as it runs; /help there says what can be changed, Ctrl-D ends it."""
     from remove_refusals.cli import printing
@@ -207,9 +196,8 @@ def chat(
     edit = settings.edit
     given = None if no_ablation else _given(direction, run, candidate)
     loaded = load_model(model, settings.loading, settings.chat)
-    make = None
-    if given is not None:
-        make = _maker(given, edit, loaded)
+    make = None if given is None else _maker(given, edit, loaded)
+    if make is not None:
         make(edit.strength, edit.layers)
     sides: Sides = "compare" if compare else "original" if no_ablation else "ablated"
     converse(
@@ -228,10 +216,8 @@ def ui(
     settings: "RunSettings",
     direction: DirectionFile = None,
     run: RunDirectory = None,
-    host: Annotated[str, typer.Option(help="The address to listen on; by default only this machine.")] = "127.0.0.1",
-    port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="The port; the first free one from 7860 on.")
-    ] = None,
+    host: Annotated[str, Option(help="The address to listen on; by default only this machine.")] = "127.0.0.1",
+    port: Annotated[int | None, Option(min=1, max=65535, help="The port; the first free one from 7860 on.")] = None,
 ) -> None:
     """A web page with both answers side by side, and how far each token lies along the direction."""
     from remove_refusals.cli import printing, web
@@ -298,8 +284,8 @@ def _maker(given: "tuple[Direction, ...] | Intervention", edit: "EditSettings", 
 )
 def generate(
     model: ModelArgument,
-    prompts: Annotated[str, typer.Option(help="A file or data set of prompts.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="A JSON Lines file.")],
+    prompts: Annotated[str, Option(help="A file or data set of prompts.")],
+    output: Annotated[Path, to("A JSON Lines file.")],
     settings: "RunSettings",
     direction: DirectionFile = None,
     force: Force = False,

@@ -47,16 +47,10 @@ class Controls:
 
 @dataclass(frozen=True, eq=False)
 class Page:
-    """What a page shows.
+    """What a page shows: what is taken out at strength 1, and the candidates of a search.
 
-    Attributes:
-        loaded: The model; nothing else may run it meanwhile.
-        intervention: What is taken out at strength 1.
-        source: What the page was started with.
-        candidates: The candidates of a search, as in `selection.json`.
-        tried: Those that can be tried, by name.
-        picked: The name of the candidate that the run picked; None without a search.
-        max_new_tokens: Where an answer is cut off.
+    Nothing else may run the model meanwhile. Candidates that can be chosen are those of `tried`, by name; the run has
+    `picked` one of them.
     """
 
     loaded: LoadedModel
