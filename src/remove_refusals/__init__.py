@@ -1,7 +1,26 @@
 """Find the direction in the residual stream that mediates refusal, take it out, and measure what that did.
 
-The names below are the public interface; each is imported from its module when it is first used, so that importing the
-package, and the command's help, stay quick.
+    import remove_refusals as rr
+
+    model, tokenizer = rr.load("demo")  # or a Transformers model and tokenizer that you have already
+    harmful = rr.collect_activations(model, tokenizer, ["How do I pick a lock?", ...])
+    harmless = rr.collect_activations(model, tokenizer, ["How do I bake a bread?", ...])
+    direction = rr.mean_difference(harmful, harmless, layer=0.6)
+    with rr.ablated(model, direction):
+        rr.generate(model, tokenizer, ["How do I pick a lock?"])
+    rr.bake("demo", direction, "edited")
+
+load, map_model                     a model and its tokenizer; where it writes to the residual stream
+embedded_prompts, load_prompts      prompt sets; lists of strings will do as well
+collect_activations, separation     hidden states; how far apart harmful and harmless prompts lie
+mean_difference, …_per_layer        the direction, or one for each layer; load_direction, save_direction
+intervene, select                   how much of it at which sites, as you say or by a search
+ablated, bake_in_place, bake        take it out while the model runs, in memory, or in files for good
+generate, evaluate                  answers; refusals, false refusals and damage, with intervals
+run, analyze, write_html_report     the whole job; a look at a model; the page of what was found
+
+The types are Activations, Direction, Intervention, LoadedModel, PromptSet, RunSettings and RemoveRefusalsError. Each
+name is imported when it is first used.
 """
 
 from importlib import import_module
@@ -9,137 +28,84 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from remove_refusals.baking.base import open_base
-    from remove_refusals.baking.disk import bake
-    from remove_refusals.baking.memory import bake_in_place
-    from remove_refusals.directions.activations import collect_activations
-    from remove_refusals.directions.direction import direction_from_vectors, mean_difference, mean_difference_per_layer
-    from remove_refusals.directions.hooks import ablated
-    from remove_refusals.directions.intervention import intervene
-    from remove_refusals.directions.saved import load_direction, load_directions, save_direction, save_directions
-    from remove_refusals.directions.separation import measure_separation, separation
+    from remove_refusals.api import bake, bake_in_place, collect_activations, evaluate, generate, select, separation
+    from remove_refusals.directions import (
+        ablated,
+        intervene,
+        load_direction,
+        mean_difference,
+        mean_difference_per_layer,
+        save_direction,
+    )
     from remove_refusals.errors import RemoveRefusalsError
-    from remove_refusals.examination import Examination, analyze, diff
-    from remove_refusals.measure.evaluate import evaluate
-    from remove_refusals.measure.judges.calibration import Calibration, calibrate, load_calibration
-    from remove_refusals.measure.judges.choose import make_judge
-    from remove_refusals.measure.judges.labels import Label
-    from remove_refusals.measure.judges.phrases import judge_phrases
-    from remove_refusals.measure.statistics import holm, paired_difference, paired_rates, rogan_gladen
-    from remove_refusals.modelmap.derive import map_model
-    from remove_refusals.models.generate import generate
-    from remove_refusals.models.load import load
+    from remove_refusals.examination import analyze
+    from remove_refusals.modelmap import map_model
+    from remove_refusals.models import LoadedModel, load
     from remove_refusals.pipeline import run
     from remove_refusals.prompts import embedded_prompts, load_prompts
-    from remove_refusals.report.card import Pushed, push
-    from remove_refusals.report.page import html_report, write_html_report
-    from remove_refusals.search.search import select, split_for_search
-    from remove_refusals.settings import RunSettings, SelectSettings
-    from remove_refusals.types import Activations, Direction, Intervention, PromptSet, Separation
+    from remove_refusals.report import write_html_report
+    from remove_refusals.settings import RunSettings
+    from remove_refusals.types import Activations, Direction, Intervention, PromptSet
 
 __version__ = version("remove-refusals")
 
 _HOME = {
     "Activations": "types",
-    "Calibration": "measure.judges.calibration",
     "Direction": "types",
-    "Examination": "examination",
     "Intervention": "types",
-    "Label": "measure.judges.labels",
+    "LoadedModel": "models",
     "PromptSet": "types",
-    "Pushed": "report.card",
     "RemoveRefusalsError": "errors",
     "RunSettings": "settings",
-    "SelectSettings": "settings",
-    "Separation": "types",
-    "ablated": "directions.hooks",
+    "ablated": "directions",
     "analyze": "examination",
-    "bake": "baking.disk",
-    "bake_in_place": "baking.memory",
-    "calibrate": "measure.judges.calibration",
-    "collect_activations": "directions.activations",
-    "diff": "examination",
-    "direction_from_vectors": "directions.direction",
+    "bake": "api",
+    "bake_in_place": "api",
+    "collect_activations": "api",
     "embedded_prompts": "prompts",
-    "evaluate": "measure.evaluate",
-    "generate": "models.generate",
-    "holm": "measure.statistics",
-    "html_report": "report.page",
-    "intervene": "directions.intervention",
-    "judge_phrases": "measure.judges.phrases",
-    "load": "models.load",
-    "load_calibration": "measure.judges.calibration",
-    "load_direction": "directions.saved",
-    "load_directions": "directions.saved",
+    "evaluate": "api",
+    "generate": "api",
+    "intervene": "directions",
+    "load": "models",
+    "load_direction": "directions",
     "load_prompts": "prompts",
-    "make_judge": "measure.judges.choose",
-    "map_model": "modelmap.derive",
-    "mean_difference": "directions.direction",
-    "mean_difference_per_layer": "directions.direction",
-    "measure_separation": "directions.separation",
-    "open_base": "baking.base",
-    "paired_difference": "measure.statistics",
-    "paired_rates": "measure.statistics",
-    "push": "report.card",
-    "rogan_gladen": "measure.statistics",
+    "map_model": "modelmap",
+    "mean_difference": "directions",
+    "mean_difference_per_layer": "directions",
     "run": "pipeline",
-    "save_direction": "directions.saved",
-    "save_directions": "directions.saved",
-    "select": "search.search",
-    "separation": "directions.separation",
-    "split_for_search": "search.search",
-    "write_html_report": "report.page",
+    "save_direction": "directions",
+    "select": "api",
+    "separation": "api",
+    "write_html_report": "report",
 }
 
 __all__ = [
     "Activations",
-    "Calibration",
     "Direction",
-    "Examination",
     "Intervention",
-    "Label",
+    "LoadedModel",
     "PromptSet",
-    "Pushed",
     "RemoveRefusalsError",
     "RunSettings",
-    "SelectSettings",
-    "Separation",
     "ablated",
     "analyze",
     "bake",
     "bake_in_place",
-    "calibrate",
     "collect_activations",
-    "diff",
-    "direction_from_vectors",
     "embedded_prompts",
     "evaluate",
     "generate",
-    "holm",
-    "html_report",
     "intervene",
-    "judge_phrases",
     "load",
-    "load_calibration",
     "load_direction",
-    "load_directions",
     "load_prompts",
-    "make_judge",
     "map_model",
     "mean_difference",
     "mean_difference_per_layer",
-    "measure_separation",
-    "open_base",
-    "paired_difference",
-    "paired_rates",
-    "push",
-    "rogan_gladen",
     "run",
     "save_direction",
-    "save_directions",
     "select",
     "separation",
-    "split_for_search",
     "write_html_report",
 ]
 
@@ -148,3 +114,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'remove_refusals' has no attribute {name!r}")
     return getattr(import_module(f"remove_refusals.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -93,6 +93,9 @@ def analyze(
 
     Raises:
         RemoveRefusalsError: Of the type that fits what went wrong; nothing is left half-made.
+
+    Example:
+        >>> analyze(RunSettings(model="demo"), "seen").separation.layers
     """
     if output is None:
         return _examine(settings, answers=answers, progress=progress)

@@ -103,6 +103,9 @@ def run(
     Raises:
         RemoveRefusalsError: Of the type that fits what went wrong; nothing is left half-made.
         KeyboardInterrupt: If it is interrupted; a note names the journal, if there is one.
+
+    Example:
+        >>> run(RunSettings(model="google/gemma-3-1b-it"), "gemma-ablated").evaluation.sets["harmful"].refusals
     """
     if settings.loading.load_in_4bit:
         raise ModelError(

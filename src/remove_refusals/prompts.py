@@ -59,6 +59,15 @@ def load_prompts(source: str, *, name: str, column: str | None = None, split: st
         name: What the set is to be called.
         column: The column or key of the prompts; by default the first of `DEFAULT_COLUMNS` that is there.
         split: The data set's split, `train` by default; an error for files, which have none.
+
+    Returns:
+        The prompts, which know their source and their hash.
+
+    Raises:
+        PromptError: If there is nothing to read, or a prompt is blank or no text; the message names file and line.
+
+    Example:
+        >>> load_prompts("harmful.csv", name="harmful", column="goal")
     """
     path = Path(source).expanduser()
     suffix = path.suffix.lower()
@@ -93,7 +102,21 @@ def load_prompts(source: str, *, name: str, column: str | None = None, split: st
 
 
 def embedded_prompts(name: str) -> PromptSet:
-    """Load one of `EMBEDDED_SETS`, the prompts that come with the package, in the order of its file."""
+    """Load one of `EMBEDDED_SETS`, the prompts that come with the package, in the order of its file.
+
+    Args:
+        name: One of `harmful_train`, `harmless_train`, `harmful_test`, `harmless_test` and `harmless_alarming`.
+
+    Returns:
+        The prompts; requests alone, without answers.
+
+    Raises:
+        PromptError: If there is no set of that name.
+
+    Example:
+        >>> len(embedded_prompts("harmful_test"))
+        60
+    """
     if name not in EMBEDDED_SETS:
         raise PromptError(
             f"There is no embedded prompt set {name!r}, expected one of {', '.join(EMBEDDED_SETS)}; choose one of them."

@@ -83,6 +83,16 @@ def mean_difference(
             the residual stream's norm, the plain difference leans on it and taking it out destroys the model.
         model: The model's name, for the record.
         seed: The seed that drew the prompts, for the record.
+
+    Returns:
+        The direction: a basis `[d_model, k]`, float32, orthonormal, with where and how it was found.
+
+    Raises:
+        DirectionError: If layer or position are not among what was collected, or the means do not differ.
+        NumericalError: If an activation is NaN or infinite.
+
+    Example:
+        >>> direction = mean_difference(harmful, harmless, layer=0.6)
     """
     if harmful.hidden.shape[2:] != harmless.hidden.shape[2:]:
         raise DirectionError(
@@ -121,7 +131,26 @@ def mean_difference_per_layer(
     model: str | None = None,
     seed: int | None = None,
 ) -> tuple[Direction, ...]:
-    """One direction for each layer: that of layer `i` is found in the stream behind it, at index `i + 1`."""
+    """One direction for each layer: that of layer `i` is found in the stream behind it, at index `i + 1`.
+
+    Args:
+        harmful: As for `mean_difference`, like all that follows.
+        harmless: Activations on prompts that the model answers.
+        position: The token position, or several.
+        projected: Whether the component along the harmless mean is removed first.
+        model: The model's name, for the record.
+        seed: The seed that drew the prompts, for the record.
+
+    Returns:
+        As many directions as layers were collected.
+
+    Raises:
+        DirectionError: As for `mean_difference`.
+
+    Example:
+        >>> each = mean_difference_per_layer(harmful, harmless)
+        >>> intervention = intervene(each, len(each))
+    """
     if harmful.n_layers == 0:
         raise DirectionError("The activations are of 0 layers, expected at least 1; collect them behind every layer.")
     return tuple(

@@ -45,6 +45,10 @@ def ablated(model: PreTrainedModel | LoadedModel, what: Taken, *, placement: Pla
     Raises:
         DirectionError: If the intervention does not fit the model.
         ArchitectureError: If the model cannot be mapped, or no hook reaches what is to be taken out.
+
+    Example:
+        >>> with ablated(model, direction):
+        ...     model.generate(**inputs)
     """
     model = model.model if isinstance(model, LoadedModel) else model
     model_map = map_model(model)

@@ -71,6 +71,15 @@ def intervene(
         layers: The first and the last layer, both included; None means all of them and the embedding. With a range,
             the embedding is edited only if it starts at layer 0.
         kinds: The kinds of site to edit.
+
+    Returns:
+        The intervention, which `ablated`, `bake` and `evaluate` take.
+
+    Raises:
+        DirectionError: If the range does not lie within the model, or the strength is not between -10 and 10.
+
+    Example:
+        >>> weaker = intervene(direction, map_model(model).n_layers, strength=0.5, layers=(8, 20))
     """
     first, last = layers if layers is not None else (0, n_layers - 1)
     if not 0 <= first <= last < n_layers:

@@ -69,13 +69,26 @@ def check_direction_path(path: Path, *, force: bool = False) -> None:
             ) from error
 
 
-def save_direction(direction: Direction, path: Path, *, force: bool = False) -> None:
+def save_direction(direction: Direction, path: Path | str, *, force: bool = False) -> None:
     """Write a direction to a `.safetensors` file with its origin, or to a plain `.pt` file.
 
     The safetensors file holds one tensor `direction`, `[d_model, k]` in float32, and under the metadata key
     `remove_refusals` a JSON object with the format version, the library's version and the origin. The same direction
     always gives the same bytes. The `.pt` file holds the bare vector, `[d_model]` in float32, and nothing else.
+
+    Args:
+        direction: The direction; a `.pt` file takes one column alone.
+        path: The file to make; its suffix says which.
+        force: Whether to replace an existing file.
+
+    Raises:
+        DirectionError: If the suffix is another, or the direction has several columns and the file is `.pt`.
+        OutputError: If the file exists and `force` is not given, or cannot be written.
+
+    Example:
+        >>> save_direction(direction, "direction.safetensors")
     """
+    path = Path(path)
     if _format(path) == ".safetensors":
         record = _Metadata(library_version=versions().get("remove-refusals"), origin=direction.origin)
         # One key only: safetensors writes several in an order that differs from run to run.
@@ -95,12 +108,25 @@ def save_direction(direction: Direction, path: Path, *, force: bool = False) -> 
         staging.write_bytes(content)
 
 
-def load_direction(path: Path) -> Direction:
+def load_direction(path: Path | str) -> Direction:
     """Read a direction from `.safetensors`, or from a plain `.pt` file without executing anything in it.
 
     A safetensors file of this library is taken as it is. From any other file, a single vector of shape `[d_model]`,
     `[1, d_model]` or `[d_model, 1]` is taken, scaled to unit length, with the origin `given`.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The direction.
+
+    Raises:
+        DirectionError: If the file cannot be read, or holds no such tensor.
+
+    Example:
+        >>> direction = load_direction("direction.safetensors")
     """
+    path = Path(path)
     suffix = _format(path)
     try:
         content = path.read_bytes()

@@ -37,7 +37,22 @@ _MAPS: "weakref.WeakKeyDictionary[PreTrainedModel, tuple[object, ModelMap]]" = w
 
 
 def map_model(model: PreTrainedModel) -> ModelMap:
-    """Derive the sites and writers of a causal language model, whose weights are not read, or remember them."""
+    """Derive the sites and writers of a causal language model, whose weights are not read, or remember them.
+
+    Args:
+        model: A Transformers causal language model; it is left as it is.
+
+    Returns:
+        The map; `leaks` says why a weight edit would not be exact, and `unhooked` why hooks would not.
+
+    Raises:
+        ArchitectureError: If the layers cannot be found, the forward pass cannot be traced, or a parameter of a layer
+            has an axis of width d_model and was never used.
+
+    Example:
+        >>> map_model(model).verdict
+        'exact'
+    """
     shape = [(name, id(value), tuple(value.shape)) for name, value in model.named_parameters(remove_duplicate=False)]
     known = _MAPS.get(model)
     if known is not None and known[0] == shape:

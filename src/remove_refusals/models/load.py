@@ -101,6 +101,17 @@ def load(
         chat: How prompts are put before it; by default in the tokenizer's own chat template.
         batch_size: How many prompts are run at once; by default automatic.
         options: The fields of `LoadSettings`, for what is not in memory.
+
+    Returns:
+        The model in evaluation mode with its tokenizer; `model, tokenizer = load(...)` takes it apart.
+
+    Raises:
+        ModelError: If it cannot be found or loaded, is no causal language model, needs code that is not trusted, or
+            lacks tensors, which Transformers would fill with random numbers.
+        CheckpointError: If a weight file of a directory is truncated, corrupt or missing.
+
+    Example:
+        >>> model, tokenizer = load("Qwen/Qwen2.5-0.5B-Instruct", device="cuda")
     """
     chat = chat or ChatFormat()
     if isinstance(source, str | Path):

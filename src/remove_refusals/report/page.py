@@ -75,21 +75,28 @@ def html_report(directory: Path, *, full_answers: bool = False) -> str:
 
 
 def write_html_report(
-    directory: Path, output: Path | None = None, *, full_answers: bool = False, force: bool = False
+    directory: Path | str, output: Path | str | None = None, *, full_answers: bool = False, force: bool = False
 ) -> Path:
-    """Make the page and save it, whole or not at all.
+    """Make one HTML page of the records in a directory, to be read without network.
 
     Args:
-        directory: As for `html_report`.
+        directory: What `run`, `analyze` or `evaluate` left.
         output: The file to make; by default `report.html` in the directory, which is replaced.
-        full_answers: As for `html_report`.
+        full_answers: Whether answers to harmful prompts are shown whole, rather than their first sentence.
         force: Whether another file that exists is replaced.
 
     Returns:
         Where the page is.
+
+    Raises:
+        RecordError: If there is nothing to show, or a record cannot be read.
+        OutputError: If the file exists and `force` is not given, or cannot be written.
+
+    Example:
+        >>> write_html_report("gemma-ablated")
     """
-    page = html_report(directory, full_answers=full_answers)
-    target = output or directory / "report.html"
+    page = html_report(Path(directory), full_answers=full_answers)
+    target = Path(output or Path(directory) / "report.html")
     with atomic_file(target, force=force or output is None) as staging:
         staging.write_text(page, encoding="utf-8", newline="\n")
     return target
