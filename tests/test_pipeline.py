@@ -77,7 +77,7 @@ def test_a_run_leaves_a_whole_and_documented_model(settings, tmp_path):
     )
     rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
     assert len(rows) == 2 * (2 + 3 + 2)
-    assert {stage for stage, _, _ in stages} == {"activations", "evaluation", "separation"}
+    assert {stage for stage, _, _ in stages} == {"activations", "files", "evaluation", "separation"}
     card = (out / "README.md").read_text()
     assert "This is not the base model" in card and "base_model: " in card
     assert str(tmp_path) not in json.dumps(record["base"]) and record["directions"][0]["sha256"][:16] in card

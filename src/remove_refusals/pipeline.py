@@ -3,11 +3,10 @@
 import hashlib
 import shutil
 import tempfile
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from pydantic import ValidationError
+from pydantic import ConfigDict, ValidationError, computed_field
 
 from remove_refusals.baking import Baked, base_of, check_not_source, load_edited, with_boundaries, write_baked
 from remove_refusals.directions import (
@@ -20,7 +19,7 @@ from remove_refusals.directions import (
     training_prompts,
 )
 from remove_refusals.errors import ModelError, RecordError, RemoveRefusalsError, SelectionError
-from remove_refusals.files import Journal, atomic_directory, check_target
+from remove_refusals.files import Journal, Record, atomic_directory, check_target
 from remove_refusals.measure import (
     Evaluation,
     EvaluationPrompts,
@@ -43,12 +42,8 @@ from remove_refusals.report import (
     write_html_report,
 )
 from remove_refusals.search import CANDIDATES, SearchPrompts, Selection, save_candidates, select, split_for_search
-from remove_refusals.settings import (
-    RunSettings,
-    SelectSettings,
-    published_name,
-)
-from remove_refusals.types import Direction, Intervention, PromptSet, Separation
+from remove_refusals.settings import PromptSource, RunSettings, SelectSettings, published_name
+from remove_refusals.types import Intervention, PromptSet
 
 OUTLIER_SHARE = 0.5
 """From here on a single coordinate is called an outlier: it holds more than all others together."""
@@ -83,7 +78,7 @@ def run(
     direction_file: Path | None = None,
     progress: Progress = SILENT,
 ) -> RunResult:
-    """Do the whole job and leave a directory with the edited model, its tokenizer, its records and its model card.
+    """Do the whole job and leave a directory with the edited model, all that was beside it, its records and its card.
 
     The final numbers are measured on the saved files, loaded afresh. What is done is kept beside the output, in a
     directory whose name is a dot, the output's name and `.journal`; a run that was killed goes on from there when it is
@@ -96,9 +91,6 @@ def run(
         direction_file: A direction that was found before, or a directory of one for each layer; otherwise they are
             found now.
         progress: Told of every stage.
-
-    Returns:
-        What was made and measured.
 
     Raises:
         RemoveRefusalsError: Of the type that fits what went wrong; nothing is left half-made.
@@ -131,6 +123,16 @@ def run(
     return replace(result, baked=replace(result.baked, directory=target))
 
 
+@dataclass(frozen=True, eq=False)
+class _Choice:
+    """What is taken out, the prompts that this was found on, and what should be said of it."""
+
+    intervention: Intervention
+    prompts: tuple[PromptSet, ...]
+    notes: tuple[str, ...]
+    selection: Selection | None = None
+
+
 def _run_into(
     directory: Path,
     output_name: str,
@@ -141,29 +143,29 @@ def _run_into(
 ) -> RunResult:
     # What can be wrong with files is said before a model is loaded.
     given = None if direction_file is None else load_directions(direction_file)
-    searching = settings.select is not None and given is None
-    search, said = _search_prompts(settings) if searching else (None, ())
+    search, said = _search_prompts(settings) if settings.select is not None and given is None else (None, ())
     drawn = training_prompts(settings.direction) if given is None else None
     prompts = measuring_prompts(settings.measure, search.sets() if search is not None else drawn or ())
     judge, accuracies = measuring_judge(settings.measure, settings.loading.device)
-    told: dict[str, Any] = {"chat": settings.chat, "batch_size": settings.batch_size}
-    loaded = load_model(settings.model, settings.loading, **told)
-    model_map = map_model(loaded.model)
-    check_exact(model_map, allow_leak=settings.edit.allow_leak)
-    selection: Selection | None = None
+    loaded = load_model(settings.model, settings.loading, chat=settings.chat, batch_size=settings.batch_size)
+    edit = settings.edit
+    check_exact(map_model(loaded.model), allow_leak=edit.allow_leak)
+    choice = None
     if search is not None:
-        selection, said = _selection(loaded, settings, search, journal, progress)
-    if selection is not None and search is not None:
-        intervention, used, notes = selection.intervention, search.sets(), selection.notes
-    else:
-        found = _found(loaded, settings, given, drawn, progress)
-        intervention = as_intervention(found.directions, loaded, settings.edit)
-        used, notes = found.prompts, (*said, *_outlier_warning(found, settings))
-    base, edit = base_of(loaded), settings.edit
-    plan = base.plan(intervention, tied=edit.tied, allow_leak=edit.allow_leak, variant=edit.variant)
-    baked = write_baked(base, intervention, plan, directory)
-    edited = load_model(str(directory), settings.loading.model_copy(update={"revision": None}), **told)
-    baked = with_boundaries(baked, edited, intervention)
+        choice, said = _searched(loaded, settings, search, journal, progress)
+    if choice is None:
+        if given is not None:
+            found = FoundDirection(given, (), None)
+        else:
+            found = find_direction(loaded, settings.direction, prompts=drawn, progress=progress)
+        notes = (*said, *_outlier_warning(found, settings))
+        choice = _Choice(as_intervention(found.directions, loaded, edit), found.prompts, notes)
+    base = base_of(loaded)
+    plan = base.plan(choice.intervention, tied=edit.tied, allow_leak=edit.allow_leak, variant=edit.variant)
+    baked = write_baked(base, choice.intervention, plan, directory, progress=progress)
+    local = settings.loading.model_copy(update={"revision": None})
+    edited = load_model(str(directory), local, chat=settings.chat, batch_size=settings.batch_size)
+    baked = with_boundaries(baked, edited, choice.intervention)
     evaluation = evaluate(
         loaded,
         edited,
@@ -174,26 +176,35 @@ def _run_into(
         journal=journal,
         progress=progress,
     ).model_copy(update={"base": published_name(loaded.source), "edited": output_name})
-    notes = (*warnings(evaluation), *notes)
-    more = {
-        "settings": settings.record(),
-        "prompts": _prompt_records(used, prompts),
-        "selection": None if selection is None else selection.summary(),
-        "scores": evaluation,
-        "warnings": notes,
-    }
-    record = baked.record.model_copy(update=more)
-    _write_records(directory, record, selection, evaluation, baked)
-    separation = _separation(loaded, prompts, settings, progress)
-    if separation is not None:
+    result = RunResult(baked, evaluation, (*warnings(evaluation), *choice.notes), choice.selection)
+    result = _recorded(result, directory, settings, _prompt_records(choice.prompts, prompts))
+    if min(len(prompts.harmful), len(prompts.harmless)) >= _FEWEST_APART:
+        separation = measure_separation(
+            loaded,
+            prompts.harmful,
+            prompts.harmless,
+            position=settings.direction.positions[0],
+            seed=settings.direction.seed,
+            progress=progress,
+        )
         AnalysisRecord.made(separation).write(directory / "analysis.json")
     write_html_report(directory)
-    return RunResult(replace(baked, record=record), evaluation, notes, selection)
+    return result
 
 
-def _write_records(
-    directory: Path, record: AblationRecord, selection: Selection | None, evaluation: Evaluation, baked: Baked
-) -> None:
+def _recorded(
+    result: RunResult, directory: Path, settings: RunSettings, prompts: dict[str, PromptsRecord]
+) -> RunResult:
+    """Write what a run has done and measured, and its model card."""
+    baked, evaluation, selection = result.baked, result.evaluation, result.selection
+    more = {
+        "settings": settings.record(),
+        "prompts": prompts,
+        "selection": None if selection is None else selection.summary(),
+        "scores": evaluation,
+        "warnings": result.warnings,
+    }
+    record = baked.record.model_copy(update=more)
     record.write(directory / "ablation.json", force=True)
     if selection is not None:
         selection.record().write(directory / "selection.json")
@@ -201,30 +212,16 @@ def _write_records(
     evaluation.save(directory)
     card = model_card(record, baked.certificate)
     (directory / "README.md").write_text(card, encoding="utf-8")
+    return replace(result, baked=replace(baked, record=record))
 
 
 def _kept(selection: Selection) -> dict[int, Intervention]:
     """The candidates that somebody may want to try: all where they are few, else the front and what was confirmed."""
-    if len(selection.candidates) <= _FEW_CANDIDATES:
-        return {number: one.intervention for number, one in enumerate(selection.candidates)}
-    confirmed = (number for number, one in enumerate(selection.candidates) if one.confirmation is not None)
-    return {number: selection.candidates[number].intervention for number in sorted({*selection.front, *confirmed})}
-
-
-def _separation(
-    loaded: LoadedModel, prompts: EvaluationPrompts, settings: RunSettings, progress: Progress
-) -> Separation | None:
-    """Measure on the test prompts how far apart the base model holds harmful and harmless ones; None if too few."""
-    if min(len(prompts.harmful), len(prompts.harmless)) < _FEWEST_APART:
-        return None
-    return measure_separation(
-        loaded,
-        prompts.harmful,
-        prompts.harmless,
-        position=settings.direction.positions[0],
-        seed=settings.direction.seed,
-        progress=progress,
-    )
+    candidates = dict(enumerate(selection.candidates))
+    if len(candidates) > _FEW_CANDIDATES:
+        confirmed = (number for number, one in candidates.items() if one.confirmation is not None)
+        candidates = {number: candidates[number] for number in sorted({*selection.front, *confirmed})}
+    return {number: one.intervention for number, one in candidates.items()}
 
 
 def _search_prompts(settings: RunSettings) -> tuple[SearchPrompts | None, tuple[str, ...]]:
@@ -232,30 +229,28 @@ def _search_prompts(settings: RunSettings) -> tuple[SearchPrompts | None, tuple[
     direction = settings.direction
     harmful = prompts_from(direction.harmful, "harmful", "harmful_train")
     harmless = prompts_from(direction.harmless, "harmless", "harmless_train")
-    select = (settings.select or SelectSettings()).model_copy(update={"seed": direction.seed})
     try:
-        return split_for_search(harmful, harmless, direction.n_prompts, select), ()
+        return split_for_search(harmful, harmless, direction.n_prompts, _select_settings(settings)), ()
     except SelectionError as error:
         return None, (_NOTHING_CHOSEN.format(error),)
 
 
-def _selection(
-    loaded: LoadedModel,
-    settings: RunSettings,
-    prompts: SearchPrompts,
-    journal: Journal,
-    progress: Progress,
-) -> tuple[Selection | None, tuple[str, ...]]:
+def _select_settings(settings: RunSettings) -> SelectSettings:
+    return (settings.select or SelectSettings()).model_copy(update={"seed": settings.direction.seed})
+
+
+def _searched(
+    loaded: LoadedModel, settings: RunSettings, prompts: SearchPrompts, journal: Journal, progress: Progress
+) -> tuple[_Choice | None, tuple[str, ...]]:
     """Search; where there is nothing to choose by, give None and say why."""
     if loaded.is_offloaded:
-        return None, (
-            _NOTHING_CHOSEN.format("The model lies on the disk, and a search would read it many times over."),
-        )
+        why = "The model lies on the disk, and a search would read it many times over."
+        return None, (_NOTHING_CHOSEN.format(why),)
     try:
         found = select(
             loaded,
             prompts,
-            (settings.select or SelectSettings()).model_copy(update={"seed": settings.direction.seed}),
+            _select_settings(settings),
             settings.measure,
             position=settings.direction.positions[0],
             journal=journal,
@@ -263,29 +258,13 @@ def _selection(
         )
     except SelectionError as error:
         return None, (_NOTHING_CHOSEN.format(error),)
-    return found, ()
-
-
-def _found(
-    loaded: LoadedModel,
-    settings: RunSettings,
-    given: tuple[Direction, ...] | None,
-    drawn: tuple[PromptSet, PromptSet] | None,
-    progress: Progress,
-) -> FoundDirection:
-    """The direction from a file, or found now."""
-    if given is not None:
-        return FoundDirection(given, (), None)
-    return find_direction(loaded, settings.direction, prompts=drawn, progress=progress)
+    return _Choice(found.intervention, prompts.sets(), found.notes, found), ()
 
 
 def _prompt_records(used: tuple[PromptSet, ...], prompts: EvaluationPrompts) -> dict[str, PromptsRecord]:
+    measured = (part for part in (prompts.harmful, prompts.harmless, prompts.alarming, *prompts.more) if part)
     sets = {part.name if "_" in part.name else f"{part.name}_train": part for part in used}
-    sets |= {
-        f"{part.name}_test": part
-        for part in (prompts.harmful, prompts.harmless, prompts.alarming, *prompts.more)
-        if part
-    }
+    sets |= {f"{part.name}_test": part for part in measured}
     return {
         name: PromptsRecord(source=published_name(part.source), n=len(part), sha256=part.sha256)
         for name, part in sets.items()
@@ -303,37 +282,22 @@ def _outlier_warning(found: FoundDirection, settings: RunSettings) -> tuple[str,
 
 
 def compare(settings: RunSettings, edited: str, *, progress: Progress = SILENT) -> tuple[Evaluation, tuple[str, ...]]:
-    """Measure an edited model against its base, `settings.model`.
-
-    Returns:
-        The scores, and what should be said of them.
-
-    Raises:
-        RemoveRefusalsError: Of the type that fits what went wrong.
-    """
+    """Measure an edited model against its base, `settings.model`; give the scores, and what should be said of them."""
     prompts = measuring_prompts(settings.measure)
     judge, accuracies = measuring_judge(settings.measure, settings.loading.device)
-    told: dict[str, Any] = {"chat": settings.chat, "batch_size": settings.batch_size}
-    base = load_model(settings.model, settings.loading, **told)
-    other = load_edited(edited, settings.model, settings.loading, **told)
+    base = load_model(settings.model, settings.loading, chat=settings.chat, batch_size=settings.batch_size)
+    other = load_edited(edited, settings.model, settings.loading, settings.chat, settings.batch_size)
     evaluation = evaluate(base, other, prompts, settings.measure, judge=judge, accuracies=accuracies, progress=progress)
     return evaluation, warnings(evaluation)
 
 
-_WEIGHTS = ".safetensors"
+class Reproduction(Record):
+    """What a repeated run gave: files by name, each with its SHA-256 in the directory and in the repeated run.
 
-
-@dataclass(frozen=True)
-class Reproduction:
-    """What a repeated run gave, by file name.
-
-    Attributes:
-        same: Files with the same SHA-256.
-        different: Files that differ: name, hash in the directory, hash of the repeated run.
-        missing: Files that the repeated run did not make.
-        new: Files that only the repeated run made.
-        versions: What runs in another version now: name, version of the record, version now.
+    `versions` are those that differ, as recorded and now.
     """
+
+    model_config = ConfigDict(extra="ignore")
 
     same: tuple[tuple[str, str], ...]
     different: tuple[tuple[str, str, str], ...]
@@ -341,15 +305,12 @@ class Reproduction:
     new: tuple[str, ...]
     versions: tuple[tuple[str, str, str], ...]
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def weights_alike(self) -> bool:
         """Whether every weight and direction file came out the same."""
         apart = [name for name, _, _ in self.different] + [*self.missing, *self.new]
-        return not any(name.endswith(_WEIGHTS) for name in apart)
-
-    def to_json(self) -> dict[str, Any]:
-        """Give the attributes."""
-        return {"weights_alike": self.weights_alike} | {field.name: getattr(self, field.name) for field in fields(self)}
+        return not any(name.endswith(".safetensors") for name in apart)
 
 
 def reproduce(
@@ -359,7 +320,7 @@ def reproduce(
     files: Path | None = None,
     progress: Progress = SILENT,
 ) -> Reproduction:
-    """Repeat a run.
+    """Repeat a run, and say what came out the same.
 
     Args:
         directory: What `run` left.
@@ -368,12 +329,8 @@ def reproduce(
             default the working directory.
         progress: Told of every stage.
 
-    Returns:
-        What came out the same.
-
     Raises:
         RecordError: If there is no record, or a file that it names cannot be found, or the base model is another one.
-        RemoveRefusalsError: Of the type that fits what went wrong in the run.
     """
     record = AblationRecord.read(directory / "ablation.json", error=RecordError)
     try:
@@ -383,8 +340,7 @@ def reproduce(
             f"The record {directory / 'ablation.json'} does not hold the settings of a run ({type(error).__name__}), "
             "expected what this version writes; use the version that made it."
         ) from error
-    located = _located(settings.model_dump(), files or Path())
-    settings = RunSettings.model_validate({**located, "model": model or settings.model})
+    settings = _located(settings, files or Path()).model_copy(update={"model": model or settings.model})
     _check_base(settings, record.base)
     given = None if any("_test" not in name for name in record.prompts or ()) else directory
     # Beside the directory, where there is room for a model.
@@ -395,29 +351,35 @@ def reproduce(
         return _compare(directory, again, record.versions, result.baked.record.versions)
 
 
-def _located(settings: Any, files: Path) -> Any:
-    """Give the settings' dump with every prompt file, judge and task directory where it lies."""
-    if isinstance(settings, list | tuple):
-        return [_located(part, files) for part in settings]
-    if not isinstance(settings, dict):
-        return settings
-    changed = {name: _located(part, files) for name, part in settings.items()}
-    for name in ("source", "task_directory", "calibration", "judge"):
-        if isinstance(changed.get(name), str) and changed[name] != PhraseJudge.name:
-            changed[name] = _found_reproduction(changed[name], files)
-    return changed
+def _located(settings: RunSettings, files: Path) -> RunSettings:
+    """Give the settings with every prompt file, judge and task directory where it lies."""
 
+    def place(name: str | None) -> str | None:
+        if name is None or name == PhraseJudge.name:
+            return name
+        if (files / name).exists():
+            return str(files / name)
+        # A hub id or an address is its own place; the name of a local file has no directory.
+        if "/" in name:
+            return name
+        raise RecordError(
+            f"The run was made with a file '{name}', expected it in {files.resolve()}; pass --files with the directory "
+            "that holds it."
+        )
 
-def _found_reproduction(name: str, files: Path) -> str:
-    place = files / name
-    if place.exists():
-        return str(place)
-    # A hub id or an address is its own place; the name of a local file has no directory.
-    if "/" in name:
-        return name
-    raise RecordError(
-        f"The run was made with a file '{name}', expected it in {files.resolve()}; pass --files with the directory "
-        "that holds it."
+    def found(source: PromptSource) -> PromptSource:
+        return source.model_copy(update={"source": place(source.source)})
+
+    direction, measure = settings.direction, settings.measure
+    training = {"harmful": found(direction.harmful), "harmless": found(direction.harmless)}
+    tests = {name: found(getattr(measure, name)) for name in ("harmful", "harmless", "alarming")}
+    more = tuple((name, found(source)) for name, source in measure.more)
+    others = {name: place(getattr(measure, name)) for name in ("task_directory", "calibration", "judge")}
+    return settings.model_copy(
+        update={
+            "direction": direction.model_copy(update=training),
+            "measure": measure.model_copy(update={**tests, "more": more, **others}),
+        }
     )
 
 
