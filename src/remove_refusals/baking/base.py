@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,7 +41,6 @@ from remove_refusals.models import (
     same_bytes,
     saved_dtype,
     weights_directory,
-    write_from,
 )
 from remove_refusals.report import AblationRecord, AdapterRecord, BaseRecord, DirectionRecord, PlanRecord
 from remove_refusals.settings import Tied, Variant
@@ -79,11 +79,8 @@ class Base:
     Attributes:
         model: The model; where it has files its own weights are not looked at, and may be missing.
         source: The directory or hub id that it was loaded from, `demo` resolved; or what to call it.
-        revision: The hub's commit; None for a directory.
         directory: Where its files are; None for a model in memory alone.
         converted: Where its weights are as safetensors, if they are not in `directory`.
-        trust_remote_code: Whether code that comes with it may be run.
-        tokenizer: Its tokenizer, if it is in memory.
     """
 
     model: PreTrainedModel
@@ -128,9 +125,12 @@ class Base:
     @cached_property
     def stored(self) -> Mapping[str, Place | torch.Tensor]:
         """What the files hold, by the names that the map speaks of; of .bin files the tensors, mapped into memory."""
-        found: Mapping[str, Place | torch.Tensor] = (
-            checkpoint_tensors(self.weights) if has_safetensors(self.weights) else pickled_tensors(self.weights)
-        )
+        found: dict[str, Place | torch.Tensor] = {}
+        if has_safetensors(self.weights):
+            found |= checkpoint_tensors(self.weights)
+        else:
+            for path in pickled_files(self.weights):
+                found |= _read_pickled(path)
         return by_stored_name(found, self.model_map)
 
     def tensor(self, parameter: str) -> torch.Tensor:
@@ -143,7 +143,8 @@ class Base:
         axis = next((writer.axis for writer in writers if writer.parameter == parameter), 0)
         # The names of a list of experts come in the order of their numbers.
         disk = [part for part in disk_tensors(self.model, parameter, shape, axis) if part.name in self.stored]
-        parts = [_read(self.stored[part.name]) for part in disk]
+        found = [self.stored[part.name] for part in disk]
+        parts = [part if isinstance(part, torch.Tensor) else read_tensor(*part) for part in found]
         layouts = {(tuple(part.shape), tensor.axis) for part, tensor in zip(parts, disk, strict=True)}
         if layouts == {(shape, axis)}:
             return parts[0]
@@ -225,19 +226,6 @@ class Base:
             return isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) and torch.equal(one, other)
         return one is not None and other is not None and same_bytes(one, other)
 
-    def record(self, known: Mapping[str, str] | None = None) -> BaseRecord:
-        """Say from what something was made; `known` are hashes of files that were computed before."""
-        path, config = Path(self.source), _config(self.directory)
-        dtype = saved_dtype(str(self.directory), config) if self.directory is not None else self.model.dtype
-        return BaseRecord(
-            source=self.name,
-            revision=self.revision,
-            model_type=self.model_map.model_type,
-            dtype=None if dtype is None else str(dtype).removeprefix("torch."),
-            sha256=file_hashes(path, known) if path.is_dir() and self.directory is not None else None,
-            card=licence_fields(path) or None if path.is_dir() else None,
-        )
-
     def ablation(
         self,
         intervention: Intervention,
@@ -245,11 +233,21 @@ class Base:
         known: Mapping[str, str] | None = None,
         adapter: AdapterRecord | None = None,
     ) -> AblationRecord:
-        """Say from what a model or an adapter was made and how, as written to `ablation.json`."""
+        """Say from what a model or an adapter was made and how; of `known` files the SHA-256 was computed before."""
+        path, config = Path(self.source), _config(self.directory)
+        local = path.is_dir()
+        dtype = saved_dtype(str(self.directory), config) if self.directory is not None else self.model.dtype
         return AblationRecord(
             modified=MODIFIED if adapter is None else ADAPTED,
             adapter=adapter,
-            base=self.record(known),
+            base=BaseRecord(
+                source=self.name,
+                revision=self.revision,
+                model_type=self.model_map.model_type,
+                dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+                sha256=file_hashes(path, known) if local and self.directory is not None else None,
+                card=licence_fields(path) or None if local else None,
+            ),
             directions=tuple(DirectionRecord(**describe_direction(one)) for one in intervention.directions),
             intervention=intervention.edits,
             plan=PlanRecord(
@@ -261,10 +259,6 @@ class Base:
             ),
             versions=versions(),
         )
-
-
-def _read(stored: Place | torch.Tensor) -> torch.Tensor:
-    return stored if isinstance(stored, torch.Tensor) else read_tensor(*stored)
 
 
 def has_safetensors(directory: Path) -> bool:
@@ -282,8 +276,6 @@ def open_base(source: str | Path, *, revision: str | None = None, trust_remote_c
 
     Raises:
         CheckpointError: If there are no weights, a file is missing or corrupt, or what is in it cannot be edited.
-        ModelError: If there is no configuration of a causal language model.
-        ArchitectureError: If the model cannot be mapped.
     """
     name = model_source(str(source))
     directory = weights_directory(name, revision)
@@ -325,10 +317,9 @@ def _check_not_rotated(directory: Path) -> None:
     """Check that no rotation is applied around what layers compute, as compressed-tensors can: it is in no tensor."""
     config = _config(directory)
     for key in ("quantization_config", "compression_config"):
-        part = config.get(key)
+        part: Any = config.get(key)
         transforms = part.get("transform_config") if isinstance(part, dict) else None
-        groups = transforms.get("config_groups") if isinstance(transforms, dict) else None
-        if groups:
+        if isinstance(transforms, dict) and (groups := transforms.get("config_groups")):
             raise CheckpointError(
                 f"The checkpoint {directory} has rotations in {key}.transform_config ({', '.join(map(str, groups))}), "
                 "expected none: a tensor's own output is not what reaches the residual stream; use an unquantised "
@@ -348,11 +339,7 @@ def load_intervention(directory: Path) -> Intervention:
 
 
 def check_not_source(output: Path, model: str, revision: str | None = None) -> None:
-    """Check that an output does not take the place of the model (a directory or hub id) that it is made from.
-
-    Raises:
-        OutputError: If the output is the model's directory or one above it, links followed.
-    """
+    """Check that an output is not the directory of the model that it is made from, or one above it, links followed."""
     source = local_directory(model, revision)
     if source is not None and source.resolve().is_relative_to(output.expanduser().resolve()):
         raise OutputError(
@@ -401,14 +388,6 @@ def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
     return dict(found)
 
 
-def pickled_tensors(directory: Path) -> dict[str, torch.Tensor]:
-    """Read every tensor of a checkpoint in .bin files, mapped into memory."""
-    found: dict[str, torch.Tensor] = {}
-    for path in pickled_files(directory):
-        found |= _read_pickled(path)
-    return found
-
-
 def convert(directory: Path, target: Path) -> Path:
     """Write the .bin files of a checkpoint as safetensors files, shard by shard, shared memory once for each name.
 
@@ -443,17 +422,15 @@ def _write(tensors: Mapping[str, torch.Tensor], path: Path) -> int:
         shape = list(tensors[name].shape)
         header[name] = {"dtype": _NAMES[tensors[name].dtype], "shape": shape, "data_offsets": [place, stop]}
         place = stop
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-    try:
-        start = 8 + len(text)
-        write_from(descriptor, memoryview(len(text).to_bytes(8, "little") + text), 0)
+    with path.open("wb") as file:
+        file.write(header_bytes(header))
         for name in names:
-            tensor = tensors[name].contiguous().reshape(-1).view(torch.uint8)
-            if tensor.numel():
-                write_from(descriptor, tensor.numpy().data, start)
-            start += tensor.numel()
-    finally:
-        os.close(descriptor)
+            file.write(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return place
+
+
+def header_bytes(described: Mapping[str, object]) -> bytes:
+    """Give what stands before the data of a safetensors file."""
+    text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

@@ -50,12 +50,7 @@ _QUANTISED_NUMBERS = 1 << 21
 
 @dataclass(frozen=True)
 class PlainTensor:
-    """A tensor of floats on disk.
-
-    Attributes:
-        place: Where.
-        along: Its axis of width d_model.
-    """
+    """A tensor of floats on disk, with its axis of width d_model."""
 
     place: Place
     along: int
@@ -102,17 +97,9 @@ class _Pair:
 def certify(
     directory: Path, base: Base, plan: EditPlan, *, memory: int = DEFAULT_MEMORY, jobs: int | None = None
 ) -> Certificate:
-    """Measure saved files against their base and a plan.
+    """Measure saved files against their base, which has safetensors, and a plan; the certificate may pass or not.
 
-    Args:
-        directory: The edited checkpoint.
-        base: What it was made from, with its weights as safetensors.
-        plan: What was to happen to which tensor.
-        memory: How many bytes may be held at once.
-        jobs: How many tensors to read at once; by default as many as there are cores, at most 4.
-
-    Returns:
-        The certificate, passed or not.
+    At most `memory` bytes are held at once, and `jobs` tensors are read at once.
     """
     before, after = (by_stored_name(checkpoint_tensors(path), base.model_map) for path in (base.weights, directory))
     problems: list[str] = []

@@ -52,14 +52,7 @@ _LEFT = (
 
 @dataclass(frozen=True, eq=False)
 class Baked:
-    """What was written.
-
-    Attributes:
-        directory: Where.
-        plan: What happened to which tensor.
-        record: The content of `ablation.json`.
-        certificate: What was measured on the saved files; None if that was not wanted.
-    """
+    """What was written where by which plan, its record, and what was measured on the files, if that was wanted."""
 
     directory: Path
     plan: EditPlan
@@ -84,21 +77,8 @@ def bake(
     The output grows in a directory beside its place, which is renamed at the end. If the process is killed, the same
     call goes on from the files that are whole, and ends with the same bytes as one that was left alone.
 
-    Args:
-        model: A directory, a hub id or `demo`; of a loaded model the files that it was loaded from are edited, and one
-            that has none is saved first.
-        intervention: What to take out where.
-        output: The directory to be made.
-        tied: What to do with an embedding that is also the unembedding.
-        allow_leak: Whether to edit a model whose weights no edit makes exact.
-        variant: What else the edit does to each tensor; only `plain` is what the hooks do.
-        force: Whether to replace an existing output, or one that was begun from something else.
-        disk: How the files are written.
-        progress: Told of the files that are whole.
-
-    Returns:
-        What was written: the checkpoint, its directions, `ablation.json` and `certificate.json`. Where a loaded model
-        was given, or the edit leaks, the result was loaded too, and what it holds between layers measured.
+    Of a loaded model the files that it was loaded from are edited, and one that has none is saved first. Where a loaded
+    model was given, or the edit leaks, the result is loaded and what it holds between layers measured.
 
     Raises:
         DirectionError: If the intervention does not fit the model.
@@ -231,10 +211,10 @@ def _carried(base: Base, plan: EditPlan) -> Iterator[Path]:
     # The hub's cache keeps a snapshot's files apart from it.
     inside = (base.files.resolve(), (base.files / ".." / ".." / "blobs").resolve())
     for folder, folders, names in os.walk(base.files):
-        folders[:] = sorted(name for name in folders if not _is_left(name) and not _is_edited(Path(folder, name)))
+        folders[:] = sorted(name for name in folders if not _is_left(Path(folder, name)))
         for name in sorted((*names, *(name for name in folders if Path(folder, name).is_symlink()))):
             path = Path(folder, name)
-            if _is_left(name) or path.relative_to(base.files).as_posix() in own:
+            if _is_left(path) or path.relative_to(base.files).as_posix() in own:
                 continue
             if not any(path.resolve().is_relative_to(place) for place in inside):
                 raise CheckpointError(
@@ -250,13 +230,9 @@ def _carried(base: Base, plan: EditPlan) -> Iterator[Path]:
                 yield path.relative_to(base.files)
 
 
-def _is_left(name: str) -> bool:
-    return any(fnmatch.fnmatch(name, pattern) for pattern in _LEFT)
-
-
-def _is_edited(folder: Path) -> bool:
-    """Whether a folder is what `bake` or `run` made."""
-    return (folder / "ablation.json").exists()
+def _is_left(path: Path) -> bool:
+    """Whether a file is none of those that go along, or a folder is what `bake` or `run` made."""
+    return any(fnmatch.fnmatch(path.name, pattern) for pattern in _LEFT) or (path / "ablation.json").exists()
 
 
 def _carry_along(base: Base, plan: EditPlan, directory: Path) -> None:

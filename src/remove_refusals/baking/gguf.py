@@ -37,14 +37,7 @@ def bake_gguf_lora(
 ) -> Carried:
     """Write a LoRA that is exactly the edit, as a GGUF file for llama.cpp's `--lora`.
 
-    Args:
-        base: The model that it is made for, in full precision.
-        intervention: What to take out where.
-        output: The file to be made; it holds the record as `remove_refusals.ablation` in its metadata.
-        tied: As for `bake`; llama.cpp takes no adapter of a tied embedding.
-        allow_leak: As for `bake`.
-        variant: As for `bake`; only `plain` is of low rank.
-        force: Whether to replace an existing output.
+    The base is in full precision; the record lies in the file's metadata, as `remove_refusals.ablation`.
 
     Raises:
         ArchitectureError: If llama.cpp does not know the model or cannot carry the edit; the message names what.
@@ -67,12 +60,10 @@ _LOOKED_UP = ("position_embd.weight", "token_types.weight")
 
 @dataclass(frozen=True, eq=False)
 class GgufLora:
-    """A LoRA in llama.cpp's layout.
+    """A LoRA in llama.cpp's layout: float32 tensors by name, shapes in NumPy's order.
 
-    Attributes:
-        architecture: The value of `general.architecture`, which must be that of the model's GGUF file.
-        rank: The rank k of most tensors, which is also the value of `adapter.lora.alpha`, so that the scale is 1.
-        tensors: Float32 tensors by name, shapes in NumPy's order.
+    `architecture` must be that of the model's GGUF file; `rank`, that of most tensors, is also the value of
+    `adapter.lora.alpha`, so that the scale is 1.
     """
 
     architecture: str
@@ -157,54 +148,19 @@ def write_gguf_lora(adapter: GgufLora, path: Path, *, name: str, base: str, reco
 
 
 # Read in the converter and the graphs of llama.cpp as of 2026; the architecture has the model type's name in most.
-ARCHITECTURES = {
-    "arcee": "arcee",
-    "bloom": "bloom",
-    "cohere": "command-r",
-    "cohere2": "cohere2",
-    "deepseek_v2": "deepseek2",
-    "deepseek_v3": "deepseek2",
-    "dots1": "dots1",
-    "ernie4_5": "ernie4_5",
-    "ernie4_5_moe": "ernie4_5-moe",
-    "exaone4": "exaone4",
-    "falcon": "falcon",
-    "gemma": "gemma",
-    "gemma2": "gemma2",
-    "gemma3": "gemma3",
-    "gemma3_text": "gemma3",
-    "glm4": "glm4",
-    "glm4_moe": "glm4moe",
-    "gpt2": "gpt2",
-    "gpt_bigcode": "starcoder",
-    "gpt_neox": "gptneox",
-    "gpt_oss": "gpt-oss",
-    "granite": "granite",
-    "granitemoe": "granitemoe",
-    "hunyuan_v1_dense": "hunyuan-dense",
-    "hunyuan_v1_moe": "hunyuan-moe",
-    "llama": "llama",
-    "mamba": "mamba",
-    "mamba2": "mamba2",
-    "mistral": "llama",
-    "mixtral": "llama",
-    "nemotron": "nemotron",
-    "olmo": "olmo",
-    "olmo2": "olmo2",
-    "olmo3": "olmo2",
-    "olmoe": "olmoe",
-    "phi": "phi2",
-    "phi3": "phi3",
-    "phimoe": "phimoe",
-    "qwen2": "qwen2",
-    "qwen2_moe": "qwen2moe",
-    "qwen3": "qwen3",
-    "qwen3_moe": "qwen3moe",
-    "seed_oss": "seed_oss",
-    "smollm3": "smollm3",
-    "stablelm": "stablelm",
-    "starcoder2": "starcoder2",
-}
+_SAME = (
+    "arcee bloom cohere2 dots1 ernie4_5 exaone4 falcon gemma gemma2 gemma3 glm4 gpt2 granite granitemoe "
+    "llama mamba mamba2 nemotron olmo olmo2 olmoe phi3 phimoe qwen2 qwen3 seed_oss smollm3 stablelm "
+    "starcoder2"
+)
+
+
+ARCHITECTURES = {name: name for name in _SAME.split()} | {
+    "cohere": "command-r", "deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2", "ernie4_5_moe": "ernie4_5-moe",
+    "gemma3_text": "gemma3", "glm4_moe": "glm4moe", "gpt_bigcode": "starcoder", "gpt_neox": "gptneox", "gpt_oss":
+    "gpt-oss", "hunyuan_v1_dense": "hunyuan-dense", "hunyuan_v1_moe": "hunyuan-moe", "mistral": "llama", "mixtral":
+    "llama", "olmo3": "olmo2", "phi": "phi2", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe",
+}  # fmt: skip
 
 
 def _package() -> Any:

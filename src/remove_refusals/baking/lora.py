@@ -7,7 +7,6 @@ import copy
 import json
 import re
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,13 +30,7 @@ from remove_refusals.types import Intervention
 
 @dataclass(frozen=True, eq=False)
 class Carried:
-    """An adapter that was written.
-
-    Attributes:
-        path: The file or directory.
-        plan: What happens to which tensor where the adapter is used.
-        record: The content of `ablation.json`, which a GGUF file holds in its metadata.
-    """
+    """An adapter that was written, for which plan, and its record."""
 
     path: Path
     plan: EditPlan
@@ -55,17 +48,9 @@ def bake_lora(
     dtype: torch.dtype = torch.float32,
     force: bool = False,
 ) -> Carried:
-    """Write a LoRA that is exactly the edit, as a directory that PEFT loads.
+    """Write a LoRA that is exactly the edit, as a directory that PEFT loads, with a card, a record and the directions.
 
-    Args:
-        base: The model that it is made for.
-        intervention: What to take out where.
-        output: The directory to be made, with the adapter, `README.md`, `ablation.json` and the directions.
-        tied: As for `bake`; `both` is refused where an embedding is tied.
-        allow_leak: As for `bake`.
-        variant: As for `bake`; only `plain` is of low rank.
-        dtype: The dtype of the adapter's tensors; float32 keeps the edit exact.
-        force: Whether to replace an existing output.
+    `tied="both"` is refused where an embedding is tied; a `dtype` of float32 keeps the edit exact.
 
     Raises:
         ArchitectureError: If PEFT cannot carry the edit; the message names what.
@@ -110,12 +95,7 @@ _TAKEN_FOR_EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "
 
 @dataclass(frozen=True, eq=False)
 class PeftAdapter:
-    """A LoRA in PEFT's layout.
-
-    Attributes:
-        config: The content of `adapter_config.json`.
-        tensors: The content of `adapter_model.safetensors`, float32 unless another dtype was asked for.
-    """
+    """A LoRA in PEFT's layout: what `adapter_config.json` and `adapter_model.safetensors` hold."""
 
     config: dict[str, Any]
     tensors: dict[str, torch.Tensor]
@@ -132,7 +112,7 @@ def peft_adapter(base: Base, plan: EditPlan, dtype: torch.dtype = torch.float32)
         ModelError: If a tensor is quantised or not in memory.
     """
     model, targets = base.model, {entry.parameter: target_of(base.model, entry) for entry in plan.entries}
-    check_low_rank(plan, allowed_bias=lambda entry: "bias" in entry.parameter.rpartition(".")[2])
+    check_low_rank(plan, with_biases=True)
     _check_uses(base, plan, targets)
     holders = [_module_of(name) for name, target in targets.items() if target != "bias"]
     for name in holders:
@@ -146,11 +126,8 @@ def peft_adapter(base: Base, plan: EditPlan, dtype: torch.dtype = torch.float32)
     for entry in plan.entries:
         tensor, target = base.tensor(entry.parameter), targets[entry.parameter]
         if target == "bias":
-            stored = {
-                _bias_key(entry.parameter, holders): formula.project_out(
-                    tensor.float(), entry.basis, entry.strength, entry.axis
-                )
-            }
+            edited = formula.project_out(tensor.float(), entry.basis, entry.strength, entry.axis)
+            stored = {_bias_key(entry.parameter, holders): edited}
         else:
             factors = low_rank(entry, tensor)
             ranks[entry.parameter if target == "parameter" else _module_of(entry.parameter)] = factors.rank
@@ -224,11 +201,9 @@ def _looks_up(module: torch.nn.Embedding) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """A change of rank k: `W' = W + left @ right`, for each of the leading axis's experts where there is one.
+    """A change of rank k, float32: `W' = W + left @ right`, for each of the leading axis's experts where there is one.
 
-    Attributes:
-        left: `[..., n_rows, k]`, float32.
-        right: `[..., k, n_columns]`, float32; without the leading axis where all experts share it.
+    `left` is `[..., n_rows, k]`, `right` `[..., k, n_columns]`, without the leading axis where all experts share it.
     """
 
     left: torch.Tensor
@@ -304,12 +279,7 @@ def save_peft_adapter(adapter: PeftAdapter, directory: Path) -> None:
 def low_rank(entry: PlanEntry, tensor: torch.Tensor) -> LowRank:
     """Give the change that an entry of a plan makes to a tensor, as two factors.
 
-    For a writer on its rows, `W - s Q (Qᵀ W)`: `left = -s Q` and `right = Qᵀ W`; on its columns, as an embedding,
-    `left = -s W Q` and `right = Qᵀ`.
-
-    Args:
-        entry: What happens to the tensor; its axis is one of the last two.
-        tensor: `[n_rows, n_columns]` or `[n_experts, n_rows, n_columns]`, floating point.
+    The tensor is `[n_rows, n_columns]` or `[n_experts, n_rows, n_columns]`, edited along one of the last two axes.
 
     Raises:
         ModelError: If the tensor is not that of the entry, quantised or not in memory.
@@ -330,7 +300,7 @@ def low_rank(entry: PlanEntry, tensor: torch.Tensor) -> LowRank:
     return LowRank(*formula.low_rank(tensor, entry.basis, entry.strength, axis))
 
 
-def check_low_rank(plan: EditPlan, *, allowed_bias: Callable[[PlanEntry], bool] = lambda entry: False) -> None:
+def check_low_rank(plan: EditPlan, *, with_biases: bool = False) -> None:
     """Check that a plan's edits are of low rank, and that the carrier takes the edits of its biases."""
     if plan.variant != "plain":
         raise ArchitectureError(
@@ -338,7 +308,7 @@ def check_low_rank(plan: EditPlan, *, allowed_bias: Callable[[PlanEntry], bool] 
             "adapter; leave the variant out or save the edited weights instead."
         )
     for entry in plan.entries:
-        if is_bias(entry) and not allowed_bias(entry):
+        if is_bias(entry) and not (with_biases and "bias" in entry.parameter.rpartition(".")[2]):
             raise ArchitectureError(
                 f"Parameter '{entry.parameter}' of shape {entry.shape} writes to the residual stream and is no matrix, "
                 "expected matrices alone, since this kind of adapter carries no other change; save the edited weights "

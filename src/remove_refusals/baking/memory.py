@@ -25,17 +25,9 @@ def bake_in_place(
     allow_leak: bool = False,
     variant: Variant = "plain",
 ) -> EditPlan:
-    """Take directions out of a model's own parameters; nothing is written.
+    """Take directions out of a model's own parameters and say what was done to which; nothing is written.
 
-    Args:
-        model: The model, whole in memory and not quantised; it is changed.
-        intervention: What to take out where.
-        tied: What to do with an embedding that is also the unembedding; `untie` gives the unembedding a copy first.
-        allow_leak: Whether to edit a model whose weights no edit makes exact.
-        variant: What else the edit does to each tensor; only `plain` is what the hooks do.
-
-    Returns:
-        What was done to which parameter.
+    With `untie` an unembedding that is also the embedding gets a copy first. Only the `plain` variant is what hooks do.
 
     Raises:
         ModelError: If a parameter is quantised or not in memory; then nothing was changed.

@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import json
 import math
 import os
 import shutil
@@ -10,13 +9,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, wait
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from remove_refusals.baking.base import Base, Copy
+from remove_refusals.baking.base import Base, Copy, header_bytes
 from remove_refusals.directions import EditPlan, PlanEntry
 from remove_refusals.errors import CheckpointError, OutputError
 from remove_refusals.files import Log, read_json, versions, write_json
@@ -88,13 +87,9 @@ def clone(source: int, target: int) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class TensorEdit:
-    """What happens to one tensor on disk.
+    """What happens to one tensor on disk, along its axis of width d_model.
 
-    Attributes:
-        tensor: Where it lies in its file.
-        axis: Its axis of width d_model.
-        entry: The edit.
-        block: The quantised tensor of which it holds the numbers or the scales; None for plain floats.
+    Of a quantised one there are two, for its numbers and its scales, which both name the `block`.
     """
 
     tensor: TensorEntry
@@ -103,39 +98,24 @@ class TensorEdit:
     block: BlockTensor | None = None
 
 
-@dataclass(frozen=True)
-class Fingerprint:
-    """What tells one state of a file from another without reading all of it: size, time in ns, hash of the header."""
-
-    size: int
-    modified: int
-    header: str
+Fingerprint = tuple[int, int, str]
+"""What tells one state of a file from another without reading all of it: size, time in ns, SHA-256 of the header."""
 
 
 def fingerprint(path: Path) -> Fingerprint:
     """Look at a safetensors file."""
-    try:
-        with path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            length = file.read(8)
-            header = file.read(min(int.from_bytes(length, "little"), status.st_size))
-    except OSError as error:
-        raise CheckpointError(
-            f"The weight file {path} cannot be read ({error.strerror}), expected a safetensors file; check the path "
-            "and its permissions."
-        ) from error
-    return Fingerprint(status.st_size, status.st_mtime_ns, hashlib.sha256(length + header).hexdigest())
+    with opened(path) as file:
+        status = os.fstat(file)
+        length = os.read(file, 8)
+        header = os.read(file, min(int.from_bytes(length, "little"), status.st_size))
+    return status.st_size, status.st_mtime_ns, hashlib.sha256(length + header).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
 class FilePlan:
-    """What happens to one weight file.
+    """What happens to one weight file of the base: edits by the tensors' names in the file, and new tensors.
 
-    Attributes:
-        header: The header of the base's file.
-        fingerprint: The base's file as it was when this was planned.
-        edits: The tensors that are edited, by their names in the file.
-        copies: New tensors by the name of the one behind which each lies, with whether it gets that one's edited bytes.
+    `copies` names new tensors by the one behind which each lies, with whether it gets that one's edited bytes.
     """
 
     header: ShardHeader
@@ -149,16 +129,15 @@ class FilePlan:
         return self.header.path.name
 
     @property
+    def data_start(self) -> int:
+        """Where the data begins in the base's file."""
+        return self.header.tensors[0].start if self.header.tensors else self.fingerprint[0]
+
+    @property
     def size(self) -> int:
         """The length of the file to be written."""
         added = sum(len(self.copies.get(t.name, ())) * (t.stop - t.start) for t in self.header.tensors)
-        head = len(self.new_header()) - self.data_start if self.copies else 0
-        return self.fingerprint.size + head + added
-
-    @property
-    def data_start(self) -> int:
-        """Where the data begins in the base's file."""
-        return self.header.tensors[0].start if self.header.tensors else self.fingerprint.size
+        return self.fingerprint[0] + added + (len(self.new_header()) - self.data_start if self.copies else 0)
 
     def new_header(self) -> bytes:
         """Give the bytes before the data of a file that tensors are added to."""
@@ -169,9 +148,7 @@ class FilePlan:
                 stop = place + tensor.stop - tensor.start
                 described[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [place, stop]}
                 place = stop
-        text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
-        return len(text).to_bytes(8, "little") + text
+        return header_bytes(described)
 
 
 def write_shard(file: FilePlan, target: Path, variant: Variant, memory: int, stopped: Callable[[], bool]) -> str:
@@ -235,7 +212,7 @@ class _Writer:
                 else:
                     self.copy(tensor.start, tensor.stop, hashed=number == 0)
             done = tensor.stop
-        self.copy(done, file.fingerprint.size)
+        self.copy(done, file.fingerprint[0])
 
     def copy(self, start: int, stop: int, *, hashed: bool = True) -> None:
         """Copy bytes of the base to where the writing has come to."""
@@ -302,14 +279,7 @@ class _Writer:
 
 @dataclass(frozen=True, eq=False)
 class StreamPlan:
-    """What happens to the weight files of a base.
-
-    Attributes:
-        base: The base; it is only read.
-        plan: What happens to which parameter.
-        files: Its weight files.
-        added: New tensors by name, with what is in each.
-    """
+    """What happens to the weight files of a base, and which tensors are new."""
 
     base: Base
     plan: EditPlan
@@ -323,7 +293,7 @@ class StreamPlan:
             fields = (entry.parameter, entry.strength, [(t.name, t.axis) for t in entry.on_disk])
             digest.update(repr(fields).encode() + entry.basis.numpy().tobytes())
         digest.update(repr((self.plan.variant, sorted(self.added.items(), key=str))).encode())
-        base = {file.name: list(vars(file.fingerprint).values()) for file in self.files}
+        base = {file.name: list(file.fingerprint) for file in self.files}
         return {"plan": digest.hexdigest(), "base": base, "version": versions().get("remove-refusals", "unknown")}
 
     def index(self) -> dict[str, Any] | None:
@@ -337,10 +307,7 @@ class StreamPlan:
             for tensor in file.header.tensors:
                 for name in file.copies.get(tensor.name, ()):
                     index["weight_map"][name] = file.name
-                    added = {
-                        "total_size": tensor.stop - tensor.start,
-                        "total_parameters": math.prod(tensor.shape),
-                    }
+                    added = {"total_size": tensor.stop - tensor.start, "total_parameters": math.prod(tensor.shape)}
                     metadata |= {key: metadata[key] + count for key, count in added.items() if key in metadata}
         return {**index, "metadata": metadata, "weight_map": dict(sorted(index["weight_map"].items()))}
 
@@ -396,16 +363,8 @@ def stream_edited(
     A file shares the base's blocks on the disk where the file system can do that, and is copied where not; of an edited
     tensor only its own bytes are written anew. Tensors larger than a worker's memory are edited in slices.
 
-    Args:
-        stream: What happens to each file.
-        directory: An existing directory, empty or as an interrupted call has left it.
-        memory: How many bytes may be held beside what Python and its packages take.
-        jobs: How many files to write at once; fewer where the memory is too small for so many.
-        force: Whether an output that was begun from something else is thrown away.
-        progress: Told of whole files, as the stage `files`.
-
-    Returns:
-        SHA-256 of each of the base's weight files by name.
+    The directory is empty, or as an interrupted call has left it; `memory` is what may be held beside Python and its
+    packages, and `jobs` how many files are written at once. Gives the SHA-256 of each of the base's weight files.
     """
     jobs, share = shares(memory, jobs, len(stream.files))
     ledger = open_ledger(directory, stream.made_from(), force=force)
@@ -540,7 +499,5 @@ def _edits(directory: Path, plan: EditPlan, stored: Mapping[str, Place]) -> Iter
 
 
 def _same(first: TensorEdit, second: TensorEdit) -> bool:
-    plain = (replace(edit.entry, parameter="", layer=None, shape=(), on_disk=()) for edit in (first, second))
-    one, other = (vars(entry) for entry in plain)
-    same_basis = one["basis"].equal(other["basis"])
-    return first.axis == second.axis and same_basis and (one | {"basis": 0}) == (other | {"basis": 0})
+    one, other = first.entry, second.entry
+    return first.axis == second.axis and one.strength == other.strength and torch.equal(one.basis, other.basis)
