@@ -71,12 +71,18 @@ def generate(
     tokens do.
     """
     check_prompts(loaded, token_ids, max_new_tokens)
+    ends = _end_token_ids(loaded)
 
     def answer(indices: Sequence[int]) -> list[Answer]:
         inputs = left_padded(loaded, [token_ids[index] for index in indices])
         watched = {"logits_processor": [_finite(loaded, token_ids, indices)]}
-        continued = _run_generate(loaded, inputs | watched, max_new_tokens)
-        return [_to_answer(loaded, row) for row in continued[:, inputs["input_ids"].shape[1] :].tolist()]
+        found = []
+        for row in _run_generate(loaded, inputs | watched, max_new_tokens)[:, inputs["input_ids"].shape[1] :].tolist():
+            length = next((index for index, token in enumerate(row) if token in ends), None)
+            kept = row if length is None else row[: length + 1]
+            text = loaded.tokenizer.decode(row[:length], skip_special_tokens=True)
+            found.append(Answer(text=text, token_ids=tuple(kept), finished=length is not None))
+        return found
 
     lengths = [len(ids) for ids in token_ids]
     return in_order(in_batches(loaded, lengths, answer, most=first_batch_size(loaded), progress=progress))
@@ -168,15 +174,6 @@ def _end_token_ids(loaded: LoadedModel) -> set[int]:
     of_model = loaded.model.generation_config.eos_token_id
     ends = of_model if isinstance(of_model, list) else [of_model]
     return {int(token) for token in (*ends, loaded.tokenizer.eos_token_id) if token is not None}
-
-
-def _to_answer(loaded: LoadedModel, continuation: Sequence[int]) -> Answer:
-    """Cut a continuation after its first end token."""
-    ends = _end_token_ids(loaded)
-    length = next((index for index, token in enumerate(continuation) if token in ends), None)
-    kept = tuple(continuation if length is None else continuation[: length + 1])
-    text = loaded.tokenizer.decode(kept if length is None else kept[:length], skip_special_tokens=True)
-    return Answer(text=text, token_ids=kept, finished=length is not None)
 
 
 def _finite(loaded: LoadedModel, token_ids: Sequence[Sequence[int]], indices: Sequence[int]) -> Callable[..., Any]:

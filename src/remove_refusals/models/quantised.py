@@ -15,7 +15,7 @@ input, those go to their other neighbour that add the least error for what they 
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -96,7 +96,12 @@ class BlockTensor:
     @cached_property
     def grid(self) -> torch.Tensor:
         """Every number that the format has, in rising order, float32."""
-        return _grid(self.format)
+        if self.format == "INT4 in groups":
+            return torch.arange(-8.0, 8.0)
+        positive = torch.tensor(_E2M1)
+        if self.format == "FP8 e4m3 in blocks":
+            positive = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32)
+        return torch.cat((-positive.flip(0)[:-1], positive))
 
     def parts(self, numbers: int) -> list[tuple[TensorSlice, TensorSlice]]:
         """Cut weights and scales alike, into whole blocks of at most so many numbers, or one column of blocks."""
@@ -112,20 +117,23 @@ class BlockTensor:
         raw = read_slice(files[0], self.weights[1].start, part[0], torch.uint8)
         scales = read_slice(files[1], self.scales[1].start, part[1], self.scale_dtype)
         codes = torch.stack((raw & 15, raw >> 4), dim=-1).flatten(-2) if self.packed else raw
-        values = self._numbers(codes)
+        index = codes.to(torch.int32)
+        if self.format != "INT4 in groups":
+            # Sign and magnitude.
+            top, size = len(self.grid) // 2, index & (self._sign - 1)
+            if int(size.max()) > top:
+                raise CheckpointError(
+                    f"The tensor {self.weights[1].name} holds NaN, expected finite numbers; download the checkpoint "
+                    "again."
+                )
+            index = torch.where(index >= self._sign, top - size, top + size)
+        values = self.grid[index]
         return values * self.expand(scales, values.shape), scales
 
-    def _numbers(self, codes: torch.Tensor) -> torch.Tensor:
-        """Give the numbers of the format that codes, each in a byte, stand for."""
-        if self.format == "INT4 in groups":
-            return self.grid[codes.to(torch.int32)]
-        top, sign = len(self.grid) // 2, len(_E2M1) if self.format == "MXFP4" else 128
-        size = (codes & (sign - 1)).to(torch.int32)
-        if int(size.max()) > top:
-            raise CheckpointError(
-                f"The tensor {self.weights[1].name} holds NaN, expected finite numbers; download the checkpoint again."
-            )
-        return self.grid[torch.where(codes >= sign, top - size, top + size)]
+    @property
+    def _sign(self) -> int:
+        """The bit of a code that is its sign."""
+        return len(_E2M1) if self.format == "MXFP4" else 128
 
     def expand(self, scales: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         """Give each number its scale, float32."""
@@ -168,18 +176,13 @@ class BlockTensor:
             error = self.grid[nearest] * scale - target
             step = (self.grid[other] - self.grid[nearest]) * scale
             nearest = torch.where(_turned(error, step, column.reshape(1, -1, 1)), other, nearest)
-        codes = self._codes(nearest)
+        if self.format != "INT4 in groups":
+            signed = nearest - len(self.grid) // 2
+            nearest = torch.where(signed < 0, self._sign - signed, signed)
+        codes = nearest.to(torch.uint8)
         if self.packed:
             codes = codes[..., 0::2] | (codes[..., 1::2] << 4)
         return codes.contiguous(), scales.contiguous()
-
-    def _codes(self, index: torch.Tensor) -> torch.Tensor:
-        """Give the codes, each in a byte, of numbers of the format by their places in `grid`."""
-        if self.format == "INT4 in groups":
-            return index.to(torch.uint8)
-        signed = index - len(self.grid) // 2
-        sign = len(_E2M1) if self.format == "MXFP4" else 128
-        return torch.where(signed < 0, sign - signed, signed).to(torch.uint8)
 
     def _fitting(self, target: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """Raise the scales of blocks whose largest number no longer fits."""
@@ -234,17 +237,6 @@ def _turned(error: torch.Tensor, step: torch.Tensor, column: torch.Tensor) -> to
     return torch.zeros_like(chosen).scatter_(1, order, chosen)
 
 
-@cache
-def _grid(form: Format) -> torch.Tensor:
-    if form == "INT4 in groups":
-        return torch.arange(-8.0, 8.0)
-    if form == "MXFP4":
-        positive = torch.tensor(_E2M1)
-    else:
-        positive = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32)
-    return torch.cat((-positive.flip(0)[:-1], positive))
-
-
 def find_block_tensor(name: str, stored: Mapping[str, Place]) -> BlockTensor | None:
     """Look among a checkpoint's tensors for a quantised one, by the name that the unquantised one would have."""
     weights, scales = stored.get(name), stored.get(f"{name}_scale_inv")
@@ -289,19 +281,14 @@ def _check_int4(name: str, stored: Mapping[str, Place], weights: Place, scales: 
             f"The tensor {scales[1].name} is {scales[1].dtype} {scales[1].shape}, expected floats for groups of 8 to "
             f"{INT4_GROUP} of the {n} numbers in each of {d_model} rows; use an unquantised checkpoint of this model."
         )
-    sizes = _sizes(stored.get(f"{name}_shape"))
+    sizes, place = None, stored.get(f"{name}_shape")
+    if place is not None and place[1].dtype in ("I32", "I64") and place[1].shape == (2,):
+        numbers = torch.empty(2, dtype=torch.int32 if place[1].dtype == "I32" else torch.int64)
+        with opened(place[0]) as file:
+            read_into(file, bytes_of(numbers), place[1].start)
+        sizes = numbers.tolist()
     if sizes != [d_model, n]:
         raise CheckpointError(
             f"The tensor {name}_shape holds {sizes}, expected {[d_model, n]} as eight numbers in each of the words of "
             f"{weights[1].name} make it; use an unquantised checkpoint of this model."
         )
-
-
-def _sizes(place: Place | None) -> list[int] | None:
-    """Read two integers."""
-    if place is None or place[1].dtype not in ("I32", "I64") or place[1].shape != (2,):
-        return None
-    sizes = torch.empty(2, dtype=torch.int32 if place[1].dtype == "I32" else torch.int64)
-    with opened(place[0]) as file:
-        read_into(file, bytes_of(sizes), place[1].start)
-    return [int(size) for size in sizes]
