@@ -26,13 +26,7 @@ _HELD, _HELD_ELSEWHERE = {"cuda": 2**27}, 2**25
 
 @dataclass(frozen=True)
 class PromptDistance:
-    """What was measured along the answer to one prompt, in nats.
-
-    Attributes:
-        kl: For each token of the answer, the KL divergence of the base model from the edited one there.
-        base_loss: The base model's negative log-likelihood of the answer's tokens, summed.
-        edited_loss: The edited model's.
-    """
+    """Along one answer, in nats: KL of base from edited at each token, both summed negative log-likelihoods."""
 
     kl: tuple[float, ...]
     base_loss: float
@@ -40,14 +34,9 @@ class PromptDistance:
 
 
 def kl_divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """Compute `sum of p (log p - log q)` (Kullback and Leibler 1951).
+    """Compute `sum of p (log p - log q)` (Kullback and Leibler 1951) from natural logarithms, `[n, vocabulary]` each.
 
-    Args:
-        log_p: `[n, vocabulary]`, floating point: natural logarithms of the probabilities of the base.
-        log_q: `[n, vocabulary]`, the same of what is compared to it.
-
-    Returns:
-        `[n]`, in nats, in the dtype of the input; never negative, infinite where `q` is 0 and `p` is not.
+    It is `[n]`, in nats, in their dtype; never negative, infinite where `q` is 0 and `p` is not.
     """
     terms = log_p.exp() * (log_p - log_q)
     # Where p is 0 the term is 0, and -inf - -inf must not make it NaN.

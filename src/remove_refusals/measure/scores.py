@@ -101,14 +101,11 @@ class SetScores(Record):
 
 
 class Distance(Record):
-    """How far the edited model is from the base model, along the base model's own answers to harmless prompts.
+    """KL divergence of the base model from the edited one, in nats, along the base's own answers to harmless prompts.
 
-    Attributes:
-        first_token: The KL divergence of the next token after the prompt, base from edited, in nats; mean over prompts.
-        mean: The KL divergence averaged over the first `kl_tokens` tokens of the base model's answer (all of them where
-            it is shorter, the end token included); mean over prompts.
-        p95: The 95th percentile of the KL divergence over all those tokens.
-        by_token: Its mean at each of those places in the answers.
+    The first token is the one after the prompt. The mean over prompts is of means over the first `kl_tokens` tokens of
+    the answer, all of them where it is shorter, the end token included; the 95th percentile is over all those tokens,
+    and `by_token` is the mean at each of those places.
     """
 
     first_token: Mean

@@ -22,11 +22,9 @@ _TASK_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, Attri
 def run_tasks(
     base: LoadedModel, edited: LoadedModel, settings: MeasureSettings, *, edited_context: Context = nullcontext
 ) -> tuple[TaskScore, ...]:
-    """Run the tasks of the settings on both models, 8 requests at once where the base model names no batch size.
+    """Score both models by each metric that every sample of a task has a number for; others have no pairs.
 
-    Returns:
-        One score for each metric that every sample has a number for. Metrics of a whole set have no pairs and are left
-        out.
+    8 requests run at once where the base model names no batch size.
     """
     names, directory = settings.tasks, settings.task_directory
     lm_eval_tasks = require_package("lm_eval.tasks", "tasks", "the option tasks", ModelError)
