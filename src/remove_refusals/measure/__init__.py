@@ -3,12 +3,7 @@
 from remove_refusals.measure.answers import Answered, EvaluationPrompts, kept_answers, labelled, measuring_prompts
 from remove_refusals.measure.divergence import distances_along
 from remove_refusals.measure.evaluate import evaluate, warnings
-from remove_refusals.measure.judges.calibration import (
-    Calibration,
-    calibrate,
-    load_answers,
-    load_calibration,
-)
+from remove_refusals.measure.judges.calibration import Calibration, calibrate, load_answers, load_calibration
 from remove_refusals.measure.judges.choose import make_judge, measuring_judge
 from remove_refusals.measure.judges.labels import Judge, Label
 from remove_refusals.measure.judges.phrases import PhraseJudge, judge_phrases
