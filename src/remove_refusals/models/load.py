@@ -133,6 +133,11 @@ def load(
             f"The option {next(iter(options))} is given with a model that is in memory already, expected none; leave "
             "it out, or give a directory or hub id."
         )
+    return _in_memory(source, tokenizer, chat, batch_size)
+
+
+def _in_memory(source: Any, tokenizer: Any, chat: ChatFormat, batch_size: int | None) -> LoadedModel:
+    """Take a model that is in memory, or a pipeline's, with its tokenizer."""
     model = _checked(source if isinstance(source, torch.nn.Module) else getattr(source, "model", source))
     tokenizer = tokenizer or getattr(source, "tokenizer", None)
     if isinstance(tokenizer, str | Path):
