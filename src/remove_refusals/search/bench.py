@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
-from remove_refusals.directions import Steer, ablated, added, intervene, is_steerable, steered
+from remove_refusals.directions import Steer, ablated, added, is_steerable, steered
 from remove_refusals.measure import Answered
 from remove_refusals.modelmap import map_model
 from remove_refusals.models import in_batches
 from remove_refusals.search.continuations import Probe, frozen, log_probabilities, make_probes
 from remove_refusals.search.material import N_OPENING_TOKENS, OwnAnswers, damages, gather, refusal_probabilities
 from remove_refusals.settings import GradientSettings
-from remove_refusals.types import Direction, Intervention
+from remove_refusals.types import Direction
 
 _SMALLEST_ODDS = 1e-6
 
@@ -29,10 +29,6 @@ class Option:
     direction: Direction
     push: torch.Tensor
     name: str
-
-    def intervention(self, n_layers: int) -> Intervention:
-        """Take it out at every site with full strength."""
-        return intervene(self.direction, n_layers)
 
 
 @dataclass(frozen=True)
@@ -147,7 +143,7 @@ class Bench:
         return values.reshape(-1, n)
 
     def _taking_out(self, option: Option) -> Context:
-        return lambda _: ablated(self._loaded.model, option.intervention(self.n_layers))
+        return lambda _: ablated(self._loaded, option.direction)
 
     def _steering(self, options: Sequence[Option]) -> Context:
         directions = torch.stack([option.direction.basis[:, 0] for option in options]).to(self._loaded.device)

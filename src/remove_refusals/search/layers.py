@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import ceil
 
-from remove_refusals.directions import mean_difference
+from remove_refusals.directions import intervene, mean_difference
 from remove_refusals.errors import DirectionError, SelectionError
 from remove_refusals.models import LoadedModel, template_tail_length
 from remove_refusals.progress import SILENT, Progress
@@ -108,7 +108,7 @@ def narrow_down(
         progress.done(done)
     found = tuple(scores[index] for index in (*kept, *dropped))
     candidates = tuple(
-        Candidate(options[index].name, options[index].intervention(bench.n_layers), score.refusal, score.damage)
+        Candidate(options[index].name, intervene(options[index].direction, bench.n_layers), score.refusal, score.damage)
         for index, score in zip((*kept, *dropped), found, strict=True)
     )
     passing = tuple(place for place in range(len(kept)) if found[place].passes(settings.max_kl))

@@ -134,7 +134,10 @@ def gather(own: OwnAnswers, settings: GradientSettings, first_layer: int = 0) ->
     answers = [answer.token_ids for answer in own.answered.answers]
     harmless = make_probes(loaded, own.answered.token_ids, answers, settings.kl_tokens, n)
     with frozen(loaded, gradients=False):
-        tokens = [likely_tokens(log_probabilities(loaded, probe)) for probe in (*harmful, *harmless)]
+        tokens = [
+            (log_probabilities(loaded, probe) > math.log(_LIKELY)).any(dim=0).nonzero()[:, 0]
+            for probe in (*harmful, *harmless)
+        ]
     tokens += [probe.targets for probe in harmless]
     openings = learn_openings([*(answer.token_ids for answer in own.refused.answers), *own.more_refusals])
     return _prepared(loaded, own.refused, openings, (harmful, harmless), tokens, first_layer)
@@ -225,8 +228,3 @@ def unlikelihood(probabilities: torch.Tensor) -> torch.Tensor:
     """The mean of `-log(1 - p)`: what it costs that a refusal is likely (Welleck et al. 2020, section 3)."""
     surprise: torch.Tensor = -torch.log1p(-probabilities.clamp(max=1 - 1e-4))
     return surprise.mean()
-
-
-def likely_tokens(log_probabilities: torch.Tensor) -> torch.Tensor:
-    """The tokens, each once, that are likely at any of the places of `[n, vocabulary]`."""
-    return (log_probabilities > math.log(_LIKELY)).any(dim=0).nonzero()[:, 0]
