@@ -19,9 +19,14 @@ from remove_refusals.errors import ConfigurationError, RecordError
 from remove_refusals.pipeline import reproduce
 from remove_refusals.settings import (
     DirectionSettings,
+    DiskSettings,
     EditSettings,
+    GradientSettings,
+    LayerSettings,
+    LoadSettings,
     MeasureSettings,
     PromptSource,
+    Rule,
     RunFiles,
     RunSettings,
 )
@@ -71,6 +76,13 @@ def test_every_option_of_run_comes_from_the_tree() -> None:
     names = {option.name for option in typer.main.get_command(app).commands["run"].params}
     declared = {one.parameter for tree in (RunSettings, RunFiles) for one in settings_of(tree).values()}
     assert names == declared | {"config", "help_all", "quiet", "log", "as_json"}
+
+
+def test_every_setting_says_what_it_is() -> None:
+    for tree in (PromptSource, LoadSettings, DirectionSettings, EditSettings, MeasureSettings, RunFiles, DiskSettings):
+        assert all(field.description for field in tree.model_fields.values()), tree
+    for tree in (GradientSettings, LayerSettings, Rule):
+        assert all(field.description for field in tree.model_fields.values()), tree
 
 
 def test_the_pages_say_of_every_option_what_the_tree_says() -> None:

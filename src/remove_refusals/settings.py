@@ -43,6 +43,11 @@ def setting(default: Any, description: str, *, ge: float | None = None, le: floa
     )
 
 
+def inner(default: Any, description: str, *, ge: float | None = None, le: float | None = None) -> Any:
+    """Declare a setting that is no option: it is there for who calls the library."""
+    return Field(default, description=description, ge=ge, le=le)
+
+
 class Settings(BaseModel):
     """A part of the tree; `panel` heads its options on a help page."""
 
@@ -55,7 +60,7 @@ class PromptSource(Settings):
 
     panel: ClassVar[str] = "Direction"
 
-    source: str | None = Field(default=None, description="A file or data set id.")
+    source: str | None = inner(None, "A file or data set id.")
     column: str | None = setting(None, "The prompts' column in tables.")
     split: str | None = setting(None, "The split of data sets.")
 
@@ -233,7 +238,7 @@ class MeasureSettings(Settings):
     task_limit: int | None = setting(None, "At most so many samples each.", ge=1)
     judge: str = setting("phrases", "phrases, a classifier, or URL#MODEL.", short=True)
     calibration: str | None = setting(None, "From `judge calibrate`: corrects the rates.")
-    seed: int = Field(default=0, description="The seed of the bootstrap intervals.")
+    seed: int = inner(0, "The seed of the bootstrap intervals.")
 
 
 DEMO = "demo"
@@ -246,9 +251,8 @@ Method = Literal["auto", "layer"]
 class Rule(Settings):
     """What decides between less refusal and less damage; without a limit it is the knee of the front.
 
-    Attributes:
-        max_kl: Of the candidates with at most this damage, the one with the fewest refusals.
-        max_refusals: Of the candidates with at most this share of refusals, the one with the least damage.
+    Of the candidates with at most `max_kl` it takes the one with the fewest refusals, and of those with at most
+    `max_refusals` the one with the least damage.
     """
 
     panel: ClassVar[str] = "Choice"
@@ -267,37 +271,30 @@ class Rule(Settings):
 
 
 class GradientSettings(Settings):
-    """How the descent goes.
+    """How the descent goes."""
 
-    Attributes:
-        damage_weights: What a nat of damage costs beside the refusal, one descent each, from where the last one ended.
-        n_steps: Steps of the first descent.
-        n_more_steps: Steps of each further one.
-        rate: Adam's learning rate for the strengths.
-        direction_rate: Its learning rate for a unit direction, as a length; 0 leaves the directions as they are.
-        batch_size: Harmful prompts, and harmless ones, for each step.
-        kl_tokens: How many tokens of each answer the damage goes along.
-        start: The strength to begin with.
-        most: The largest strength.
-        least: Strengths below this are set to 0 in the end: a site that hardly counts is left alone.
-        n_check: How many prompts are answered between descents, to find refusals that open in a new way.
-        n_check_tokens: With how many tokens.
-        seed: Decides the order of the batches.
-    """
-
-    damage_weights: tuple[float, ...] = (4.0, 4.0, 1.0)
-    n_steps: int = 32
-    n_more_steps: int = 12
-    rate: float = 0.08
-    direction_rate: float = 0.03
-    batch_size: int = 16
-    kl_tokens: int = 16
-    start: float = 0.5
-    most: float = 3.0
-    least: float = 0.05
-    n_check: int = 32
-    n_check_tokens: int = 24
-    seed: int = 0
+    damage_weights: tuple[float, ...] = inner(
+        (4.0, 4.0, 1.0),
+        "What a nat of damage costs beside the refusal, one descent each, from where the last one ended.",
+    )
+    n_steps: int = inner(32, "Steps of the first descent.", ge=1)
+    n_more_steps: int = inner(12, "Steps of each further one.", ge=1)
+    rate: float = inner(0.08, "Adam's learning rate for the strengths.", ge=0)
+    direction_rate: float = inner(
+        0.03, "Its learning rate for a unit direction, as a length; 0 leaves the directions as they are.", ge=0
+    )
+    batch_size: int = inner(16, "Harmful prompts, and harmless ones, for each step.", ge=1)
+    kl_tokens: int = inner(16, "How many tokens of each answer the damage goes along.", ge=1)
+    start: float = inner(0.5, "The strength to begin with.", ge=0)
+    most: float = inner(3.0, "The largest strength.", ge=0)
+    least: float = inner(
+        0.05, "Strengths below this are set to 0 in the end: a site that hardly counts is left alone.", ge=0
+    )
+    n_check: int = inner(
+        32, "How many prompts are answered between descents, to find refusals that open in a new way.", ge=1
+    )
+    n_check_tokens: int = inner(24, "With how many tokens.", ge=1)
+    seed: int = inner(0, "Decides the order of the batches.")
 
 
 class SelectSettings(Settings):
@@ -309,13 +306,11 @@ class SelectSettings(Settings):
         "auto", "auto, layer, none; none if other options decide.", name="select", short=True, may_be_none=True
     )
     rule: Rule = Rule(max_refusals=0.05)
-    n_choose: int = Field(default=64, description="How many harmful, and how many harmless prompts the search runs on.")
-    n_confirm: int = Field(default=32, description="How many others the pick is confirmed on.")
-    n_tokens: int = Field(
-        default=24, description="How many tokens of its own answers the model is asked for in the search."
-    )
-    most_confirmed: int = Field(default=3, description="How many candidates are tried by generation at most.")
-    seed: int = Field(default=0, description="What splits the prompts and orders the batches.")
+    n_choose: int = inner(64, "How many harmful, and how many harmless prompts the search runs on.")
+    n_confirm: int = inner(32, "How many others the pick is confirmed on.")
+    n_tokens: int = inner(24, "How many tokens of its own answers the model is asked for in the search.")
+    most_confirmed: int = inner(3, "How many candidates are tried by generation at most.")
+    seed: int = inner(0, "What splits the prompts and orders the batches.")
     descent: GradientSettings = GradientSettings()
 
 
@@ -400,8 +395,6 @@ class RunFiles(Settings):
 
 VARIANTS: tuple[Variant, ...] = ("plain", "norm-preserving")
 
-METHODS: tuple[Method, ...] = ("auto", "layer")
-
 MAX_KL = 0.1
 """The paper's limit on the damage."""
 
@@ -409,23 +402,22 @@ MAX_KL = 0.1
 class LayerSettings(Settings):
     """How the choice by layer and position goes.
 
-    Attributes:
-        max_kl: The most damage that a candidate may do; twice as much until all prompts are looked at.
-        depth: Only layers below this share of the model's depth are looked at, as in the paper.
-        rounds: On how many harmful and as many harmless prompts the first rounds run; the last one runs on all.
-        share: The share of the candidates that the second round gets.
-        fewest: How many it gets at least.
-        finalists: How many the last one gets.
-        kl_tokens: The damage is the mean over so many tokens of the model's own answers; the paper looks at the first
-            alone, which misses damage that begins behind it.
-        seed: What drew the prompts, for the record.
+    The paper measures the damage at the first token alone, which misses what begins behind it.
     """
 
-    max_kl: float = MAX_KL
-    depth: float = 0.8
-    rounds: tuple[int, int] = (4, 16)
-    share: float = 0.25
-    fewest: int = 12
-    finalists: int = 4
-    kl_tokens: int = 4
-    seed: int = 0
+    max_kl: float = inner(
+        MAX_KL, "The most damage that a candidate may do; twice as much until all prompts are looked at.", ge=0
+    )
+    depth: float = inner(0.8, "Only layers below this share of the model's depth are looked at, as in the paper.", ge=0)
+    rounds: tuple[int, int] = inner(
+        (4, 16), "On how many harmful and as many harmless prompts the first rounds run; the last one runs on all."
+    )
+    share: float = inner(0.25, "The share of the candidates that the second round gets.", ge=0)
+    fewest: int = inner(12, "How many it gets at least.", ge=1)
+    finalists: int = inner(4, "How many the last one gets.", ge=1)
+    kl_tokens: int = inner(
+        4,
+        "Of each of the model's own answers the damage is the mean over so many tokens.",
+        ge=1,
+    )
+    seed: int = inner(0, "What drew the prompts, for the record.")
