@@ -26,14 +26,7 @@ Place = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Setting:
-    """A setting that is an option.
-
-    Attributes:
-        name: The option without its dashes.
-        declared: Its declaration in the tree.
-        panel: What heads it on a help page.
-        places: Where in the tree it stands; a data set's column is one option for every prompt set.
-    """
+    """A setting that is an option; a data set's column is one for every prompt set, in several places of the tree."""
 
     name: str
     declared: FieldInfo = field(repr=False)

@@ -49,10 +49,7 @@ def write(text: str) -> None:
 
 
 def typed_lines() -> Iterator[str]:
-    """Give what is typed line by line until the end of input.
-
-    In a terminal it asks with `> `, and the lines before can be called back; in a pipe neither.
-    """
+    """Give what is typed until the end of input; in a terminal it asks with `> ` and calls back the lines before."""
     if sys.stdin.isatty():
         with suppress(ImportError):
             # Its import alone gives `input` a history; Windows has its own.
@@ -67,10 +64,7 @@ def typed_lines() -> Iterator[str]:
 
 @contextmanager
 def progress() -> Iterator[Progress]:
-    """Show a bar per stage on standard error while the context lasts, and write the same to the log.
-
-    There is no bar where standard error is not a terminal, or `--quiet` is given.
-    """
+    """Show a bar per stage on standard error, if that is a terminal and may be loud, and write the same to the log."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console, log = Console(stderr=True), StageLog()
     hide = current().quiet or not console.is_terminal

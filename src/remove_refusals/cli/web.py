@@ -34,10 +34,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Controls:
-    """What is set on the page: how much is taken out, from the first to the last layer, at which kinds of site.
-
-    The candidate is one of the run's search; None stands for what was picked, or for a direction.
-    """
+    """What is set on the page; the candidate is one of the run's search, None what was picked or a direction."""
 
     strength: float
     layers: tuple[int, int]
@@ -74,11 +71,7 @@ class Page:
     def answers(
         self, prompt: str, original: Messages, edited: Messages, controls: Controls
     ) -> Iterator[tuple[Messages, Messages, str, str]]:
-        """Let the original and then the edited model answer behind what was said, piece by piece.
-
-        Yields:
-            Both histories with what is said so far, and the strips under the answers, which come last.
-        """
+        """Let the original and then the edited model answer, piece by piece: both histories, in the end the strips."""
         intervention = self.made(controls)
         histories = [original, edited]
         for side, context in enumerate(self._contexts(intervention)):
@@ -260,10 +253,7 @@ def command_line(source: Source, controls: Controls, n_layers: int) -> str:
 
 
 def strip(tokens: Sequence[str], values: Sequence[float], largest: float) -> str:
-    """Draw tokens as HTML with their projection as their background; `largest` gets the full colour.
-
-    Every text is escaped, and each token says its number to whoever points at it.
-    """
+    """Draw tokens as HTML, escaped, with their projection as their background; `largest` gets the full colour."""
     pieces = []
     for token, value in zip(tokens, values, strict=True):
         share = max(-1.0, min(1.0, value / largest if largest > 0 else 0.0))
