@@ -49,35 +49,20 @@ if TYPE_CHECKING:
 
 __version__ = version("remove-refusals")
 
-_HOME = {
-    "Activations": "types",
-    "Direction": "types",
-    "Intervention": "types",
-    "LoadedModel": "models",
-    "PromptSet": "types",
-    "RemoveRefusalsError": "errors",
-    "RunSettings": "settings",
-    "ablated": "directions",
-    "analyze": "examination",
-    "bake": "api",
-    "bake_in_place": "api",
-    "collect_activations": "api",
-    "embedded_prompts": "prompts",
-    "evaluate": "api",
-    "generate": "api",
-    "intervene": "directions",
-    "load": "models",
-    "load_direction": "directions",
-    "load_prompts": "prompts",
-    "map_model": "modelmap",
-    "mean_difference": "directions",
-    "mean_difference_per_layer": "directions",
-    "run": "pipeline",
-    "save_direction": "directions",
-    "select": "api",
-    "separation": "api",
-    "write_html_report": "report",
+_ROOMS = {
+    "api": "bake bake_in_place collect_activations evaluate generate select separation",
+    "directions": "ablated intervene load_direction mean_difference mean_difference_per_layer save_direction",
+    "errors": "RemoveRefusalsError",
+    "examination": "analyze",
+    "modelmap": "map_model",
+    "models": "LoadedModel load",
+    "pipeline": "run",
+    "prompts": "embedded_prompts load_prompts",
+    "report": "write_html_report",
+    "settings": "RunSettings",
+    "types": "Activations Direction Intervention PromptSet",
 }
+_HOME = {name: room for room, names in _ROOMS.items() for name in names.split()}
 
 __all__ = [
     "Activations",

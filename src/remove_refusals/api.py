@@ -33,7 +33,6 @@ from remove_refusals.types import Activations, Direction, Intervention, PromptSe
 Prompts = PromptSet | Sequence[str]
 """User messages as text."""
 
-
 Taken = Intervention | Direction | Sequence[Direction] | torch.Tensor
 """What can be taken out; a tensor is `[d_model]`, `[1, d_model]` or `[d_model, k]`."""
 

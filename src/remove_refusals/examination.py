@@ -50,7 +50,6 @@ from remove_refusals.types import Activations, Direction, Separation
 MOST_POSITIONS = 8
 """So many tokens of the chat template's tail are looked at, from the end."""
 
-
 _OUTLIER_SHARE = 0.5
 """From here on the plain difference leans on one coordinate: the harmless mean's component is removed first, and the
 direction is taken out of the upper half of the layers only. Taken out everywhere it destroys such a model."""
@@ -273,7 +272,6 @@ def _norm(steps: tuple[ChannelStep, ...]) -> str | None:
 
 
 _NUMBERS = 1 << 21
-
 
 Status = Literal["changed", "only in the first", "only in the second", "another shape", "another data type"]
 

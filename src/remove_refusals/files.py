@@ -29,7 +29,6 @@ if sys.platform != "win32":
 MODEL_FILES = ("config.json", "ablation.json", "adapter_config.json", "scores.json", "analysis.json")
 """A directory that holds one of these is a model's or a measurement's and may be replaced by force; others may not."""
 
-
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EBUSY)
 
@@ -371,7 +370,6 @@ def _shortened(value: object) -> str:
 
 
 Found = TypeVar("Found")
-
 
 STAGES = "stages.jsonl"
 """The log in a journal's directory."""

@@ -48,14 +48,11 @@ from remove_refusals.types import Intervention, PromptSet
 OUTLIER_SHARE = 0.5
 """From here on a single coordinate is called an outlier: it holds more than all others together."""
 
-
 _FEWEST_APART = 2
 """Separation is measured on halves: each set needs two prompts."""
 
-
 _FEW_CANDIDATES = 16
 """So many candidates are all kept with their directions."""
-
 
 _NOTHING_CHOSEN = "Nothing was chosen, and the settings were used as given: {}"
 

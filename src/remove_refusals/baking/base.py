@@ -48,14 +48,11 @@ from remove_refusals.types import Intervention
 
 MODIFIED = "The refusal direction was taken out of this model's weights; it is not the base model."
 
-
 ADAPTED = "With this adapter the refusal direction is taken out; the base model's files are unchanged."
 
 PICKLED_FILE = "pytorch_model.bin"
 
-
 PICKLED_INDEX = "pytorch_model.bin.index.json"
-
 
 _NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",

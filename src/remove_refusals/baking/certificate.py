@@ -33,16 +33,12 @@ from remove_refusals.settings import Variant
 DEFAULT_MEMORY = 1 << 28
 """How many bytes are held at once if nothing is said."""
 
-
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float64: 2.0**-53}
 """Half a unit in the last place, relative to a number: the largest error of one rounding."""
 
-
 _SCRATCH_BYTES = 16 << 20
 
-
 _ROW = 4096
-
 
 # More would not be quicker: tables of indices and floats come to many times a quantised number's own size.
 _QUANTISED_NUMBERS = 1 << 21

@@ -54,7 +54,6 @@ def bake_gguf_lora(
 
 EMBEDDING = "token_embd.weight"
 
-
 _LOOKED_UP = ("position_embd.weight", "token_types.weight")
 
 
@@ -153,7 +152,6 @@ _SAME = (
     "llama mamba mamba2 nemotron olmo olmo2 olmoe phi3 phimoe qwen2 qwen3 seed_oss smollm3 stablelm "
     "starcoder2"
 )
-
 
 ARCHITECTURES = {name: name for name in _SAME.split()} | {
     "cohere": "command-r", "deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2", "ernie4_5_moe": "ernie4_5-moe",

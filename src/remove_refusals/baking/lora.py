@@ -80,14 +80,11 @@ def bake_lora(
 PREFIX = "base_model.model."
 """What PEFT puts before the names of the base model."""
 
-
 Target = Literal["linear", "conv1d", "embedding", "parameter", "bias"]
 """How PEFT takes hold of a writer."""
 
-
 # PEFT refuses these modules there, since a fused kernel passes by what is put in their place while training.
 _WITH_KERNELS = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
-
 
 # PEFT takes modules of these names for experts of a checkpoint from before Transformers 5, in models that have any.
 _TAKEN_FOR_EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}

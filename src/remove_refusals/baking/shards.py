@@ -52,21 +52,16 @@ if sys.platform != "win32":
 # Of linux/fs.h: _IOW(0x94, 9, int).
 _FICLONE = 0x40049409
 
-
 SCRATCH_BYTES = 24 << 20
 """What a worker holds beside the slice that it edits: the copy's buffer and the edit's blocks of float32."""
-
 
 DEFAULT_MEMORY = 1 << 30
 """How much a process takes beside what Python and its packages take."""
 
-
 _LARGEST_SHARE = 288 << 20
-
 
 LEDGER_FILE = ".whole-files.jsonl"
 """The log of what is whole in an unfinished output; the finished one has none."""
-
 
 CONVERTED = ".converted"
 """Where an unfinished output has its base's weights as safetensors, if the base has not."""

@@ -84,7 +84,6 @@ def _contribution(kind: SiteKind, layer: int | None, harmful: torch.Tensor, harm
 _TOP_K = ("num_experts_per_tok", "moe_topk", "num_experts_per_token", "moe_k", "top_k")
 """What configurations call the number of experts that a token goes through."""
 
-
 _EXPERT = re.compile(r"experts\.(\d+)\.")
 
 

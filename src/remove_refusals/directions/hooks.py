@@ -25,10 +25,8 @@ Placement = Literal["writers", "residual"]
 """Where a norm lies between a writer and the residual stream: `writers` acts before it, as an edit of the weights does;
 `residual` acts behind it, on exactly what is added. Elsewhere they are the same."""
 
-
 SiteKey = tuple[SiteKind, int | None]
 """A kind of site and its layer; None for the embedding."""
-
 
 Edit = TypeVar("Edit")
 

@@ -23,7 +23,6 @@ from remove_refusals.types import Direction, DirectionOrigin
 DIRECTIONS = "directions"
 """Where a model's directory keeps its directions: servers take every safetensors file beside weights for weights."""
 
-
 _METADATA_KEY = "remove_refusals"
 
 

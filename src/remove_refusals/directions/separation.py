@@ -20,10 +20,8 @@ from remove_refusals.types import Activations, Auroc, LayerSeparation, Projectio
 MOST_PROMPTS = 128
 """So many prompts of a set are looked at: each layer of each prompt is kept until the end."""
 
-
 _NO_DIFFERENCE = 1e-6
 """A difference of this share of the states' norm is rounding: the token is the same in every prompt."""
-
 
 Array = npt.NDArray[np.float64]
 

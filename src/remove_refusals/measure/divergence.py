@@ -19,7 +19,6 @@ from remove_refusals.progress import SILENT, Progress
 
 Context = Callable[[], AbstractContextManager[object]]
 
-
 # How many log-probabilities of one model may be held at once: 512 MB on a GPU, 128 MB elsewhere.
 _HELD, _HELD_ELSEWHERE = {"cuda": 2**27}, 2**25
 

@@ -48,7 +48,6 @@ from remove_refusals.types import PromptSet
 SETTLED = 0.01
 """The refusals of a model have settled if the second half of the length changes at most this share of them."""
 
-
 Both = tuple[Answered, Answered]
 """The base model's answers to one prompt set and the edited model's."""
 

@@ -13,10 +13,8 @@ from remove_refusals.types import PromptSet
 
 BASE = "base"
 
-
 Key = tuple[str, str]
 """The name of a prompt set and a prompt's id."""
-
 
 Labels = Mapping[Key, Label]
 """What the judge called one model's answer to each prompt."""

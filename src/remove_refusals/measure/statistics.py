@@ -21,7 +21,6 @@ N_RESAMPLES = 2000
 _BATCH = 100
 """So many resamples are held at once: a task may have ten thousand samples."""
 
-
 SIGNIFICANCE = 0.05
 _FEWEST_PAIRS = 6
 """With five pairs even an unanimous sign test has p = 0.0625: fewer than six can decide nothing."""

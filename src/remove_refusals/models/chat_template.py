@@ -18,7 +18,6 @@ _FIXED_CLOCK = (
     "| replace('%B', 'July') | replace('%Y', '2024') }}{% endmacro %}{{ '' }}"
 )
 
-
 # Their last characters are what tokenizers may merge with the template's text behind them, each in its own way.
 _PROBES = ("Tell me about apples", "What is 6 times 7?", "Stop there.", "Count to 42", "Wait!", 'Say "yes"', "(really)")
 

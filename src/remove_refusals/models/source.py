@@ -31,7 +31,6 @@ CARRIED_FIELDS = ("license", "license_name", "license_link", "base_model")
 
 _WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
 
-
 HTTPError: type[Exception] = errors.HfHubHTTPError.__mro__[1]
 """The hub's client has changed the HTTP package under it before; its own error always derives from that package's."""
 

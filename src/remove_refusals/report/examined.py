@@ -15,7 +15,6 @@ MOST_COSINES = 50
 MOST_LISTED = 20
 """So many writers or experts stand in a table, those that matter most."""
 
-
 Valued = TypeVar("Valued", Contribution, WriterShare)
 
 

@@ -9,9 +9,7 @@ from remove_refusals.types import Auroc, Contribution
 _WIDE_ENDS = "\u3002\uff01\uff1f"
 """The full stop, exclamation and question mark of Chinese and Japanese, after which no space stands."""
 
-
 _SENTENCE = re.compile(rf".*?(?:[.!?\u2026]+[\"')\u201d\u2019]*(?=\s|$)|[{_WIDE_ENDS}])")
-
 
 _CUT_AFTER = 240
 """A first sentence longer than that is cut off there."""

@@ -22,7 +22,6 @@ from remove_refusals.types import Activations
 MOST_POSITIONS = 8
 """How many of the template's last tokens are looked at."""
 
-
 _TIE = 0.01
 
 

@@ -24,9 +24,7 @@ from remove_refusals.settings import GradientSettings
 N_OPENING_TOKENS = 6
 """How many tokens of a refusal are looked at: enough that hardly another answer begins with them."""
 
-
 _MOST_OPENINGS = 24
-
 
 _LIKELY = 1e-3
 """The probability from which on a token is looked at."""

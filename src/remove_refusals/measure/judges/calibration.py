@@ -20,7 +20,6 @@ from remove_refusals.measure.statistics import JudgeAccuracy, Rate, wilson_rate
 Accuracies = Mapping[Label, JudgeAccuracy]
 """How often a judge is right about each label, as its calibration found."""
 
-
 EMBEDDED, HELD_OUT = "embedded", "embedded, even lines"
 """The names of the answers that come with the package: all, or those that the phrase judge was not mended by."""
 

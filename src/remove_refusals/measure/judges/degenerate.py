@@ -7,14 +7,11 @@ from collections import Counter
 _UNSPACED = r"[\u3040-\u30ff\u3400-\u9fff]"
 _WORD = re.compile(rf"{_UNSPACED}|[^\W_]+(?:'[^\W_]+)?")
 
-
 _CODE_BLOCK = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
 _STUTTER = re.compile(r"([^\W\d_]{1,20}?)\1{7,}\W*\Z")
 
-
 _BLANK_LINES = re.compile(r"(?:[^\S\n]*\n){8,}[^\S\n]*\Z")
 _SPECIAL_TOKEN = re.compile(r"<\|?(?:unused|reserved)[\w ]*\|?>|\[unused\d+\]|\ufffd")
-
 
 _UNPUNCTUATED = re.compile(r"[a-z' ]{60,}")
 _FUNCTION_WORDS = frozenset(

@@ -57,7 +57,6 @@ def strip_thinking(text: str) -> str | None:
 _WORD = re.compile(r"[^\W_]")
 _CODE_BLOCK = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
 
-
 # Dialogue: a quotation with text before it, or one at the beginning that the sentence goes on after.
 _QUOTED = re.compile(r'(?<=[^\s"])(\s+)"[^"\n]{1,400}"|\A()"[^"\n]{1,400},"')
 _ANY_QUOTATION = re.compile(r'"[^"\n]{1,400}"')
@@ -130,7 +129,6 @@ BARRED = (
 )
 I_WILL_NOT = rf"\bi(?:{_ADVERB} {MODAL}|{BARRED}){_ADVERB} "
 
-
 # Talk of what somebody cannot do that is no refusal: figures of speech, reservations before an answer.
 IN_EARNEST = (
     r"(?!give (?:up|in|way)\b)"
@@ -190,7 +188,6 @@ ANYWHERE = tuple(
         r"to avoid|to refuse|to decline)",
     )
 )
-
 
 # What a refusal may begin with, taken off piece by piece; after it, any deed will do.
 PREAMBLE = re.compile(
