@@ -222,10 +222,3 @@ class Knowledge:
             else:
                 (chosen[TWICE, None, 0],) = self.opaque(TWICE)
         return frozenset(chosen.values())
-
-
-def axes_of(new: torch.Tensor, old: torch.Tensor, weight: Weight) -> Mapping[int, int]:
-    """Give the parameter's axes for the strides of a tensor that was copied from another of the same weight."""
-    # Indexing adds dimensions at the front, so the last ones are the same in both.
-    pairs = zip(reversed(new.stride()), reversed(old.stride()), strict=False)
-    return {stride: weight.axes[known] for stride, known in pairs if known in weight.axes}

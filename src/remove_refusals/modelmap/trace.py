@@ -24,7 +24,6 @@ from remove_refusals.modelmap.knowledge import (
     Term,
     Terms,
     Weight,
-    axes_of,
     first_of_width,
     same_storage,
     tensors_in,
@@ -156,7 +155,9 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         values = [*args, *(kwargs.get(part.name, part.default_value) for part in rest)]
         out = self._values.run(func, packet, args, kwargs)
         inputs = tensors_in(values)
-        self._note_use({weight.name for weight in map(self.known.weight, inputs) if weight is not None})
+        used = {weight.name for weight in map(self.known.weight, inputs) if weight is not None}
+        self.known.used |= used
+        self.known.used_elsewhere |= {one for one in used if one.rpartition(".")[0] not in self.known.open_modules}
         new = [tensor for tensor in tensors_in(out) if not any(same_storage(tensor, value) for value in inputs)]
         if not in_place and (not new or self._is_weight(name, values, new)):
             return out
@@ -169,11 +170,6 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.known.learn(tensor, terms, dim=dim)
         return out
 
-    def _note_use(self, names: set[str]) -> None:
-        self.known.used |= names
-        open_modules = self.known.open_modules
-        self.known.used_elsewhere |= {name for name in names if name.rpartition(".")[0] not in open_modules}
-
     def _is_weight(self, name: str, values: Sequence[Any], new: Sequence[torch.Tensor]) -> bool:
         """Note whether new tensors are still one parameter."""
         floats = [tensor for tensor in tensors_in(values) if tensor.is_floating_point()]
@@ -182,7 +178,10 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if changed is None:
             return False
         for tensor in new:
-            self.known.learn_weight(tensor, replace(changed, axes=axes_of(tensor, floats[0], changed)))
+            # Indexing adds dimensions at the front, so the last strides are of the same axes in both.
+            pairs = zip(reversed(tensor.stride()), reversed(floats[0].stride()), strict=False)
+            axes = {stride: changed.axes[before] for stride, before in pairs if before in changed.axes}
+            self.known.learn_weight(tensor, replace(changed, axes=axes))
         return True
 
 
@@ -192,9 +191,6 @@ def _recorded_calls(model: torch.nn.Module, known: Knowledge) -> Iterator[list[M
     calls: list[ModuleCall] = []
     open_calls: list[tuple[Terms | None, frozenset[Terms], int]] = []
     clock = itertools.count()
-
-    def terms_of(value: Any) -> Terms | None:
-        return known.terms(first_of_width(value, known.d_model))
 
     def begin(name: str) -> Callable[..., None]:
         def hook(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
@@ -208,7 +204,8 @@ def _recorded_calls(model: torch.nn.Module, known: Knowledge) -> Iterator[list[M
 
     def finish(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         name, (before, beside, start) = known.open_modules.pop(), open_calls.pop()
-        calls.append(ModuleCall(name, before, beside, terms_of(output), start, next(clock)))
+        after = known.terms(first_of_width(output, known.d_model))
+        calls.append(ModuleCall(name, before, beside, after, start, next(clock)))
 
     names = [name for name, _ in model.named_modules()]
     with hooked(model, before=[(name, begin(name)) for name in names], behind=[(name, finish) for name in names]):

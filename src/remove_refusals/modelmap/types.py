@@ -63,9 +63,6 @@ class Site:
     residual_hook: HookPoint | None
 
 
-Verdict = Literal["exact", "hooks only"]
-
-
 @dataclass(frozen=True)
 class ModelMap:
     """A model's sites and writers, the embedding first, then in the order of the layers.
@@ -104,6 +101,6 @@ class ModelMap:
     prefix: str = ""
 
     @property
-    def verdict(self) -> Verdict:
+    def verdict(self) -> Literal["exact", "hooks only"]:
         """`exact` if an edit of the weights is exact, otherwise `hooks only`."""
         return "hooks only" if self.leaks else "exact"
