@@ -142,11 +142,6 @@ class JudgeAccuracy:
                     f"A calibration has {hits} right judgements of {n}, expected 0 to {n}; calibrate the judge again."
                 )
 
-    @property
-    def n(self) -> int:
-        """How many answers there are."""
-        return self.positives + self.negatives
-
 
 def wilson_rate(count: int, n: int, prompts_sha256: str) -> Rate | None:
     """Compute a rate with its Wilson score interval (Wilson 1927); None of no prompts."""
@@ -159,10 +154,7 @@ def wilson_rate(count: int, n: int, prompts_sha256: str) -> Rate | None:
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> McNemar | None:
-    """Compare two labels on the same prompts (McNemar 1947, binomial form); None of no prompts.
-
-    The p-value is 1 if no prompt sets the two apart.
-    """
+    """Compare two labels on the same prompts (McNemar 1947, binomial form); None of no prompts, p = 1 if all agree."""
     if not first and not second:
         return None
     pairs = list(zip(first, second, strict=True))
@@ -193,10 +185,7 @@ def means_by_token(values: Sequence[Sequence[float]], *, seed: int = 0) -> tuple
 def perplexity(
     negative_log_likelihoods: Sequence[float], n_tokens: Sequence[int], prompts_sha256: str, *, seed: int = 0
 ) -> Perplexity | None:
-    """Compute `exp(sum of negative log-likelihoods / number of tokens)` with its bootstrap interval over prompts.
-
-    Both are given for each prompt: the sum over its answer's tokens, in nats, and how many these are.
-    """
+    """Compute `exp(sum / number)` of each prompt's summed negative log-likelihood, in nats, and number of tokens."""
     if not negative_log_likelihoods:
         return None
     sums, counts = _finite(negative_log_likelihoods), np.asarray(n_tokens, dtype=np.float64)
@@ -298,19 +287,13 @@ def paired_rates(first: Sequence[bool], second: Sequence[bool]) -> PairedRateDif
 
 
 def verdict(test: McNemar, p_value: float | None = None) -> Verdict:
-    """Say at 5% whether the second of two has more or less of what is counted, or the data cannot say.
-
-    `p_value` is that of the test after a correction for multiple comparisons, such as `holm`; by default its own.
-    """
+    """Say at 5%, by the test's p-value or a corrected one, whether the second has more or less of what is counted."""
     p_value = test.p_value if p_value is None else p_value
     return _direction(test.only_second - test.only_first, decided=p_value <= SIGNIFICANCE)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjust p-values for multiple comparisons (Holm 1979, Scandinavian Journal of Statistics 6), in their order.
-
-    Compared with 5%, they keep the chance of even one false difference among all below 5%.
-    """
+    """Adjust p-values, in their order, so that the chance of even one false difference is below 5% (Holm 1979)."""
     for index, p_value in enumerate(p_values):
         if not 0 <= p_value <= 1:
             raise NumericalError(
@@ -353,7 +336,8 @@ def rogan_gladen(count: int, n: int, accuracy: JudgeAccuracy) -> CorrectedRate |
         [(count / n + specificity - 1) / gain, middle + shift - half, middle + shift + half], 0, 1
     ).tolist()
     # Where the estimate is clamped, rounding and the shift must not put it outside of its interval.
-    return CorrectedRate(value=value, low=min(value, low), high=max(value, high), n=n, n_calibration=accuracy.n)
+    n_calibration = accuracy.positives + accuracy.negatives
+    return CorrectedRate(value=value, low=min(value, low), high=max(value, high), n=n, n_calibration=n_calibration)
 
 
 def _direction(difference: float, *, decided: bool) -> Verdict:
