@@ -81,7 +81,7 @@ def scores(answers: list[dict[str, object]]) -> dict[str, object]:
     return {
         "base": "the-base",
         "edited": "the-edited",
-        "settings": {"judge": "phrases", "max_new_tokens": 100, "kl_tokens": 32, "seed": 0},
+        "settings": {"judge": "phrases", "max_new_tokens": 100, "kl_tokens": 32, "seed": 0, "longest": None},
         "sets": sets,
         "kl": {"harmless": distance, "harmless_answered": distance},
         "perplexity": {model: {**mean, "value": value, "n_tokens": 9} for model, value in found.items()},

@@ -198,7 +198,7 @@ def _recorded(
         "settings": settings.record(),
         "prompts": prompts,
         "selection": None if selection is None else selection.summary(),
-        "scores": evaluation,
+        "scores": evaluation.to_json(),
         "warnings": result.warnings,
     }
     record = baked.record.model_copy(update=more)
@@ -207,7 +207,7 @@ def _recorded(
         selection.record().write(directory / "selection.json")
         save_candidates(_kept(selection), directory / CANDIDATES)
     evaluation.save(directory)
-    card = model_card(record, baked.certificate)
+    card = model_card(record, evaluation, baked.certificate)
     (directory / "README.md").write_text(card, encoding="utf-8")
     return replace(result, baked=replace(baked, record=record))
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from remove_refusals.errors import RemoveRefusalsError
 from remove_refusals.files import Record, write_jsonl
@@ -155,7 +155,9 @@ class TaskScore(Record):
 
 
 class HowMeasured(Record):
-    """What an evaluation was measured with."""
+    """What an evaluation was measured with; that of an older version may say more."""
+
+    model_config = ConfigDict(extra="ignore")
 
     judge: str
     max_new_tokens: int = Field(ge=1)

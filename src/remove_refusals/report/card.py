@@ -12,6 +12,7 @@ from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defin
 
 from remove_refusals.errors import HubError
 from remove_refusals.files import Record
+from remove_refusals.measure import Evaluation
 from remove_refusals.models import CARD, CARRIED_FIELDS, HTTPError, licence_fields, model_source
 from remove_refusals.report.records import AblationRecord, Certificate, DirectionRecord
 from remove_refusals.report.words import table, table_key
@@ -29,9 +30,8 @@ _BESIDE_AN_ADAPTER = (
 )  # fmt: skip
 
 
-def model_card(record: AblationRecord, certificate: Certificate | None = None) -> str:
+def model_card(record: AblationRecord, scores: Evaluation | None = None, certificate: Certificate | None = None) -> str:
     """Write the model card of an edited model: Markdown with the metadata that the hub reads."""
-    scores = record.scores
     return _card(
         "model_card.md.jinja",
         ModelCardData(library_name="transformers", tags=["modified", "refusal-ablation"], **_common(record)),
@@ -69,17 +69,9 @@ def _alike(directions: Sequence[DirectionRecord]) -> list[list[DirectionRecord]]
 
 
 class Pushed(Record):
-    """What was sent.
+    """What was sent in which commit, and what of the directory was left out.
 
-    Attributes:
-        repo: The repository, with its owner.
-        url: Where it can be looked at.
-        commit: The commit that was made.
-        private: Whether only its owner sees it.
-        files: What it holds now of the directory, sorted.
-        left_out: What was not sent of the directory, sorted.
-        card: The fields of the card that were carried over from the base.
-        notes: What should be said of it.
+    `card` holds the fields that were carried over from the base's card, and `notes` what should be said of it.
     """
 
     repo: str

@@ -115,11 +115,8 @@ class Series:
 class Chart:
     """What the template draws: points, or a bar for each layer.
 
-    Attributes:
-        label: The text in place of the picture.
-        whole: Whether only whole numbers stand below.
-        rule: A number on the scale up at which a line runs across, and what it is.
-        up: How the numbers of the scale up are printed.
+    `label` is the text in place of the picture, `whole` says whether only whole numbers stand below, and `rule` is a
+    number at which a line runs across, and what it is.
     """
 
     label: str
@@ -172,11 +169,7 @@ Cells = Sequence[Sequence[float | None]]
 class Heat:
     """A matrix that the template draws, square if it has as many rows as columns and no names for them.
 
-    Attributes:
-        label: The text in place of the picture.
-        key: What the full shades of plus, the blank and the full shade of minus are; empty for one that there is not.
-        axes: What lies across and down.
-        y_names: What each row is called; by default its index, for some of them.
+    `key` says what the full shades of plus, the blank and the full shade of minus are, empty for one that there is not.
     """
 
     label: str
@@ -218,9 +211,7 @@ class Heat:
 def heat_paths(cells: Cells, *, steps: int = 10) -> list[tuple[str, float, str]]:
     """Draw a matrix as one path for each of `steps` shades on each side of 0: a cell each would fill the page.
 
-    Returns:
-        For each shade its sign, `plus` or `minus`, its opacity from 0 to 1, and the path in units of cells, row 0 on
-        top; runs of one shade along a row are one rectangle.
+    For each shade there are its sign, `plus` or `minus`, its opacity, and the path in units of cells, row 0 on top.
     """
     shades: dict[tuple[str, int], list[str]] = {}
     for row, values in enumerate(cells):

@@ -135,7 +135,7 @@ class AblationRecord(Record):
     settings: dict[str, Any] | None = None
     prompts: dict[str, PromptsRecord] | None = None
     selection: SelectionSummary | None = None
-    scores: Evaluation | None = None
+    scores: dict[str, Any] | None = None
     warnings: tuple[str, ...] | None = None
 
 
@@ -143,9 +143,7 @@ class WriterCertificate(Record):
     """What was measured on one tensor of the saved files that holds a writer or a part of one.
 
     Attributes:
-        name: Its name on disk.
-        parameter: The parameter's name in the model.
-        strength: The share that the plan takes out.
+        name: Its name on disk; `parameter` is the one in the model.
         share_left: `‖QᵀW'‖ / ‖QᵀW‖`; a plain edit wants `|1 - strength|`.
         error: How far `W'` is from the planned one, computed from the base in float32 (Frobenius norm).
         allowed: What rounding to the saved dtype can cost at most.
@@ -181,8 +179,7 @@ class Certificate(Record):
     """`certificate.json`: what was measured on saved files against their base.
 
     Attributes:
-        problems: What does not hold, one sentence each; empty if the certificate passed.
-        edited: One entry for each tensor that the plan edits.
+        problems: What does not hold, one sentence each.
         left: Writers that the plan leaves alone, with the reason; their bytes are checked with the others.
         identical: How many other tensors are the base's byte for byte.
         dropped: Tensors of the base that the model has no place for and that were not saved again.
