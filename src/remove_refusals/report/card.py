@@ -34,8 +34,9 @@ def model_card(record: AblationRecord, scores: Evaluation | None = None, certifi
     """Write the model card of an edited model: Markdown with the metadata that the hub reads."""
     return _card(
         "model_card.md.jinja",
-        ModelCardData(library_name="transformers", tags=["modified", "refusal-ablation"], **_common(record)),
-        record=record,
+        record,
+        library="transformers",
+        tags=["modified", "refusal-ablation"],
         table=() if scores is None else table(scores),
         key="" if scores is None else table_key(scores),
         certificate=certificate,
@@ -46,18 +47,15 @@ def model_card(record: AblationRecord, scores: Evaluation | None = None, certifi
 
 def adapter_card(record: AblationRecord) -> str:
     """Write the card of a LoRA."""
-    data = ModelCardData(library_name="peft", tags=["lora", "refusal-ablation"], **_common(record))
-    return _card("adapter_card.md.jinja", data, record=record)
+    return _card("adapter_card.md.jinja", record, library="peft", tags=["lora", "refusal-ablation"])
 
 
-def _common(record: AblationRecord) -> dict[str, Any]:
-    return {"base_model": record.base.source, "pipeline_tag": "text-generation"}
-
-
-def _card(template: str, data: ModelCardData, **more: Any) -> str:
+def _card(template: str, record: AblationRecord, *, library: str, tags: list[str], **more: Any) -> str:
+    base = record.base.source
+    data = ModelCardData(base_model=base, library_name=library, pipeline_tag="text-generation", tags=tags)
     # Markdown, not HTML: text is kept as it is, and what could break the table is in no record.
     text = (resources.files("remove_refusals") / "data" / template).read_text(encoding="utf-8")
-    return f"{ModelCard.from_template(data, template_str=text, **more)}\n"
+    return f"{ModelCard.from_template(data, template_str=text, record=record, **more)}\n"
 
 
 def _alike(directions: Sequence[DirectionRecord]) -> list[list[DirectionRecord]]:
