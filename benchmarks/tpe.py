@@ -345,7 +345,7 @@ def select_tpe(
 ) -> Selection:
     """Choose what to take out where, as `remove_refusals.search.select` does, by trials of whole answers."""
     whole = settings.model_copy(update={"n_tokens": measure.max_new_tokens})
-    journal = journal or Journal()
+    journal = (journal or Journal()).within(fingerprint(loaded))
     base = base_behaviour(loaded, prompts, (-1,), whole, measure, journal, progress)
     directions = mean_difference_per_layer(*base.collected, projected=True, seed=settings.seed)
     candidates, notes = search_trials(

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from remove_refusals.directions import collect_activations, is_steerable, mean_difference_per_layer
+from remove_refusals.directions import collect_both, is_steerable, mean_difference_per_layer
 from remove_refusals.errors import SelectionError
 from remove_refusals.files import Journal
 from remove_refusals.measure import Answered, Label, kept_answers, labelled
@@ -126,11 +126,12 @@ def base_behaviour(
     progress: Progress,
 ) -> BaseBehaviour:
     """Run the base model: activations at the positions, short answers for the search, others for the confirmation."""
-    collected: list[Activations] = []
-    for part, more in zip(prompts.direction, prompts.choose, strict=True):
-        both = PromptSet(part.name, part.prompts + more.prompts, part.source)
-        told = progress.stage(f"activations, {part.name}", len(both))
-        collected.append(collect_activations(loaded, both, positions=positions, progress=told))
+    first, second = (
+        PromptSet(part.name, part.prompts + more.prompts, part.source)
+        for part, more in zip(prompts.direction, prompts.choose, strict=True)
+    )
+    told = progress.stage("activations", len(first) + len(second))
+    collected = collect_both(loaded, first, second, positions=positions, progress=told)
 
     def answered(part: PromptSet, n_tokens: int) -> Answered:
         ids, told = render(loaded, part.prompts), progress.stage(f"own answers, {part.name}", len(part))
@@ -143,8 +144,8 @@ def base_behaviour(
                 f"The model {what} {n} of {len(own)} prompts of {own.prompts.name}, expected at least {_FEWEST} to "
                 "choose by; use prompts that it does refuse or answer, or pass --select none."
             )
-    first, second = (answered(part, measure.max_new_tokens) for part in prompts.confirm)
-    return BaseBehaviour((collected[0], collected[1]), harmful, harmless, Confirming(loaded, first, second, measure))
+    third, fourth = (answered(part, measure.max_new_tokens) for part in prompts.confirm)
+    return BaseBehaviour(collected, harmful, harmless, Confirming(loaded, third, fourth, measure))
 
 
 def _by_layer(base: BaseBehaviour, settings: SelectSettings, progress: Progress) -> tuple[Selection, Sequence[int]]:
