@@ -75,7 +75,10 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     with Hub(TOKEN) as running:
         for seed in (0, 1):
             tiny.llama(seed).save_pretrained(directory)
-            sha = running.add("maker/tiny", files_of(directory) | {"README.md": CARD})
+            sha = running.add(
+                "maker/tiny",
+                files_of(directory) | {"README.md": CARD, "LICENSE": b"free", "processor_config.json": b"{}"},
+            )
             running.repositories["maker/tiny"].branches[f"v{seed + 1}"] = sha
         yield running
 
@@ -120,7 +123,7 @@ class TestFromTheHub:
         env = environment(home, "http://127.0.0.1:9", offline=True)
         found = command("run", "maker/tiny", "--revision", "v1", "-o", tmp_path / "out", *prompt_options, env=env)
         assert found.returncode == 0, found.stderr
-        for name in ("model.safetensors", "rows.jsonl"):
+        for name in ("model.safetensors", "rows.jsonl", "LICENSE", "processor_config.json"):
             assert (tmp_path / "out" / name).read_bytes() == (made / name).read_bytes()
         first, second = (json.loads((path / "ablation.json").read_text()) for path in (made, tmp_path / "out"))
         assert first["base"] == second["base"]

@@ -302,6 +302,9 @@ def base_of(model: "Base | LoadedModel | str | Path") -> Base:
     if not isinstance(model, LoadedModel):
         return open_base(model)
     directory = local_directory(model.source, model.revision)
+    if directory is not None:
+        # The files of a model from the hub may not all be here: Transformers brings those that it reads.
+        directory = weights_directory(model.source, model.revision)
     if directory is None or not has_weights(directory):
         return Base(model.model, model.source, model.revision, tokenizer=model.tokenizer)
     if model.is_offloaded or getattr(model.model.config, "quantization_config", None) is not None:

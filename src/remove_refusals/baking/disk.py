@@ -29,21 +29,18 @@ from remove_refusals.directions import DIRECTIONS, EditPlan, measure_boundaries,
 from remove_refusals.errors import CertificateError, CheckpointError
 from remove_refusals.files import read_json, resumable_directory, write_json
 from remove_refusals.modelmap import by_stored_name, map_model
-from remove_refusals.models import LoadedModel, checkpoint_files, load, local_directory, read_header
+from remove_refusals.models import UNWANTED, LoadedModel, checkpoint_files, load, local_directory, read_header
 from remove_refusals.progress import SILENT, Progress
 from remove_refusals.report import AblationRecord, Certificate, LeakRecord
 from remove_refusals.settings import VARIANTS, DiskSettings, Tied, Variant
 from remove_refusals.types import Intervention
 
 _LEFT = (
-    # Weights in other formats and of other models, and what names them; safetensors are looked at one by one.
-    "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.ggml", "*.onnx", "*.onnx_data", "*.tflite",
-    "*.npz", "*.ot", "*.pkl", "*.index.json", "adapter_config.json", "adapter_model.safetensors",
-    "consolidated*.safetensors", "params.json",
-    # Records of an earlier edit or training, and the card with its pictures, which speak of another model.
+    # What of the base nothing is made of; safetensors are looked at one by one.
+    *UNWANTED, "*.index.json", "adapter_config.json",
+    # Records of an earlier edit or training, and the card, which speaks of another model.
     "ablation.json", "certificate.json", "scores.json", "selection.json", "analysis.json", "rows.jsonl", "report.html",
-    "candidates.safetensors", "trainer_state.json", "README.md", "*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg",
-    "*.webp", "*.mp4", "*.pdf",
+    "candidates.safetensors", "trainer_state.json", "README.md",
     # Caches, and folders of other things.
     ".*", "__pycache__", DIRECTIONS, "checkpoint-*", "runs", "wandb",
 )  # fmt: skip

@@ -40,6 +40,7 @@ from remove_refusals.models.quantised import BYTES_PER_NUMBER, BlockTensor, find
 from remove_refusals.models.source import (
     CARD,
     CARRIED_FIELDS,
+    UNWANTED,
     HTTPError,
     cached_commit,
     check_complete,
@@ -61,6 +62,7 @@ __all__ = [
     "FLOAT_DTYPES",
     "INDEX_FILE",
     "SINGLE_FILE",
+    "UNWANTED",
     "Answer",
     "AnswerLogits",
     "BlockTensor",

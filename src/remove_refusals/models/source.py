@@ -29,7 +29,12 @@ CARD = "README.md"
 CARRIED_FIELDS = ("license", "license_name", "license_link", "base_model")
 """What a card says of licence and descent; it holds for what is made from the model too."""
 
-_WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
+UNWANTED = (
+    "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.ggml", "*.onnx", "*.onnx_data", "*.tflite",
+    "*.npz", "*.ot", "*.pkl", "consolidated*.safetensors", "adapter_model.safetensors", "params.json", "*.png", "*.jpg",
+    "*.jpeg", "*.gif", "*.svg", "*.webp", "*.mp4", "*.pdf",
+)  # fmt: skip
+"""Weights in other formats or of other models, and a card's pictures: what nothing is made of from a model's files."""
 
 HTTPError: type[Exception] = errors.HfHubHTTPError.__mro__[1]
 """The hub's client has changed the HTTP package under it before; its own error always derives from that package's."""
@@ -69,15 +74,17 @@ def cached_commit(model: str, revision: str | None = None) -> str | None:
 
 
 def weights_directory(model: str, revision: str | None = None) -> Path | None:
-    """Find a model's safetensors files on this machine, or bring them here; None if the hub does not give them."""
-    found = local_directory(model, revision)
-    if found is not None and (Path(model_source(model)).is_dir() or any(found.glob("*.safetensors"))):
-        return found
+    """Find a model's files on this machine, or bring here what is missing; None if the hub does not give them."""
+    if Path(model_source(model)).is_dir():
+        return local_directory(model)
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=list(_WANTED)))
+        found = Path(snapshot_download(model, revision=revision, ignore_patterns=list(UNWANTED)))
+        if not any(found.glob("*.safetensors")):
+            snapshot_download(model, revision=revision, allow_patterns=["pytorch_model*.bin*"])
+        return found
     except (OSError, ValueError):
-        # The hub's own errors are among these; loading the model says better what is wrong.
-        return None
+        # The hub's own errors are among these; where it cannot be reached the cache may do.
+        return local_directory(model, revision)
 
 
 def licence_fields(directory: Path) -> dict[str, Any]:
