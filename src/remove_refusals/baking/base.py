@@ -269,11 +269,7 @@ def has_weights(directory: Path) -> bool:
 
 
 def open_base(source: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Base:
-    """Map a checkpoint from its configuration and headers: a directory, a hub id (downloaded if need be), or `demo`.
-
-    Raises:
-        CheckpointError: If there are no weights, a file is missing or corrupt, or what is in it cannot be edited.
-    """
+    """Map a checkpoint from its configuration and headers: a directory, a hub id (downloaded if need be), or `demo`."""
     name = model_source(str(source))
     directory = weights_directory(name, revision)
     if directory is None or not has_weights(directory):

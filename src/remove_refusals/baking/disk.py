@@ -76,13 +76,6 @@ def bake(
 
     Of a loaded model the files that it was loaded from are edited, and one that has none is saved first. Where a loaded
     model was given, or the edit leaks, the result is loaded and what it holds between layers measured.
-
-    Raises:
-        DirectionError: If the intervention does not fit the model.
-        ArchitectureError: If no exact weight edit of the model exists.
-        CheckpointError: If the base is corrupt, changes meanwhile, or has a format that cannot be edited.
-        CertificateError: If the saved files do not hold what the plan says.
-        OutputError: If the output is the base's own directory, exists and `force` is not given, or cannot be written.
     """
     base, target = base_of(model), Path(output)
     check_not_source(target, base.source, base.revision)
@@ -153,12 +146,7 @@ def with_boundaries(baked: Baked, edited: LoadedModel, intervention: Interventio
 
 
 def certify_directory(directory: Path, base: str, *, trust_remote_code: bool = False) -> Certificate:
-    """Measure a saved edit against its base (a directory, or a hub id in the local cache), as its own record says.
-
-    Raises:
-        CheckpointError: If a file is missing or corrupt, or the record is not one.
-        DirectionError: If the record holds no intervention, or the directions do not fit the base.
-    """
+    """Measure a saved edit against its base (a directory, or a hub id in the local cache), as its own record says."""
     record = AblationRecord.read(directory / "ablation.json", error=CheckpointError)
     if local_directory(base) is None:
         raise CheckpointError(
@@ -195,11 +183,7 @@ def _certified(directory: Path, base: Base, plan: EditPlan, disk: DiskSettings) 
 
 
 def _carried(base: Base, plan: EditPlan) -> Iterator[Path]:
-    """Name the files beside the weights: processors, tokenizer, code, licence, and weights that no index names.
-
-    Raises:
-        CheckpointError: If one of them is a link that leads out of the base.
-    """
+    """Name the files beside the weights: processors, tokenizer, code, licence, and weights that no index names."""
     own = {path.name for path in checkpoint_files(base.weights)}
     for path in base.files.glob("*.index.json"):
         index = read_json(path, error=CheckpointError)

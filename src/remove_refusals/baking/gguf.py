@@ -38,9 +38,6 @@ def bake_gguf_lora(
     """Write a LoRA that is exactly the edit, as a GGUF file for llama.cpp's `--lora`.
 
     The base is in full precision; the record lies in the file's metadata, as `remove_refusals.ablation`.
-
-    Raises:
-        ArchitectureError: If llama.cpp does not know the model or cannot carry the edit; the message names what.
     """
     plan = base.plan(intervention, tied=tied, allow_leak=allow_leak, variant=variant)
     adapter = gguf_lora(base, plan)
@@ -71,12 +68,7 @@ class GgufLora:
 
 
 def gguf_lora(base: Base, plan: EditPlan) -> GgufLora:
-    """Build the llama.cpp LoRA that is an edit.
-
-    Raises:
-        ArchitectureError: If GGUF has no place for a writer, or llama.cpp cannot carry a change; the message names the
-            parameter.
-    """
+    """Build the llama.cpp LoRA that is an edit."""
     names = GgufNames(base.model_map)
     writers = [writer for site in base.model_map.sites for writer in site.writers]
     planned = {entry.parameter for entry in plan.entries}
@@ -166,11 +158,7 @@ def _package() -> Any:
 
 
 def architecture_of(model_type: str) -> str:
-    """Give the value of `general.architecture` for the `model_type` of a configuration.
-
-    Raises:
-        ArchitectureError: If the type is not listed, or the installed package does not know its architecture.
-    """
+    """Give the value of `general.architecture` for the `model_type` of a configuration."""
     found = ARCHITECTURES.get(model_type)
     if found is None or found not in _package().MODEL_ARCH_NAMES.values():
         raise ArchitectureError(
@@ -207,11 +195,7 @@ class GgufNames:
         return None
 
     def of_writers(self, writers: Iterable[Writer]) -> dict[str, str]:
-        """Give the names in the GGUF file by those in the model.
-
-        Raises:
-            ArchitectureError: If the architecture has no place for a writer, or one place for two.
-        """
+        """Give the names in the GGUF file by those in the model."""
         names: dict[str, str] = {}
         for writer in writers:
             found = self.find(writer.parameter, writer.on_disk)

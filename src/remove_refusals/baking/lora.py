@@ -51,9 +51,6 @@ def bake_lora(
     """Write a LoRA that is exactly the edit, as a directory that PEFT loads, with a card, a record and the directions.
 
     `tied="both"` is refused where an embedding is tied; a `dtype` of float32 keeps the edit exact.
-
-    Raises:
-        ArchitectureError: If PEFT cannot carry the edit; the message names what.
     """
     peft_package()
     target = Path(output)
@@ -103,10 +100,6 @@ def peft_adapter(base: Base, plan: EditPlan, dtype: torch.dtype = torch.float32)
 
     With `B` and `A` as PEFT calls them, a linear writer gets `B = -s Q` and `A = Qᵀ W`; the scale is 1 whatever the
     rank. An edited bias is stored whole, as PEFT does with `bias="all"`.
-
-    Raises:
-        ArchitectureError: If a change cannot be carried by a LoRA of PEFT; the message names the parameter.
-        ModelError: If a tensor is quantised or not in memory.
     """
     model, targets = base.model, {entry.parameter: target_of(base.model, entry) for entry in plan.entries}
     check_low_rank(plan, with_biases=True)
@@ -277,10 +270,6 @@ def low_rank(entry: PlanEntry, tensor: torch.Tensor) -> LowRank:
     """Give the change that an entry of a plan makes to a tensor, as two factors.
 
     The tensor is `[n_rows, n_columns]` or `[n_experts, n_rows, n_columns]`, edited along one of the last two axes.
-
-    Raises:
-        ModelError: If the tensor is not that of the entry, quantised or not in memory.
-        ArchitectureError: If the tensor has another number of axes, or is edited along the axis of its experts.
     """
     if tensor.is_meta or not tensor.is_floating_point() or tensor.shape != entry.shape:
         raise ModelError(
@@ -319,11 +308,7 @@ def is_bias(entry: PlanEntry) -> bool:
 
 
 def check_loads(model: PreTrainedModel, directory: Path) -> None:
-    """Check that PEFT finds a place for every tensor of an adapter, and a tensor for every place.
-
-    Raises:
-        ArchitectureError: If PEFT would pass a tensor by or refuses the adapter; the message names what it is about.
-    """
+    """Check that PEFT finds a place for every tensor of an adapter, and a tensor for every place."""
     peft = peft_package()
     tensors = safetensors.torch.load_file(directory / "adapter_model.safetensors")
     with warnings.catch_warnings():

@@ -28,9 +28,6 @@ def bake_in_place(
     """Take directions out of a model's own parameters and say what was done to which; nothing is written.
 
     With `untie` an unembedding that is also the embedding gets a copy first. Only the `plain` variant is what hooks do.
-
-    Raises:
-        ModelError: If a parameter is quantised or not in memory; then nothing was changed.
     """
     model = model.model if isinstance(model, LoadedModel) else model
     plan = resolve(
@@ -85,9 +82,6 @@ def with_adapter(base: LoadedModel, directory: Path) -> LoadedModel:
 
     An embedding that is also the unembedding is given a copy first, so that the merged model gives the logits of the
     adapted one.
-
-    Raises:
-        ModelError: If the base is quantised, or the adapter does not fit it.
     """
     peft = peft_package()
     model = base.model

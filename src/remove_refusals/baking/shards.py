@@ -147,12 +147,7 @@ class FilePlan:
 
 
 def write_shard(file: FilePlan, target: Path, variant: Variant, memory: int, stopped: Callable[[], bool]) -> str:
-    """Write one weight file, flush it to the disk, and give the SHA-256 of the base's file.
-
-    Raises:
-        CheckpointError: If the base's file cannot be read, or has changed since it was planned.
-        StoppedError: If it was told to end.
-    """
+    """Write one weight file, flush it to the disk, and give the SHA-256 of the base's file."""
     with opened(file.header.path) as source:
         descriptor = os.open(target, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
@@ -311,9 +306,6 @@ def open_ledger(directory: Path, made_from: Mapping[str, Any], *, force: bool = 
     """Open the log of an unfinished output, and remove everything there that is not known to be whole.
 
     Its first line says from what the output is made; every other line is a file that was written and flushed.
-
-    Raises:
-        OutputError: If the output was begun from something else and `force` (to throw it away) is not given.
     """
     path = directory / LEDGER_FILE
     ledger = Log(path)
@@ -427,12 +419,7 @@ def _can_clone(source: Path, directory: Path) -> bool:
 
 
 def plan_files(base: Base, plan: EditPlan) -> StreamPlan:
-    """Resolve an edit plan against the files of a base.
-
-    Raises:
-        CheckpointError: If the checkpoint is corrupt, a tensor to be edited is not there, or it is of a data type or
-            shape that cannot be edited.
-    """
+    """Resolve an edit plan against the files of a base."""
     headers = {path: read_header(path) for path in checkpoint_files(base.weights)}
     prints = {path: fingerprint(path) for path in headers}
     places = {tensor.name: (path, tensor) for path, header in headers.items() for tensor in header.tensors}
