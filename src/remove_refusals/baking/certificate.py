@@ -196,17 +196,10 @@ def _writer(pair: _Pair, variant: Variant, memory: int) -> WriterCertificate:
 
 @dataclass
 class Deviation:
-    """Squared Frobenius norms, summed over a tensor.
+    """Squared Frobenius norms, summed over a tensor: of `QᵀW` before and after, of `W` and `W'`, of the planned one.
 
-    Attributes:
-        before: Of `QᵀW`.
-        after: Of `QᵀW'`.
-        original: Of `W`.
-        saved: Of `W'`.
-        planned: Of what `W'` was to be.
-        error: Of `W'` minus that.
-        requantised: Of what quantising `W` anew would change, for a quantised format.
-        step: Of the distances between neighbouring numbers of the format, for a quantised format.
+    `error` is of `W'` minus the planned one; of a quantised format `requantised` is of what quantising `W` anew would
+    change, and `step` of the distances between neighbouring numbers.
     """
 
     before: float = 0.0
