@@ -219,7 +219,7 @@ class TestPrompts:
             ("a.json", '{"prompt": "alone"}', "expected a list"),
             ("a.json", "[1, 2]", "expected text"),
             ("a.jsonl", '{"prompt": "fine"}\n{"promt": "no"}\n', "line 2"),
-            ("a.csv", 'prompt,n\n"open', "line 2"),
+            ("a.csv", 'prompt,n\n"open', "starting at row 1"),
             ("a.csv", "n,m\n1,2\n", "the columns n, m"),
             ("a.parquet", b"PAR1 and no more", "Parquet"),
             ("a.docx", "words", "suffix .docx"),
