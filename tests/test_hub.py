@@ -53,7 +53,8 @@ def pushes(calls: Sequence[dict[str, Any]], *, env: dict[str, str]) -> list[dict
     """Call `push` several times in one process; each gives what it returned or its error."""
     script = (
         "import json, sys\n"
-        "from remove_refusals import RemoveRefusalsError, push\n"
+        "from remove_refusals.errors import RemoveRefusalsError\n"
+        "from remove_refusals.report import push\n"
         "for call in json.loads(sys.argv[1]):\n"
         "    try:\n"
         "        print(json.dumps(push(**call).to_json()))\n"

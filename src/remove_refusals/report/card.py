@@ -118,42 +118,53 @@ def push(
     """
     source = Path(directory)
     record = _checked_record(source)
-    if adapter_only and not all((source / name).is_file() for name in _ADAPTER):
-        raise HubError(
-            f"The directory {source} has no {' and '.join(_ADAPTER)}, expected an adapter; make one with "
-            "`bake --as lora`, or leave --adapter-only out."
-        )
-    found = sorted(path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file())
-    ignored = _HIDDEN if with_answers else (*_HIDDEN, *_WITH_ANSWERS)
-    allowed = list(_BESIDE_AN_ADAPTER) if adapter_only else None
-    chosen = set(filter_repo_objects(found, allow_patterns=allowed, ignore_patterns=list(ignored)))
-    with _explained(repo), tempfile.TemporaryDirectory() as staging:
+    found, chosen = _chosen(source, adapter_only=adapter_only, with_answers=with_answers)
+    api = HfApi(endpoint=endpoint, token=token)
+    with _explained(repo):
         carried = _carried(record, base, token, endpoint)
-        # One commit holds the directory's files and a card that is not the directory's.
-        for name in chosen - {CARD}:
-            (Path(staging) / name).parent.mkdir(parents=True, exist_ok=True)
-            (Path(staging) / name).symlink_to((source / name).resolve())
-        (Path(staging) / CARD).write_text(_card_to_send(source, record, carried), encoding="utf-8")
-        api = HfApi(endpoint=endpoint, token=token)
+        card = _card_to_send(source, record, carried)
         made = api.create_repo(repo, private=private, exist_ok=True)
         if private and api.model_info(made.repo_id).private is not True:
             raise HubError(
                 f"The repository {made.repo_id} is public already, expected a private one; make it private, choose "
                 "another, or allow it with --public."
             )
-        message = "A model with its refusal direction taken out"
-        commit = api.upload_folder(repo_id=made.repo_id, folder_path=staging, commit_message=message)
+        commit = _sent(api, made.repo_id, source, chosen, card)
     missing = () if "license" in carried else ("The base's card names no licence, so this one names none; mind it.",)
     return Pushed(
         repo=made.repo_id,
         url=str(made),
-        commit=commit.oid,
+        commit=commit,
         private=private,
         files=tuple(sorted({*chosen, CARD})),
         left_out=tuple(name for name in found if name not in chosen),
         card=carried,
         notes=missing,
     )
+
+
+def _chosen(directory: Path, *, adapter_only: bool, with_answers: bool) -> tuple[list[str], set[str]]:
+    """Give the names of all files in a directory, and of those that are to be sent."""
+    if adapter_only and not all((directory / name).is_file() for name in _ADAPTER):
+        raise HubError(
+            f"The directory {directory} has no {' and '.join(_ADAPTER)}, expected an adapter; make one with "
+            "`bake --as lora`, or leave --adapter-only out."
+        )
+    found = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+    ignored = _HIDDEN if with_answers else (*_HIDDEN, *_WITH_ANSWERS)
+    allowed = list(_BESIDE_AN_ADAPTER) if adapter_only else None
+    return found, set(filter_repo_objects(found, allow_patterns=allowed, ignore_patterns=list(ignored)))
+
+
+def _sent(api: HfApi, repo: str, directory: Path, names: set[str], card: str) -> str:
+    """Send files and a card that is not the directory's in one commit, and give the commit."""
+    with tempfile.TemporaryDirectory() as staging:
+        for name in names - {CARD}:
+            (Path(staging) / name).parent.mkdir(parents=True, exist_ok=True)
+            (Path(staging) / name).symlink_to((directory / name).resolve())
+        (Path(staging) / CARD).write_text(card, encoding="utf-8")
+        message = "A model with its refusal direction taken out"
+        return api.upload_folder(repo_id=repo, folder_path=staging, commit_message=message).oid
 
 
 def _checked_record(directory: Path) -> AblationRecord:
