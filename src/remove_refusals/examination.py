@@ -224,11 +224,6 @@ def inspect(source: str, *, revision: str | None = None, trust_remote_code: bool
         source: A directory or a hub id.
         revision: The hub's branch, tag or commit.
         trust_remote_code: Run Python code that comes with the checkpoint.
-
-    Raises:
-        ModelError: If there is no configuration of a causal language model.
-        ArchitectureError: If the model cannot be mapped.
-        CheckpointError: If its files are at hand and corrupt.
     """
     model_map = map_model(skeleton_of(source, revision=revision, trust_remote_code=trust_remote_code))
     directory = local_directory(source, revision)
@@ -336,12 +331,6 @@ def diff(
         direction: What share of the differences lies along it is measured, where norms lie between a tensor and the
             residual stream behind them.
         trust_remote_code: Run Python code that comes with the first.
-
-    Raises:
-        CheckpointError: If a checkpoint is missing or corrupt.
-        DirectionError: If the direction's width is not the first model's.
-        ModelError: If a direction is given and the first has no configuration of a causal language model.
-        ArchitectureError: If a direction is given and the first cannot be mapped.
     """
     folders = [_directory(name) for name in (first, second)]
     tensors = [checkpoint_tensors(folder) for folder in folders]

@@ -128,12 +128,7 @@ def _staged(target: Path, *, force: bool, directory: bool) -> Iterator[Path]:
 
 
 def check_target(target: Path, *, force: bool, directory: bool) -> None:
-    """Check that an output may be made at a place, without making anything.
-
-    Raises:
-        OutputError: If it exists and `force` is not given, or is not replaced even so: a file for a directory, the
-            reverse, or a directory that is neither empty nor a model's.
-    """
+    """Check that an output may be made at a place, without making anything."""
     if not target.exists():
         return
     if not force:
@@ -269,11 +264,7 @@ def versions() -> dict[str, str]:
 
 
 def write_json(path: Path, data: object, *, force: bool = False) -> None:
-    """Write JSON in UTF-8 with the keys in the order given, indented by 2, ending in a newline; whole or not at all.
-
-    Raises:
-        NumericalError: If a number is NaN or infinite; the message says where it is.
-    """
+    """Write JSON in UTF-8 with the keys in the order given, indented by 2, ending in a newline; whole or not at all."""
     _check_finite(data, path, "$")
     text = json.dumps(data, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
     with atomic_file(path, force=force) as staging:
@@ -281,11 +272,7 @@ def write_json(path: Path, data: object, *, force: bool = False) -> None:
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, object]], *, force: bool = False) -> None:
-    """Write JSON Lines; the rows are written as they come, so a generator need not fit in memory.
-
-    Raises:
-        NumericalError: If a number is NaN or infinite; the message says in which row.
-    """
+    """Write JSON Lines; the rows are written as they come, so a generator need not fit in memory."""
     with atomic_file(path, force=force) as staging, staging.open("w", encoding="utf-8", newline="\n") as file:
         for number, row in enumerate(rows, start=1):
             _check_finite(row, path, f"row {number}")
@@ -293,11 +280,7 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, object]], *, force: bool
 
 
 def read_json(path: Path, *, error: type[RemoveRefusalsError]) -> object:
-    """Read a JSON file in UTF-8.
-
-    Raises:
-        RemoveRefusalsError: Of the given type, if the file cannot be read or is not JSON in UTF-8.
-    """
+    """Read a JSON file in UTF-8."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as cause:
@@ -341,11 +324,7 @@ class Record(BaseModel):
 
     @classmethod
     def read(cls, path: Path, *, error: type[RemoveRefusalsError]) -> Self:
-        """Read it back.
-
-        Raises:
-            RemoveRefusalsError: Of the given type, if the file cannot be read or is not such a record.
-        """
+        """Read it back."""
         return cls.of(read_json(path, error=error), path, error=error)
 
     @classmethod
@@ -379,11 +358,7 @@ class Log:
     """Lines of JSON that outlive a kill: each is on the disk before the next; half a line at the end is cut off."""
 
     def __init__(self, path: Path, error: type[RemoveRefusalsError] = OutputError) -> None:
-        """Read what is there; the file is made with the first line.
-
-        Raises:
-            RemoveRefusalsError: Of the given type, if the file cannot be read or written, or holds something else.
-        """
+        """Read what is there; the file is made with the first line."""
         self.path, self._error, self._lock = path, error, threading.Lock()
         self.entries: list[dict[str, Any]] = []
         try:
@@ -399,11 +374,7 @@ class Log:
             ) from cause
 
     def append(self, entry: dict[str, Any]) -> None:
-        """Add a line and wait until it is on the disk; threads may do so at once.
-
-        Raises:
-            RemoveRefusalsError: Of the type given at the start, if it cannot be written.
-        """
+        """Add a line and wait until it is on the disk; threads may do so at once."""
         try:
             with self._lock:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -427,11 +398,7 @@ class Journal:
     """
 
     def __init__(self, directory: Path | None = None, context: str = "") -> None:
-        """Open the journal in a directory, which is made with the first result; None keeps nothing.
-
-        Raises:
-            OutputError: If the directory cannot be read or written, or holds something else.
-        """
+        """Open the journal in a directory, which is made with the first result; None keeps nothing."""
         self.directory, self.context = directory, context
         self._log = None if directory is None else Log(directory / STAGES)
         try:
@@ -464,9 +431,6 @@ class Journal:
         """Give the result that was kept for the name and inputs, or compute one and keep it.
 
         `pack` turns it into what JSON can hold, and `unpack` is the reverse.
-
-        Raises:
-            OutputError: If it cannot be written.
         """
         if self._log is None:
             return compute()

@@ -325,9 +325,6 @@ def reproduce(
         files: Where prompt files, and whatever else the settings name, lie; the record holds their names alone. By
             default the working directory.
         progress: Told of every stage.
-
-    Raises:
-        RecordError: If there is no record, or a file that it names cannot be found, or the base model is another one.
     """
     record = AblationRecord.read(directory / "ablation.json", error=RecordError)
     try:

@@ -111,10 +111,6 @@ def push(
 
     Returns:
         What was sent, and what was not.
-
-    Raises:
-        HubError: If there is no record, its certificate failed, there is no adapter where only that is to be sent, the
-            repository is public against the wish, or the hub does not take it.
     """
     source = Path(directory)
     record = _checked_record(source)

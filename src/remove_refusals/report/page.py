@@ -30,9 +30,6 @@ def html_report(directory: Path, *, full_answers: bool = False) -> str:
     Args:
         directory: What `run` left, or any directory with some of its records.
         full_answers: Whether answers to harmful prompts are in it whole; otherwise it holds their first sentence only.
-
-    Raises:
-        RecordError: If there is no such directory, it holds none of the records, or one of an unknown form.
     """
     material = read_material(directory)
     style, script = (

@@ -324,11 +324,7 @@ NAMES = (*(f"{name}.json" for name in _RECORDS), "rows.jsonl")
 
 
 def read_material(directory: Path) -> Material:
-    """Read the records in what `run` left, or in any directory with some of the same files.
-
-    Raises:
-        RecordError: If it is no directory, holds none of them, or one that is not as this version writes it.
-    """
+    """Read the records in what `run` left, or in any directory with some of the same files."""
     if not directory.is_dir():
         raise RecordError(f"There is no directory {directory}, expected one that `run` made; check the path.")
     found: dict[str, Any] = {
