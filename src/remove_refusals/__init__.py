@@ -24,7 +24,6 @@ name is imported when it is first used.
 """
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -46,8 +45,6 @@ if TYPE_CHECKING:
     from remove_refusals.report import write_html_report
     from remove_refusals.settings import RunSettings
     from remove_refusals.types import Activations, Direction, Intervention, PromptSet
-
-__version__ = version("remove-refusals")
 
 _ROOMS = {
     "api": "bake bake_in_place collect_activations evaluate generate select separation",
@@ -96,6 +93,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        # Looked up when it is asked for: reading what is installed takes a tenth of a second.
+        return import_module("importlib.metadata").version("remove-refusals")
     if name not in _HOME:
         raise AttributeError(f"module 'remove_refusals' has no attribute {name!r}")
     return getattr(import_module(f"remove_refusals.{_HOME[name]}"), name)

@@ -90,11 +90,14 @@ def analyze(
         force: Whether an existing output is replaced.
         progress: Told of every stage.
 
+    Returns:
+        What was found: the `analysis`, as it is written to `analysis.json`, the direction, and the scores.
+
     Raises:
         RemoveRefusalsError: Of the type that fits what went wrong; nothing is left half-made.
 
     Example:
-        >>> analyze(RunSettings(model="demo"), "seen").separation.layers
+        >>> analyze(RunSettings(model="demo"), "seen").analysis.layers
     """
     if output is None:
         return _examine(settings, answers=answers, progress=progress)
