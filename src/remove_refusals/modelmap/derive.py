@@ -107,11 +107,7 @@ def _traced(weightless: PreTrainedModel, d_model: int, states: Mapping[str, Any]
 class Segment:
     """What happens to the residual stream between two boundaries of layers, from `start` to `end` in the trace.
 
-    Attributes:
-        layer: The layer it belongs to, None for the embedding.
-        hands_to: The layer whose input it ends in, None where it is a layer's own work.
-        written: What parameters have added.
-        leaks: What else was done, one sentence each.
+    `layer` is None for the embedding; `hands_to`, the layer whose input it ends in, where it is a layer's own work.
     """
 
     layer: int | None
@@ -166,10 +162,7 @@ class _Derivation:
 
     @cached_property
     def layers(self) -> tuple[str, ...]:
-        """The layers: the list of `n_layers` modules that hand on what they were given, with the most parameters.
-
-        Where no list has as many as the configuration says, any number will do.
-        """
+        """The list of (if there is one, `n_layers`) modules that hand on what they are given, with most parameters."""
         called = {call.module: call for call in self.trace.calls}
         best: tuple[bool, bool, int, tuple[str, ...]] = (False, False, 0, ())
         for name, module in self.model.named_modules():
@@ -197,8 +190,7 @@ class _Derivation:
     def _segments(self) -> list[Segment]:
         """Cut the trace at the layers' boundaries, in the order of the forward pass.
 
-        A layer that is called several times adds nothing new later on, unless it does something that no sum of
-        parameters describes.
+        A later call of a layer adds nothing new, unless it does something that no sum of parameters describes.
         """
         calls = sorted((call for call in self.trace.calls if call.module in self.layers), key=lambda call: call.start)
         segments: list[Segment] = []
@@ -286,8 +278,7 @@ class _Derivation:
     def _points(self, terms: Terms, calls: list[ModuleCall]) -> tuple[HookPoint, ...]:
         """The outermost modules whose outputs, before any per-channel step, make up given terms.
 
-        Where there is none, it may be a norm whose input is just the terms that go through its gain; a parameter
-        without either, as a bias that a norm adds, is itself the place.
+        Else a norm whose input is just the terms that go through its gain; else the parameter, as a bias in a norm.
         """
         steps_of = {(term.source, term.axis): term.steps for term in terms}
         bare = frozenset(Term(source, axis) for source, axis in steps_of)
@@ -310,11 +301,9 @@ class _Derivation:
         return (*points, *(HookPoint("", writer=writer) for writer in self._writers(left)))
 
     def _outermost(self, calls: list[ModuleCall], wanted: Terms) -> list[ModuleCall]:
-        """Choose the fewest, outermost calls whose outputs hold nothing but wanted terms, each term once.
-
-        A term that is also made while a module is not being called is not all in its output.
-        """
+        """Choose the fewest, outermost calls whose outputs hold nothing but wanted terms, each term once."""
         made_in = self.trace.made_in
+        # A term that is also made while a module is not being called is not all in its output.
         fitting = [
             call
             for call in calls
@@ -351,10 +340,7 @@ class _Derivation:
         return tuple(writers)
 
     def _unseen(self) -> list[str]:
-        """The layers' parameters that reach the unembedding and are in no layer's input or output.
-
-        If there are any, the model has a second stream beside the one that was followed.
-        """
+        """The layers' parameters that reach the unembedding by a second stream, beside the one that was followed."""
         modules = {id(module): name for name, module in self.model.named_modules()}
         head = modules.get(id(self.model.get_output_embeddings()))
         calls = [call for call in self.trace.calls if call.module in self.layers]

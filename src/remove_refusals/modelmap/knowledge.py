@@ -17,13 +17,9 @@ from remove_refusals.formula import ChannelStep
 
 @dataclass(frozen=True)
 class Term:
-    """One summand of a tensor.
+    """One summand of a tensor: a parameter or buffer whose `axis` became the channels, behind `steps`, first one first.
 
-    Attributes:
-        source: The parameter's or buffer's name; for an opaque term the operation that ended the trace.
-        axis: The parameter's axis that became the tensor's channels; None for an opaque term.
-        steps: The per-channel steps that the summand has passed through since, first step first.
-        number: Tells one opaque term from another; 0 for a parameter.
+    The source of an opaque term is the operation that ended the trace, its axis None; `number` tells it from others.
     """
 
     source: str
@@ -90,13 +86,7 @@ class Weight:
 class Knowledge:
     """What is known of each storage, by its address; storages are kept alive so that their addresses stay theirs.
 
-    Attributes:
-        d_model: The width of the residual stream.
-        used: Every parameter or buffer that any operation touched.
-        used_elsewhere: Those among them that were touched while their own module was not being called.
-        open_modules: The modules that are being called now, outermost first.
-        made_in: For each term, the modules that were being called whenever it was made, by what wrote it or by its last
-            step.
+    `used` and `made_in` are those of a `Trace`, buffers included; `open_modules` are being called now, outermost first.
     """
 
     d_model: int
@@ -199,11 +189,7 @@ class Knowledge:
         return self.summed(*(self.terms(tensor) for tensor in tensors_in(values) if tensor.is_floating_point()))
 
     def summed(self, *parts: Terms | None) -> Terms | None:
-        """Give the terms of a sum, in which what no parameter has reached is a constant; None if that is all.
-
-        What passed through a depthwise convolution is joined with the same that passed beside it. Anything else that is
-        there twice, behind different steps, becomes opaque: no one edit is right for both.
-        """
+        """Give the terms of a sum, in which what no parameter has reached is a constant; None if that is all."""
         if all(part is None for part in parts):
             return None
         known_parts = [frozenset({CONSTANT}) if part is None else part for part in parts]
@@ -217,6 +203,8 @@ class Knowledge:
             if known is term:
                 continue
             last = term.steps[-1]
+            # What passed through a depthwise convolution is joined with the same that passed beside it. Of anything
+            # else that is there twice, behind different steps, no one edit is right for both.
             if last.kind == "taps" and last.offset == 0 and known.steps == term.steps[:-1]:
                 chosen[key] = self.made(replace(term, steps=(*known.steps, replace(last, offset=1.0))))
             else:

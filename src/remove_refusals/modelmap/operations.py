@@ -55,10 +55,7 @@ def _rule(*names: str, **options: Any) -> Callable[[Rule], Rule]:
 
 
 def terms_after(known: Knowledge, name: str, args: Sequence[Any], out: Any) -> Terms | None:
-    """Give the terms of an operation's output, None if no parameter has reached it.
-
-    The name is without the mark of an operation in place; all arguments are in the order of its schema.
-    """
+    """Give the terms of an operation's output from its arguments by its schema; None if no parameter has reached it."""
     if name in _KEEP and _names_channels(args[0], args[_KEEP[name]]):
         value, dims = args[0], args[_KEEP[name]]
         if name == "mean" and value.shape[-1] == known.d_model and dims in ([-1], [value.dim() - 1]):
@@ -88,10 +85,7 @@ def channel_dim(known: Knowledge, name: str, args: Sequence[Any]) -> int:
 
 
 def changed_weight(weight: Weight, name: str, args: Sequence[Any]) -> Weight | None:
-    """Give what an operation makes of a weight, its only floating-point tensor, without regard to its shape.
-
-    It is None if the result is no longer a parameter scaled and shifted.
-    """
+    """Give what an operation makes of a weight, without regard to its shape; None if more than scale and shift."""
     if name in _COPIES or name in _MOVES or name in {"index", "index_select", "gather"}:
         return replace(weight, scale=-weight.scale, offset=-weight.offset) if name == "neg" else weight
     if len(args) < 2 or not any(isinstance(value, int | float) for value in args[:2]):

@@ -16,10 +16,7 @@ T = TypeVar("T")
 
 
 def skeleton(model: PreTrainedModel, *, dtype: torch.dtype | None = None, tied: bool | None = None) -> PreTrainedModel:
-    """Copy a model without weights and quantisation, onto the meta device, in evaluation mode.
-
-    `tied` says whether the copy's embedding and unembedding are one parameter.
-    """
+    """Copy a model without weights and quantisation, onto the meta device, its embeddings `tied` or not."""
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -50,11 +47,7 @@ def _without_weights(built: PreTrainedModel) -> PreTrainedModel:
 
 
 def disk_tensors(model: PreTrainedModel, name: str, shape: tuple[int, ...], axis: int) -> tuple[DiskTensor, ...]:
-    """Find the tensors of a checkpoint that hold a parameter, through Transformers' own conversion of names.
-
-    There are several for a parameter that is fused in memory only. A model without weights gives the names under which
-    it would be saved.
-    """
+    """Find the tensors of a checkpoint that hold a parameter: several for one that is fused in memory only."""
     # The axis is found by its size: only on disk, where it may lie elsewhere, is it twice as wide in the second run.
     first, second = (
         revert_weight_conversion(model, {name: torch.empty(sizes, device="meta")})
@@ -76,11 +69,8 @@ def stored_names(model: PreTrainedModel) -> frozenset[str]:
 
 
 def by_stored_name(tensors: Mapping[str, T], model_map: ModelMap) -> dict[str, T]:
-    """Put what belongs to a checkpoint's tensors under the names that the model's map speaks of.
-
-    In the files the base model's prefix may be left out (as in the hub's `gpt2`) or stand before what has none; what
-    the model has no place for keeps its name.
-    """
+    """Put what belongs to a checkpoint's tensors under the names that the model's map speaks of; others keep theirs."""
+    # In the files the base model's prefix may be left out (as in the hub's `gpt2`) or stand before what has none.
     prefix = model_map.prefix + "."
 
     def named(name: str) -> str:

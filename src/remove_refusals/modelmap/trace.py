@@ -4,8 +4,6 @@ A forward pass is run under a dispatch mode that sees every tensor operation. Be
 parameters whose output the tensor is a sum of, and the per-channel steps (norm gains, centring) that each has passed
 through since. What an operation does to them stands in `operations`. Values never matter, so the pass may run on the
 meta device, where no weights are needed.
-
-What is learned this way does not depend on the names of modules or parameters.
 """
 
 import itertools
@@ -34,15 +32,10 @@ from remove_refusals.models import hooked
 
 @dataclass(frozen=True)
 class ModuleCall:
-    """One call of one module.
+    """One call of one module, from `start` to `end` in the order of all begins and ends.
 
-    Attributes:
-        module: The module's name in the model.
-        before: The terms of its first input of the residual stream's width, when it was called.
-        beside: The terms of its other inputs of that width.
-        after: The terms of its first output of that width, when it returned.
-        start: Where the call begins in the order of all begins and ends.
-        end: Where it ends.
+    `before` and `after` are the terms of its first input and output of the residual stream's width, `beside` those of
+    its other inputs of that width.
     """
 
     module: str
@@ -55,13 +48,10 @@ class ModuleCall:
 
 @dataclass(frozen=True)
 class Trace:
-    """What one forward pass did.
+    """Every module call of a forward pass, in the order in which they ended, and which parameters it touched.
 
-    Attributes:
-        calls: Every module call, in the order in which they ended.
-        used: Every parameter that any operation touched.
-        used_elsewhere: Those among them that were touched while their own module was not being called.
-        made_in: For each term, the modules that were being called whenever it was made.
+    Those `used_elsewhere` were touched while their own module was not being called. `made_in` gives for each term the
+    modules that were being called whenever it was made, by what wrote it or by its last step.
     """
 
     calls: tuple[ModuleCall, ...]
@@ -81,12 +71,10 @@ _COMPARISONS = {name: getattr(operator, name) for name in ("eq", "ne", "lt", "le
 
 
 class _MadeUpValues:
-    """Answers the questions about values that the meta device cannot.
+    """Answers the questions about values that the meta device cannot: with 1 or True, and all elements are non-zero.
 
-    A question about a value is answered with 1 or True, every element counts as non-zero, and counts that do not add up
-    leave the rest to the last: each path that matters is then taken, since masks are full and every expert has tokens.
-    With `numbered`, an index among the non-zero elements is answered with its place; otherwise it is 1 as well. How
-    such an index compares with a number follows from that.
+    Each path that matters is then taken, since masks are full and every expert has tokens; counts that do not add up
+    leave the rest to the last. With `numbered`, an index among the non-zero elements is its place, otherwise 1 as well.
     """
 
     def __init__(self, *, numbered: bool) -> None:

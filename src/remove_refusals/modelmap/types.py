@@ -45,15 +45,10 @@ class HookPoint:
 
 @dataclass(frozen=True)
 class Site:
-    """A place where something is added to the residual stream; its layer is None for the embedding.
+    """A place where `writers` add to the residual stream; its layer is None for the embedding.
 
-    Attributes:
-        kind: The kind of site.
-        layer: The layer's index.
-        writers: The parameters whose output lands here.
-        hooks: The outputs to change so that the effect is that of editing the writers (before any norm in between).
-        residual_hook: The output as it is added to the residual stream (after any norm in between); None if that is no
-            module's output.
+    To change the outputs `hooks` has the effect of editing the writers (before any norm in between). `residual_hook` is
+    the output as it is added (after any norm in between); None if that is no module's output.
     """
 
     kind: SiteKind
@@ -65,24 +60,14 @@ class Site:
 
 @dataclass(frozen=True)
 class ModelMap:
-    """A model's sites and writers, the embedding first, then in the order of the layers.
+    """A model's sites and writers, the embedding first, then in the order of the layers, which are module names.
 
     Attributes:
-        model_type: The `model_type` of the config.
-        d_model: The width of the residual stream.
-        n_layers: The number of layers.
-        layers: Their module names.
-        sites: Every site.
-        input_embedding: The name of the input embedding's weight.
-        unembedding: That of the unembedding's, if the model has one.
-        tied: Whether the two are one parameter.
-        leaks: Why a weight edit cannot be exact, one sentence each; empty where it can.
-        unhooked: Why hooks cannot be exact, likewise.
+        leaks: Why a weight edit cannot be exact, one sentence each; `unhooked` says it of hooks.
         unused: Parameters of the layers with an axis of width d_model that take no part in the forward pass.
         used_elsewhere: Parameters that are also used while the module that holds them is not being called; a change of
             what the module does misses those uses.
-        stored: The names under which checkpoints hold the model's tensors; empty if they are not known.
-        prefix: What such a name begins with; some checkpoints leave it out.
+        stored: The names under which checkpoints hold the model's tensors, `prefix` first, which some leave out.
     """
 
     model_type: str

@@ -33,12 +33,7 @@ _OUT_OF_MEMORY = (
 
 
 def left_padded(loaded: LoadedModel, token_ids: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
-    """Pad token sequences, none of them empty, on the left, so that all of them end at the last column.
-
-    Returns:
-        The arguments for the model's `forward`, `[n, length]`, int64, on its device: `attention_mask` is 0 where
-        padded; `position_ids`, if it takes them, count from 0 at each sequence's first token.
-    """
+    """Pad token sequences on the left; give the arguments of the model's `forward`, `[n, length]`, on its device."""
     if any(len(ids) == 0 for ids in token_ids):
         raise PromptError("A rendered prompt has 0 tokens, expected at least 1; leave empty prompts out.")
     length = max(len(ids) for ids in token_ids)
@@ -67,15 +62,8 @@ def in_batches(
 ) -> Iterator[tuple[Sequence[int], R]]:
     """Run prompts batch by batch, the longest first; a batch that memory is too small for is halved.
 
-    Args:
-        loaded: The model; its batch size, if it has one, is that of the forward passes.
-        lengths: The prompts' numbers of tokens.
-        run: Given the indices of some prompts, gives what is wanted of them; when memory runs out it leaves nothing.
-        most: How many prompts make a batch; by default as many as keep the device busy and waste little on padding.
-        progress: Told how many prompts are done.
-
-    Yields:
-        The indices of each batch with what it gave; every prompt is in one batch.
+    Yields the indices of each batch with what `run`, which leaves nothing behind when memory runs out, gave for them. A
+    batch has `most` prompts, else the model's batch size, else as many as keep the device busy and pad little.
     """
     order, asked = longest_first(lengths), most or loaded.batch_size
     done, size = 0, asked or MOST_PROMPTS
@@ -158,12 +146,10 @@ def hooked(
     before: Iterable[tuple[str, Callable[..., Any]]] = (),
     behind: Iterable[tuple[str, Callable[..., Any]]] = (),
 ) -> Iterator[None]:
-    """Hook named modules as long as the context lasts, in the order of the pairs.
+    """Hook named modules (the model itself is "") as long as the context lasts, in the order of the pairs.
 
-    Args:
-        model: The model; the name "" is the model itself.
-        before: Called as `hook(module, args, kwargs)` before a module runs; what it gives stands in their place.
-        behind: Called as `hook(module, args, kwargs, output)` behind it; what it gives stands in the output's place.
+    `before` is called as `hook(module, args, kwargs)`, `behind` as `hook(module, args, kwargs, output)`; what they give
+    stands in the place of the arguments and of the output.
     """
     handles = []
     try:
@@ -180,9 +166,8 @@ def hooked(
 def contiguous_head(loaded: LoadedModel) -> AbstractContextManager[None]:
     """Make the unembedding's input contiguous as long as the context lasts.
 
-    The slice of the last positions is not, and with weights that need no gradient (as in every model that PEFT has
-    touched) the CPU's `linear` then takes a path over the batch that is slower and, in some versions of PyTorch, needs
-    gigabytes: with 32 prompts, the whole prefill of a 270M model with a vocabulary of 262144 took 1.7 times as long.
+    The slice of the last positions is not; with weights that need no gradient, as PEFT leaves them, the CPU's `linear`
+    is then slow and, in some versions of PyTorch, needs gigabytes: 1.7 times the prefill of a 270M model, 32 prompts.
     """
     head = loaded.model.get_output_embeddings()
 

@@ -25,10 +25,8 @@ _PROBES = ("Tell me about apples", "What is 6 times 7?", "Stop there.", "Count t
 def render(loaded: LoadedModel, prompts: Sequence[str]) -> list[list[int]]:
     """Turn prompts into the token ids after which the model's answer starts, without padding.
 
-    Each prompt becomes a user message in the chat template, with the beginning of the answer added. Where the template
-    can switch thinking off it is told to, and a thinking block that is still open at the end is closed, so that the
-    last position is the one from which the answer itself is predicted. The beginning-of-sequence token comes from the
-    template alone, never twice. A template that asks for today's date is given 26 July 2024.
+    Thinking is switched off or closed, so that the answer itself is predicted from the last position. The
+    beginning-of-sequence token comes from the template alone, never twice.
     """
     chat = loaded.chat
     if chat.plain:
@@ -61,11 +59,7 @@ def render_conversation(loaded: LoadedModel, prompt: str, turns: Sequence[tuple[
 
 
 def template_tail_length(loaded: LoadedModel) -> int:
-    """Count the tokens that the template puts after the user's words: the same ones in every rendered prompt.
-
-    Found by rendering messages that end differently and counting the tokens they have in common at the end. A token
-    that merges with the end of a message does not count.
-    """
+    """Count the tokens that the template puts after the user's words: the same ones in every rendered prompt."""
     length = 0
     for tokens in zip(*(reversed(row) for row in render(loaded, _PROBES)), strict=False):
         # The token for the unknown stands for different words.
@@ -76,13 +70,11 @@ def template_tail_length(loaded: LoadedModel) -> int:
 
 
 def check_positions(loaded: LoadedModel, positions: Sequence[int]) -> None:
-    """Check that token positions, negative, mean the same in every rendered prompt; plain prompts are not checked.
-
-    The last position always does: the answer is predicted from it.
-    """
+    """Check that token positions, negative, mean the same in every rendered prompt; plain prompts are not checked."""
     if loaded.chat.plain:
         return
     tail = template_tail_length(loaded)
+    # The answer is predicted from the last position, which always means the same.
     lowest = -max(tail, 1)
     for position in positions:
         if not lowest <= position <= -1:

@@ -242,14 +242,9 @@ def same_bytes(first: Place, second: Place) -> bool:
 
 @dataclass(frozen=True)
 class TensorSlice:
-    """A part of a tensor that is seen as `[outer, d_model, inner]`.
+    """A part of a tensor that is seen as `[outer, d_model, inner]`, with the middle axis whole.
 
-    Attributes:
-        shape: The shape of the part, with the middle axis whole.
-        offset: Its first byte, counted from the tensor's.
-        run: How many bytes lie together.
-        stride: How far it is from one such run to the next.
-        runs: How many there are; 1 if the part lies together.
+    Its bytes lie in `runs` of length `run`, `stride` apart; the first is at `offset`, counted from the tensor's.
     """
 
     shape: tuple[int, int, int]
@@ -323,18 +318,9 @@ def read_slice(
     room: torch.Tensor | None = None,
     seen: Callable[[memoryview], object] | None = None,
 ) -> torch.Tensor:
-    """Read a part of a tensor.
+    """Read a part of the tensor that begins at the byte `start`: `[outer, d_model, inner]`, contiguous.
 
-    Args:
-        descriptor: The open file.
-        start: The tensor's first byte in the file.
-        part: The part.
-        dtype: The tensor's data type.
-        room: `[at least the part's bytes]`, uint8: memory to use, so that it need not be asked for each time.
-        seen: Called with the bytes in the order in which they are read, as soon as they are.
-
-    Returns:
-        `[outer, d_model, inner]`, contiguous.
+    `room`, uint8, is memory to use, at least the part's bytes; `seen` is called with bytes as soon as they are read.
     """
     size = part.run * part.runs
     raw = torch.empty(size, dtype=torch.uint8) if room is None else room[:size]
@@ -383,10 +369,8 @@ def float_dtype(path: Path, entry: TensorEntry) -> torch.dtype:
 
 
 def shares(memory: int, jobs: int | None, n_tasks: int) -> tuple[int, int]:
-    """Divide memory, in bytes, among workers: give their number, fewer where it is too small, and the bytes of each.
-
-    By default they are at most four: more add nothing but load on the disk.
-    """
+    """Divide memory, in bytes, among workers: give their number, fewer where it is too small, and the bytes of each."""
+    # More than four add nothing but load on the disk.
     jobs = jobs or min(4, os.cpu_count() or 1)
     count = max(1, min(jobs, memory // LEAST_MEMORY, n_tasks))
     # What the plan, the headers and the records take comes out of the budget too.

@@ -27,13 +27,7 @@ from remove_refusals.progress import SILENT, Progress
 
 
 class Answer(Record):
-    """A greedy continuation of one prompt.
-
-    Attributes:
-        text: The decoded tokens without special tokens.
-        token_ids: The tokens, the end token included if there is one.
-        finished: Whether it ended with an end token; otherwise it was cut off.
-    """
+    """A greedy continuation of one prompt: its text without special tokens; `finished` unless it was cut off."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -44,12 +38,8 @@ class Answer(Record):
 class AnswerLogits:
     """What a model predicts along given answers; one row for each answer token that was looked at.
 
-    Attributes:
-        rows: `[n]`, int64: the index of the answer in its batch, ascending.
-        offsets: `[n]`, int64: the index of the token in its answer; 0 is the first.
-        targets: `[n]`, int64: the token that the answer has there.
-        log_probabilities: `[n, vocabulary]`, float32, on the model's device: natural logarithms over the vocabulary,
-            given the prompt and the answer so far.
+    `rows`, `offsets` and `targets`, `[n]`, int64, are each token's answer in the batch, ascending, its place there, and
+    the token; `log_probabilities`, `[n, vocabulary]`, float32, natural, are given the prompt and the answer so far.
     """
 
     rows: torch.Tensor
@@ -65,11 +55,7 @@ def generate(
     max_new_tokens: int = 100,
     progress: Progress = SILENT,
 ) -> list[Answer]:
-    """Continue rendered prompts greedily; each answer is cut off after so many tokens.
-
-    Sampling, penalties and forced or forbidden tokens of the model's own generation settings do not apply; its end
-    tokens do.
-    """
+    """Continue rendered prompts greedily; of the model's own generation settings only the end tokens apply."""
     check_prompts(loaded, token_ids, max_new_tokens)
     ends = _end_token_ids(loaded)
 
@@ -89,10 +75,7 @@ def generate(
 
 
 def stream(loaded: LoadedModel, token_ids: Sequence[int], *, max_new_tokens: int = 512) -> Generator[str]:
-    """Continue one prompt greedily, piece by piece; leaving the iteration early ends the generation.
-
-    The answer is cut off after so many tokens, or where the model can hold no more; nothing else may run it meanwhile.
-    """
+    """Continue one prompt greedily, piece by piece, as far as the model can; nothing else may run it meanwhile."""
     check_prompts(loaded, [token_ids], 1)
     n_tokens = min(max_new_tokens, (n_positions(loaded) or max_new_tokens + len(token_ids)) - len(token_ids))
     stop = threading.Event()
@@ -127,8 +110,7 @@ def answer_logits(
 ) -> AnswerLogits:
     """Run one batch of prompts with given answers and say what the model predicts at the answers' first tokens.
 
-    The logits are computed at those positions only, where the model can do that: `n_tokens * vocabulary` numbers for
-    each prompt are held at once, so keep batches small. Answers shorter than `n_tokens` give fewer rows.
+    It holds `n_tokens * vocabulary` logits for each prompt, so keep batches small.
     """
     check_prompts(loaded, token_ids, n_tokens)
     answers = [list(ids[:n_tokens]) for ids in answer_ids]

@@ -15,14 +15,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from remove_refusals.errors import ModelError, require_package
 from remove_refusals.models.checkpoint import FLOAT_DTYPES, INDEX_FILE, SINGLE_FILE, checkpoint_tensors
-from remove_refusals.models.source import (
-    check_complete,
-    explained,
-    find_source,
-    model_source,
-    quiet,
-    read_config,
-)
+from remove_refusals.models.source import check_complete, explained, find_source, model_source, quiet, read_config
 from remove_refusals.settings import ChatFormat, LoadSettings
 
 
@@ -193,11 +186,7 @@ def load_model(
     *,
     tokenizer: str | Path | Tokenizer | None = None,
 ) -> LoadedModel:
-    """Load a model by directory, hub id or the name `demo`; never with tensors that Transformers made up.
-
-    The data type `auto` is the checkpoint's on an accelerator, and float32 on the CPU (which holds bfloat16 and float16
-    values exactly).
-    """
+    """Load a model by directory, hub id or the name `demo`; never with tensors that Transformers made up."""
     name, revision = model_source(model), settings.revision
     where, places = _placed(settings)
     wanted = _parse_dtype(settings.dtype)
@@ -211,6 +200,7 @@ def load_model(
             )
         saved = saved_dtype(name, described)
         quantised = settings.load_in_4bit or "quantization_config" in described
+        # Float32 holds bfloat16 and float16 values exactly.
         if wanted is None and where.type == "cpu" and settings.device_map is None and not quantised:
             wanted = torch.float32
         built, report = AutoModelForCausalLM.from_pretrained(
@@ -274,11 +264,7 @@ def _four_bit(compute: torch.dtype) -> BitsAndBytesConfig:
 
 
 def fingerprint(loaded: LoadedModel) -> str:
-    """Hash what tells models apart, 16 hexadecimal digits.
-
-    What counts is the configuration, the kind of device, and of each parameter its shape, dtype, sum, norm, and values
-    spread over it.
-    """
+    """Hash what tells models apart, 16 hexadecimal digits: configuration, device, and a sample of each parameter."""
     config = loaded.model.config.to_dict()
     for name in ("_name_or_path", "transformers_version"):
         config.pop(name, None)

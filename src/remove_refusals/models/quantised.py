@@ -153,17 +153,10 @@ class BlockTensor:
     def rounded(
         self, target: torch.Tensor, scales: torch.Tensor, column: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Round floats to the format.
+        """Round floats `[outer, d_model, n]` to the format; give the bytes of the numbers, and the scales.
 
-        A block keeps its scale unless a number no longer fits, so that what an edit leaves alone keeps its bits.
-
-        Args:
-            target: `[outer, d_model, n]`, float32.
-            scales: The stored scales.
-            column: `[d_model]`: along it what each input writes is kept; None rounds each number to the nearest.
-
-        Returns:
-            The bytes of the numbers, and the scales to be stored.
+        A block keeps its scale unless a number no longer fits, so that what an edit leaves alone keeps its bits. What
+        each input writes along the column, `[d_model]`, is kept; None rounds each number to the nearest.
         """
         scales = self._fitting(target, scales)
         scale = self.expand(scales, target.shape)

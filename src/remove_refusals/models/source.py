@@ -45,10 +45,8 @@ _LOADING_ERRORS = (*_PYTHON_ERRORS, SafetensorError, errors.StrictDataclassError
 
 
 def model_source(model: str) -> str:
-    """Give the directory of the embedded demo model for the name `demo`, and any other name unchanged.
-
-    A directory of that name is taken for a model only if it holds one: many projects have a folder called demo.
-    """
+    """Give the directory of the embedded demo model for the name `demo`, and any other name unchanged."""
+    # Many projects have a folder called demo: it is taken for a model only if it holds one.
     if model != DEMO or (Path(model) / "config.json").is_file():
         return model
     return str(resources.files("remove_refusals") / "data" / "demo")
@@ -98,10 +96,7 @@ def licence_fields(directory: Path) -> dict[str, Any]:
 
 
 def read_config(name: str, access: dict[str, Any], trust_remote_code: bool) -> tuple[dict[str, Any], Any]:
-    """Read a causal model's configuration, as a dictionary and as Transformers has it, if its code may be run.
-
-    Which commit it is of, and whether its code may be run, is noted in `access`, the arguments of `from_pretrained`.
-    """
+    """Read a causal model's configuration, as a dictionary and as Transformers has it; note its commit in `access`."""
     described, _ = PretrainedConfig.get_config_dict(name, **access)
     model_type, code = described.get("model_type"), described.get("auto_map") or {}
     known, own = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "AutoModelForCausalLM" in code
