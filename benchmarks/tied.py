@@ -66,7 +66,7 @@ def main() -> None:
         ways: tuple[Tied, ...] = ("untie", "both")
         for tied in ways:
             with tempfile.TemporaryDirectory() as directory:
-                saved = bake(loaded, intervention, Path(directory) / "edited", tied=tied).directory
+                saved = bake(loaded, intervention, Path(directory) / "edited", EditSettings(tied=tied)).directory
                 scores = evaluate(loaded, load(str(saved), dtype=options.dtype), prompts, settings)
             assert scores.kl is not None and scores.kl.harmless_answered is not None
             refusals, distance = scores.sets["harmful"].refusals, scores.kl.harmless_answered

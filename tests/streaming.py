@@ -10,7 +10,7 @@ from remove_refusals.directions.direction import direction_from_vectors
 from remove_refusals.directions.intervention import intervene
 from remove_refusals.models.load import LoadedModel
 from remove_refusals.progress import Progress
-from remove_refusals.settings import DiskSettings
+from remove_refusals.settings import DiskSettings, EditSettings
 from remove_refusals.types import DirectionOrigin
 
 
@@ -27,8 +27,8 @@ def saved(folder, model_type, dtype=torch.bfloat16, shards="1GB", **overrides):
     return LoadedModel(model.float(), tiny.tokenizer(), str(folder / "base"), checkpoint_dtype=dtype)
 
 
-def streamed(folder, intervention, name="streamed", *, on_progress=None, **options):
+def streamed(folder, intervention, name="streamed", *, on_progress=None, force=False, **options):
     """The edit of `base`; options of how files are written go where they belong."""
     disk = {key: options.pop(key) for key in ("memory", "jobs", "certify") if key in options}
-    more = {"disk": DiskSettings(**disk), "progress": Progress(on_progress)}
-    return bake(open_base(folder / "base"), intervention, folder / name, **more, **options)
+    more = {"disk": DiskSettings(**disk), "progress": Progress(on_progress), "force": force}
+    return bake(open_base(folder / "base"), intervention, folder / name, EditSettings(**options), **more)

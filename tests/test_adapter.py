@@ -21,6 +21,7 @@ from remove_refusals.directions.intervention import intervene
 from remove_refusals.directions.saved import save_direction
 from remove_refusals.errors import ArchitectureError, DirectionError, ModelError
 from remove_refusals.models.load import load
+from remove_refusals.settings import EditSettings
 from remove_refusals.types import DirectionOrigin, Intervention, SiteEdit
 
 # Plain, with gains behind the writers and a scaled tied embedding, Conv1D with biases, biases on the input side only,
@@ -62,7 +63,7 @@ def logits(model):
 def adapter(model, intervention, **options):
     """The adapter of a model in memory."""
     base = Base(model, "somewhere")
-    return peft_adapter(base, base.plan(intervention, **options))
+    return peft_adapter(base, base.plan(intervention, EditSettings(**options)))
 
 
 def adapted(model, intervention, directory):
@@ -76,7 +77,7 @@ def adapted(model, intervention, directory):
 def edited(model, intervention, **options):
     """A copy of the model with the edit in its weights."""
     other = copy.deepcopy(model)
-    bake_in_place(other, intervention, **options)
+    bake_in_place(other, intervention, EditSettings(**options))
     return other
 
 

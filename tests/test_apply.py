@@ -19,6 +19,7 @@ from remove_refusals.directions.saved import load_direction
 from remove_refusals.errors import DirectionError, OutputError
 from remove_refusals.modelmap.derive import map_model
 from remove_refusals.models.load import LoadedModel, load
+from remove_refusals.settings import EditSettings
 from remove_refusals.types import DirectionOrigin
 
 
@@ -31,7 +32,7 @@ def edited_files(model, intervention, directory, **options):
     """The model as `bake` leaves it, loaded."""
     model.save_pretrained(directory / "base")
     base = Base(model, str(directory / "base"), directory=directory / "base")
-    bake(base, intervention, directory / "edited", **options)
+    bake(base, intervention, directory / "edited", EditSettings(**options))
     return AutoModelForCausalLM.from_pretrained(directory / "edited").eval()
 
 

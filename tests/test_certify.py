@@ -16,6 +16,7 @@ from remove_refusals.directions.direction import direction_from_vectors
 from remove_refusals.directions.intervention import intervene
 from remove_refusals.errors import ArchitectureError
 from remove_refusals.models.load import LoadedModel
+from remove_refusals.settings import EditSettings
 from remove_refusals.types import DirectionOrigin
 
 EXPERT = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
@@ -91,7 +92,7 @@ def test_a_variant_is_what_is_saved_and_certified(tmp_path):
     loaded = LoadedModel(model, tiny.tokenizer(), str(tmp_path / "base"), checkpoint_dtype=torch.float32)
     vector = torch.randn(zoo.D_MODEL, generator=torch.Generator().manual_seed(0))
     intervention = intervene(direction_from_vectors(vector, DirectionOrigin(method="given")), zoo.N_LAYERS)
-    kept = bake(loaded, intervention, tmp_path / "kept", variant="norm-preserving")
+    kept = bake(loaded, intervention, tmp_path / "kept", EditSettings(variant="norm-preserving"))
     assert kept.certificate.passed and kept.record.plan.variant == "norm-preserving"
     name = "model.layers.1.mlp.down_proj.weight"
     before, after = (load_file(tmp_path / folder / "model.safetensors")[name] for folder in ("base", "kept"))
@@ -134,7 +135,7 @@ def tied(folder):
 
 def test_an_untied_copy_is_certified_and_must_be_the_unedited_embedding(tmp_path):
     loaded, intervention = tied(tmp_path)
-    result = bake(loaded, intervention, tmp_path / "edited", tied="untie")
+    result = bake(loaded, intervention, tmp_path / "edited", EditSettings(tied="untie"))
     assert result.certificate.passed and result.record.plan.embedding_untied is True
     assert certify_directory(tmp_path / "edited", str(tmp_path / "base")).problems == ()
     files = [load_file(tmp_path / folder / "model.safetensors") for folder in ("base", "edited")]
@@ -150,7 +151,7 @@ def test_an_untied_copy_is_certified_and_must_be_the_unedited_embedding(tmp_path
 
 def test_a_tensor_that_stays_tied_is_certified_as_the_one_that_was_edited(tmp_path):
     loaded, intervention = tied(tmp_path)
-    result = bake(loaded, intervention, tmp_path / "edited", tied="both")
+    result = bake(loaded, intervention, tmp_path / "edited", EditSettings(tied="both"))
     assert result.certificate.passed and result.record.plan.embedding_untied is False
     assert certify_directory(tmp_path / "edited", str(tmp_path / "base")).problems == ()
     assert "lm_head.weight" not in load_file(tmp_path / "edited" / "model.safetensors")
@@ -171,7 +172,7 @@ def test_a_leak_that_is_allowed_is_measured_and_recorded(tmp_path):
     intervention = intervene(direction_from_vectors(vector, DirectionOrigin(method="given")), zoo.N_LAYERS)
     with pytest.raises(ArchitectureError, match="'bert'"):
         bake(loaded, intervention, tmp_path / "refused")
-    made = bake(loaded, intervention, tmp_path / "edited", allow_leak=True)
+    made = bake(loaded, intervention, tmp_path / "edited", EditSettings(allow_leak=True))
     assert made.record.leak.largest_component == max(made.certificate.boundaries)
     leak = json.loads((tmp_path / "edited" / "ablation.json").read_text())["leak"]
     assert leak["largest_component"] > 1e-3 and "passes through" in leak["why"][0]

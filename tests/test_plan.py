@@ -10,6 +10,7 @@ from remove_refusals.directions.plan import resolve
 from remove_refusals.errors import ArchitectureError, DirectionError
 from remove_refusals.formula import ChannelStep, pull_back
 from remove_refusals.modelmap.derive import map_model
+from remove_refusals.settings import EditSettings
 from remove_refusals.types import DirectionOrigin, Intervention, SiteEdit
 
 
@@ -19,7 +20,7 @@ def direction(d_model=zoo.D_MODEL, seed=0):
 
 
 def plan_for(model, intervention, **options):
-    return resolve(intervention, map_model(model), model.get_parameter, **options)
+    return resolve(intervention, map_model(model), model.get_parameter, EditSettings(**options))
 
 
 def test_a_range_of_layers_leaves_the_others_and_says_so():

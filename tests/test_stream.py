@@ -29,6 +29,7 @@ from remove_refusals.models.checkpoint import (
     tensor_slices,
     write_slice,
 )
+from remove_refusals.settings import EditSettings
 from streaming import saved, streamed, taken_out
 
 SHARDED = "60KB"
@@ -77,7 +78,7 @@ def test_of_a_loaded_model_the_files_are_edited(tmp_path):
 def in_memory(folder, intervention, **options):
     """The edit of the loaded model, in the data type of its files, saved as Transformers does."""
     model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype="auto")
-    bake_in_place(model, intervention, **options)
+    bake_in_place(model, intervention, EditSettings(**options))
     model.save_pretrained(folder / "in-memory")
     return folder / "in-memory"
 

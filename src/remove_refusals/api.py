@@ -270,9 +270,7 @@ def bake(
         base if isinstance(base, LoadedModel) else made_from,
         as_intervention(what, made_from.model_map, chosen),
         output,
-        tied=chosen.tied,
-        allow_leak=chosen.allow_leak,
-        variant=chosen.variant,
+        chosen,
         force=force,
         progress=progress,
     )
@@ -297,4 +295,4 @@ def bake_in_place(model: Any, what: Taken, *, settings: EditSettings | None = No
     """
     chosen = settings or EditSettings()
     intervention = as_intervention(what, model, chosen)
-    edit(model, intervention, tied=chosen.tied, allow_leak=chosen.allow_leak, variant=chosen.variant)
+    edit(model, intervention, chosen)

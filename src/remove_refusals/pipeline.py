@@ -158,7 +158,7 @@ def _run_into(
         notes = (*said, *_outlier_warning(found, settings))
         choice = _Choice(as_intervention(found.directions, loaded, edit), found.prompts, notes)
     base = base_of(loaded)
-    plan = base.plan(choice.intervention, tied=edit.tied, allow_leak=edit.allow_leak, variant=edit.variant)
+    plan = base.plan(choice.intervention, edit)
     baked = write_baked(base, choice.intervention, plan, directory, progress=progress)
     local = settings.loading.model_copy(update={"revision": None})
     edited = load_model(str(directory), local, chat=settings.chat, batch_size=settings.batch_size)

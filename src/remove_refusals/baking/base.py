@@ -43,7 +43,7 @@ from remove_refusals.models import (
     weights_directory,
 )
 from remove_refusals.report import AblationRecord, AdapterRecord, BaseRecord, DirectionRecord, PlanRecord
-from remove_refusals.settings import Tied, Variant
+from remove_refusals.settings import EditSettings
 from remove_refusals.types import Intervention
 
 MODIFIED = "The refusal direction was taken out of this model's weights; it is not the base model."
@@ -153,16 +153,9 @@ class Base:
             )
         return torch.stack(parts)
 
-    def plan(
-        self,
-        intervention: Intervention,
-        *,
-        tied: Tied = "untie",
-        allow_leak: bool = False,
-        variant: Variant = "plain",
-    ) -> EditPlan:
+    def plan(self, intervention: Intervention, settings: EditSettings | None = None) -> EditPlan:
         """Resolve an intervention against it; an embedding that the files hold twice is edited as they hold it."""
-        plan = resolve(intervention, self.model_map, self.tensor, tied=tied, allow_leak=allow_leak, variant=variant)
+        plan = resolve(intervention, self.model_map, self.tensor, settings)
         embedding = self.model_map.input_embedding
         entry = next((entry for entry in plan.entries if entry.parameter == embedding), None)
         if entry is None or self.directory is None or not self.model_map.tied:

@@ -32,7 +32,7 @@ from remove_refusals.modelmap import by_stored_name, map_model
 from remove_refusals.models import UNWANTED, LoadedModel, checkpoint_files, load, local_directory, read_header
 from remove_refusals.progress import SILENT, Progress
 from remove_refusals.report import AblationRecord, Certificate, LeakRecord
-from remove_refusals.settings import VARIANTS, DiskSettings, Tied, Variant
+from remove_refusals.settings import VARIANTS, DiskSettings, EditSettings, Tied
 from remove_refusals.types import Intervention
 
 _LEFT = (
@@ -61,25 +61,19 @@ def bake(
     model: Base | LoadedModel | str | Path,
     intervention: Intervention,
     output: Path | str,
+    settings: EditSettings | None = None,
     *,
-    tied: Tied = "untie",
-    allow_leak: bool = False,
-    variant: Variant = "plain",
     force: bool = False,
     disk: DiskSettings | None = None,
     progress: Progress = SILENT,
 ) -> Baked:
-    """Edit a model's files: all that is beside the weights goes along, and every byte but the writers' is the base's.
+    """Edit a model's files; a call that was killed goes on when repeated, and ends with the same bytes.
 
-    The output grows in a directory beside its place, which is renamed at the end. If the process is killed, the same
-    call goes on from the files that are whole, and ends with the same bytes as one that was left alone.
-
-    Of a loaded model the files that it was loaded from are edited, and one that has none is saved first. Where a loaded
-    model was given, or the edit leaks, the result is loaded and what it holds between layers measured.
+    Where a loaded model was given, or the edit leaks, the result is loaded and what it holds between layers measured.
     """
     base, target = base_of(model), Path(output)
     check_not_source(target, base.source, base.revision)
-    plan = base.plan(intervention, tied=tied, allow_leak=allow_leak, variant=variant)
+    plan = base.plan(intervention, settings)
     with resumable_directory(target, force=force) as directory:
         baked = write_baked(base, intervention, plan, directory, force=force, disk=disk, progress=progress)
         loaded = isinstance(model, LoadedModel) and not model.is_offloaded
@@ -166,7 +160,7 @@ def certify_directory(directory: Path, base: str, *, trust_remote_code: bool = F
                 "version of this package that made it."
             )
         tied: Tied = "untie" if record.plan.embedding_untied or not made_from.tied else "both"
-        plan = made_from.plan(intervention, tied=tied, allow_leak=True, variant=variant)
+        plan = made_from.plan(intervention, EditSettings(tied=tied, allow_leak=True, variant=variant))
         return _certified(directory, made_from, plan, DiskSettings(memory=1 << 28))
 
 

@@ -21,7 +21,7 @@ from remove_refusals.errors import ArchitectureError, OutputError, require_packa
 from remove_refusals.files import atomic_file
 from remove_refusals.modelmap import DiskTensor, ModelMap, Writer
 from remove_refusals.report import AdapterRecord
-from remove_refusals.settings import Tied, Variant
+from remove_refusals.settings import EditSettings
 from remove_refusals.types import Intervention
 
 
@@ -29,17 +29,15 @@ def bake_gguf_lora(
     base: Base,
     intervention: Intervention,
     output: Path | str,
+    settings: EditSettings | None = None,
     *,
-    tied: Tied = "untie",
-    allow_leak: bool = False,
-    variant: Variant = "plain",
     force: bool = False,
 ) -> Carried:
     """Write a LoRA that is exactly the edit, as a GGUF file for llama.cpp's `--lora`.
 
     The base is in full precision; the record lies in the file's metadata, as `remove_refusals.ablation`.
     """
-    plan = base.plan(intervention, tied=tied, allow_leak=allow_leak, variant=variant)
+    plan = base.plan(intervention, settings)
     adapter = gguf_lora(base, plan)
     about = AdapterRecord(kind="gguf-lora", rank=adapter.rank, dtype="float32", tensors=len(adapter.tensors))
     record = base.ablation(intervention, plan, adapter=about)

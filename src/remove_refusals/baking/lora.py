@@ -24,7 +24,7 @@ from remove_refusals.errors import ArchitectureError, ModelError
 from remove_refusals.files import atomic_directory
 from remove_refusals.modelmap import skeleton
 from remove_refusals.report import AblationRecord, AdapterRecord, adapter_card
-from remove_refusals.settings import Tied, Variant
+from remove_refusals.settings import EditSettings
 from remove_refusals.types import Intervention
 
 
@@ -41,10 +41,8 @@ def bake_lora(
     base: Base,
     intervention: Intervention,
     output: Path | str,
+    settings: EditSettings | None = None,
     *,
-    tied: Tied = "untie",
-    allow_leak: bool = False,
-    variant: Variant = "plain",
     dtype: torch.dtype = torch.float32,
     force: bool = False,
 ) -> Carried:
@@ -55,7 +53,7 @@ def bake_lora(
     peft_package()
     target = Path(output)
     check_not_source(target, base.source, base.revision)
-    plan = base.plan(intervention, tied=tied, allow_leak=allow_leak, variant=variant)
+    plan = base.plan(intervention, settings)
     adapter = peft_adapter(base, plan, dtype)
     about = AdapterRecord(
         kind="peft-lora",

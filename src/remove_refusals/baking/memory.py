@@ -13,26 +13,16 @@ from remove_refusals.errors import ModelError, OutputError, require_package
 from remove_refusals.formula import project_out
 from remove_refusals.modelmap import map_model
 from remove_refusals.models import LoadedModel, load_model
-from remove_refusals.settings import ChatFormat, LoadSettings, Tied, Variant
+from remove_refusals.settings import ChatFormat, EditSettings, LoadSettings
 from remove_refusals.types import Intervention
 
 
 def bake_in_place(
-    model: PreTrainedModel | LoadedModel,
-    intervention: Intervention,
-    *,
-    tied: Tied = "untie",
-    allow_leak: bool = False,
-    variant: Variant = "plain",
+    model: PreTrainedModel | LoadedModel, intervention: Intervention, settings: EditSettings | None = None
 ) -> EditPlan:
-    """Take directions out of a model's own parameters and say what was done to which; nothing is written.
-
-    With `untie` an unembedding that is also the embedding gets a copy first. Only the `plain` variant is what hooks do.
-    """
+    """Take directions out of a model's own parameters and say what was done to which; nothing is written."""
     model = model.model if isinstance(model, LoadedModel) else model
-    plan = resolve(
-        intervention, map_model(model), model.get_parameter, tied=tied, allow_leak=allow_leak, variant=variant
-    )
+    plan = resolve(intervention, map_model(model), model.get_parameter, settings)
     for entry in plan.entries:
         parameter = model.get_parameter(entry.parameter)
         if parameter.is_meta or not parameter.is_floating_point() or parameter.shape != entry.shape:

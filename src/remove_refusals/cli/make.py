@@ -1,7 +1,7 @@
 """Commands that make something: a direction, an edited model, a repository on the hub."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
@@ -122,12 +122,11 @@ def bake(
     made_before = None if repeat is None else baking.load_intervention(repeat)
     directions = () if direction is None else load_directions(direction)
     base = baking.open_base(model, revision=loading.revision, trust_remote_code=loading.trust_remote_code)
-    options: dict[str, Any] = {"tied": edit.tied, "allow_leak": edit.allow_leak, "variant": edit.variant}
     model_map = base.model_map
     intervention = made_before or as_intervention(directions, model_map, edit)
     if kind == "checkpoint":
         with printing.progress() as progress:
-            baked = baking.bake(base, intervention, output, **options, force=force, disk=disk, progress=progress)
+            baked = baking.bake(base, intervention, output, edit, force=force, disk=disk, progress=progress)
         printing.finish(
             {"output": str(output), "record": baked.record.to_json()},
             f"Saved to {output}.",
@@ -135,7 +134,7 @@ def bake(
         )
         return
     make = baking.bake_lora if kind == "lora" else baking.bake_gguf_lora
-    carried = make(base, intervention, output, **options, force=force)
+    carried = make(base, intervention, output, edit, force=force)
     names = {entry.parameter for entry in carried.plan.entries}
     remarks = [f"The adapter changes {len(names)} tensors of model type {model_map.model_type}; the base stays."]
     if base.tied and model_map.input_embedding in names:

@@ -9,7 +9,7 @@ from remove_refusals.directions.intervention import check_fit
 from remove_refusals.errors import ArchitectureError
 from remove_refusals.formula import pull_back
 from remove_refusals.modelmap import DiskTensor, ModelMap
-from remove_refusals.settings import SiteKind, Tied, Variant
+from remove_refusals.settings import EditSettings, SiteKind, Variant
 from remove_refusals.types import Intervention
 
 
@@ -71,17 +71,16 @@ def resolve(
     intervention: Intervention,
     model_map: ModelMap,
     tensor_of: Callable[[str], torch.Tensor],
-    *,
-    tied: Tied = "untie",
-    allow_leak: bool = False,
-    variant: Variant = "plain",
+    settings: EditSettings | None = None,
 ) -> EditPlan:
     """Resolve an intervention against one model; of `tensor_of` only norm gains are asked, by their names in the model.
 
-    An edit of strength 0 is listed under `left`, as is every writer of a site without an edit.
+    An edit of strength 0 is listed under `left`, as is every writer of a site without an edit. What is taken out where
+    is the intervention's; of the settings the rest counts.
     """
+    settings = settings or EditSettings()
     check_fit(intervention, model_map)
-    check_exact(model_map, allow_leak=allow_leak)
+    check_exact(model_map, allow_leak=settings.allow_leak)
     edits = {(edit.kind, edit.layer): edit for edit in intervention.edits}
     entries: dict[str, PlanEntry] = {}
     left: list[tuple[str, str]] = []
@@ -107,6 +106,5 @@ def resolve(
                     f"Parameter '{writer.parameter}' writes to the residual stream at two sites that want two "
                     "different edits, expected one edit per tensor; use the same strength and direction for both."
                 )
-    edits_embedding = model_map.input_embedding in entries
-    untie = model_map.tied and edits_embedding and tied == "untie"
-    return EditPlan(tuple(entries.values()), untie, tuple(left), model_map.leaks, variant)
+    untie = model_map.tied and model_map.input_embedding in entries and settings.tied == "untie"
+    return EditPlan(tuple(entries.values()), untie, tuple(left), model_map.leaks, settings.variant)
