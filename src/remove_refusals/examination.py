@@ -57,13 +57,7 @@ direction is taken out of the upper half of the layers only. Taken out everywher
 
 @dataclass(frozen=True, eq=False)
 class Examination:
-    """What was found of a model.
-
-    Attributes:
-        analysis: How far apart its harmful and harmless prompts lie, and where that comes from.
-        direction: The difference of the means where the last token separates best.
-        evaluation: What the model answers as it is, and with that direction taken out as it runs; None without answers.
-    """
+    """What was found of a model: the direction is taken where the last token separates best, and is out in `edited`."""
 
     analysis: AnalysisRecord
     direction: Direction
@@ -183,15 +177,7 @@ def _direction(activations: Sequence[Activations], separated: Separation) -> Dir
 
 
 class InspectedWriter(Record):
-    """A tensor that writes to the residual stream; `missing` if the files are at hand and do not hold it.
-
-    Attributes:
-        on_disk: Its name in the files.
-        axis: Its axis of width d_model.
-        norm: What lies between it and the residual stream.
-        tied: Whether it is the unembedding too.
-        dtype: Its data type, where the files are at hand.
-    """
+    """A tensor that writes to the residual stream, through `norm`; `missing` if the files at hand do not hold it."""
 
     site: SiteKind
     layer: int | None = None
@@ -221,13 +207,7 @@ class Inspection(Record):
 
 
 def inspect(source: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Inspection:
-    """Describe what an edit of a model would touch, from its configuration and the headers of its files alone.
-
-    Args:
-        source: A directory or a hub id.
-        revision: The hub's branch, tag or commit.
-        trust_remote_code: Run Python code that comes with the checkpoint.
-    """
+    """Describe what an edit of a model would touch, from its configuration and the headers of its files alone."""
     model_map = map_model(skeleton_of(source, revision=revision, trust_remote_code=trust_remote_code))
     directory = local_directory(source, revision)
     at_hand = directory is not None and any(directory.glob("*.safetensors"))
@@ -277,11 +257,8 @@ Status = Literal["changed", "only in the first", "only in the second", "another 
 class TensorDifference(Record):
     """One tensor that two checkpoints do not have in common.
 
-    Attributes:
-        relative: `‖B - A‖ / ‖A‖` (Frobenius norms); None where the two cannot be subtracted, or A is zero.
-        along: The share of `‖B - A‖²` that lies along the direction, as it reaches the residual stream; None without
-            a direction, or for a tensor that does not write to the residual stream.
-        axis: The axis that this was measured along.
+    `relative` is `‖B - A‖ / ‖A‖` (Frobenius norms); `along` is the share of `‖B - A‖²` that lies along the direction,
+    as it reaches the residual stream, for a tensor that writes to it.
     """
 
     name: str
@@ -292,10 +269,7 @@ class TensorDifference(Record):
 
 
 class Differences(Record):
-    """What two checkpoints do not have in common, and how many tensors are the same byte for byte.
-
-    `relative` and `along` are those of all tensors together for which each was measured.
-    """
+    """What two checkpoints do not have in common, one by one and together; `identical` tensors are so byte for byte."""
 
     tensors: tuple[TensorDifference, ...]
     identical: int
@@ -326,15 +300,7 @@ class _Squares(NamedTuple):
 def diff(
     first: str, second: str, direction: Direction | None = None, *, trust_remote_code: bool = False
 ) -> Differences:
-    """Compare two checkpoints on disk, slice by slice; no model is loaded.
-
-    Args:
-        first: A directory, a hub id in the local cache, or `demo`.
-        second: Another one.
-        direction: What share of the differences lies along it is measured, where norms lie between a tensor and the
-            residual stream behind them.
-        trust_remote_code: Run Python code that comes with the first.
-    """
+    """Compare two checkpoints on disk, slice by slice, and measure what of the differences lies along a direction."""
     folders = [_directory(name) for name in (first, second)]
     tensors = [checkpoint_tensors(folder) for folder in folders]
     bases: Mapping[str, tuple[int, torch.Tensor]] = {}

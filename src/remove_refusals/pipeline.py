@@ -289,10 +289,7 @@ def compare(settings: RunSettings, edited: str, *, progress: Progress = SILENT) 
 
 
 class Reproduction(Record):
-    """What a repeated run gave: files by name, each with its SHA-256 in the directory and in the repeated run.
-
-    `versions` are those that differ, as recorded and now.
-    """
+    """What a repeated run gave: files by name, each with its SHA-256 before and now, and the versions that differ."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -311,20 +308,11 @@ class Reproduction(Record):
 
 
 def reproduce(
-    directory: Path,
-    *,
-    model: str | None = None,
-    files: Path | None = None,
-    progress: Progress = SILENT,
+    directory: Path, *, model: str | None = None, files: Path | None = None, progress: Progress = SILENT
 ) -> Reproduction:
-    """Repeat a run, and say what came out the same.
+    """Repeat the run that left a directory, and say what came out the same.
 
-    Args:
-        directory: What `run` left.
-        model: Where the base model is; by default as the record calls it.
-        files: Where prompt files, and whatever else the settings name, lie; the record holds their names alone. By
-            default the working directory.
-        progress: Told of every stage.
+    The record holds names alone: `files` is where prompt files lie, and `model` where the base is, if elsewhere.
     """
     record = AblationRecord.read(directory / "ablation.json", error=RecordError)
     try:

@@ -3,13 +3,12 @@
 from remove_refusals.baking.base import Base, base_of, check_not_source, load_intervention, open_base
 from remove_refusals.baking.disk import Baked, bake, certify_directory, with_boundaries, write_baked
 from remove_refusals.baking.gguf import bake_gguf_lora
-from remove_refusals.baking.lora import Carried, bake_lora
-from remove_refusals.baking.memory import bake_in_place, is_adapter, load_edited, with_adapter
+from remove_refusals.baking.lora import bake_lora
+from remove_refusals.baking.memory import bake_in_place, load_edited
 
 __all__ = [
     "Baked",
     "Base",
-    "Carried",
     "bake",
     "bake_gguf_lora",
     "bake_in_place",
@@ -17,11 +16,9 @@ __all__ = [
     "base_of",
     "certify_directory",
     "check_not_source",
-    "is_adapter",
     "load_edited",
     "load_intervention",
     "open_base",
-    "with_adapter",
     "with_boundaries",
     "write_baked",
 ]

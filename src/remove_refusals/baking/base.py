@@ -71,13 +71,9 @@ class Copy:
 
 @dataclass(frozen=True, eq=False)
 class Base:
-    """A model that something is made from.
+    """A model that something is made from; where it has files, its own weights are not looked at and may be missing.
 
-    Attributes:
-        model: The model; where it has files its own weights are not looked at, and may be missing.
-        source: The directory or hub id that it was loaded from, `demo` resolved; or what to call it.
-        directory: Where its files are; None for a model in memory alone.
-        converted: Where its weights are as safetensors, if they are not in `directory`.
+    `converted` is where its weights are as safetensors, if they are not in `directory`.
     """
 
     model: PreTrainedModel
@@ -184,8 +180,7 @@ class Base:
             stored = next((names for names in group if all(name in self.stored for name in names)), None)
             edited = self._embedding_names.isdisjoint(name for names in group for name in names)
             for names in group if stored is not None else ():
-                assert stored is not None
-                new = zip(names, stored, strict=True)
+                new = zip(names, stored or (), strict=True)
                 added |= {name: Copy(source, edited) for name, source in new if name not in self.stored}
         return added
 
@@ -282,10 +277,7 @@ def open_base(source: str | Path, *, revision: str | None = None, trust_remote_c
 
 
 def base_of(model: "Base | LoadedModel | str | Path") -> Base:
-    """Give the base that a loaded model was loaded from, or of a checkpoint by its name; one in memory alone has none.
-
-    Of a model that is whole in memory the map is known, and the names on disk are those that it was loaded by.
-    """
+    """Give the base that a loaded model was loaded from, or of a checkpoint by its name; one in memory has no files."""
     if isinstance(model, Base):
         return model
     if not isinstance(model, LoadedModel):
@@ -378,10 +370,7 @@ def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
 
 
 def convert(directory: Path, target: Path) -> Path:
-    """Write the .bin files of a checkpoint as safetensors files, shard by shard, shared memory once for each name.
-
-    The files' times are those of the .bin files, so that the same base is known again.
-    """
+    """Write the .bin files of a checkpoint as safetensors files, shard by shard, shared memory once for each name."""
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     weight_map: dict[str, str] = {}
@@ -393,6 +382,7 @@ def convert(directory: Path, target: Path) -> Path:
         tensors = {key: tensor for key, tensor in _read_pickled(path).items() if key not in weight_map}
         total += _write(tensors, target / name)
         weight_map |= dict.fromkeys(tensors, name)
+        # With the times of the .bin files the same base is known again.
         times = path.stat()
         os.utime(target / name, ns=(times.st_atime_ns, times.st_mtime_ns))
     if len(paths) > 1:

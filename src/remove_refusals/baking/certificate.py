@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 
 from remove_refusals.baking.base import Base
+from remove_refusals.baking.shards import planned_edits
 from remove_refusals.directions import EditPlan, PlanEntry
 from remove_refusals.formula import blocks, project_out_in_place, whole_blocks
-from remove_refusals.modelmap import DiskTensor, by_stored_name
+from remove_refusals.modelmap import by_stored_name
 from remove_refusals.models import (
     BlockTensor,
     Place,
@@ -28,10 +29,7 @@ from remove_refusals.models import (
     workers,
 )
 from remove_refusals.report import Certificate, WriterCertificate
-from remove_refusals.settings import Variant
-
-DEFAULT_MEMORY = 1 << 28
-"""How many bytes are held at once if nothing is said."""
+from remove_refusals.settings import DiskSettings, Variant
 
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float64: 2.0**-53}
 """Half a unit in the last place, relative to a number: the largest error of one rounding."""
@@ -57,6 +55,11 @@ class PlainTensor:
         return str(float_dtype(*self.place)).removeprefix("torch.")
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape in the file."""
+        return self.place[1].shape
+
+    @property
     def itemsize(self) -> int:
         """How many bytes a number has."""
         return float_dtype(*self.place).itemsize
@@ -73,8 +76,7 @@ class PlainTensor:
                 if room is None:
                     # The first part is the largest.
                     room = torch.empty(part.run * part.runs, dtype=torch.uint8)
-                values = read_slice(file, entry.start, part, dtype, room=room)
-                yield values
+                yield read_slice(file, entry.start, part, dtype, room=room)
 
 
 Readable = PlainTensor | BlockTensor
@@ -85,24 +87,20 @@ class _Pair:
     """A planned tensor before and after."""
 
     entry: PlanEntry
-    tensor: DiskTensor
+    name: str
     original: Readable
     saved: Readable
 
 
-def certify(
-    directory: Path, base: Base, plan: EditPlan, *, memory: int = DEFAULT_MEMORY, jobs: int | None = None
-) -> Certificate:
-    """Measure saved files against their base, which has safetensors, and a plan; the certificate may pass or not.
-
-    At most `memory` bytes are held at once, and `jobs` tensors are read at once.
-    """
+def certify(directory: Path, base: Base, plan: EditPlan, disk: DiskSettings | None = None) -> Certificate:
+    """Measure saved files against their base, which has safetensors, and a plan; the certificate may pass or not."""
+    disk = disk or DiskSettings()
     before, after = (by_stored_name(checkpoint_tensors(path), base.model_map) for path in (base.weights, directory))
     problems: list[str] = []
-    writers, planned = _pairs(before, after, plan, (base.name, directory.name), problems)
+    writers, planned = _pairs(before, after, plan, (base.files, directory), problems)
     # In the order of the files, so that the disk is read from front to back.
     others = [name for name in before if name in after and name not in planned]
-    jobs, share = shares(memory, jobs, len(writers) + len(others))
+    jobs, share = shares(disk.memory, disk.jobs, len(writers) + len(others))
     with workers(jobs) as pool:
         measured = pool.map(lambda pair: _writer(pair, plan.variant, share), writers)
         equal = pool.map(lambda name: same_bytes(after[name], before[name]), others)
@@ -142,38 +140,32 @@ def _pairs(
     before: Mapping[str, Place],
     after: Mapping[str, Place],
     plan: EditPlan,
-    names: tuple[str, str],
+    directories: tuple[Path, Path],
     problems: list[str],
 ) -> tuple[list[_Pair], set[str]]:
     """Find each planned tensor in both checkpoints, and name all that belong to the plan; the rest are problems."""
     planned: set[str] = set()
     pairs: list[_Pair] = []
-    for entry in plan.entries:
-        if not entry.on_disk:
-            problems.append(f"Writer '{entry.parameter}' is to be edited and its name on disk is unknown.")
-        for tensor in entry.on_disk:
-            planned.add(tensor.name)
-            blocks = find_block_tensor(tensor.name, before), find_block_tensor(tensor.name, after)
-            if blocks[0] is not None and blocks[1] is not None and blocks[0].shape == blocks[1].shape:
-                planned.update(blocks[0].names)
-                pairs.append(_Pair(entry, tensor, blocks[0], blocks[1]))
-                continue
-            if tensor.name not in before or tensor.name not in after:
-                where = names[0] if tensor.name not in before else names[1]
-                problems.append(f"Writer '{tensor.name}' is to be edited and is missing in {where}.")
-                continue
-            original, saved = before[tensor.name], after[tensor.name]
-            if saved[1].shape != original[1].shape:
-                shapes = f"{saved[1].shape} and the base's has {original[1].shape}"
-                problems.append(f"Writer '{tensor.name}' has shape {shapes}.")
-                continue
-            first, second = (PlainTensor(place, tensor.axis) for place in (original, saved))
-            pairs.append(_Pair(entry, tensor, first, second))
+    for name, path, edit in planned_edits(directories[0], plan, before):
+        planned |= {name} if edit.block is None else {name, *edit.block.names}
+        if edit.block is not None and edit.tensor is edit.block.scales[1]:
+            # Numbers and scales are one tensor here.
+            continue
+        original: Readable = edit.block or PlainTensor((path, edit.tensor), edit.axis)
+        saved: Readable | None = find_block_tensor(name, after)
+        if edit.block is None:
+            saved = PlainTensor(after[name], edit.axis) if name in after else None
+        if saved is None:
+            problems.append(f"Writer '{name}' is to be edited and is missing in {directories[1].name}.")
+        elif saved.shape != original.shape:
+            problems.append(f"Writer '{name}' has shape {saved.shape} and the base's has {original.shape}.")
+        else:
+            pairs.append(_Pair(edit.entry, name, original, saved))
     return pairs, planned
 
 
 def _writer(pair: _Pair, variant: Variant, memory: int) -> WriterCertificate:
-    entry, tensor, saved = pair.entry, pair.tensor, pair.saved
+    entry, saved = pair.entry, pair.saved
     found = deviation(pair.original, saved, entry, variant, memory)
     # The edit itself is computed in float32, whose errors add up along the axis.
     arithmetic = 4 * ROUNDING[torch.float32] * max(found.original, found.planned) ** 0.5
@@ -181,7 +173,7 @@ def _writer(pair: _Pair, variant: Variant, memory: int) -> WriterCertificate:
     # A number of a quantised format may go to either of its neighbours.
     rounding = found.step**0.5 if quantised else ROUNDING[getattr(torch, saved.dtype)] * found.saved**0.5
     return WriterCertificate(
-        name=tensor.name,
+        name=pair.name,
         parameter=entry.parameter,
         kind=entry.kind,
         layer=entry.layer,

@@ -99,7 +99,7 @@ def write_baked(
     try:
         safe = base.as_safetensors(scratch)
         stream = plan_files(safe, plan)
-        hashes = stream_edited(stream, directory, memory=disk.memory, jobs=disk.jobs, force=force, progress=progress)
+        hashes = stream_edited(stream, directory, disk, force=force, progress=progress)
         _carry_along(safe, plan, directory)
         certificate = None
         if disk.certify:
@@ -166,7 +166,7 @@ def certify_directory(directory: Path, base: str, *, trust_remote_code: bool = F
 
 def _certified(directory: Path, base: Base, plan: EditPlan, disk: DiskSettings) -> Certificate:
     """Measure the tensors, and compare the weight files that no index names."""
-    certificate = certify(directory, base, plan, memory=disk.memory, jobs=disk.jobs)
+    certificate = certify(directory, base, plan, disk)
     problems = [
         f"The weight file {path} is missing or its bytes differ from the base's."
         for path in _carried(base, plan)

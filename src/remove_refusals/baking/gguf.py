@@ -33,10 +33,7 @@ def bake_gguf_lora(
     *,
     force: bool = False,
 ) -> Carried:
-    """Write a LoRA that is exactly the edit, as a GGUF file for llama.cpp's `--lora`.
-
-    The base is in full precision; the record lies in the file's metadata, as `remove_refusals.ablation`.
-    """
+    """Write a LoRA that is exactly the edit of a base in full precision, with its record in the file's metadata."""
     plan = base.plan(intervention, settings)
     adapter = gguf_lora(base, plan)
     about = AdapterRecord(kind="gguf-lora", rank=adapter.rank, dtype="float32", tensors=len(adapter.tensors))
@@ -54,11 +51,7 @@ _LOOKED_UP = ("position_embd.weight", "token_types.weight")
 
 @dataclass(frozen=True, eq=False)
 class GgufLora:
-    """A LoRA in llama.cpp's layout: float32 tensors by name, shapes in NumPy's order.
-
-    `architecture` must be that of the model's GGUF file; `rank`, that of most tensors, is also the value of
-    `adapter.lora.alpha`, so that the scale is 1.
-    """
+    """A LoRA in llama.cpp's layout: float32 tensors by name; `rank`, that of most, is also `adapter.lora.alpha`."""
 
     architecture: str
     rank: int
@@ -155,27 +148,20 @@ def _package() -> Any:
     return require_package("gguf", "gguf", "GGUF files", OutputError)
 
 
-def architecture_of(model_type: str) -> str:
-    """Give the value of `general.architecture` for the `model_type` of a configuration."""
-    found = ARCHITECTURES.get(model_type)
-    if found is None or found not in _package().MODEL_ARCH_NAMES.values():
-        raise ArchitectureError(
-            f"Model type '{model_type}' has no known architecture in GGUF files, expected one of "
-            f"{', '.join(sorted(ARCHITECTURES))}; save the edited weights and convert those instead."
-        )
-    return found
-
-
 class GgufNames:
     """The names of one model's tensors in a GGUF file."""
 
     def __init__(self, model_map: ModelMap) -> None:
         """Look the architecture up."""
-        gguf = _package()
-        self.architecture = architecture_of(model_map.model_type)
-        known = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == self.architecture)
+        gguf, self._model_type = _package(), model_map.model_type
+        self.architecture = ARCHITECTURES.get(self._model_type, "")
+        known = next((arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == self.architecture), None)
+        if known is None:
+            raise ArchitectureError(
+                f"Model type '{self._model_type}' has no known architecture in GGUF files, expected one of "
+                f"{', '.join(sorted(ARCHITECTURES))}; save the edited weights and convert those instead."
+            )
         self._map = gguf.get_tensor_name_map(known, model_map.n_layers)
-        self._model_type = model_map.model_type
 
     def find(self, parameter: str, on_disk: Iterable[DiskTensor] = ()) -> str | None:
         """Give a tensor's name in the GGUF file, by that in the model or on disk; None if there is no such tensor."""

@@ -18,9 +18,9 @@ from transformers.pytorch_utils import Conv1D
 
 from remove_refusals import formula
 from remove_refusals.baking.base import Base, check_not_source
-from remove_refusals.baking.memory import peft_package
+from remove_refusals.baking.memory import check_whole, peft_package
 from remove_refusals.directions import DIRECTIONS, EditPlan, PlanEntry, save_directions
-from remove_refusals.errors import ArchitectureError, ModelError
+from remove_refusals.errors import ArchitectureError
 from remove_refusals.files import atomic_directory
 from remove_refusals.modelmap import skeleton
 from remove_refusals.report import AblationRecord, AdapterRecord, adapter_card
@@ -46,10 +46,7 @@ def bake_lora(
     dtype: torch.dtype = torch.float32,
     force: bool = False,
 ) -> Carried:
-    """Write a LoRA that is exactly the edit, as a directory that PEFT loads, with a card, a record and the directions.
-
-    `tied="both"` is refused where an embedding is tied; a `dtype` of float32 keeps the edit exact.
-    """
+    """Write a LoRA that is exactly the edit (in float32) as a directory that PEFT loads, with card and record."""
     peft_package()
     target = Path(output)
     check_not_source(target, base.source, base.revision)
@@ -94,11 +91,7 @@ class PeftAdapter:
 
 
 def peft_adapter(base: Base, plan: EditPlan, dtype: torch.dtype = torch.float32) -> PeftAdapter:
-    """Build the LoRA that is an edit; of the base's model only the modules' types are looked at.
-
-    With `B` and `A` as PEFT calls them, a linear writer gets `B = -s Q` and `A = Qᵀ W`; the scale is 1 whatever the
-    rank. An edited bias is stored whole, as PEFT does with `bias="all"`.
-    """
+    """Build the LoRA that is an edit: `B = -s Q` and `A = Qᵀ W` for a linear writer; an edited bias is stored whole."""
     model, targets = base.model, {entry.parameter: target_of(base.model, entry) for entry in plan.entries}
     check_low_rank(plan, with_biases=True)
     _check_uses(base, plan, targets)
@@ -115,7 +108,9 @@ def peft_adapter(base: Base, plan: EditPlan, dtype: torch.dtype = torch.float32)
         tensor, target = base.tensor(entry.parameter), targets[entry.parameter]
         if target == "bias":
             edited = formula.project_out(tensor.float(), entry.basis, entry.strength, entry.axis)
-            stored = {_bias_key(entry.parameter, holders): edited}
+            # Within a module that PEFT wraps it lies one level down.
+            module, _, leaf = entry.parameter.rpartition(".")
+            stored = {f"{PREFIX}{module}.base_layer.{leaf}" if module in holders else PREFIX + entry.parameter: edited}
         else:
             factors = low_rank(entry, tensor)
             ranks[entry.parameter if target == "parameter" else _module_of(entry.parameter)] = factors.rank
@@ -144,11 +139,7 @@ def _check_uses(base: Base, plan: EditPlan, targets: dict[str, Target]) -> None:
 
 
 def target_of(model: PreTrainedModel, entry: PlanEntry) -> Target:
-    """Say how PEFT takes hold of a writer.
-
-    A module whose forward pass is not the one that PEFT expects of its type is not replaced; its parameter is adapted
-    instead, which is right whatever the module does with it.
-    """
+    """Say how PEFT takes hold of a writer: by its parameter where the module's forward is not what PEFT expects."""
     if is_bias(entry):
         return "bias"
     name, whole = _module_of(entry.parameter), entry.parameter.endswith(".weight") and len(entry.shape) == 2
@@ -189,10 +180,7 @@ def _looks_up(module: torch.nn.Embedding) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """A change of rank k, float32: `W' = W + left @ right`, for each of the leading axis's experts where there is one.
-
-    `left` is `[..., n_rows, k]`, `right` `[..., k, n_columns]`, without the leading axis where all experts share it.
-    """
+    """`W' = W + left @ right` in float32: `[..., n_rows, k]` and `[..., k, n_columns]`, the leading axis experts."""
 
     left: torch.Tensor
     right: torch.Tensor
@@ -221,12 +209,6 @@ def _peft_tensors(
         left, right = right.mT, left.mT
     # A holds the experts one after the other; in B the expert is the innermost index.
     return dict(zip(keys, (right.flatten(0, 1), left.permute(1, 2, 0).flatten(1)), strict=True))
-
-
-def _bias_key(parameter: str, holders: list[str]) -> str:
-    """The name of a bias in a model with adapters: within a module that PEFT wraps it lies one level down."""
-    module, _, leaf = parameter.rpartition(".")
-    return f"{PREFIX}{module}.base_layer.{leaf}" if module in holders else PREFIX + parameter
 
 
 def _module_of(parameter: str) -> str:
@@ -265,16 +247,8 @@ def save_peft_adapter(adapter: PeftAdapter, directory: Path) -> None:
 
 
 def low_rank(entry: PlanEntry, tensor: torch.Tensor) -> LowRank:
-    """Give the change that an entry of a plan makes to a tensor, as two factors.
-
-    The tensor is `[n_rows, n_columns]` or `[n_experts, n_rows, n_columns]`, edited along one of the last two axes.
-    """
-    if tensor.is_meta or not tensor.is_floating_point() or tensor.shape != entry.shape:
-        raise ModelError(
-            f"Tensor '{entry.parameter}' is of shape {tuple(tensor.shape)} and dtype {tensor.dtype} on "
-            f"{tensor.device}, expected a floating-point tensor of shape {entry.shape} in memory; load the model "
-            "without quantisation and without offloading."
-        )
+    """Give the change of a tensor, `[n_rows, n_columns]` or one for each expert, along one of the last two axes."""
+    check_whole(entry, tensor)
     axis = entry.axis % tensor.dim() - tensor.dim()
     if tensor.dim() not in (2, 3) or axis == -3:
         raise ArchitectureError(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from remove_refusals.directions import EditPlan, resolve
+from remove_refusals.directions import EditPlan, PlanEntry, resolve
 from remove_refusals.errors import ModelError, OutputError, require_package
 from remove_refusals.formula import project_out
 from remove_refusals.modelmap import map_model
@@ -24,12 +24,7 @@ def bake_in_place(
     model = model.model if isinstance(model, LoadedModel) else model
     plan = resolve(intervention, map_model(model), model.get_parameter, settings)
     for entry in plan.entries:
-        parameter = model.get_parameter(entry.parameter)
-        if parameter.is_meta or not parameter.is_floating_point() or parameter.shape != entry.shape:
-            raise ModelError(
-                f"Tensor '{entry.parameter}' is missing, quantised or not in memory, expected a floating-point tensor "
-                f"of shape {entry.shape}; load the model without quantisation and without offloading."
-            )
+        check_whole(entry, model.get_parameter(entry.parameter))
     if plan.untie:
         untie(model)
     with torch.no_grad():
@@ -37,6 +32,16 @@ def bake_in_place(
             parameter = model.get_parameter(entry.parameter)
             parameter.copy_(project_out(parameter, entry.basis, entry.strength, entry.axis, plan.variant))
     return plan
+
+
+def check_whole(entry: PlanEntry, tensor: torch.Tensor) -> None:
+    """Check that a tensor is in memory as the plan knows it."""
+    if tensor.is_meta or not tensor.is_floating_point() or tensor.shape != entry.shape:
+        raise ModelError(
+            f"Tensor '{entry.parameter}' is of shape {tuple(tensor.shape)} and dtype {tensor.dtype} on "
+            f"{tensor.device}, expected a floating-point tensor of shape {entry.shape} in memory; load the model "
+            "without quantisation and without offloading."
+        )
 
 
 def untie(model: PreTrainedModel) -> None:
@@ -68,11 +73,7 @@ def peft_package() -> Any:
 
 
 def with_adapter(base: LoadedModel, directory: Path) -> LoadedModel:
-    """Merge an adapter into its base model, which is loaded for this alone: its weights are changed.
-
-    An embedding that is also the unembedding is given a copy first, so that the merged model gives the logits of the
-    adapted one.
-    """
+    """Merge an adapter into its base model, which is loaded for this alone: its weights are changed."""
     peft = peft_package()
     model = base.model
     if any(not parameter.is_floating_point() for parameter in model.parameters()):
@@ -80,6 +81,7 @@ def with_adapter(base: LoadedModel, directory: Path) -> LoadedModel:
             f"The base {base.source} is quantised, expected its full weights to merge the adapter {directory} into; "
             "leave --load-in-4bit out."
         )
+    # So that the merged model gives the logits of the adapted one.
     untie(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -44,7 +44,7 @@ from remove_refusals.models import (
     write_slice,
 )
 from remove_refusals.progress import SILENT, Progress
-from remove_refusals.settings import Variant
+from remove_refusals.settings import DiskSettings, Variant
 
 if sys.platform != "win32":
     import fcntl
@@ -54,9 +54,6 @@ _FICLONE = 0x40049409
 
 SCRATCH_BYTES = 24 << 20
 """What a worker holds beside the slice that it edits: the copy's buffer and the edit's blocks of float32."""
-
-DEFAULT_MEMORY = 1 << 30
-"""How much a process takes beside what Python and its packages take."""
 
 _LARGEST_SHARE = 288 << 20
 
@@ -82,10 +79,7 @@ def clone(source: int, target: int) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class TensorEdit:
-    """What happens to one tensor on disk, along its axis of width d_model.
-
-    Of a quantised one there are two, for its numbers and its scales, which both name the `block`.
-    """
+    """What happens to one tensor on disk; a quantised one has two, of its numbers and scales, with one `block`."""
 
     tensor: TensorEntry
     axis: int
@@ -110,7 +104,7 @@ def fingerprint(path: Path) -> Fingerprint:
 class FilePlan:
     """What happens to one weight file of the base: edits by the tensors' names in the file, and new tensors.
 
-    `copies` names new tensors by the one behind which each lies, with whether it gets that one's edited bytes.
+    `copies` names new tensors by the one behind which each lies, and says whether it gets that one's edited bytes.
     """
 
     header: ShardHeader
@@ -339,21 +333,17 @@ def _whole(ledger: Log, directory: Path) -> dict[str, str]:
 def stream_edited(
     stream: StreamPlan,
     directory: Path,
+    disk: DiskSettings,
     *,
-    memory: int = DEFAULT_MEMORY,
-    jobs: int | None = None,
     force: bool = False,
     progress: Progress = SILENT,
 ) -> dict[str, str]:
-    """Write the weight files of an edited checkpoint, those that are not whole yet.
+    """Write the weight files that are not whole yet, and give the SHA-256 of each of the base's.
 
-    A file shares the base's blocks on the disk where the file system can do that, and is copied where not; of an edited
-    tensor only its own bytes are written anew. Tensors larger than a worker's memory are edited in slices.
-
-    The directory is empty, or as an interrupted call has left it; `memory` is what may be held beside Python and its
-    packages, and `jobs` how many files are written at once. Gives the SHA-256 of each of the base's weight files.
+    A file shares the base's blocks on the disk where the file system can do that; of an edited tensor only its own
+    bytes are written anew, in slices where it is larger than a worker's memory.
     """
-    jobs, share = shares(memory, jobs, len(stream.files))
+    jobs, share = shares(disk.memory, disk.jobs, len(stream.files))
     ledger = open_ledger(directory, stream.made_from(), force=force)
     whole = _whole(ledger, directory)
     left = [file for file in stream.files if file.name not in whole]
@@ -380,8 +370,8 @@ def stream_edited(
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:
             ended.set()
-    failures = [future.exception() for future in futures if not future.cancelled()]
-    for failure in failures:
+    for future in futures:
+        failure = None if future.cancelled() else future.exception()
         if failure is not None and not isinstance(failure, StoppedError):
             raise failure
     index = stream.index()
@@ -425,7 +415,7 @@ def plan_files(base: Base, plan: EditPlan) -> StreamPlan:
     places = {tensor.name: (path, tensor) for path, header in headers.items() for tensor in header.tensors}
     stored = by_stored_name(places, base.model_map)
     edits: dict[Path, dict[str, TensorEdit]] = {path: {} for path in headers}
-    for path, edit in _edits(base.files, plan, stored):
+    for _, path, edit in planned_edits(base.files, plan, stored):
         known = edits[path].setdefault(edit.tensor.name, edit)
         if known is not edit and not _same(known, edit):
             raise CheckpointError(
@@ -436,16 +426,17 @@ def plan_files(base: Base, plan: EditPlan) -> StreamPlan:
     copies: dict[str, dict[str, bool]] = {}
     for name, copy in added.items():
         copies.setdefault(stored[copy.source][1].name, {})[name] = copy.edited
-    files = (
-        FilePlan(
-            header, prints[path], edits[path], {t.name: copies[t.name] for t in header.tensors if t.name in copies}
-        )
-        for path, header in headers.items()
-    )
+    files = []
+    for path, header in headers.items():
+        behind = {tensor.name: copies[tensor.name] for tensor in header.tensors if tensor.name in copies}
+        files.append(FilePlan(header, prints[path], edits[path], behind))
     return StreamPlan(base, plan, tuple(files), added)
 
 
-def _edits(directory: Path, plan: EditPlan, stored: Mapping[str, Place]) -> Iterator[tuple[Path, TensorEdit]]:
+def planned_edits(
+    directory: Path, plan: EditPlan, stored: Mapping[str, Place]
+) -> Iterator[tuple[str, Path, TensorEdit]]:
+    """Find the tensors that a plan edits in a checkpoint: the name that the plan knows, the file, and the edit."""
     for entry in plan.entries:
         blocks = {tensor.name: find_block_tensor(tensor.name, stored) for tensor in entry.on_disk}
         missing = [name for name, block in blocks.items() if block is None and name not in stored]
@@ -468,7 +459,8 @@ def _edits(directory: Path, plan: EditPlan, stored: Mapping[str, Place]) -> Iter
                     "checkpoint."
                 )
             if block is not None:
-                yield from ((path, TensorEdit(t, 1, entry, block)) for path, t in (block.weights, block.scales))
+                for path, tensor in (block.weights, block.scales):
+                    yield disk.name, path, TensorEdit(tensor, 1, entry, block)
                 continue
             path, tensor = stored[disk.name]
             float_dtype(path, tensor)
@@ -477,7 +469,7 @@ def _edits(directory: Path, plan: EditPlan, stored: Mapping[str, Place]) -> Iter
                     f"The tensor {tensor.name} of {path.name} has shape {tensor.shape}, expected axis {disk.axis} of "
                     f"width {width}; check that config.json and weights belong together."
                 )
-            yield path, TensorEdit(tensor, disk.axis, entry)
+            yield disk.name, path, TensorEdit(tensor, disk.axis, entry)
 
 
 def _same(first: TensorEdit, second: TensorEdit) -> bool:

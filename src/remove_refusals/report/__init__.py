@@ -1,7 +1,7 @@
 """The room report."""
 
-from remove_refusals.report.card import Pushed, adapter_card, model_card, push
-from remove_refusals.report.page import html_report, write_html_report
+from remove_refusals.report.card import adapter_card, model_card, push
+from remove_refusals.report.page import write_html_report
 from remove_refusals.report.records import (
     AblationRecord,
     AdapterRecord,
@@ -36,12 +36,10 @@ __all__ = [
     "PlanRecord",
     "PositionRecord",
     "PromptsRecord",
-    "Pushed",
     "SelectionRecord",
     "SelectionSummary",
     "WriterCertificate",
     "adapter_card",
-    "html_report",
     "model_card",
     "push",
     "table",

@@ -67,10 +67,7 @@ def _alike(directions: Sequence[DirectionRecord]) -> list[list[DirectionRecord]]
 
 
 class Pushed(Record):
-    """What was sent in which commit, and what of the directory was left out.
-
-    `card` holds the fields that were carried over from the base's card, and `notes` what should be said of it.
-    """
+    """What was sent in which commit, what was left out, what of the base's card went along, and what to say of it."""
 
     repo: str
     url: str
@@ -93,24 +90,10 @@ def push(
     token: str | None = None,
     endpoint: str | None = None,
 ) -> Pushed:
-    """Send what `run` or `bake` left to the hub, in one commit.
+    """Send what `run` or `bake` left to the hub, in one commit; the directory itself is not changed.
 
     Rows of answers and HTML pages, which hold answers to harmful prompts, stay here, and so does what begins with a
-    dot. The card says of which model this is a change: licence and base model are those of the base's card. Where a
-    directory has no card, one is written from its records; the directory itself is not changed.
-
-    Args:
-        directory: What `run` or `bake` left, with its `ablation.json`.
-        repo: The repository, such as `me/my-model`; it is made if it is not there.
-        private: Whether only the owner may see it; a repository that is public already is refused then.
-        adapter_only: Send only an adapter's files, its card and its records.
-        with_answers: Send rows of answers and HTML pages too.
-        base: Where the base's card is, if not where the record says: a directory or a hub id.
-        token: The hub's token; by default the one that `hf auth login` left, or `HF_TOKEN`.
-        endpoint: The hub's address; by default `HF_ENDPOINT`, or that of the Hugging Face hub.
-
-    Returns:
-        What was sent, and what was not.
+    dot. The card says of which model this is a change: licence and base model are those of the base's card.
     """
     source = Path(directory)
     record = _checked_record(source)

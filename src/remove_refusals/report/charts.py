@@ -64,10 +64,7 @@ def _round_step(least: float) -> float:
 
 
 def scale_of(values: Iterable[float], *, from_zero: bool = True, may_be_logarithmic: bool = False) -> Scale:
-    """Choose a scale that holds finite numbers, with ends a little outside of them or at 0.
-
-    It is logarithmic where it may be and all numbers are positive and far apart; of no numbers it runs from 0 to 1.
-    """
+    """Choose a scale that holds finite numbers, with ends a little outside of them or at 0; of none from 0 to 1."""
     found = [0.0 if abs(value) < _NOTHING else value for value in values] or [0.0, 1.0]
     low, high = min(found), max(found)
     if may_be_logarithmic and low > 0 and high / low >= _LOGARITHMIC_FROM:
@@ -113,11 +110,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """What the template draws: points, or a bar for each layer.
-
-    `label` is the text in place of the picture, `whole` says whether only whole numbers stand below, and `rule` is a
-    number at which a line runs across, and what it is.
-    """
+    """What the template draws: points, or a bar for each layer; `rule` is where a line runs across, and what it is."""
 
     label: str
     x: Scale
@@ -167,10 +160,7 @@ Cells = Sequence[Sequence[float | None]]
 
 @dataclass(frozen=True)
 class Heat:
-    """A matrix that the template draws, square if it has as many rows as columns and no names for them.
-
-    `key` says what the full shades of plus, the blank and the full shade of minus are, empty for one that there is not.
-    """
+    """A matrix that the template draws; `key` says what full plus, blank and full minus are, or is empty for one."""
 
     label: str
     cells: Cells
@@ -209,10 +199,7 @@ class Heat:
 
 
 def heat_paths(cells: Cells, *, steps: int = 10) -> list[tuple[str, float, str]]:
-    """Draw a matrix as one path for each of `steps` shades on each side of 0: a cell each would fill the page.
-
-    For each shade there are its sign, `plus` or `minus`, its opacity, and the path in units of cells, row 0 on top.
-    """
+    """Draw a matrix as one path for each shade, since a cell each would fill the page: sign, opacity, path in cells."""
     shades: dict[tuple[str, int], list[str]] = {}
     for row, values in enumerate(cells):
         column = 0

@@ -17,20 +17,13 @@ from remove_refusals.report.records import Material, read_material
 _FOLDER = "data/report"
 
 _FILTERS = (
-    words.number, words.percent, words.interval, words.estimate, words.percent_interval, words.percentage,
+    words.number, words.percent, words.interval, words.estimate, words.percent_interval,
     words.p_value, words.short_hash, words.first_sentence, words.place, sections.set_title, sections.bound,
 )  # fmt: skip
 
 
 def html_report(directory: Path, *, full_answers: bool = False) -> str:
-    """Make one self-contained HTML page of the records in a run's directory.
-
-    It asks for nothing from any address, and says of each record that is not there that it was not measured.
-
-    Args:
-        directory: What `run` left, or any directory with some of its records.
-        full_answers: Whether answers to harmful prompts are in it whole; otherwise it holds their first sentence only.
-    """
+    """Make one HTML page, which asks for nothing from any address, of the records in a run's directory."""
     material = read_material(directory)
     style, script = (
         (resources.files("remove_refusals") / _FOLDER / name).read_text(encoding="utf-8")

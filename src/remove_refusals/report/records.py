@@ -26,6 +26,9 @@ LARGEST_SHARE_OFF = 0.05
 """How far the share that is left in a quantised tensor may be off: its rounding alone would hide a skipped writer."""
 
 
+_BOUNDARIES = "largest_component_at_layer_boundaries"
+
+
 class BaseRecord(Record):
     """From what a model was made; of a directory the hashes of its files, and what its card says of its licence."""
 
@@ -69,12 +72,8 @@ class PromptsRecord(Record):
 class Confirmation(Record):
     """What a candidate did when the model generated with it, on prompts that the search did not use.
 
-    Attributes:
-        degenerate: Harmful prompts whose answer is none: empty, or caught in a loop.
-        false_refusals: Harmless prompts that were refused.
-        degenerate_harmless: Harmless prompts whose answer is none.
-        broken: Of the harmless prompts that the base model answered, those that are refused or degenerate now.
-        damage: The mean KL along the base model's own answers to the harmless prompts that it answered, in nats.
+    `broken` counts, of the harmless prompts that the base answered, those that are refused or degenerate now; `damage`
+    is the mean KL along the base's own answers to those, in nats.
     """
 
     refusals: Rate
@@ -142,12 +141,8 @@ class AblationRecord(Record):
 class WriterCertificate(Record):
     """What was measured on one tensor of the saved files that holds a writer or a part of one.
 
-    Attributes:
-        name: Its name on disk; `parameter` is the one in the model.
-        share_left: `‖QᵀW'‖ / ‖QᵀW‖`; a plain edit wants `|1 - strength|`.
-        error: How far `W'` is from the planned one, computed from the base in float32 (Frobenius norm).
-        allowed: What rounding to the saved dtype can cost at most.
-        requantising_alone: What quantising the unedited tensor anew would cost (Frobenius norm); None for plain floats.
+    `share_left` is `‖QᵀW'‖ / ‖QᵀW‖`, of which a plain edit wants `|1 - strength|`. Frobenius norms are `error`, of `W'`
+    minus the planned one, and what rounding may cost, and quantising the unedited tensor anew.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -176,16 +171,10 @@ class WriterCertificate(Record):
 
 
 class Certificate(Record):
-    """`certificate.json`: what was measured on saved files against their base.
+    """`certificate.json`: what was measured on saved files against their base, and what does not hold.
 
-    Attributes:
-        problems: What does not hold, one sentence each.
-        left: Writers that the plan leaves alone, with the reason; their bytes are checked with the others.
-        identical: How many other tensors are the base's byte for byte.
-        dropped: Tensors of the base that the model has no place for and that were not saved again.
-        leaks: Why the edit cannot be exact, for a model that was edited all the same.
-        boundaries: The largest component along the direction, relative to the residual stream's norm, before each
-            layer and behind the last; None where the model was not run.
+    `boundaries` are the largest components along the direction, relative to the residual stream's norm, before each
+    layer and behind the last; None where the model was not run.
     """
 
     model_config = ConfigDict(extra="ignore", populate_by_name=True)
@@ -195,13 +184,8 @@ class Certificate(Record):
     edited: tuple[WriterCertificate, ...]
     left: dict[str, str]
     identical: int = Field(validation_alias="identical_tensors", serialization_alias="identical_tensors")
-    dropped: tuple[str, ...] | None = None
     leaks: tuple[str, ...] | None = None
-    boundaries: tuple[float, ...] | None = Field(
-        None,
-        validation_alias="largest_component_at_layer_boundaries",
-        serialization_alias="largest_component_at_layer_boundaries",
-    )
+    boundaries: tuple[float, ...] | None = Field(None, validation_alias=_BOUNDARIES, serialization_alias=_BOUNDARIES)
 
     @computed_field  # type: ignore[prop-decorator]
     @property

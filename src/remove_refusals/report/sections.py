@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from remove_refusals.measure import Evaluation, RefusalsByLength, Response, TokenMean
 from remove_refusals.report.charts import Chart, Point, Scale, Series, integers, scale_of
 from remove_refusals.report.records import CandidateRecord, Material, SelectionRecord
-from remove_refusals.report.words import estimate, interval, number, percent, percent_interval, percentage
+from remove_refusals.report.words import estimate, interval, number, percent, percent_interval
 from remove_refusals.types import SiteEdit
 
 _SETS = {
@@ -67,7 +67,7 @@ def lengths(name: str, found: RefusalsByLength) -> Chart:
     series = []
     for model, rates, kind in (("base", found.base, "ring"), ("edited", found.edited, "dot")):
         points = (
-            Point(at, rate.value, rate.low, rate.high, f"{model}, {at} tokens: {percentage(rate)}", kind)
+            Point(at, rate.value, rate.low, rate.high, f"{model}, {at} tokens: {rate}", kind)
             for at, rate in zip(found.tokens, rates, strict=True)
         )
         series.append(Series(model, model, tuple(points)))

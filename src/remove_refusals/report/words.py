@@ -56,11 +56,6 @@ def percent_interval(found: Measured) -> str:
     return f"[{percent(found.low).removesuffix('%')}, {percent(found.high)}]"
 
 
-def percentage(found: Measured) -> str:
-    """Print a rate with its interval as percentages."""
-    return f"{percent(found.value)} {percent_interval(found)}"
-
-
 def place(share: float) -> str:
     """Print where a share lies on a line from 0 to 100; a corrected rate may lie beyond its ends."""
     return f"{100 * min(1.0, max(0.0, share)):.2f}"
@@ -86,11 +81,7 @@ def first_sentence(text: str) -> tuple[str, int]:
 
 
 def table(evaluation: Evaluation) -> tuple[tuple[str, str, str, str], ...]:
-    """Give rows of text: what was measured, base, edited, and how the two compare.
-
-    Rates are a count of n with the Wilson interval in percent, means have a bootstrap interval; `table_key`
-    explains the rows.
-    """
+    """Give rows of text, which `table_key` explains: what was measured, base, edited, and how the two compare."""
     rows: list[tuple[str, str, str, str]] = []
     for name, scores in evaluation.sets.items():
         false = "" if name == "harmful" else "false "
