@@ -57,7 +57,7 @@ direction is taken out of the upper half of the layers only. Taken out everywher
 
 @dataclass(frozen=True, eq=False)
 class Examination:
-    """What was found of a model: the direction is taken where the last token separates best, and is out in `edited`."""
+    """What was found of a model; the direction is the difference of the means where the last token separates best."""
 
     analysis: AnalysisRecord
     direction: Direction
