@@ -20,12 +20,12 @@ from remove_refusals.modelmap import (
     DiskTensor,
     ModelMap,
     by_stored_name,
+    disk_names,
     disk_tensors,
     map_model,
     skeleton,
     skeleton_of,
 )
-from remove_refusals.modelmap import disk_names as names_on_disk
 from remove_refusals.models import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -47,11 +47,9 @@ from remove_refusals.settings import EditSettings
 from remove_refusals.types import Intervention
 
 MODIFIED = "The refusal direction was taken out of this model's weights; it is not the base model."
-
 ADAPTED = "With this adapter the refusal direction is taken out; the base model's files are unchanged."
 
 PICKLED_FILE = "pytorch_model.bin"
-
 PICKLED_INDEX = "pytorch_model.bin.index.json"
 
 _NAMES = {
@@ -187,7 +185,7 @@ class Base:
     @cached_property
     def _embedding_names(self) -> frozenset[str]:
         """The names on disk of what shares the embedding's memory, its own included."""
-        own = names_on_disk(self.model, self.model_map.input_embedding)
+        own = disk_names(self.model, self.model_map.input_embedding)
         groups = (frozenset(name for names in group for name in names) for group in self._tied_names)
         return next((group for group in groups if not group.isdisjoint(own)), frozenset(own))
 
@@ -201,7 +199,7 @@ class Base:
         for name, value in tied.named_parameters(remove_duplicate=False):
             groups.setdefault(id(value), {}).setdefault(id(apart.get_parameter(name)), name)
         return tuple(
-            tuple(names_on_disk(apart, name) for name in group.values()) for group in groups.values() if len(group) > 1
+            tuple(disk_names(apart, name) for name in group.values()) for group in groups.values() if len(group) > 1
         )
 
     def _same(self, first: str, second: str) -> bool:

@@ -45,7 +45,6 @@ def bake_gguf_lora(
 
 
 EMBEDDING = "token_embd.weight"
-
 _LOOKED_UP = ("position_embd.weight", "token_types.weight")
 
 

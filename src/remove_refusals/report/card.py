@@ -108,7 +108,13 @@ def push(
                 f"The repository {made.repo_id} is public already, expected a private one; make it private, choose "
                 "another, or allow it with --public."
             )
-        commit = _sent(api, made.repo_id, source, chosen, card)
+        with tempfile.TemporaryDirectory() as staging:
+            for name in chosen - {CARD}:
+                (Path(staging) / name).parent.mkdir(parents=True, exist_ok=True)
+                (Path(staging) / name).symlink_to((source / name).resolve())
+            (Path(staging) / CARD).write_text(card, encoding="utf-8")
+            message = "A model with its refusal direction taken out"
+            commit = api.upload_folder(repo_id=made.repo_id, folder_path=staging, commit_message=message).oid
     missing = () if "license" in carried else ("The base's card names no licence, so this one names none; mind it.",)
     return Pushed(
         repo=made.repo_id,
@@ -133,17 +139,6 @@ def _chosen(directory: Path, *, adapter_only: bool, with_answers: bool) -> tuple
     ignored = _HIDDEN if with_answers else (*_HIDDEN, *_WITH_ANSWERS)
     allowed = list(_BESIDE_AN_ADAPTER) if adapter_only else None
     return found, set(filter_repo_objects(found, allow_patterns=allowed, ignore_patterns=list(ignored)))
-
-
-def _sent(api: HfApi, repo: str, directory: Path, names: set[str], card: str) -> str:
-    """Send files and a card that is not the directory's in one commit, and give the commit."""
-    with tempfile.TemporaryDirectory() as staging:
-        for name in names - {CARD}:
-            (Path(staging) / name).parent.mkdir(parents=True, exist_ok=True)
-            (Path(staging) / name).symlink_to((directory / name).resolve())
-        (Path(staging) / CARD).write_text(card, encoding="utf-8")
-        message = "A model with its refusal direction taken out"
-        return api.upload_folder(repo_id=repo, folder_path=staging, commit_message=message).oid
 
 
 def _checked_record(directory: Path) -> AblationRecord:

@@ -10,20 +10,14 @@ from dataclasses import dataclass
 
 from remove_refusals.report.words import number, tick
 
+# How much of its step a bar fills.
 _BAR_SHARE = 0.8
-"""How much of its step a bar fills."""
-
+# Where the largest number is so many times the smallest, the small ones would lie on the axis of a linear scale.
 _LOGARITHMIC_FROM = 30.0
-"""Where the largest number is so many times the smallest, the small ones would lie on the axis of a linear scale."""
-
+# Smaller numbers are drawn as 0: steps between them could not be divided any more.
 _NOTHING = 1e-290
-"""Smaller numbers are drawn as 0: steps between them could not be divided any more."""
-
-_ROW = 16
-"""How many pixels a row is high, where the matrix is not square."""
-
-_MOST_HIGH = 420
-"""How many pixels a matrix is high at most."""
+# The pixels of a row, where the matrix is not square, and of a matrix at most.
+_ROW, _MOST_HIGH = 16, 420
 
 Ticks = list[tuple[float, str]]
 """The numbers on an axis: the place and the text of each."""

@@ -18,7 +18,7 @@ _FOLDER = "data/report"
 
 _FILTERS = (
     words.number, words.percent, words.interval, words.estimate, words.percent_interval,
-    words.p_value, words.short_hash, words.first_sentence, words.place, sections.set_title, sections.bound,
+    words.p_value, words.first_sentence, words.place, sections.set_title, sections.bound,
 )  # fmt: skip
 
 

@@ -66,11 +66,6 @@ def p_value(value: float) -> str:
     return f"p = {value:.2g}" if value >= 1e-4 else "p < 0.0001"
 
 
-def short_hash(value: str) -> str:
-    """Print the beginning of a hash."""
-    return f"{value[:12]}…"
-
-
 def first_sentence(text: str) -> tuple[str, int]:
     """Give the first sentence of a text's first line, of at most 240 characters, and how many were left out."""
     whole = text.strip()
