@@ -15,12 +15,12 @@ from typing import Any
 import torch
 
 from remove_refusals.baking.base import Base
-from remove_refusals.baking.lora import Carried, LowRank, check_low_rank, low_rank
+from remove_refusals.baking.lora import LowRank, check_low_rank, low_rank
 from remove_refusals.directions import EditPlan, PlanEntry
 from remove_refusals.errors import ArchitectureError, OutputError, require_package
 from remove_refusals.files import atomic_file
 from remove_refusals.modelmap import DiskTensor, ModelMap, Writer
-from remove_refusals.report import AdapterRecord
+from remove_refusals.report import AblationRecord, AdapterRecord
 from remove_refusals.settings import EditSettings
 from remove_refusals.types import Intervention
 
@@ -32,7 +32,7 @@ def bake_gguf_lora(
     settings: EditSettings | None = None,
     *,
     force: bool = False,
-) -> Carried:
+) -> tuple[EditPlan, AblationRecord]:
     """Write a LoRA that is exactly the edit of a base in full precision, with its record in the file's metadata."""
     plan = base.plan(intervention, settings)
     adapter = gguf_lora(base, plan)
@@ -41,7 +41,7 @@ def bake_gguf_lora(
     name, text = f"{base.name} without refusals", json.dumps(record.to_json())
     with atomic_file(Path(output), force=force) as staging:
         write_gguf_lora(adapter, staging, name=name, base=base.name, record=text)
-    return Carried(Path(output), plan, record)
+    return plan, record
 
 
 EMBEDDING = "token_embd.weight"

@@ -28,15 +28,6 @@ from remove_refusals.settings import EditSettings
 from remove_refusals.types import Intervention
 
 
-@dataclass(frozen=True, eq=False)
-class Carried:
-    """An adapter that was written, for which plan, and its record."""
-
-    path: Path
-    plan: EditPlan
-    record: AblationRecord
-
-
 def bake_lora(
     base: Base,
     intervention: Intervention,
@@ -45,7 +36,7 @@ def bake_lora(
     *,
     dtype: torch.dtype = torch.float32,
     force: bool = False,
-) -> Carried:
+) -> tuple[EditPlan, AblationRecord]:
     """Write a LoRA that is exactly the edit (in float32) as a directory that PEFT loads, with card and record."""
     peft_package()
     target = Path(output)
@@ -66,7 +57,7 @@ def bake_lora(
         save_directions(intervention.directions, directory / DIRECTIONS)
         (directory / "README.md").write_text(adapter_card(record), encoding="utf-8")
         record.write(directory / "ablation.json")
-    return Carried(target, plan, record)
+    return plan, record
 
 
 PREFIX = "base_model.model."

@@ -134,13 +134,13 @@ def bake(
         )
         return
     make = baking.bake_lora if kind == "lora" else baking.bake_gguf_lora
-    carried = make(base, intervention, output, edit, force=force)
-    names = {entry.parameter for entry in carried.plan.entries}
+    plan, record = make(base, intervention, output, edit, force=force)
+    names = {entry.parameter for entry in plan.entries}
     remarks = [f"The adapter changes {len(names)} tensors of model type {model_map.model_type}; the base stays."]
     if base.tied and model_map.input_embedding in names:
         remarks.append("The embedding is tied: loaded, the adapter leaves the unembedding alone; merged, both change.")
     printing.finish(
-        {"output": str(output), "record": carried.record.to_json()},
+        {"output": str(output), "record": record.to_json()},
         f"Saved to {output}: a {'PEFT' if kind == 'lora' else 'llama.cpp'} LoRA of the edit.",
         lambda: printing.say(*remarks),
     )
