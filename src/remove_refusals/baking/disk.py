@@ -15,14 +15,7 @@ from pathlib import Path
 
 import torch
 
-from remove_refusals.baking.base import (
-    Base,
-    base_of,
-    check_not_source,
-    has_safetensors,
-    load_intervention,
-    open_base,
-)
+from remove_refusals.baking.base import Base, base_of, check_not_source, has_safetensors, load_intervention, open_base
 from remove_refusals.baking.certificate import certify
 from remove_refusals.baking.shards import CONVERTED, LEDGER_FILE, plan_files, stream_edited
 from remove_refusals.directions import DIRECTIONS, EditPlan, measure_boundaries, save_directions

@@ -331,12 +331,7 @@ def _whole(ledger: Log, directory: Path) -> dict[str, str]:
 
 
 def stream_edited(
-    stream: StreamPlan,
-    directory: Path,
-    disk: DiskSettings,
-    *,
-    force: bool = False,
-    progress: Progress = SILENT,
+    stream: StreamPlan, directory: Path, disk: DiskSettings, *, force: bool = False, progress: Progress = SILENT
 ) -> dict[str, str]:
     """Write the weight files that are not whole yet, and give the SHA-256 of each of the base's.
 

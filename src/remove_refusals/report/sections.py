@@ -19,10 +19,7 @@ _SETS = {
 HARMLESS = frozenset({"harmless", "alarming"})
 """The sets that are harmless wherever they turn up; one that is not known to be is treated as harmful."""
 
-KL_OVER = {
-    "harmless": "all harmless prompts",
-    "harmless_answered": "harmless prompts that the base model answered",
-}
+KL_OVER = {"harmless": "all harmless prompts", "harmless_answered": "harmless prompts that the base model answered"}
 
 SITES = {"attn": "Attention, or the mixer in its place", "mlp": "MLP"}
 
