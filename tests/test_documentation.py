@@ -231,8 +231,8 @@ def test_the_notebook_runs_and_is_kept_without_outputs(tmp_path: Path) -> None:
     NotebookClient(notebook, timeout=None, resources={"metadata": {"path": str(tmp_path)}}).execute()
     # The direction has to do something: all but a few refusals are gone at full strength.
     printed = "".join(output.text for cell in code for output in cell.outputs if "text" in output)
-    left = [int(count) for count in re.findall(r"strength [.0-9]+: (\d+) of 16 refused", printed)]
-    assert left[0] >= 12 and left[-1] <= 4
+    found = re.search(r"harmful: (\d+)/16 .* refused, then (\d+)/16", printed)
+    assert found is not None and int(found[1]) >= 12 and int(found[2]) <= 4
 
 
 def test_every_link_within_the_pages_leads_somewhere() -> None:
