@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from remove_refusals.errors import PromptError
 from remove_refusals.models import LoadedModel
-from remove_refusals.models.chat_template import check_positions, render, render_conversation, template_tail_length
+from remove_refusals.models.chat_template import check_positions, render, template_tail_length
 from remove_refusals.settings import ChatFormat
 
 LLAMA = (
@@ -130,8 +130,7 @@ def test_conversation_agrees_with_the_library(make: Make) -> None:
         {"role": "user", "content": "Bye"},
     ]
     expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    assert render_conversation(put(tokenizer, system_prompt="Be kind."), "Bye", [("Hi", "Hello.")]) == expected
-    assert render_conversation(put(make(R1)), "Bye", []) == render(put(make(R1)), ["Bye"])[0]
+    assert render(put(tokenizer, system_prompt="Be kind."), ["Bye"], [("Hi", "Hello.")]) == [expected]
 
 
 def test_each_prompt_is_rendered_as_if_alone(make: Make) -> None:

@@ -449,7 +449,7 @@ def planned_edits(
             block = blocks[disk.name]
             if block is not None and (block.shape[1] != width or rank != 1):
                 raise CheckpointError(
-                    f"The tensor {block.names[0]} is stored as {block.format} with width {block.shape[1]}, and the "
+                    f"The tensor {block.names[0]} is stored as {block.dtype} with width {block.shape[1]}, and the "
                     f"edit has rank {rank} and width {width}, expected the same width and rank 1; use an unquantised "
                     "checkpoint."
                 )

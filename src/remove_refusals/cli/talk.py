@@ -141,7 +141,7 @@ def _turn(
 ) -> list[Turn]:
     """Let one side or both answer."""
     from remove_refusals.directions import ablated
-    from remove_refusals.models import render_conversation, stream
+    from remove_refusals.models import render, stream
 
     found = []
     for side in ("original", "ablated") if state.sides == "compare" else (state.sides,):
@@ -153,7 +153,7 @@ def _turn(
         history = [(turn.prompt, turn.answer) for turn in turns if turn.side == side]
         pieces = []
         with context:
-            answer = stream(loaded, render_conversation(loaded, prompt, history), max_new_tokens=max_new_tokens)
+            answer = stream(loaded, render(loaded, [prompt], history)[0], max_new_tokens=max_new_tokens)
             try:
                 for piece in answer:
                     pieces.append(piece)

@@ -13,7 +13,7 @@ from typing import Any
 from remove_refusals.directions import ablated, intervene, middle_direction, project_tokens
 from remove_refusals.errors import ModelError, require_package
 from remove_refusals.modelmap import map_model
-from remove_refusals.models import LoadedModel, render_conversation, stream
+from remove_refusals.models import LoadedModel, render, stream
 from remove_refusals.report import CandidateRecord
 from remove_refusals.settings import SITE_KINDS, SiteKind
 from remove_refusals.types import Intervention
@@ -93,7 +93,7 @@ class Page:
 
     def _rendered(self, prompt: str, history: Messages) -> list[int]:
         turns = [(one["content"], other["content"]) for one, other in zip(history[::2], history[1::2], strict=True)]
-        return render_conversation(self.loaded, prompt, turns)
+        return render(self.loaded, [prompt], turns)[0]
 
     def _strips(
         self, prompt: str, before: tuple[Messages, Messages], after: list[Messages], intervention: Intervention

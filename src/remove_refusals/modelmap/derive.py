@@ -1,8 +1,7 @@
 """A model's sites and writers, derived from a traced forward pass of a weightless copy of it.
 
-The residual stream is what the layers hand on. Between two of its boundaries, the terms that are new are what was
-added: each is a parameter with the axis that it writes on and the norm gains that it passes through. The outermost
-modules whose output holds just those terms are where hooks go. What is not a parameter's output, or a residual stream
+The residual stream is what the layers hand on; the terms that are new between two of its boundaries were added there.
+Hooks go to the outermost modules whose output holds just those. What is not a parameter's output, or a residual stream
 that itself passes through something, is noted as a leak: no weight edit is exact there.
 """
 
@@ -19,7 +18,7 @@ from transformers import PreTrainedModel
 
 from remove_refusals.errors import ArchitectureError
 from remove_refusals.modelmap.knowledge import Term, Terms
-from remove_refusals.modelmap.skeleton import disk_tensors, skeleton, stored_names
+from remove_refusals.modelmap.skeleton import disk_names, disk_tensors, skeleton
 from remove_refusals.modelmap.trace import ModuleCall, Trace, trace_forward
 from remove_refusals.modelmap.types import HookPoint, ModelMap, Site, Writer
 from remove_refusals.settings import SiteKind
@@ -147,7 +146,7 @@ class _Derivation:
             unhooked=tuple(dict.fromkeys(beside)),
             unused=self._unused(),
             used_elsewhere=self.trace.used_elsewhere,
-            stored=stored_names(self.source),
+            stored=frozenset(disk_names(self.source)),
             prefix=self.source.base_model_prefix,
         )
 
@@ -240,40 +239,34 @@ class _Derivation:
 
     def _sites(self, segment: Segment) -> list[Site]:
         if segment.leaks:
-            return [self._stream_site(segment)]
+            # No sum of writers describes it, so the residual stream as a whole is the place.
+            if segment.hands_to is not None:
+                kind: SiteKind = "embedding" if segment.layer is None else "attn"
+                point = HookPoint(self.layers[segment.hands_to], on_input=True)
+            else:
+                assert segment.layer is not None
+                kind, point = "mlp", HookPoint(self.layers[segment.layer])
+            return [Site(kind, segment.layer, self._writers(segment.written), (point,), point)]
         inner = [
             call
             for call in self.trace.calls
             if segment.start < call.start and call.end < segment.end and call.module not in self.layers and call.after
         ]
         sites = []
-        wanted = segment.written
+        layer, wanted = segment.layer, segment.written
         for call in self._outermost(inner, wanted):
             assert call.after is not None
-            stepped = any(term.steps for term in call.after)
-            points = self._points(call.after, inner) if stepped else (HookPoint(call.module),)
-            kind = self._kind(segment.layer, call.module)
-            sites.append(Site(kind, segment.layer, self._writers(call.after), points, HookPoint(call.module)))
+            here = HookPoint(call.module)
+            points = self._points(call.after, inner) if any(term.steps for term in call.after) else (here,)
+            sites.append(Site(self._kind(layer, call.module), layer, self._writers(call.after), points, here))
             wanted -= call.after
         # What is left was added outside of any module.
         for term in sorted(wanted, key=lambda term: term.source):
             only = frozenset({term})
             points = self._points(only, inner)
             behind = None if term.steps else points[0]
-            kind = self._kind(segment.layer, term.source)
-            sites.append(Site(kind, segment.layer, self._writers(only), points, behind))
+            sites.append(Site(self._kind(layer, term.source), layer, self._writers(only), points, behind))
         return sites
-
-    def _stream_site(self, segment: Segment) -> Site:
-        """The residual stream as a whole, behind a segment that no sum of writers describes."""
-        writers = self._writers(segment.written)
-        if segment.hands_to is not None:
-            kind: SiteKind = "embedding" if segment.layer is None else "attn"
-            point = HookPoint(self.layers[segment.hands_to], on_input=True)
-        else:
-            assert segment.layer is not None
-            kind, point = "mlp", HookPoint(self.layers[segment.layer])
-        return Site(kind, segment.layer, writers, (point,), point)
 
     def _points(self, terms: Terms, calls: list[ModuleCall]) -> tuple[HookPoint, ...]:
         """The outermost modules whose outputs, before any per-channel step, make up given terms.

@@ -55,31 +55,20 @@ def first_of_width(value: Any, d_model: int) -> torch.Tensor | None:
     return next(itertools.chain(exact, wider), None)
 
 
-def _key(tensor: torch.Tensor) -> int:
+def storage_of(tensor: torch.Tensor) -> int:
+    """Give what identifies a tensor's storage, as long as that exists; views of one storage have it in common."""
     return int(tensor.untyped_storage()._cdata)
-
-
-def same_storage(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Whether two tensors are views of one storage."""
-    return _key(first) == _key(second)
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A tensor computed from one parameter, or buffer, alone: `scale * parameter + offset`.
-
-    `axes` gives the parameter's axis for each stride of the tensor.
-    """
+    """A tensor `scale * parameter (or buffer) + offset`; `axes` gives the parameter's axis for each of its strides."""
 
     name: str
     axes: Mapping[int, int]
     is_parameter: bool
     scale: float = 1.0
     offset: float = 0.0
-
-    def axis(self, tensor: torch.Tensor, dim: int) -> int | None:
-        """Give the parameter's axis that a dimension of the tensor is."""
-        return self.axes.get(tensor.stride(dim)) if tensor.dim() >= max(1, -dim) else None
 
 
 @dataclass
@@ -103,19 +92,19 @@ class Knowledge:
 
     def weight(self, tensor: Any) -> Weight | None:
         """Give the parameter that a value is computed from alone, if there is one."""
-        return self._weights.get(_key(tensor)) if isinstance(tensor, torch.Tensor) else None
+        return self._weights.get(storage_of(tensor)) if isinstance(tensor, torch.Tensor) else None
 
     def learn_weight(self, tensor: torch.Tensor, weight: Weight) -> None:
         """Note that a tensor is computed from one parameter alone; the first that was noted stays."""
         self._alive.append(tensor)
-        self._weights.setdefault(_key(tensor), weight)
+        self._weights.setdefault(storage_of(tensor), weight)
 
     def is_channels(self, tensor: Any, dim: int = -1) -> bool:
         """Whether a dimension of a tensor is the channels that its terms speak of, of one or several streams."""
         if not isinstance(tensor, torch.Tensor) or tensor.dim() < max(1, -dim, dim + 1):
             return False
-        width = tensor.shape[dim]
-        return width > 0 and width % self.d_model == 0 and tensor.stride(dim) == self._channel_strides.get(_key(tensor))
+        width, stride = tensor.shape[dim], self._channel_strides.get(storage_of(tensor))
+        return width > 0 and width % self.d_model == 0 and tensor.stride(dim) == stride
 
     def channels_of(self, tensor: torch.Tensor) -> int:
         """Give the dimension of a tensor that is the channels, counted from the end; the last if none is."""
@@ -127,7 +116,7 @@ class Knowledge:
             return None
         if self.weight(tensor) is not None:
             return self.written(tensor, dim)
-        known = self._terms.get(_key(tensor))
+        known = self._terms.get(storage_of(tensor))
         if not known or self.is_channels(tensor, dim):
             return known
         return REARRANGED
@@ -136,8 +125,8 @@ class Knowledge:
         """Give the terms of what a parameter writes when one of its dimensions becomes the channels."""
         weight = self.weight(tensor)
         assert weight is not None
-        made = self.made(Term(weight.name, weight.axis(tensor, dim)))
-        return frozenset({made, *([CONSTANT] if weight.offset else [])})
+        axis = weight.axes.get(tensor.stride(dim)) if tensor.dim() >= max(1, -dim) else None
+        return frozenset({self.made(Term(weight.name, axis)), *([CONSTANT] if weight.offset else [])})
 
     def stepped(self, terms: Terms, step: ChannelStep) -> Terms:
         """Give the terms after one more per-channel step; nothing can be said of opaque ones, which stay."""
@@ -159,30 +148,30 @@ class Knowledge:
         """Note the terms of a new tensor whose channels lie along a dimension."""
         self._alive.append(tensor)
         if self.weight(tensor) is None:
-            self._terms[_key(tensor)] = terms
-            self._channel_strides[_key(tensor)] = tensor.stride(dim) if tensor.dim() else 1
+            self._terms[storage_of(tensor)] = terms
+            self._channel_strides[storage_of(tensor)] = tensor.stride(dim) if tensor.dim() else 1
 
     def overwrite(self, tensor: torch.Tensor, terms: Terms) -> None:
         """Note the terms of a tensor that was written to; what it does not cover of its storage stays."""
-        known = self._terms.get(_key(tensor)) if self.weight(tensor) is None else self.terms(tensor)
-        self._weights.pop(_key(tensor), None)
+        known = self._terms.get(storage_of(tensor)) if self.weight(tensor) is None else self.terms(tensor)
+        self._weights.pop(storage_of(tensor), None)
         if tensor.numel() * tensor.element_size() != tensor.untyped_storage().nbytes():
             terms = terms | (frozenset({CONSTANT}) if known is None else known)
             if known is not None and not self.is_channels(tensor):
                 terms = terms | REARRANGED
-            self._terms[_key(tensor)] = terms
+            self._terms[storage_of(tensor)] = terms
         else:
             self.learn(tensor, terms)
 
     def learn_mean(self, mean: torch.Tensor, whole: torch.Tensor) -> None:
         """Note that a tensor is the mean of another over its channels."""
-        self._means[_key(mean)] = _key(whole)
+        self._means[storage_of(mean)] = storage_of(whole)
 
     def is_mean_of(self, mean: Any, whole: Any) -> bool:
         """Whether a tensor is the mean of another over its channels."""
         if not isinstance(mean, torch.Tensor) or not isinstance(whole, torch.Tensor):
             return False
-        return mean.shape[-1:] == (1,) and self._means.get(_key(mean)) == _key(whole)
+        return mean.shape[-1:] == (1,) and self._means.get(storage_of(mean)) == storage_of(whole)
 
     def united(self, *values: Any) -> Terms | None:
         """Give the terms of a collection of values; None if no parameter has reached any of them."""

@@ -1,9 +1,8 @@
 """What each tensor operation does to the terms of its operands.
 
-A matrix product with a parameter starts a new term; sums unite terms; selecting, reshaping, scaling by a number per
-token and mixing over tokens keep them; a gain, centring and a depthwise convolution add a step. Whatever is not listed
-here, or is done along the channels, ends in an *opaque* term that names the operation: an unknown operation can cost an
-exact edit and never fakes one.
+A product with a parameter starts a term; sums unite terms; moving, scaling by a number per token and mixing over tokens
+keep them; a gain, centring and a depthwise convolution add a step. Whatever is not listed here, or is done along the
+channels, ends in an *opaque* term that names the operation: it can cost an exact edit and never fakes one.
 """
 
 from collections.abc import Callable, Sequence
@@ -128,9 +127,7 @@ def _names_channels(value: torch.Tensor, dims: Any) -> bool:
 
 def _per_row(value: Any) -> bool:
     """Whether a factor is a number, or one number for each token."""
-    if not isinstance(value, torch.Tensor):
-        return True
-    return value.numel() == 1 or value.shape[-1] == 1 or value.stride(-1) == 0
+    return not isinstance(value, torch.Tensor) or value.numel() == 1 or value.shape[-1] == 1 or value.stride(-1) == 0
 
 
 def _united(known: Knowledge, name: str, args: Sequence[Any]) -> Terms | None:

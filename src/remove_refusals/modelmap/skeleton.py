@@ -62,12 +62,6 @@ def disk_tensors(model: PreTrainedModel, name: str, shape: tuple[int, ...], axis
     return tuple(found)
 
 
-def stored_names(model: PreTrainedModel) -> frozenset[str]:
-    """Name every tensor that a checkpoint of a model may hold, through Transformers' own conversion of names."""
-    tensors = {name: torch.empty(tensor.shape, device="meta") for name, tensor in model.state_dict().items()}
-    return frozenset(revert_weight_conversion(model, tensors))
-
-
 def by_stored_name(tensors: Mapping[str, T], model_map: ModelMap) -> dict[str, T]:
     """Put what belongs to a checkpoint's tensors under the names that the model's map speaks of; others keep theirs."""
     # In the files the base model's prefix may be left out (as in the hub's `gpt2`) or stand before what has none.
@@ -80,7 +74,8 @@ def by_stored_name(tensors: Mapping[str, T], model_map: ModelMap) -> dict[str, T
     return {named(name): value for name, value in tensors.items()}
 
 
-def disk_names(model: PreTrainedModel, name: str) -> tuple[str, ...]:
-    """Name the tensors of a checkpoint that hold a parameter, through Transformers' own conversion of names."""
-    shape = model.state_dict()[name].shape
-    return tuple(revert_weight_conversion(model, {name: torch.empty(shape, device="meta")}))
+def disk_names(model: PreTrainedModel, *names: str) -> tuple[str, ...]:
+    """Name the tensors of a checkpoint that hold some parameters, or all that one may hold."""
+    state = model.state_dict()
+    tensors = {name: torch.empty(state[name].shape, device="meta") for name in names or state}
+    return tuple(revert_weight_conversion(model, tensors))

@@ -1,9 +1,8 @@
 """Follow parameters through one forward pass: which of them end up, linearly, in which tensor.
 
-A forward pass is run under a dispatch mode that sees every tensor operation. Beside each tensor it keeps *terms*: the
-parameters whose output the tensor is a sum of, and the per-channel steps (norm gains, centring) that each has passed
-through since. What an operation does to them stands in `operations`. Values never matter, so the pass may run on the
-meta device, where no weights are needed.
+A dispatch mode sees every tensor operation and keeps *terms* beside each tensor: the parameters whose output it is a
+sum of, and the per-channel steps (norm gains, centring) that each has passed through since. Values never matter, so the
+pass may run on the meta device, where no weights are needed.
 """
 
 import itertools
@@ -11,21 +10,13 @@ import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from remove_refusals.modelmap.knowledge import (
-    Knowledge,
-    Term,
-    Terms,
-    Weight,
-    first_of_width,
-    same_storage,
-    tensors_in,
-)
+from remove_refusals.modelmap.knowledge import Knowledge, Term, Terms, Weight, first_of_width, storage_of, tensors_in
 from remove_refusals.modelmap.operations import changed_weight, channel_dim, terms_after
 from remove_refusals.models import hooked
 
@@ -34,8 +25,7 @@ from remove_refusals.models import hooked
 class ModuleCall:
     """One call of one module, from `start` to `end` in the order of all begins and ends.
 
-    `before` and `after` are the terms of its first input and output of the residual stream's width, `beside` those of
-    its other inputs of that width.
+    `before` and `after` are the terms of its first input and output of the stream's width, `beside` of other inputs.
     """
 
     module: str
@@ -70,6 +60,7 @@ def _rows_of(index: Any) -> list[Any]:
 _COMPARISONS = {name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")}
 
 
+@dataclass
 class _MadeUpValues:
     """Answers the questions about values that the meta device cannot: with 1 or True, and all elements are non-zero.
 
@@ -77,10 +68,9 @@ class _MadeUpValues:
     leave the rest to the last. With `numbered`, an index among the non-zero elements is its place, otherwise 1 as well.
     """
 
-    def __init__(self, *, numbered: bool) -> None:
-        self._numbered = numbered
-        self._masks: dict[int, tuple[torch.Tensor, torch.Size]] = {}
-        self._compared: dict[int, tuple[torch.Tensor, bool]] = {}
+    numbered: bool
+    _masks: dict[int, tuple[torch.Tensor, torch.Size]] = field(default_factory=dict)
+    _compared: dict[int, tuple[torch.Tensor, bool]] = field(default_factory=dict)
 
     def run(self, func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Run an operation, or make its result up."""
@@ -91,7 +81,7 @@ class _MadeUpValues:
             return self._number(value)
         if name == "nonzero":
             rows = torch.empty((value.numel(), value.dim()), dtype=torch.int64, device="meta")
-            self._masks[rows.untyped_storage()._cdata] = rows, value.shape
+            self._masks[storage_of(rows)] = rows, value.shape
             return rows
         if name == "_to_copy" and str(kwargs.get("device")) == "cpu":
             return torch.ones(value.shape, dtype=kwargs.get("dtype") or value.dtype)
@@ -103,20 +93,18 @@ class _MadeUpValues:
             sizes, dim = args[1][:-1], args[2] if len(args) > 2 else 0
             args = (value, [*sizes, value.shape[dim] - sum(sizes)], dim)
         out = func(*args, **kwargs)
-        if name in _COMPARISONS and value.numel() == 1 and isinstance(args[1], int) and self._is_place(value):
-            self._compared[out.untyped_storage()._cdata] = out, _COMPARISONS[name](self._number(value), args[1])
+        is_place = value.numel() == 1 and storage_of(value) in self._masks
+        if is_place and name in _COMPARISONS and isinstance(args[1], int):
+            self._compared[storage_of(out)] = out, _COMPARISONS[name](self._number(value), args[1])
         return out
-
-    def _is_place(self, value: torch.Tensor) -> bool:
-        return value.untyped_storage()._cdata in self._masks
 
     def _number(self, value: torch.Tensor) -> bool | int | float:
         if value.dtype == torch.bool:
-            return self._compared.get(value.untyped_storage()._cdata, (value, True))[1]
+            return self._compared.get(storage_of(value), (value, True))[1]
         if value.is_floating_point():
             return 1.0
-        rows, shape = self._masks.get(value.untyped_storage()._cdata, (None, None))
-        if rows is None or shape is None or not self._numbered:
+        rows, shape = self._masks.get(storage_of(value), (None, None))
+        if rows is None or shape is None or not self.numbered:
             return 1
         # Every element of the mask was counted, so the place of a number in the list of rows says what it is.
         row, column = divmod(int(value.storage_offset()), max(1, rows.shape[1]))
@@ -146,7 +134,8 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         used = {weight.name for weight in map(self.known.weight, inputs) if weight is not None}
         self.known.used |= used
         self.known.used_elsewhere |= {one for one in used if one.rpartition(".")[0] not in self.known.open_modules}
-        new = [tensor for tensor in tensors_in(out) if not any(same_storage(tensor, value) for value in inputs)]
+        before = set(map(storage_of, inputs))
+        new = [tensor for tensor in tensors_in(out) if storage_of(tensor) not in before]
         if not in_place and (not new or self._is_weight(name, values, new)):
             return out
         terms = terms_after(self.known, name, values, out)
@@ -180,43 +169,40 @@ def _recorded_calls(model: torch.nn.Module, known: Knowledge) -> Iterator[list[M
     open_calls: list[tuple[Terms | None, frozenset[Terms], int]] = []
     clock = itertools.count()
 
-    def begin(name: str) -> Callable[..., None]:
-        def hook(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
-            known.open_modules.append(name)
-            first = first_of_width((args, kwargs), known.d_model)
-            others = [t for t in tensors_in((args, kwargs)) if t is not first and t.shape[-1:] == (known.d_model,)]
-            beside = frozenset(terms for terms in map(known.terms, others) if terms)
-            open_calls.append((known.terms(first), beside, next(clock)))
+    names = {module: name for name, module in model.named_modules()}
 
-        return hook
+    def begin(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        known.open_modules.append(names[module])
+        first = first_of_width((args, kwargs), known.d_model)
+        others = [t for t in tensors_in((args, kwargs)) if t is not first and t.shape[-1:] == (known.d_model,)]
+        beside = frozenset(terms for terms in map(known.terms, others) if terms)
+        open_calls.append((known.terms(first), beside, next(clock)))
 
     def finish(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         name, (before, beside, start) = known.open_modules.pop(), open_calls.pop()
         after = known.terms(first_of_width(output, known.d_model))
         calls.append(ModuleCall(name, before, beside, after, start, next(clock)))
 
-    names = [name for name, _ in model.named_modules()]
-    with hooked(model, before=[(name, begin(name)) for name in names], behind=[(name, finish) for name in names]):
+    every = names.values()
+    with hooked(model, before=[(name, begin) for name in every], behind=[(name, finish) for name in every]):
         yield calls
 
 
-def trace_forward(model: torch.nn.Module, d_model: int, forward: Callable[[], Any]) -> Trace:
+def trace_forward(model: torch.nn.Module, d_model: int, forward: Callable[[], Any], *, numbered: bool = True) -> Trace:
     """Run `forward`, which calls `model`, if need be on the meta device, and follow its parameters."""
-    try:
-        return _traced(model, d_model, forward, _MadeUpValues(numbered=True))
-    except IndexError:
-        # Some models count one expert more than they have, for padding, and never choose it.
-        return _traced(model, d_model, forward, _MadeUpValues(numbered=False))
-
-
-def _traced(model: torch.nn.Module, d_model: int, forward: Callable[[], Any], values: _MadeUpValues) -> Trace:
     known = Knowledge(d_model)
     parameters = {name for name, _ in model.named_parameters()}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         # Of several axes with one stride, all but the first have size 1.
         axes = {stride: axis for axis, stride in reversed(list(enumerate(tensor.stride())))}
         known.learn_weight(tensor, Weight(name, axes, name in parameters))
-    with torch.no_grad(), _recorded_calls(model, known) as calls, _Tracer(known, values):
-        forward()
+    try:
+        with torch.no_grad(), _recorded_calls(model, known) as calls, _Tracer(known, _MadeUpValues(numbered)):
+            forward()
+    except IndexError:
+        if not numbered:
+            raise
+        # Some models count one expert more than they have, for padding, and never choose it.
+        return trace_forward(model, d_model, forward, numbered=False)
     used, used_elsewhere = (frozenset(names & parameters) for names in (known.used, known.used_elsewhere))
     return Trace(calls=tuple(calls), used=used, used_elsewhere=used_elsewhere, made_in=known.made_in)

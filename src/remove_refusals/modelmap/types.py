@@ -17,10 +17,7 @@ class DiskTensor:
 
 @dataclass(frozen=True)
 class Writer:
-    """A parameter whose output, along its axis of width d_model, lands in the residual stream, behind `steps`.
-
-    On disk there are several tensors where experts are fused in memory only.
-    """
+    """A parameter whose output, along its axis of width d_model, lands in the residual stream, behind `steps`."""
 
     parameter: str
     axis: int
@@ -31,10 +28,9 @@ class Writer:
 
 @dataclass(frozen=True)
 class HookPoint:
-    """A tensor that a hook can change, with `steps` between it and the residual stream.
+    """A tensor that a hook can change, with `steps` between it and the residual stream: a module's output or input.
 
-    It is the output of a module, its input if `on_input` is set, or what `writer` gives, a parameter whose output is no
-    module's, as a bias that a norm adds: an edited copy stands in its place, and `module` is empty.
+    Or else (`module` is empty) what `writer` gives, as a bias that a norm adds: an edited copy stands in its place.
     """
 
     module: str
@@ -47,8 +43,8 @@ class HookPoint:
 class Site:
     """A place where `writers` add to the residual stream; its layer is None for the embedding.
 
-    To change the outputs `hooks` has the effect of editing the writers (before any norm in between). `residual_hook` is
-    the output as it is added (after any norm in between); None if that is no module's output.
+    Changing `hooks`, before any norm in between, has the effect of editing the writers. `residual_hook` is the output
+    as it is added, after any norm in between; None if that is no module's.
     """
 
     kind: SiteKind
@@ -65,8 +61,7 @@ class ModelMap:
     Attributes:
         leaks: Why a weight edit cannot be exact, one sentence each; `unhooked` says it of hooks.
         unused: Parameters of the layers with an axis of width d_model that take no part in the forward pass.
-        used_elsewhere: Parameters that are also used while the module that holds them is not being called; a change of
-            what the module does misses those uses.
+        used_elsewhere: Parameters that are used while their module is not called, too: changing its output misses that.
         stored: The names under which checkpoints hold the model's tensors, `prefix` first, which some leave out.
     """
 

@@ -9,7 +9,7 @@ from remove_refusals.models.batches import (
     left_padded,
     longest_first,
 )
-from remove_refusals.models.chat_template import check_positions, render, render_conversation, template_tail_length
+from remove_refusals.models.chat_template import check_positions, render, template_tail_length
 from remove_refusals.models.checkpoint import (
     COPY_BYTES,
     FLOAT_DTYPES,
@@ -105,7 +105,6 @@ __all__ = [
     "read_slice",
     "read_tensor",
     "render",
-    "render_conversation",
     "same_bytes",
     "saved_dtype",
     "shares",

@@ -3,7 +3,7 @@
 import gc
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -13,13 +13,6 @@ from remove_refusals.models.load import LoadedModel
 from remove_refusals.progress import SILENT, Progress
 
 R = TypeVar("R")
-
-_FIRST_BATCH_SIZE, _FIRST_BATCH_SIZE_ELSEWHERE = {"cuda": 128}, 32
-
-# Tokens of one forward pass, padding included, and how many of them may be padding. On a CPU, a pass of 1500 tokens is
-# as quick for each token as any (more fall out of its cache), and a pass of its own costs about as much as 30 tokens.
-_TOKENS, _TOKENS_ELSEWHERE = {"cpu": 1500}, 32768
-_PADDING, _PADDING_ELSEWHERE = {"cpu": 64}, 1024
 
 MOST_PROMPTS = 128
 """How many prompts `fitting_pass` puts into one forward pass at most."""
@@ -93,13 +86,14 @@ def in_order(batches: Iterable[tuple[Sequence[int], Sequence[R]]]) -> list[R]:
 
 def first_batch_size(loaded: LoadedModel) -> int:
     """Pick how many prompts to generate for at once: as many as was asked for, or as suit the kind of device."""
-    return loaded.batch_size or _FIRST_BATCH_SIZE.get(loaded.device.type, _FIRST_BATCH_SIZE_ELSEWHERE)
+    return loaded.batch_size or (128 if loaded.device.type == "cuda" else 32)
 
 
 def fitting_pass(loaded: LoadedModel, lengths: Sequence[int]) -> int:
     """Tell how many prompts of falling lengths make a forward pass that keeps the device busy and pads little."""
-    device = loaded.device.type
-    tokens, padding = _TOKENS.get(device, _TOKENS_ELSEWHERE), _PADDING.get(device, _PADDING_ELSEWHERE)
+    # Tokens of the pass, padding included, and how many may be padding. On a CPU, 1500 tokens are as quick for each as
+    # any number (more fall out of its cache), and a pass of its own costs about as much as 30 tokens.
+    tokens, padding = (1500, 64) if loaded.device.type == "cpu" else (32768, 1024)
     padded = 0
     for n, length in enumerate(lengths[:MOST_PROMPTS]):
         padded += lengths[0] - length
@@ -151,23 +145,19 @@ def hooked(
     `before` is called as `hook(module, args, kwargs)`, `behind` as `hook(module, args, kwargs, output)`; what they give
     stands in the place of the arguments and of the output.
     """
-    handles = []
-    try:
+    with ExitStack() as hooks:
         for name, hook in before:
-            handles.append(model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True))
+            hooks.enter_context(model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True))
         for name, hook in behind:
-            handles.append(model.get_submodule(name).register_forward_hook(hook, with_kwargs=True))
+            hooks.enter_context(model.get_submodule(name).register_forward_hook(hook, with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def contiguous_head(loaded: LoadedModel) -> AbstractContextManager[None]:
     """Make the unembedding's input contiguous as long as the context lasts.
 
-    The slice of the last positions is not; with weights that need no gradient, as PEFT leaves them, the CPU's `linear`
-    is then slow and, in some versions of PyTorch, needs gigabytes: 1.7 times the prefill of a 270M model, 32 prompts.
+    The slice of the last positions is not; where weights need no gradient (PEFT), the CPU's `linear` is then slow (32
+    prompts of a 270M model: the prefill 1.7 times) and, in some versions of PyTorch, needs gigabytes.
     """
     head = loaded.model.get_output_embeddings()
 

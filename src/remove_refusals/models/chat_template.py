@@ -22,11 +22,11 @@ _FIXED_CLOCK = (
 _PROBES = ("Tell me about apples", "What is 6 times 7?", "Stop there.", "Count to 42", "Wait!", 'Say "yes"', "(really)")
 
 
-def render(loaded: LoadedModel, prompts: Sequence[str]) -> list[list[int]]:
+def render(loaded: LoadedModel, prompts: Sequence[str], turns: Sequence[tuple[str, str]] = ()) -> list[list[int]]:
     """Turn prompts into the token ids after which the model's answer starts, without padding.
 
-    Thinking is switched off or closed, so that the answer itself is predicted from the last position. The
-    beginning-of-sequence token comes from the template alone, never twice.
+    Each stands behind the earlier turns, prompts with their answers, but a plain one alone. Thinking is switched off or
+    closed, so that the last position predicts the answer itself. The template alone adds the beginning of the sequence.
     """
     chat = loaded.chat
     if chat.plain:
@@ -36,7 +36,7 @@ def render(loaded: LoadedModel, prompts: Sequence[str]) -> list[list[int]]:
         texts = list(prompts)
     else:
         template = _template(loaded.tokenizer, chat.chat_template)
-        texts = [_render_one(loaded, prompt, template) for prompt in prompts]
+        texts = [_render_one(loaded, prompt, template, turns) for prompt in prompts]
     if not texts:
         return []
     encoded = loaded.tokenizer(texts, add_special_tokens=chat.plain, return_attention_mask=False)
@@ -47,15 +47,6 @@ def render(loaded: LoadedModel, prompts: Sequence[str]) -> list[list[int]]:
                 f"The prompt {prompt!r} gives no tokens, expected at least one; take it out or use a chat template."
             )
     return rows
-
-
-def render_conversation(loaded: LoadedModel, prompt: str, turns: Sequence[tuple[str, str]]) -> list[int]:
-    """Render a prompt behind earlier ones, each with its answer; plain prompts stand alone."""
-    if loaded.chat.plain:
-        return render(loaded, [prompt])[0]
-    text = _render_one(loaded, prompt, _template(loaded.tokenizer, loaded.chat.chat_template), turns)
-    row: list[int] = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
-    return row
 
 
 def template_tail_length(loaded: LoadedModel) -> int:
@@ -100,7 +91,7 @@ def _template(tokenizer: Tokenizer, chat_template: str | None) -> str:
     return _FIXED_CLOCK + template if "strftime_now" in template else template
 
 
-def _render_one(loaded: LoadedModel, prompt: str, template: str, turns: Sequence[tuple[str, str]] = ()) -> str:
+def _render_one(loaded: LoadedModel, prompt: str, template: str, turns: Sequence[tuple[str, str]]) -> str:
     system_prompt = loaded.chat.system_prompt
     messages = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
     for question, answer in turns:

@@ -277,13 +277,11 @@ def tensor_slices(shape: Sequence[int], axis: int, item_bytes: int, most: int) -
 def opened(path: Path) -> Iterator[int]:
     """Open a file for reading only and give its descriptor."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        file = path.open("rb", buffering=0)
     except OSError as error:
         raise _unreadable(f"weight file {path}", error) from error
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
+    with file:
+        yield file.fileno()
 
 
 def read_into(descriptor: int, buffer: memoryview, offset: int) -> None:
@@ -349,9 +347,9 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     return tensor.view(-1).view(torch.uint8).numpy().data
 
 
-def read_tensor(path: Path, entry: TensorEntry) -> torch.Tensor:
-    """Read one floating-point tensor of a safetensors file whole."""
-    dtype = float_dtype(path, entry)
+def read_tensor(path: Path, entry: TensorEntry, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Read one tensor of a safetensors file whole; floating-point numbers unless a data type is given."""
+    dtype = dtype or float_dtype(path, entry)
     raw = torch.empty(entry.stop - entry.start, dtype=torch.uint8)
     with opened(path) as descriptor:
         read_into(descriptor, raw.numpy().data, entry.start)

@@ -116,9 +116,8 @@ def answer_logits(
     answers = [list(ids[:n_tokens]) for ids in answer_ids]
     inputs = left_padded(loaded, [[*ids, *tail[:-1]] for ids, tail in zip(token_ids, answers, strict=True)])
     width = max(1, *(len(tail) for tail in answers), 1)
-    extra: dict[str, Any] = {"use_cache": False} if accepts(loaded, "use_cache") else {}
-    if accepts(loaded, "logits_to_keep"):
-        extra["logits_to_keep"] = width
+    wanted = {"use_cache": False, "logits_to_keep": width}
+    extra = {name: value for name, value in wanted.items() if accepts(loaded, name)}
     with torch.inference_mode(), contiguous_head(loaded):
         logits = loaded.model(**inputs, **extra).logits[:, -width:]
         # All sequences end at the last column, so an answer of m tokens is predicted by the last m of them.

@@ -203,12 +203,15 @@ def load_model(
         # Float32 holds bfloat16 and float16 values exactly.
         if wanted is None and where.type == "cpu" and settings.device_map is None and not quantised:
             wanted = torch.float32
+        if settings.load_in_4bit:
+            require_package("bitsandbytes", "4bit", "4-bit loading", ModelError)
+            four_bit = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": wanted or saved or torch.float32}
+            places["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, **four_bit)
         built, report = AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
             dtype="auto" if wanted is None else wanted,
             **places,
-            quantization_config=_four_bit(wanted or saved or torch.float32) if settings.load_in_4bit else None,
             ignore_mismatched_sizes=True,  # so that they are reported with their names, below
             output_loading_info=True,
             **access,
@@ -256,11 +259,6 @@ def _parse_dtype(dtype: str) -> torch.dtype | None:
     if not isinstance(parsed, torch.dtype) or not parsed.is_floating_point:
         raise ModelError(f"The dtype {dtype} is unknown, expected auto, float32, bfloat16 or float16; choose one.")
     return parsed
-
-
-def _four_bit(compute: torch.dtype) -> BitsAndBytesConfig:
-    require_package("bitsandbytes", "4bit", "4-bit loading", ModelError)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
 
 
 def fingerprint(loaded: LoadedModel) -> str:

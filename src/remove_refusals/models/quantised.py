@@ -8,9 +8,9 @@
   `[d_model, n / 8]`, 8 added to each, the lowest bits first; `NAME_scale` a float for each group of a row, and
   `NAME_shape` the two sizes.
 
-An edit moves most numbers by much less than the step of such a format, so that rounding each to the nearest would undo
-it. What rounding puts back along the direction is therefore taken out again where it costs least: of the numbers of one
-input, those go to their other neighbour that add the least error for what they take out.
+Rounding each number to the nearest would undo an edit, which moves most by much less than a step. What rounding puts
+back along the direction is therefore taken out where it costs least: of the numbers of one input, those go to their
+other neighbour that add the least error for what they take out.
 """
 
 from collections.abc import Iterator, Mapping
@@ -27,10 +27,9 @@ from remove_refusals.models.checkpoint import (
     Place,
     TensorEntry,
     TensorSlice,
-    bytes_of,
     opened,
-    read_into,
     read_slice,
+    read_tensor,
     tensor_slices,
 )
 
@@ -50,18 +49,13 @@ BYTES_PER_NUMBER = 128
 
 @dataclass(frozen=True, eq=False)
 class BlockTensor:
-    """A quantised tensor and its scales: how it is stored, and where the two lie."""
+    """A quantised tensor and its scales: how it is stored, as a certificate gives it, and where the two lie."""
 
-    format: Format
+    dtype: Format
     weights: Place
     scales: Place
 
     axis = 1
-
-    @property
-    def dtype(self) -> str:
-        """The format's name, as a certificate gives it."""
-        return self.format
 
     @property
     def names(self) -> tuple[str, str]:
@@ -72,34 +66,34 @@ class BlockTensor:
     def shape(self) -> tuple[int, int, int]:
         """The tensor as floats: `[outer, d_model, n]`."""
         sizes = self.weights[1].shape
-        if self.format == "MXFP4":
+        if self.dtype == "MXFP4":
             return sizes[0], sizes[1], sizes[2] * _MXFP4_BLOCK
-        return 1, sizes[0], sizes[1] * (INT4_WORD if self.format == "INT4 in groups" else 1)
+        return 1, sizes[0], sizes[1] * (INT4_WORD if self.dtype == "INT4 in groups" else 1)
 
     @property
     def block(self) -> tuple[int, int]:
         """How many rows and columns share a scale."""
-        if self.format == "FP8 e4m3 in blocks":
+        if self.dtype == "FP8 e4m3 in blocks":
             return FP8_BLOCK, FP8_BLOCK
         return 1, self.shape[2] // self.scales[1].shape[-1]
 
     @property
     def packed(self) -> bool:
         """Whether two numbers lie in a byte."""
-        return self.format != "FP8 e4m3 in blocks"
+        return self.dtype != "FP8 e4m3 in blocks"
 
     @property
     def scale_dtype(self) -> torch.dtype:
         """The data type of the scales: bytes for powers of two, or floats."""
-        return torch.uint8 if self.format == "MXFP4" else FLOAT_DTYPES[self.scales[1].dtype]
+        return torch.uint8 if self.dtype == "MXFP4" else FLOAT_DTYPES[self.scales[1].dtype]
 
     @cached_property
     def grid(self) -> torch.Tensor:
         """Every number that the format has, in rising order, float32."""
-        if self.format == "INT4 in groups":
+        if self.dtype == "INT4 in groups":
             return torch.arange(-8.0, 8.0)
         positive = torch.tensor(_E2M1)
-        if self.format == "FP8 e4m3 in blocks":
+        if self.dtype == "FP8 e4m3 in blocks":
             positive = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32)
         return torch.cat((-positive.flip(0)[:-1], positive))
 
@@ -118,7 +112,7 @@ class BlockTensor:
         scales = read_slice(files[1], self.scales[1].start, part[1], self.scale_dtype)
         codes = torch.stack((raw & 15, raw >> 4), dim=-1).flatten(-2) if self.packed else raw
         index = codes.to(torch.int32)
-        if self.format != "INT4 in groups":
+        if self.dtype != "INT4 in groups":
             # Sign and magnitude.
             top, size = len(self.grid) // 2, index & (self._sign - 1)
             if int(size.max()) > top:
@@ -133,13 +127,13 @@ class BlockTensor:
     @property
     def _sign(self) -> int:
         """The bit of a code that is its sign."""
-        return len(_E2M1) if self.format == "MXFP4" else 128
+        return len(_E2M1) if self.dtype == "MXFP4" else 128
 
     def expand(self, scales: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         """Give each number its scale, float32."""
         rows, columns = self.block
         factors = scales.to(torch.float32)
-        if self.format == "MXFP4":
+        if self.dtype == "MXFP4":
             factors = torch.ldexp(torch.ones(scales.shape), scales.to(torch.int32) - 127)
         spread = factors.repeat_interleave(columns, dim=2)
         return spread.repeat_interleave(rows, dim=1)[:, : shape[1], : shape[2]] if rows > 1 else spread
@@ -169,7 +163,7 @@ class BlockTensor:
             error = self.grid[nearest] * scale - target
             step = (self.grid[other] - self.grid[nearest]) * scale
             nearest = torch.where(_turned(error, step, column.reshape(1, -1, 1)), other, nearest)
-        if self.format != "INT4 in groups":
+        if self.dtype != "INT4 in groups":
             signed = nearest - len(self.grid) // 2
             nearest = torch.where(signed < 0, self._sign - signed, signed)
         codes = nearest.to(torch.uint8)
@@ -185,11 +179,11 @@ class BlockTensor:
         outer, tall, wide = padded.shape
         blocks = padded.view(outer, tall // rows, rows, wide // columns, columns)
         # Half a step beyond the last integer still rounds to it; a new scale would move every number of the group.
-        beyond = 0.5 if self.format == "INT4 in groups" else 0.0
+        beyond = 0.5 if self.dtype == "INT4 in groups" else 0.0
         largest = torch.maximum(
             blocks.amax((2, 4)) / (self.grid[-1] + beyond), blocks.amin((2, 4)) / (self.grid[0] - beyond)
         )
-        if self.format == "MXFP4":
+        if self.dtype == "MXFP4":
             needed = torch.frexp(largest).exponent + 127
             # A power of two is its own scale.
             needed = needed - (torch.frexp(largest).mantissa == 0.5).to(torch.int32)
@@ -276,10 +270,7 @@ def _check_int4(name: str, stored: Mapping[str, Place], weights: Place, scales: 
         )
     sizes, place = None, stored.get(f"{name}_shape")
     if place is not None and place[1].dtype in ("I32", "I64") and place[1].shape == (2,):
-        numbers = torch.empty(2, dtype=torch.int32 if place[1].dtype == "I32" else torch.int64)
-        with opened(place[0]) as file:
-            read_into(file, bytes_of(numbers), place[1].start)
-        sizes = numbers.tolist()
+        sizes = read_tensor(*place, torch.int32 if place[1].dtype == "I32" else torch.int64).tolist()
     if sizes != [d_model, n]:
         raise CheckpointError(
             f"The tensor {name}_shape holds {sizes}, expected {[d_model, n]} as eight numbers in each of the words of "
