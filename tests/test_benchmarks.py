@@ -16,7 +16,7 @@ from remove_refusals.directions.activations import collect_activations
 from remove_refusals.directions.direction import mean_difference_per_layer
 from remove_refusals.errors import NumericalError
 from remove_refusals.measure.answers import Answered
-from remove_refusals.measure.judges.labels import Label
+from remove_refusals.measure.judges import Label
 from remove_refusals.models.load import LoadedModel, load
 from remove_refusals.progress import Progress
 from remove_refusals.prompts import draw, embedded_prompts

@@ -7,6 +7,7 @@ import pytest
 
 from conftest import Command
 from remove_refusals.errors import JudgeError
+from remove_refusals.measure.judges import Judgement, Label
 from remove_refusals.measure.judges.calibration import (
     Calibration,
     calibrate,
@@ -14,7 +15,6 @@ from remove_refusals.measure.judges.calibration import (
     load_answers,
     load_calibration,
 )
-from remove_refusals.measure.judges.labels import Judgement, Label
 from remove_refusals.measure.judges.phrases import PhraseJudge
 from remove_refusals.measure.statistics import JudgeAccuracy, rogan_gladen
 

@@ -6,8 +6,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 from remove_refusals.errors import JudgeError, ModelError
+from remove_refusals.measure.judges import Label
 from remove_refusals.measure.judges.classifier import ClassifierJudge
-from remove_refusals.measure.judges.labels import Label
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "sorry", "cake", "tea", "moon", "bake", "user"]
 

@@ -13,7 +13,7 @@ from remove_refusals.directions.hooks import ablated
 from remove_refusals.directions.intervention import as_intervention
 from remove_refusals.measure.answers import EvaluationPrompts, measuring_prompts
 from remove_refusals.measure.evaluate import evaluate
-from remove_refusals.measure.judges.labels import Label
+from remove_refusals.measure.judges import Label
 from remove_refusals.measure.judges.phrases import judge_phrases
 from remove_refusals.measure.scores import Evaluation
 from remove_refusals.models.load import LoadedModel, load

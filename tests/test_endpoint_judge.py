@@ -9,9 +9,9 @@ import openai._base_client
 import pytest
 
 from remove_refusals.errors import JudgeError
-from remove_refusals.measure.judges.choose import make_judge
+from remove_refusals.measure.judges import Label
+from remove_refusals.measure.judges.calibration import make_judge
 from remove_refusals.measure.judges.endpoint import KEY_VARIABLE, RUBRIC, EndpointJudge, Patience, read_label
-from remove_refusals.measure.judges.labels import Label
 from remove_refusals.measure.judges.phrases import PhraseJudge
 
 Reply = tuple[int, dict[str, str], bytes]

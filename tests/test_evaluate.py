@@ -16,7 +16,7 @@ import tiny
 from remove_refusals.errors import ModelError, NumericalError, PromptError, RecordError
 from remove_refusals.measure.answers import EvaluationPrompts
 from remove_refusals.measure.evaluate import evaluate, warnings
-from remove_refusals.measure.judges.labels import Judgement, Label
+from remove_refusals.measure.judges import Judgement, Label
 from remove_refusals.measure.judges.phrases import judge_phrases
 from remove_refusals.measure.scores import (
     Distance,

@@ -13,7 +13,7 @@ from remove_refusals.directions.hooks import Steer, ablated, is_steerable, steer
 from remove_refusals.directions.intervention import intervene
 from remove_refusals.errors import PromptError
 from remove_refusals.measure.answers import Answered
-from remove_refusals.measure.judges.labels import Label
+from remove_refusals.measure.judges import Label
 from remove_refusals.modelmap.derive import map_model
 from remove_refusals.modelmap.types import ModelMap
 from remove_refusals.models.generate import answer_logits

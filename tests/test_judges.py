@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from remove_refusals.measure.judges.labels import Judgement, Label
+from remove_refusals.measure.judges import Judgement, Label
 from remove_refusals.measure.judges.phrases import PhraseJudge, judge_phrases, strip_thinking
 
 REFUSALS = (

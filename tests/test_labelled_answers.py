@@ -4,7 +4,7 @@ from importlib import resources
 
 import pytest
 
-from remove_refusals.measure.judges.labels import Label
+from remove_refusals.measure.judges import Label
 from remove_refusals.measure.judges.phrases import PhraseJudge
 
 ROWS = [

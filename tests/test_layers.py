@@ -16,21 +16,15 @@ from remove_refusals.directions.direction import direction_from_vectors
 from remove_refusals.directions.hooks import added, is_steerable
 from remove_refusals.errors import ConfigurationError, NumericalError, SelectionError
 from remove_refusals.measure.answers import Answered
-from remove_refusals.measure.judges.labels import Label
+from remove_refusals.measure.judges import Label
 from remove_refusals.modelmap.derive import map_model
+from remove_refusals.models.chat_template import tail_positions
 from remove_refusals.models.generate import Answer
 from remove_refusals.models.load import LoadedModel, load
 from remove_refusals.progress import Progress
 from remove_refusals.prompts import embedded_prompts
 from remove_refusals.search.bench import Bench, LayerScore, Option
-from remove_refusals.search.layers import (
-    LayerRule,
-    make_options,
-    narrow_down,
-    ranked,
-    search_layers,
-    tail_positions,
-)
+from remove_refusals.search.layers import LayerRule, make_options, narrow_down, ranked, search_layers
 from remove_refusals.search.material import Openings, OwnAnswers
 from remove_refusals.search.search import select, split_for_search
 from remove_refusals.settings import ChatFormat, LayerSettings, MeasureSettings, Rule, RunSettings, SelectSettings

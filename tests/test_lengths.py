@@ -11,7 +11,7 @@ from remove_refusals.errors import NumericalError
 from remove_refusals.files import STAGES, Journal
 from remove_refusals.measure.answers import EvaluationPrompts
 from remove_refusals.measure.evaluate import evaluate, grid, has_settled
-from remove_refusals.measure.judges.labels import Label
+from remove_refusals.measure.judges import Label
 from remove_refusals.measure.statistics import common_prefix, means_by_token, token_quantile
 from remove_refusals.models.load import LoadedModel
 from remove_refusals.progress import Progress

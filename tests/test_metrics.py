@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.stats import entropy
 
 from remove_refusals.errors import NumericalError
-from remove_refusals.measure.divergence import kl_divergence
+from remove_refusals.measure.answers import kl_divergence
 from remove_refusals.measure.statistics import mcnemar, mean_with_interval, perplexity, wilson_rate
 
 SHA = "0" * 64

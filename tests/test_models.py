@@ -18,7 +18,7 @@ from remove_refusals.directions.direction import find_direction
 from remove_refusals.directions.hooks import ablated
 from remove_refusals.directions.intervention import intervene
 from remove_refusals.errors import CheckpointError, ModelError
-from remove_refusals.measure.judges.labels import Label
+from remove_refusals.measure.judges import Label
 from remove_refusals.measure.judges.phrases import judge_phrases
 from remove_refusals.models.chat_template import render
 from remove_refusals.models.generate import generate

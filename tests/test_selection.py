@@ -14,7 +14,7 @@ from remove_refusals.directions.hooks import ablated
 from remove_refusals.directions.intervention import intervene
 from remove_refusals.errors import PromptError
 from remove_refusals.measure.answers import Answered
-from remove_refusals.measure.judges.labels import Label
+from remove_refusals.measure.judges import Label
 from remove_refusals.modelmap.derive import map_model
 from remove_refusals.models.generate import generate
 from remove_refusals.models.load import LoadedModel, load

@@ -11,7 +11,7 @@ import pytest
 from remove_refusals.errors import PromptError
 from remove_refusals.measure.answers import EvaluationPrompts
 from remove_refusals.measure.evaluate import evaluate
-from remove_refusals.measure.judges.labels import Label
+from remove_refusals.measure.judges import Label
 from remove_refusals.measure.side_by_side import SideBySide, side_by_side
 from remove_refusals.measure.statistics import Verdict
 from remove_refusals.models.load import LoadedModel

@@ -38,7 +38,7 @@ from remove_refusals.models import (
     read_slice,
     render,
     same_bytes,
-    template_tail_length,
+    tail_positions,
     tensor_slices,
 )
 from remove_refusals.progress import SILENT, Progress
@@ -46,9 +46,6 @@ from remove_refusals.prompts import draw, prompts_from
 from remove_refusals.report import AnalysisRecord, LookedAtDirection, PositionRecord, write_html_report
 from remove_refusals.settings import RunSettings, SiteKind, published_name
 from remove_refusals.types import Activations, Direction, Separation
-
-MOST_POSITIONS = 8
-"""So many tokens of the chat template's tail are looked at, from the end."""
 
 _OUTLIER_SHARE = 0.5
 """From here on the plain difference leans on one coordinate: the harmless mean's component is removed first, and the
@@ -117,10 +114,9 @@ def _examine(settings: RunSettings, *, answers: bool, progress: Progress) -> Exa
             f"Hooks on model type '{model_map.model_type}' are not exact ({model_map.unhooked[0].rstrip('.')}), "
             "expected hooks that are to see what is left without a direction; pass `--no-answers`."
         )
-    # The tokens that stand behind every prompt, the last one first; at least the last of all.
+    # The tokens that stand behind every prompt.
     ids = render(loaded, harmful.prompts[:1])[0]
-    positions = range(-1, -max(1, min(template_tail_length(loaded), MOST_POSITIONS)) - 1, -1)
-    tokens = {position: str(loaded.tokenizer.decode([ids[position]])) for position in positions}
+    tokens = {position: str(loaded.tokenizer.decode([ids[position]])) for position in tail_positions(loaded)}
     # All positions in one pass.
     told = progress.stage("activations", len(harmful) + len(harmless))
     activations = collect_both(loaded, harmful, harmless, positions=tuple(tokens), progress=told)

@@ -15,25 +15,18 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 @dataclass(frozen=True)
 class Option:
-    """How a setting is typed at the command line, where its declaration does not say it yet.
-
-    Attributes:
-        name: The option without its dashes; by default the setting's own name.
-        short: Whether it stands on the short help page.
-        flag: A second, short form, such as `-o`.
-        metavar: What stands for its value in the help.
-        is_file: Whether a file is named whose text is the setting.
-        is_argument: Whether it is given by its place instead.
-        may_be_none: Whether `none` leaves out all of the part of the tree that it stands in.
-    """
+    """How a setting is typed at the command line, where its declaration does not say it yet."""
 
     name: str | None = None
     short: bool = False
+    """Whether it stands on the short help page."""
     flag: str | None = None
     metavar: str | None = None
     is_file: bool = False
+    """Whether a file is named whose text is the setting."""
     is_argument: bool = False
     may_be_none: bool = False
+    """Whether `none` leaves out all of the part of the tree that it stands in."""
 
 
 def setting(default: Any, description: str, *, ge: float | None = None, le: float | None = None, **option: Any) -> Any:
@@ -317,13 +310,8 @@ class SelectSettings(Settings):
 class RunSettings(Settings):
     """Everything that decides a run's result.
 
-    Attributes:
-        loading: How the model is loaded.
-        chat: How prompts are put before it.
-        direction: How the direction is found; of a search only the prompts, their number, the seed and the position.
-        select: How to choose what to take out; None does as `direction` and `edit` say.
-        edit: What is taken out where; a search decides the strengths and sites itself.
-        measure: What is measured.
+    A search takes of `direction` only the prompts, their number, the seed and the position, and nothing of `edit`;
+    without one it goes as these say.
     """
 
     panel: ClassVar[str] = "Model"
@@ -400,10 +388,7 @@ MAX_KL = 0.1
 
 
 class LayerSettings(Settings):
-    """How the choice by layer and position goes.
-
-    The paper measures the damage at the first token alone, which misses what begins behind it.
-    """
+    """How the choice by layer and position goes; the first token alone, as in the paper, misses damage behind it."""
 
     max_kl: float = inner(
         MAX_KL, "The most damage that a candidate may do; twice as much until all prompts are looked at.", ge=0
@@ -415,9 +400,5 @@ class LayerSettings(Settings):
     share: float = inner(0.25, "The share of the candidates that the second round gets.", ge=0)
     fewest: int = inner(12, "How many it gets at least.", ge=1)
     finalists: int = inner(4, "How many the last one gets.", ge=1)
-    kl_tokens: int = inner(
-        4,
-        "Of each of the model's own answers the damage is the mean over so many tokens.",
-        ge=1,
-    )
+    kl_tokens: int = inner(4, "Of each of the model's own answers the damage is the mean over so many tokens.", ge=1)
     seed: int = inner(0, "What drew the prompts, for the record.")

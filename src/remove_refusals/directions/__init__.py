@@ -1,16 +1,7 @@
 """From prompts to a direction, from a direction to what is taken out where, and what a direction is made of."""
 
-from remove_refusals.directions.activations import (
-    collect_activations,
-    collect_both,
-    measure_boundaries,
-    project_tokens,
-)
-from remove_refusals.directions.attribution import (
-    expert_choices,
-    site_contributions,
-    writer_shares,
-)
+from remove_refusals.directions.activations import collect_activations, collect_both, measure_boundaries, project_tokens
+from remove_refusals.directions.attribution import expert_choices, site_contributions, writer_shares
 from remove_refusals.directions.direction import (
     FoundDirection,
     direction_from_vectors,
@@ -20,7 +11,7 @@ from remove_refusals.directions.direction import (
     training_prompts,
 )
 from remove_refusals.directions.hooks import SiteKey, Steer, ablated, added, is_steerable, steered
-from remove_refusals.directions.intervention import as_intervention, check_fit, intervene, middle_direction
+from remove_refusals.directions.intervention import as_intervention, intervene, middle_direction
 from remove_refusals.directions.plan import EditPlan, PlanEntry, check_exact, resolve
 from remove_refusals.directions.saved import (
     DIRECTIONS,
@@ -47,7 +38,6 @@ __all__ = [
     "as_intervention",
     "check_direction_path",
     "check_exact",
-    "check_fit",
     "collect_activations",
     "collect_both",
     "describe_direction",

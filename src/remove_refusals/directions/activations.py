@@ -10,14 +10,7 @@ import torch
 
 from remove_refusals.errors import ArchitectureError, DirectionError
 from remove_refusals.modelmap import ModelMap, first_of_width, map_model
-from remove_refusals.models import (
-    LoadedModel,
-    accepts,
-    hooked,
-    in_batches,
-    left_padded,
-    render,
-)
+from remove_refusals.models import LoadedModel, accepts, hooked, in_batches, left_padded, render
 from remove_refusals.progress import SILENT, Progress
 from remove_refusals.types import Activations, Direction, PromptSet
 
@@ -32,11 +25,7 @@ class _EnoughError(Exception):
 def _residual_stream(
     loaded: LoadedModel, positions: Sequence[int], n_layers: int, *, stop: bool = False
 ) -> Iterator[dict[int, torch.Tensor]]:
-    """Collect the stream before each of the first layers and after them, at some positions, while the context lasts.
-
-    Only the positions that are asked for are kept, so that a batch costs no memory beyond the forward pass's own. With
-    `stop`, the context ends quietly before the layer behind them runs.
-    """
+    """Collect the stream before each of the first layers and after them; `stop` ends the run there quietly."""
     found: dict[int, torch.Tensor] = {}
     model_map = map_model(loaded.model)
     # Indexed on the device that the stream is on: no copy, no wait for the device between layers.
@@ -75,19 +64,7 @@ def collect_activations(
     n_layers: int | None = None,
     progress: Progress = SILENT,
 ) -> Activations:
-    """Run prompts through the decoder, without its head and without generating, and keep the residual stream.
-
-    Args:
-        loaded: The model.
-        prompts: The prompts.
-        positions: Negative token positions, counted from the end of the rendered prompt.
-        n_layers: How many layers to look at; by default all. Those behind them are not run.
-        progress: Told of the prompts that are done.
-
-    Returns:
-        `hidden` of shape `[n_prompts, n_positions, n_layers + 1, d_model]`, float32, on the CPU. Batch size and padding
-        do not change it beyond float tolerance.
-    """
+    """Run prompts through the decoder, without its head, and keep the stream of the first layers, by default of all."""
     token_ids = render(loaded, prompts.prompts)
     model_map = map_model(loaded.model)
     depth = model_map.n_layers if n_layers is None else n_layers
@@ -176,11 +153,7 @@ def _runs_each_layer_once(loaded: LoadedModel, token_ids: Sequence[Sequence[int]
 
 
 def measure_boundaries(loaded: LoadedModel, direction: Direction) -> tuple[float, ...]:
-    """Run a model on a few tokens and measure what the stream holds along a direction.
-
-    Returns:
-        For the stream before each layer and behind the last, the largest `‖Qᵀh‖ / ‖h‖` over the tokens.
-    """
+    """Measure on a few tokens, before each layer and behind the last, the largest `‖Qᵀh‖ / ‖h‖` of a direction."""
     tokens = [(7 * index + 3) % min(loaded.vocabulary_size, 1000) for index in range(_N_PROBE_TOKENS)]
     n_layers = map_model(loaded.model).n_layers
     with torch.inference_mode(), _residual_stream(loaded, range(-_N_PROBE_TOKENS, 0), n_layers) as found:
@@ -205,11 +178,9 @@ class Tap:
 def collect_at(
     loaded: LoadedModel, prompts: PromptSet, taps: Mapping[Any, Tap], position: int
 ) -> dict[Any, torch.Tensor]:
-    """Run prompts through the decoder and measure at modules, at one token.
+    """Run prompts through the decoder and measure at modules, at one token: `[n_prompts, …]`, float32, on the CPU.
 
-    Returns:
-        For each key `[n_prompts, …]`, float32, on the CPU; of a module that is run again, what its last run gave. Keys
-        of modules that were not run are absent.
+    Of a module that is run again it is what its last run gave. Keys of modules that were not run are absent.
     """
     token_ids = render(loaded, prompts.prompts)
     d_model = map_model(loaded.model).d_model
@@ -245,18 +216,7 @@ def project_tokens(
     *,
     context: AbstractContextManager[None] | None = None,
 ) -> list[float]:
-    """Measure the stream's component along a direction at every token of a prompt and an answer.
-
-    Args:
-        loaded: The model.
-        token_ids: The tokens.
-        direction: The direction; of several columns the first counts.
-        layer: Where, as an index of the layer axis.
-        context: Entered around the run, for example `ablated(model, …)`.
-
-    Returns:
-        For each token `h · q` in units of the stream's norm there, from -1 to 1.
-    """
+    """Give for each token `h · q` in units of the stream's norm there, at one index of the layer axis, in a context."""
     with context or nullcontext():
         states = token_states(loaded, token_ids, layer)
     norms = states.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)

@@ -84,8 +84,6 @@ def _contribution(kind: SiteKind, layer: int | None, harmful: torch.Tensor, harm
 _TOP_K = ("num_experts_per_tok", "moe_topk", "num_experts_per_token", "moe_k", "top_k")
 """What configurations call the number of experts that a token goes through."""
 
-_EXPERT = re.compile(r"experts\.(\d+)\.")
-
 
 def writer_shares(loaded: LoadedModel, direction: Direction) -> tuple[WriterShare, ...]:
     """Measure on the weights how much of what each writer can write lies along a direction.
@@ -119,8 +117,7 @@ def writer_shares(loaded: LoadedModel, direction: Direction) -> tuple[WriterShar
 
 
 def _expert(writer: Writer) -> int | None:
-    found = _EXPERT.search(writer.parameter)
-    return int(found[1]) if found else None
+    return int(found[1]) if (found := re.search(r"experts\.(\d+)\.", writer.parameter)) else None
 
 
 def expert_choices(

@@ -160,28 +160,19 @@ def mean_difference_per_layer(
 
 
 def largest_coordinate_share(activations: Sequence[Activations], index: int, position: int) -> float:
-    """How much of the residual stream's mean squared norm lies in one coordinate, from `1 / d_model` to 1.
-
-    Near 1, the plain mean difference leans on that coordinate.
-    """
+    """How much of the stream's mean squared norm lies in one coordinate; near 1, the mean difference leans on it."""
     squares = torch.cat([hidden_at(part, index, position) for part in activations]).square().sum(dim=0)
     return float(squares.max() / squares.sum())
 
 
 @dataclass(frozen=True, eq=False)
 class FoundDirection:
-    """A direction, or one for each layer, with what its record needs.
-
-    Attributes:
-        directions: The directions.
-        prompts: The harmful and the harmless prompts that they were found on; empty for those from a file.
-        largest_coordinate: The largest share of the residual stream's mean squared norm that lies in one coordinate
-            there; None for directions from a file.
-    """
+    """A direction, or one for each layer, and its prompts; of directions from a file there are none."""
 
     directions: tuple[Direction, ...]
     prompts: tuple[PromptSet, ...]
     largest_coordinate: float | None
+    """The largest share of the stream's mean squared norm in one coordinate there."""
 
     @property
     def direction(self) -> Direction:

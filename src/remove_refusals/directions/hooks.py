@@ -152,25 +152,19 @@ def _standing_in(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) ->
 
 @dataclass(frozen=True, eq=False)
 class Steer:
-    """What is taken out at one site.
-
-    Attributes:
-        strength: `[]`, or `[n_rows]` for a strength of its own for each row of the batch; float32, may need gradients.
-        direction: `[d_model]`, or `[n_rows, d_model]`; float32, of any length but 0, may need gradients.
-    """
+    """What is taken out at one site, in float32, which may need gradients; with `n_rows`, for each row of the batch."""
 
     strength: torch.Tensor
+    """`[]` or `[n_rows]`."""
     direction: torch.Tensor
+    """`[d_model]` or `[n_rows, d_model]`, of any length but 0."""
 
 
 @contextmanager
 def steered(model: PreTrainedModel, steers: Mapping[SiteKey, Callable[[], Steer]]) -> Iterator[None]:
     """Run a model with directions taken out as `ablated` does, in a way that lets gradients through.
 
-    Args:
-        model: The model.
-        steers: For each site to be edited a function that gives what is taken out there; it is called at every run, so
-            that gradients reach what it is computed from.
+    What is taken out at a site is asked for at every run, so that gradients reach what it is computed from.
     """
     model_map = map_model(model)
     changes = []
@@ -204,13 +198,7 @@ def _is_steerable(point: HookPoint) -> bool:
 
 @contextmanager
 def added(model: PreTrainedModel, vectors: Mapping[int, torch.Tensor]) -> Iterator[None]:
-    """Run a model with vectors added to the residual stream at every token while the context lasts.
-
-    Args:
-        model: The model.
-        vectors: By index on the layer axis of `Activations.hidden`: `[d_model]`, or `[n_rows, d_model]` for a vector of
-            its own for each row of the batch; float32.
-    """
+    """Run a model with vectors, `[d_model]` or one for each row, added at every token, by index on the layer axis."""
     model_map = map_model(model)
 
     def changed(stream: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:

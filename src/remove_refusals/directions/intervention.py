@@ -20,13 +20,7 @@ length: `[d_model]`, `[1, d_model]` or `[d_model, k]`."""
 def as_intervention(
     what: Taken, model: PreTrainedModel | LoadedModel | ModelMap, settings: EditSettings | None = None
 ) -> Intervention:
-    """Make the intervention that is meant for a model, and check that it fits.
-
-    Args:
-        what: What is taken out.
-        model: The model, or its map.
-        settings: Strength, layers and sites; of an intervention the strengths are multiplied, and sites left out.
-    """
+    """Make the intervention that is meant for a model, and check that it fits; strengths it has are multiplied."""
     if isinstance(model, ModelMap):
         model_map = model
     else:

@@ -26,16 +26,7 @@ def check_exact(model_map: ModelMap, *, allow_leak: bool = False) -> None:
 class PlanEntry:
     """One tensor to be edited: `W' = W - strength * basis (basisᵀ W)` along `axis`, its axis of width d_model.
 
-    Attributes:
-        parameter: The tensor's name in the model.
-        kind: The kind of the site that it writes to.
-        layer: The layer's index, or None for the embedding.
-        axis: The axis of width d_model.
-        shape: The tensor's shape.
-        strength: The share that is taken out.
-        basis: `[d_model, k]`, float32, orthonormal: the direction, pulled back through the steps between the writer
-            and the residual stream.
-        on_disk: The tensors of a checkpoint that hold it.
+    The basis, `[d_model, k]`, float32, orthonormal, is the direction, pulled back through the steps behind the writer.
     """
 
     parameter: str
@@ -50,20 +41,15 @@ class PlanEntry:
 
 @dataclass(frozen=True, eq=False)
 class EditPlan:
-    """An intervention resolved against one model: every tensor to be touched.
-
-    Attributes:
-        entries: What happens to each tensor, in the order of the map.
-        untie: Whether the unembedding gets a copy of the unedited embedding first.
-        left: Writers that are not touched, with the reason.
-        leaks: Why the edit is not exact, if it was asked for all the same.
-        variant: What else the edit does to each tensor.
-    """
+    """An intervention resolved against one model: every tensor to be touched, in the order of the map."""
 
     entries: tuple[PlanEntry, ...]
     untie: bool
+    """Whether the unembedding gets a copy of the unedited embedding first."""
     left: tuple[tuple[str, str], ...]
+    """Writers that are not touched, with the reason."""
     leaks: tuple[str, ...] = ()
+    """Why the edit is not exact, if it was asked for all the same."""
     variant: Variant = "plain"
 
 

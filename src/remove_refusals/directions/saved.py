@@ -35,12 +35,7 @@ class _Metadata(Record):
 
 
 def direction_sha256(direction: Direction) -> str:
-    """Hash a direction, so that records can name it; the origin does not matter.
-
-    Returns:
-        SHA-256, as 64 hex digits, of `d_model x k` as text, a newline, and the basis in little-endian float32, row by
-        row.
-    """
+    """Give the SHA-256 of `d_model x k` as text, a newline, and the basis in little-endian float32, row by row."""
     rows, columns = direction.basis.shape
     values = direction.basis.contiguous().numpy().astype("<f4").tobytes()
     return hashlib.sha256(f"{rows}x{columns}\n".encode() + values).hexdigest()
@@ -53,10 +48,7 @@ def describe_direction(direction: Direction) -> dict[str, Any]:
 
 
 def check_direction_path(path: Path, *, force: bool = False) -> None:
-    """Check that `save_direction` will take a path, before the work that leads to a direction is done.
-
-    By force nothing is replaced but a direction, as a model's weights are none.
-    """
+    """Check that `save_direction` will take a path; by force nothing is replaced but a direction."""
     _format(path)
     check_target(path, force=force, directory=False)
     if path.exists():

@@ -35,10 +35,7 @@ def measure_separation(
     seed: int = 0,
     progress: Progress = SILENT,
 ) -> Separation:
-    """Run prompts through a model and measure how far apart the two sets lie at every layer.
-
-    Of sets of more than `MOST_PROMPTS` so many are drawn.
-    """
+    """Run prompts, at most `MOST_PROMPTS` of each set, and measure how far apart the two lie at every layer."""
     parts = [draw(part, MOST_PROMPTS, seed) if len(part) > MOST_PROMPTS else part for part in (harmful, harmless)]
     progress = progress.stage("separation", sum(map(len, parts)))
     collected = collect_both(loaded, *parts, positions=(position,), progress=progress)
@@ -50,17 +47,9 @@ def separation(
 ) -> Separation:
     """Measure how far apart two sets lie at every layer, each prompt by a direction that it had no part in.
 
-    Each set is cut into two halves. The difference of the means of one half (Arditi et al. 2024, section 2.3) scores
-    the prompts of the other, and the pairs within each half are counted. With the same prompts for both, anything as
-    wide as a residual stream separates, noise too.
-
-    Args:
-        harmful: Activations on prompts that the model refuses.
-        harmless: Activations on prompts that it answers.
-        position: The token position, one of those that were collected.
-        seed: The seed that cuts the sets into halves; sets of one size are cut alike, so that line `i` of both lies in
-            the same half.
-        model: The model's name, for the record.
+    The difference of the means of one half (Arditi et al. 2024, section 2.3) scores the prompts of the other, and the
+    pairs within each half are counted: with the same prompts for both, anything as wide as a residual stream separates,
+    noise too. Sets of one size are cut alike, so that line `i` of both lies in the same half.
     """
     if harmful.hidden.shape[2:] != harmless.hidden.shape[2:] or min(len(harmful.prompts), len(harmless.prompts)) < 2:
         raise DirectionError(
@@ -146,10 +135,7 @@ def _cosines(differences: Sequence[torch.Tensor], same: Sequence[bool]) -> tuple
 
 
 def auroc(positive: Sequence[float] | Array, negative: Sequence[float] | Array) -> float:
-    """Compute the area under the receiver operating characteristic, by ranks (Mann and Whitney 1947).
-
-    It is the share of all pairs in which the score that should be high is above the other, ties counted half.
-    """
+    """Compute by ranks (Mann and Whitney 1947) how often positive scores are above negative ones, ties counted half."""
     m, n = len(positive), len(negative)
     ranks = rankdata(np.concatenate([positive, negative]))
     return float((ranks[:m].sum() - m * (m + 1) / 2) / (m * n))
@@ -158,11 +144,8 @@ def auroc(positive: Sequence[float] | Array, negative: Sequence[float] | Array) 
 def auroc_interval(value: float, sizes: Sequence[tuple[int, int]]) -> tuple[float, float]:
     """Compute a 95% score interval of an AUROC (Newcombe 2006, part 2, method 5), which has a width at 0 and 1 too.
 
-    The variance is that of Hanley and McNeil (1982) with both sizes' excess replaced by their mean, taken at the end of
-    the interval and not at the estimate.
-
-    `value` is the mean over independent groups, each with as much weight as it has pairs; `sizes` says of each group
-    how many positive and how many negative scores it has.
+    The variance is that of Hanley and McNeil (1982) with both sizes' excess replaced by their mean. `value` is the mean
+    over independent groups, weighed by their pairs; `sizes` are their numbers of positive and negative scores.
     """
     pairs = sum(m * n for m, n in sizes)
     square = float(norm.ppf(0.975)) ** 2

@@ -6,10 +6,17 @@ from dataclasses import replace
 
 from remove_refusals.errors import ModelError
 from remove_refusals.files import Journal
-from remove_refusals.measure.answers import Answered, EvaluationPrompts, kept_answers, labelled
-from remove_refusals.measure.divergence import Context, PromptDistance, distances_along
+from remove_refusals.measure.answers import (
+    Answered,
+    Context,
+    EvaluationPrompts,
+    PromptDistance,
+    distances_along,
+    kept_answers,
+    labelled,
+)
+from remove_refusals.measure.judges import Judge, Label
 from remove_refusals.measure.judges.calibration import Accuracies
-from remove_refusals.measure.judges.labels import Judge, Label
 from remove_refusals.measure.judges.phrases import PhraseJudge, strip_thinking
 from remove_refusals.measure.scores import (
     Agreement,
@@ -66,10 +73,9 @@ def evaluate(
 ) -> Evaluation:
     """Let both models answer the same prompts greedily, label the answers, and compare the models along the base's.
 
-    Both get the same token ids, in the base model's chat format. The edited model may be the base, with the edit in
-    `edited_context`, such as `lambda: ablated(model, …)`; the journal does not keep what is answered in there. The
-    judge is the phrase judge unless one is given: what the settings name is for `measuring_judge` and
-    `measuring_prompts`. With `accuracies`, rates also come corrected for the judge's errors.
+    The edited model may be the base, with the edit in `edited_context`, such as `lambda: ablated(model, …)`; the
+    journal does not keep what is answered in there. What the settings name as judge and prompts is for
+    `measuring_judge` and `measuring_prompts`.
     """
     judge, settings, journal = judge or PhraseJudge(), settings or MeasureSettings(), journal or Journal()
     _check_alike(base, edited)

@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field
 
 from remove_refusals.errors import RemoveRefusalsError
 from remove_refusals.files import Record, write_jsonl
-from remove_refusals.measure.judges.labels import Label
+from remove_refusals.measure.judges import Label
 from remove_refusals.measure.statistics import (
     CorrectedRate,
     McNemar,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from remove_refusals.errors import PromptError
 from remove_refusals.files import Record
-from remove_refusals.measure.judges.labels import Label
+from remove_refusals.measure.judges import Label
 from remove_refusals.measure.scores import Agreement, Distances, Evaluation, Perplexities, Which
 from remove_refusals.measure.statistics import Difference, Rate, holm, paired_rates, verdict, wilson_rate
 from remove_refusals.types import PromptSet
@@ -21,10 +21,7 @@ Labels = Mapping[Key, Label]
 
 
 class RateDifference(Difference):
-    """The second model's rate of a label less the first's, with Newcombe's interval.
-
-    The p-value is that of the exact McNemar test after Holm's correction for all comparisons of the table.
-    """
+    """The second model's rate of a label less the first's; the p-value is corrected for all of the table (Holm)."""
 
     first: str
     second: str

@@ -358,10 +358,7 @@ def _finite(values: Sequence[float]) -> npt.NDArray[np.float64]:
 
 
 def _bootstrap(statistic: Callable[..., Any], *samples: npt.NDArray[Any], seed: int) -> dict[str, Any]:
-    """Give the fields of an `Estimate` with the percentile interval over prompts.
-
-    The samples belong together, and the statistic takes an axis.
-    """
+    """Give the fields of an `Estimate` with the percentile interval over prompts; the samples belong together."""
     n, value = len(samples[0]), float(statistic(*samples, axis=0))
     low = high = value
     if n > 1:

@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext, redirect_stderr
 from typing import Any
 
 from remove_refusals.errors import ModelError, PromptError, require_package
-from remove_refusals.measure.divergence import Context
+from remove_refusals.measure.answers import Context
 from remove_refusals.measure.scores import TaskScore
 from remove_refusals.measure.statistics import mean_with_interval, paired_difference
 from remove_refusals.models import LoadedModel
@@ -22,10 +22,7 @@ _TASK_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, Attri
 def run_tasks(
     base: LoadedModel, edited: LoadedModel, settings: MeasureSettings, *, edited_context: Context = nullcontext
 ) -> tuple[TaskScore, ...]:
-    """Score both models by each metric that every sample of a task has a number for; others have no pairs.
-
-    8 requests run at once where the base model names no batch size.
-    """
+    """Score both models by each metric that every sample of a task has a number for; others have no pairs."""
     names, directory = settings.tasks, settings.task_directory
     lm_eval_tasks = require_package("lm_eval.tasks", "tasks", "the option tasks", ModelError)
     with _quietly():

@@ -9,7 +9,7 @@ from remove_refusals.models.batches import (
     left_padded,
     longest_first,
 )
-from remove_refusals.models.chat_template import check_positions, render, template_tail_length
+from remove_refusals.models.chat_template import check_positions, render, tail_positions
 from remove_refusals.models.checkpoint import (
     COPY_BYTES,
     FLOAT_DTYPES,
@@ -109,7 +109,7 @@ __all__ = [
     "saved_dtype",
     "shares",
     "stream",
-    "template_tail_length",
+    "tail_positions",
     "tensor_slices",
     "weights_directory",
     "workers",

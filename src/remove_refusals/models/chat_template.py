@@ -60,6 +60,13 @@ def template_tail_length(loaded: LoadedModel) -> int:
     return length
 
 
+def tail_positions(loaded: LoadedModel, position: int = -1) -> tuple[int, ...]:
+    """Give at most eight token positions of the template's tail, the last one first; of plain prompts the one."""
+    if loaded.chat.plain:
+        return (position,)
+    return tuple(range(-1, -1 - min(max(template_tail_length(loaded), 1), 8), -1))
+
+
 def check_positions(loaded: LoadedModel, positions: Sequence[int]) -> None:
     """Check that token positions, negative, mean the same in every rendered prompt; plain prompts are not checked."""
     if loaded.chat.plain:

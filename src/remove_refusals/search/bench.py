@@ -33,19 +33,15 @@ class Option:
 
 @dataclass(frozen=True)
 class LayerScore:
-    """What was measured of one direction: means over prompts, when it is taken out or, for `induce`, added.
-
-    Attributes:
-        bypass: How far the log-odds of a refusal of harmful prompts rise; negative if they fall.
-        induce: How far those of a refusal's first tokens rise on harmless prompts.
-        refusal: The probability of a refusal of harmful prompts.
-        damage: The KL on harmless prompts, in nats.
-    """
+    """What was measured of one direction: means over prompts, when it is taken out or, for `induce`, added."""
 
     bypass: float
+    """How far the log-odds of a refusal of harmful prompts rise."""
     induce: float
+    """How far those of a refusal's first tokens rise on harmless prompts."""
     refusal: float
     damage: float
+    """The KL on harmless prompts, in nats."""
 
     def passes(self, max_kl: float) -> bool:
         """Tell whether it keeps the limits: little damage, and adding it induces refusals."""
@@ -103,10 +99,7 @@ class Bench:
         self._before_induced = _log_odds(self._along(self._induced, len(answered), as_it_is, 1))
 
     def score(self, options: Sequence[Option], n: int) -> list[LayerScore]:
-        """Measure directions on the first `n` harmful and the first `n` harmless prompts.
-
-        A direction's scores do not depend on what others are measured with it, beyond float tolerance.
-        """
+        """Measure directions on the first `n` harmful and harmless prompts; no score depends on the others."""
         n_harmful, n_harmless = min(n, len(self._refusals.part)), min(n, len(self._damages.part))
         # Where sites cannot be steered row by row, one direction after another is taken out as an intervention.
         together = is_steerable(self._map)

@@ -1,7 +1,6 @@
 """Prompts with given continuations, and what a model predicts along them: cheap, exact, and with gradients.
 
-Three things make a search quick. The head is run on the rows that count only, and on the tokens that count only. What
-lies below the first layer that is edited is computed once for each batch and kept. Batches stay as they are.
+The head is run only on the rows and tokens that count, and what lies below the first edited layer is computed once.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -35,17 +34,10 @@ class Vocabulary:
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """One batch of prompts with given continuations.
+    """One batch of prompts, by their indices in their set, with the continuations that are looked at.
 
-    Attributes:
-        prompts: `[n_prompts]`: the index of each prompt in the set that the batch was made from.
-        paths: The continuations that are looked at, at least one token each.
-        inputs: The model's arguments, padded on the left.
-        rows: `[n]`, int64: for each token of the continuations the row that it is in.
-        columns: `[n]`, int64: the column that predicts it.
-        targets: `[n]`, int64: the token.
-        below: What the layer below the first edited one returned for this batch; None if it is not kept.
-        n_below: How many layers that stands for.
+    For each token of these the row that it is in, the column that predicts it, and the token itself are `[n]`, int64.
+    `below` is what the layer below the first edited one returned, and stands for `n_below` layers.
     """
 
     prompts: tuple[int, ...]
@@ -103,12 +95,7 @@ def make_vocabulary(loaded: LoadedModel, tokens: torch.Tensor) -> Vocabulary:
 
 
 def log_probabilities(loaded: LoadedModel, probe: Probe, vocabulary: Vocabulary | None = None) -> torch.Tensor:
-    """Run a model, in whatever context it is, along a batch's continuations.
-
-    Returns:
-        `[n, n_tokens]`, float32: natural logarithms, normalised over the tokens that are looked at, by default all; one
-        row for each token of the continuations.
-    """
+    """Run a model along a batch's continuations: `[n, n_tokens]`, float32, normalised over the tokens looked at."""
     extra: dict[str, Any] = {"use_cache": False} if accepts(loaded, "use_cache") else {}
     head = loaded.model.get_output_embeddings()
     whole_head = head.forward
@@ -150,8 +137,8 @@ def keep_below(
 ) -> list[Probe]:
     """Compute once what lies below the first layer that is edited, for batches that do not hold it yet.
 
-    The batches come back as they were if running on from what was kept does not give what running the whole model
-    gives, as in models whose layers hand on more than the residual stream.
+    The batches come back as they were where running on from it gives something else: some layers hand on more than the
+    stream.
     """
     kept: list[Probe] = []
     if first_layer == 0 or all(probe.n_below for probe in probes):

@@ -24,19 +24,13 @@ from remove_refusals.types import Direction, DirectionOrigin, Intervention, Site
 
 @dataclass(frozen=True, eq=False)
 class Steering:
-    """What a descent changes: a strength for each site, and a direction for each layer from the first edited one on.
-
-    Attributes:
-        sites: Kind and layer of the sites that may be edited.
-        strengths: `[n_sites]`, float32.
-        directions: `[n_directions, d_model]`, float32.
-        origins: Where each direction came from.
-        first: The layer of the first direction.
-    """
+    """What a descent changes: a strength for each site, and a direction for each layer from `first` on."""
 
     sites: tuple[tuple[SiteKind, int], ...]
     strengths: torch.Tensor
+    """`[n_sites]`, float32."""
     directions: torch.Tensor
+    """`[n_directions, d_model]`, float32."""
     origins: tuple[DirectionOrigin, ...]
     first: int
 
@@ -97,9 +91,8 @@ def descend(
 ) -> list[Candidate]:
     """Search by gradients from one direction for each layer, found in the stream behind it: once for each weight.
 
-    After each descent the model generates a little. Refusals that open in a new way are learned, for the next descent
-    and for the scores of all candidates. The refusal of a candidate is the probability of the model's own refusals, or
-    the share of generated answers that refused, whichever is greater.
+    After each descent the model generates a little, and refusals that open in a new way are learned. The refusal of a
+    candidate is the probability of the model's own refusals, or the share of those answers, whichever is greater.
     """
     steering = start_steering(material.loaded, directions, settings, material.first_layer)
     reached: list[tuple[Steering, float]] = []

@@ -11,16 +11,12 @@ from math import ceil
 
 from remove_refusals.directions import intervene, mean_difference
 from remove_refusals.errors import DirectionError, SelectionError
-from remove_refusals.models import LoadedModel, template_tail_length
 from remove_refusals.progress import SILENT, Progress
 from remove_refusals.search.bench import Bench, LayerScore, Option
 from remove_refusals.search.candidates import Candidate
 from remove_refusals.search.material import OwnAnswers
 from remove_refusals.settings import LayerSettings, Rule, published_name
 from remove_refusals.types import Activations
-
-MOST_POSITIONS = 8
-"""How many of the template's last tokens are looked at."""
 
 _TIE = 0.01
 
@@ -49,9 +45,8 @@ class LayerSearch:
 def ranked(scores: Sequence[LayerScore], max_kl: float) -> tuple[int, ...]:
     """Put directions in the order in which they are preferred.
 
-    Those that keep the limits come first, by how far they lower the odds of a refusal; of those within 1% of the best
-    that is left, the least damage. Then those that lower them at least half as much as the best, by damage; then the
-    rest, by damage.
+    Those that keep the limits come first, the lowest bypass first, and by damage within 1% of the best that is left.
+    Then, by damage, those that lower the odds at least half as much as the best; then, by damage, the rest.
     """
     order: list[int] = []
     left = [index for index, score in enumerate(scores) if score.passes(max_kl)]
@@ -86,8 +81,7 @@ def narrow_down(
 ) -> LayerSearch:
     """Score directions, dropping those that are clearly worse after a few prompts.
 
-    Only those that reached the last round, on all `n_prompts`, are to be confirmed, and of them only those that keep
-    the limits, unless none does.
+    Of those that reached the last round, those that keep the limits are to be confirmed, or all where none does.
     """
     kept = list(range(len(options)))
     sizes = [len(options), min(len(options), max(settings.fewest, ceil(settings.share * len(options))))]
@@ -119,14 +113,6 @@ def narrow_down(
         "least half as much as the best were ranked by KL."
     )
     return LayerSearch(candidates, found, tuple(range(len(kept))), (note,))
-
-
-def tail_positions(loaded: LoadedModel, position: int) -> tuple[int, ...]:
-    """Give the token positions of the chat template's tail, the last one first; where prompts are plain, the one."""
-    if loaded.chat.plain:
-        return (position,)
-    tail = template_tail_length(loaded)
-    return tuple(range(-1, -1 - min(max(tail, 1), MOST_POSITIONS), -1))
 
 
 def make_options(

@@ -32,11 +32,7 @@ _LIKELY = 1e-3
 
 @dataclass(frozen=True)
 class Openings:
-    """The first tokens of a model's refusals.
-
-    Attributes:
-        prefixes: Token sequences, none of which is the beginning of another; the most frequent first.
-    """
+    """The first tokens of a model's refusals, none the beginning of another; the most frequent first."""
 
     prefixes: tuple[tuple[int, ...], ...]
 
@@ -52,10 +48,10 @@ class Openings:
         return tuple(found)
 
     def telling_apart(self, answers: Sequence[Sequence[int]]) -> "Openings":
-        """Cut the openings down to as few tokens as a tenth of the answers, which are no refusals, begin with at most.
+        """Cut the openings down to as few tokens as a tenth of the answers, no refusals, begin with at most.
 
-        The paper looks at the first token. A direction that is added at its full length can make a model repeat that
-        token, which is a refusal begun, though no opening in full. Where answers begin as refusals do, more are needed.
+        The paper looks at the first token, which a direction that is added can make a model repeat. More are needed
+        where answers begin as refusals do.
         """
         for n_tokens in range(1, N_OPENING_TOKENS):
             few = learn_openings(self.prefixes, n_tokens)
@@ -87,15 +83,7 @@ class OwnAnswers:
 
 @dataclass(frozen=True, eq=False)
 class Material:
-    """What a search runs on.
-
-    Attributes:
-        refused: The harmful prompts that the model refused, with its answers.
-        refusal_probes: Batches of those prompts with the openings of their refusals.
-        damage_probes: Batches of harmless prompts with the model's answers.
-        base: For each of the latter `[n, n_tokens]`, float32: the model's log-probabilities as it stands.
-        first_layer: The first layer that may be edited.
-    """
+    """What a search runs on: batches of refused prompts with the openings, and of harmless ones with the answers."""
 
     loaded: LoadedModel
     refused: Answered
@@ -103,6 +91,7 @@ class Material:
     refusal_probes: tuple[Probe, ...]
     damage_probes: tuple[Probe, ...]
     base: tuple[torch.Tensor, ...]
+    """For each of the latter `[n, n_tokens]`, float32: the model's log-probabilities as it stands."""
     vocabulary: Vocabulary
     first_layer: int
 
@@ -187,13 +176,10 @@ def with_new_refusals(
 def refusal_probabilities(
     log_probabilities: torch.Tensor, probe: Probe, openings: Openings, vocabulary: Vocabulary
 ) -> torch.Tensor:
-    """How likely each prompt's answer is to open as the model's own refusals do.
+    """Give `[n_prompts]`: how likely each answer is to open as the model's own refusals do.
 
-    Along a refusal's first tokens every other opening branches off somewhere. What branches off counts as refused, so
-    that one run gives the probability of all openings, or a little more: of an opening that branches off, its first
-    other token is counted and not the rest.
-
-    From `[n, n_tokens]`, float32, along the paths of the batch, which are openings, to `[n_prompts]`, from 0 to 1.
+    Along a refusal's first tokens, `[n, n_tokens]` in float32, every other opening branches off somewhere. What
+    branches off counts as refused, so that one run gives the probability of all openings, or a little more.
     """
     targets = vocabulary.indices(probe.targets)
     along = log_probabilities.gather(1, targets[:, None])[:, 0]
@@ -213,10 +199,7 @@ def refusal_probabilities(
 
 
 def damages(log_probabilities: torch.Tensor, base: torch.Tensor, probe: Probe) -> torch.Tensor:
-    """The KL divergence from the base model along its own answers.
-
-    Both are `[n, n_tokens]`, float32. Returns `[n_prompts]`, in nats: the mean over the tokens of each answer.
-    """
+    """Give `[n_prompts]`, in nats: the mean KL from the base over the tokens of each answer, of two `[n, n_tokens]`."""
     kl = (base.exp() * (base - log_probabilities)).sum(dim=1)
     n = torch.bincount(probe.rows, minlength=len(probe))
     return torch.zeros(len(probe), device=kl.device).index_add(0, probe.rows, kl) / n

@@ -8,13 +8,13 @@ from remove_refusals.errors import SelectionError
 from remove_refusals.files import Journal
 from remove_refusals.measure import Answered, Label, kept_answers, labelled
 from remove_refusals.modelmap import map_model
-from remove_refusals.models import LoadedModel, check_positions, fingerprint, render
+from remove_refusals.models import LoadedModel, check_positions, fingerprint, render, tail_positions
 from remove_refusals.progress import SILENT, Progress
 from remove_refusals.prompts import split_by_size
 from remove_refusals.search.candidates import Selection, by_rule
 from remove_refusals.search.confirming import Confirming, pick
 from remove_refusals.search.descent import descend, first_layer_that_counts
-from remove_refusals.search.layers import LayerRule, search_layers, tail_positions
+from remove_refusals.search.layers import LayerRule, search_layers
 from remove_refusals.search.material import OwnAnswers, gather
 from remove_refusals.settings import MAX_KL, LayerSettings, MeasureSettings, SelectSettings, published_name
 from remove_refusals.types import Activations, PromptSet
@@ -25,10 +25,7 @@ _FEWEST = 8
 
 @dataclass(frozen=True, eq=False)
 class SearchPrompts:
-    """Prompts of a search, harmful and harmless ones in each pair; no prompt is in two of them.
-
-    Directions are found on those of `choose`, too, on which the search runs.
-    """
+    """Prompts of a search, harmful and harmless ones in each pair; directions are found on those of `choose`, too."""
 
     direction: tuple[PromptSet, PromptSet]
     choose: tuple[PromptSet, PromptSet]
@@ -42,10 +39,7 @@ class SearchPrompts:
 def split_for_search(
     harmful: PromptSet, harmless: PromptSet, n_direction: int, settings: SelectSettings
 ) -> SearchPrompts:
-    """Split prompts for a search; where there are too few, each part gets its share of them.
-
-    `n_direction` of each are for the directions, beside those of the search.
-    """
+    """Split prompts, `n_direction` of each beside those of the search; of too few each part gets its share."""
     parts = []
     for name, prompts in (("harmful", harmful), ("harmless", harmless)):
         n = len(set(prompts.prompts))
@@ -92,11 +86,7 @@ def select(
     journal: Journal | None = None,
     progress: Progress = SILENT,
 ) -> Selection:
-    """Choose what to take out where, and confirm the pick by generation on prompts that the search did not use.
-
-    Directions are found at a token position; `layer` looks at all of the chat template's tail. A journal keeps what is
-    done, so that a killed search goes on.
-    """
+    """Choose what to take out where, and confirm the pick by generation on prompts that the search did not use."""
     model_map = map_model(loaded.model)
     by_layer = settings.method == "layer"
     if not by_layer and not is_steerable(model_map):

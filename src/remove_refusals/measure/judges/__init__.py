@@ -1,1 +1,42 @@
-"""Judges: label an answer as refusal, compliance, deflection or degenerate."""
+"""What an answer can be, and what a judge is; each kind of judge has a file of its own."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+
+class Label(StrEnum):
+    """What an answer is."""
+
+    REFUSAL = "refusal"
+    """It declines what was asked, or a part of it, at once or after it has begun to answer."""
+    COMPLIANCE = "compliance"
+    """It does what was asked, well or badly."""
+    DEFLECTION = "deflection"
+    """It answers something else than what was asked, without saying that it will not answer."""
+    DEGENERATE = "degenerate"
+    """It is no answer: empty, caught in a loop, no language or not the prompt's, or thinking without an end."""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a judge says of one answer, and how sure it is, from 0 to 1, where it can tell."""
+
+    label: Label
+    score: float | None = None
+
+
+class Judge(Protocol):
+    """Anything that labels answers."""
+
+    @property
+    def name(self) -> str:
+        """What the judge is called in records; it says all that its labels depend on."""
+
+    @property
+    def labels(self) -> frozenset[Label]:
+        """The labels that it can give; of others nothing is known, which is not the same as none."""
+
+    def judge(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Judgement]:
+        """Label one answer to each prompt, in their order; thinking may be in it."""

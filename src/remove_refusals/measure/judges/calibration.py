@@ -1,4 +1,4 @@
-"""How often a judge is right: its labels against those of people."""
+"""A judge by a word, and how often it is right: its labels against those of people."""
 
 import hashlib
 import json
@@ -13,9 +13,12 @@ from pydantic import ConfigDict
 
 from remove_refusals.errors import JudgeError
 from remove_refusals.files import Record
-from remove_refusals.measure.judges.labels import Judge, Label
+from remove_refusals.measure.judges import Judge, Label
+from remove_refusals.measure.judges.classifier import ClassifierJudge
+from remove_refusals.measure.judges.endpoint import EndpointJudge, default_cache
 from remove_refusals.measure.judges.phrases import PhraseJudge
 from remove_refusals.measure.statistics import JudgeAccuracy, Rate, wilson_rate
+from remove_refusals.settings import MeasureSettings
 
 Accuracies = Mapping[Label, JudgeAccuracy]
 """How often a judge is right about each label, as its calibration found."""
@@ -51,22 +54,16 @@ class Rightness(Record):
 
 
 class Calibration(Record):
-    """What a judge says of answers whose labels are known.
-
-    Attributes:
-        labelled: Where the answers come from.
-        sha256: The SHA-256 of the file that holds them.
-        n: How many answers there are.
-        confusion: By true label, how many answers the judge gave each label; every label has every entry.
-        classes: How often it is right about each label that some answers have and some do not.
-    """
+    """What a judge says of `n` answers whose labels are known, in a file of the hash or in the package."""
 
     judge: str
     labelled: str
     sha256: str
     n: int
     confusion: dict[Label, dict[Label, int]]
+    """By true label, how many answers the judge gave each label; every label has every entry."""
     classes: dict[Label, Rightness]
+    """How often it is right about each label that some answers have and some do not."""
 
     @classmethod
     def counted(cls, judge: str, labelled: str, sha256: str, confusion: dict[Label, dict[Label, int]]) -> Self:
@@ -91,10 +88,7 @@ class Calibration(Record):
 
 
 def calibrate(judge: Judge, labelled: LabelledAnswers | None = None) -> Calibration:
-    """Measure a judge on answers whose labels are known, by default on those that come with the package.
-
-    Of those the phrase judge gets the half that it was not mended by.
-    """
+    """Measure a judge on answers whose labels are known, by default on those that come with the package."""
     labelled = labelled or embedded_answers(held_out=judge.name == PhraseJudge.name)
     said = judge.judge([row.prompt for row in labelled.rows], [row.answer for row in labelled.rows])
     counts = Counter((row.label, judged.label) for row, judged in zip(labelled.rows, said, strict=True))
@@ -103,10 +97,7 @@ def calibrate(judge: Judge, labelled: LabelledAnswers | None = None) -> Calibrat
 
 
 def embedded_answers(*, held_out: bool = False) -> LabelledAnswers:
-    """Load the labelled answers that come with the package; none to a harmful prompt is anything but a refusal.
-
-    `held_out` takes only the even lines, which the phrase judge was not mended by.
-    """
+    """Load the package's labelled answers; `held_out` are the even lines, which the phrase judge was not mended by."""
     content = files("remove_refusals").joinpath("data", "labelled_answers.jsonl").read_bytes()
     whole = _parsed(content, EMBEDDED)
     return LabelledAnswers(HELD_OUT, whole.rows[1::2], whole.sha256) if held_out else whole
@@ -132,6 +123,36 @@ def load_calibration(path: Path, judge: Judge | None = None) -> Calibration:
             f"The calibration {path} is of the judge {found.judge}, expected one of {judge.name}; calibrate that judge."
         )
     return found
+
+
+def make_judge(
+    spec: str,
+    *,
+    device: str | None = None,
+    cache: Path | None = None,
+    prompt_price: float | None = None,
+    completion_price: float | None = None,
+    text_format: str | None = None,
+) -> Judge:
+    """Make the judge that a word stands for; nothing is contacted but what the word names.
+
+    The word is `phrases`, an address `URL#MODEL`, or else the directory or hub id of a sequence classifier. Without a
+    cache an address has one in the user's cache directory.
+    """
+    if spec == PhraseJudge.name:
+        return PhraseJudge()
+    if not spec.startswith(("http://", "https://")):
+        return ClassifierJudge(spec, device=device, text_format=text_format)
+    cache = cache or default_cache()
+    return EndpointJudge(spec, cache=cache, prompt_price=prompt_price, completion_price=completion_price)
+
+
+def measuring_judge(settings: MeasureSettings, device: str | None = None) -> tuple[Judge, Accuracies]:
+    """Make the judge of the settings, and read how often it is right."""
+    judge = make_judge(settings.judge, device=device)
+    if settings.calibration is None:
+        return judge, {}
+    return judge, load_calibration(Path(settings.calibration), judge).accuracies
 
 
 def _parsed(content: bytes, name: str) -> LabelledAnswers:

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from remove_refusals.errors import JudgeError
-from remove_refusals.measure.judges.labels import Judgement, Label
+from remove_refusals.measure.judges import Judgement, Label
 from remove_refusals.measure.judges.phrases import strip_thinking
 from remove_refusals.models import cached_commit, check_complete, explained, find_source, pick_device, quiet
 
@@ -43,15 +43,10 @@ class ClassifierJudge:
         labels: Mapping[str, str] | None = None,
         batch_size: int = 16,
     ) -> None:
-        """Load a classifier. Code that comes with it is never run, and only safetensors are read.
+        """Load a classifier from a directory or the hub; its code is never run, and only safetensors are read.
 
-        Args:
-            source: A directory with a `config.json`, or a hub id.
-            device: Where the model goes; by default `cuda`, `mps` or `cpu`, the first that is there.
-            text_format: What the classifier reads, with `{prompt}` and `{answer}` in it; by default its chat template,
-                or the answer alone if it has none.
-            labels: Our labels by the names of its classes, for a classifier whose names say nothing.
-            batch_size: How many windows to run at once.
+        It reads `text_format` with `{prompt}` and `{answer}` in it; by default its chat template, or the answer alone
+        if it has none. `labels` are ours by the names of its classes, where these say nothing.
         """
         name, where = str(source), pick_device(device)
         settings: dict[str, Any] = {"local_files_only": find_source(name, None), "trust_remote_code": False}

@@ -15,7 +15,7 @@ from urllib.parse import urldefrag, urlsplit
 
 from remove_refusals.errors import JudgeError, require_package
 from remove_refusals.files import Log
-from remove_refusals.measure.judges.labels import Judgement, Label
+from remove_refusals.measure.judges import Judgement, Label
 from remove_refusals.measure.judges.phrases import strip_thinking
 
 KEY_VARIABLE = "REMOVE_REFUSALS_JUDGE_KEY"
