@@ -155,10 +155,7 @@ def split_by_size(prompts: PromptSet, sizes: Mapping[str, int], seed: int) -> di
 
 
 def check_disjoint(*sets: PromptSet) -> None:
-    """Check that no two sets share a prompt, so that what was measured on one was not chosen on another.
-
-    Prompts that differ only in white space or in upper and lower case count as the same.
-    """
+    """Check that no two sets share a prompt, be it one that differs in white space or case alone."""
     owners: dict[str, int] = {}
     for number, prompts in enumerate(sets):
         for prompt in prompts.prompts:

@@ -273,19 +273,13 @@ class GradientSettings(Settings):
     n_steps: int = inner(32, "Steps of the first descent.", ge=1)
     n_more_steps: int = inner(12, "Steps of each further one.", ge=1)
     rate: float = inner(0.08, "Adam's learning rate for the strengths.", ge=0)
-    direction_rate: float = inner(
-        0.03, "Its learning rate for a unit direction, as a length; 0 leaves the directions as they are.", ge=0
-    )
+    direction_rate: float = inner(0.03, "Its rate for a unit direction, as a length; 0 leaves directions alone.", ge=0)
     batch_size: int = inner(16, "Harmful prompts, and harmless ones, for each step.", ge=1)
     kl_tokens: int = inner(16, "How many tokens of each answer the damage goes along.", ge=1)
     start: float = inner(0.5, "The strength to begin with.", ge=0)
     most: float = inner(3.0, "The largest strength.", ge=0)
-    least: float = inner(
-        0.05, "Strengths below this are set to 0 in the end: a site that hardly counts is left alone.", ge=0
-    )
-    n_check: int = inner(
-        32, "How many prompts are answered between descents, to find refusals that open in a new way.", ge=1
-    )
+    least: float = inner(0.05, "Strengths below this are set to 0 in the end: such a site hardly counts.", ge=0)
+    n_check: int = inner(32, "Prompts answered between descents, to find refusals that open in a new way.", ge=1)
     n_check_tokens: int = inner(24, "With how many tokens.", ge=1)
     seed: int = inner(0, "Decides the order of the batches.")
 
@@ -390,13 +384,9 @@ MAX_KL = 0.1
 class LayerSettings(Settings):
     """How the choice by layer and position goes; the first token alone, as in the paper, misses damage behind it."""
 
-    max_kl: float = inner(
-        MAX_KL, "The most damage that a candidate may do; twice as much until all prompts are looked at.", ge=0
-    )
+    max_kl: float = inner(MAX_KL, "The most damage of a candidate; twice as much until the last round.", ge=0)
     depth: float = inner(0.8, "Only layers below this share of the model's depth are looked at, as in the paper.", ge=0)
-    rounds: tuple[int, int] = inner(
-        (4, 16), "On how many harmful and as many harmless prompts the first rounds run; the last one runs on all."
-    )
+    rounds: tuple[int, int] = inner((4, 16), "On how many prompts of each the first rounds run; the last runs on all.")
     share: float = inner(0.25, "The share of the candidates that the second round gets.", ge=0)
     fewest: int = inner(12, "How many it gets at least.", ge=1)
     finalists: int = inner(4, "How many the last one gets.", ge=1)

@@ -44,18 +44,13 @@ class PromptSet:
 
 @dataclass(frozen=True, eq=False)
 class Activations:
-    """Hidden states of the residual stream at chosen token positions.
-
-    Attributes:
-        hidden: `[n_prompts, n_positions, n_layers + 1, d_model]`, float32, on the CPU. Index `i` on the third axis is
-            the stream before layer `i`; index `n_layers` is the stream behind the last layer that was looked at, which
-            is before the final norm where that is the model's last.
-        positions: The token positions, negative and counted from the end of the rendered prompt.
-        prompts: The prompts that were run, in the order of the first axis.
-    """
+    """Hidden states of the residual stream at chosen token positions."""
 
     hidden: torch.Tensor
+    """`[n_prompts, n_positions, n_layers + 1, d_model]`, float32, on the CPU. Index `i` of the third axis is the stream
+    before layer `i`, and the last one that behind the last layer that was looked at, before any final norm."""
     positions: tuple[int, ...]
+    """Negative, counted from the end of the rendered prompt."""
     prompts: PromptSet
 
     @property
@@ -174,11 +169,7 @@ Cosine = Annotated[float, PlainSerializer(lambda value: round(value, 4))]
 
 
 class Projection(Record):
-    """Where each prompt lies in two dimensions.
-
-    The first is how far it is from the middle of the other half's means along their difference, the second the first
-    principal component of what the difference leaves.
-    """
+    """Where each prompt lies: along the difference of the other half's means, and along what varies most beside it."""
 
     harmful: Points
     harmless: Points

@@ -20,10 +20,7 @@ _SMALLEST_ODDS = 1e-6
 
 @dataclass(frozen=True, eq=False)
 class Option:
-    """One direction to be tried; `index` is where it was found, on the layer axis of `Activations.hidden`.
-
-    The push, `[d_model]`, float32, is the difference of the means along it, for adding.
-    """
+    """One direction, found at an index of the layer axis; the push, `[d_model]`, is the means' difference along it."""
 
     index: int
     direction: Direction

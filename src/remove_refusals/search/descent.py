@@ -1,7 +1,6 @@
-"""Strengths, one for each layer and kind of site, and the directions with them, found by gradients.
+"""Strengths, one for each layer and kind of site, and directions with them, found by gradients.
 
-Refusal is the probability of the model's own refusals; damage is the KL along its own answers. Both are differentiable
-in the strengths and in the directions. One descent after another, each with the damage weighed less, gives a front.
+One descent after another, each with the damage weighed less, gives a front.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -1,8 +1,4 @@
-"""Layer and position of one direction, chosen by forward passes alone (Arditi et al. 2024, section 2.3, appendix C).
-
-Every candidate is one direction, taken out at every site with full strength. What is clearly worse is dropped after a
-few prompts.
-"""
+"""Layer and position of one direction, chosen by forward passes alone (Arditi et al. 2024, section 2.3, appendix C)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -155,10 +155,7 @@ def _prepared(
 def with_new_refusals(
     answers: Sequence[Answer], material: Material, settings: GradientSettings
 ) -> tuple[Material, float]:
-    """Learn the openings of refusals among what a candidate answers to the first prompts; give the refusals' share.
-
-    A prompt that is refused in another way is looked at along that way from now on.
-    """
+    """Learn the openings of refusals among what a candidate answers to the first prompts; give the refusals' share."""
     before, loaded = material.refused, material.loaded
     few = before.at(range(len(answers)))
     flags = labelled(few.prompts, few.token_ids, answers).flags(Label.REFUSAL)

@@ -84,11 +84,7 @@ def _is_noise(answer: str) -> bool:
 
 
 def _is_salad(answer: str) -> bool:
-    """Tell whether a long run of English letters without any punctuation has words but no grammar.
-
-    In English prose about half of the words are function words; in the run of a destroyed model nearly all are, or
-    hardly any.
-    """
+    """Tell whether a long run of English letters has no grammar: nearly all are function words, or hardly any."""
     for run in _UNPUNCTUATED.findall(_CODE_BLOCK.sub("", answer.lower())):
         words = run.split()
         share = sum(word in _FUNCTION_WORDS for word in words) / len(words)

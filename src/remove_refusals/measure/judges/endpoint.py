@@ -267,10 +267,7 @@ def _parsed_address(address: str) -> tuple[str, str]:
 
 
 def read_label(reply: str) -> Label | None:
-    """Read the label out of a reply, None if it does not say clearly which; thinking is skipped.
-
-    That is a JSON object, alone or within other text, or text that names exactly one label.
-    """
+    """Read the one label that a reply names, as JSON or as text, None if it is not clear; thinking is skipped."""
     said = strip_thinking(reply)
     if said is None:
         return None
