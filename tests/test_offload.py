@@ -89,7 +89,7 @@ def test_every_weight_is_read_once_for_all_prompts(directory: Path, offloaded: L
         handle.remove()
     assert calls == [(6,)]
     expected = find_direction(load(directory), wanted)
-    torch.testing.assert_close(found.direction.basis, expected.direction.basis, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found.directions[0].basis, expected.directions[0].basis, atol=1e-5, rtol=1e-4)
 
 
 def test_a_run_edits_the_files_to_the_same_bytes(directory: Path, tmp_path: Path) -> None:

@@ -129,10 +129,10 @@ def test_a_run_that_fails_leaves_no_journal(settings, tmp_path):
 def test_a_direction_from_a_file_is_used_as_it_is(settings, tmp_path):
     loaded = load(settings.model)
     found = find_direction(loaded, settings.direction)
-    save_direction(found.direction, tmp_path / "d.safetensors")
+    save_direction(found.directions[0], tmp_path / "d.safetensors")
     run(settings, tmp_path / "out", direction_file=tmp_path / "d.safetensors")
     assert torch.equal(
-        load_direction(tmp_path / "out" / "directions" / "direction.safetensors").basis, found.direction.basis
+        load_direction(tmp_path / "out" / "directions" / "direction.safetensors").basis, found.directions[0].basis
     )
 
 

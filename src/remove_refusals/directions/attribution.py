@@ -125,8 +125,7 @@ def expert_choices(
 ) -> tuple[ExpertChoice, ...]:
     """Measure which experts the routers rank first at one token, on harmful and on harmless prompts.
 
-    There is a choice for each expert of each layer whose router is found: the one matrix of the layer with a row for
-    each expert. For a model without experts there is none.
+    A router is the one matrix of a layer with a row for each expert; for layers where it is not found there is none.
     """
     config = loaded.model.config.get_text_config()
     n_chosen = next((value for name in _TOP_K if isinstance(value := getattr(config, name, None), int)), None)

@@ -163,10 +163,7 @@ def distances_along(
     edited_context: Context = nullcontext,
     progress: Progress = SILENT,
 ) -> list[PromptDistance]:
-    """Run both models along the first `n_tokens` of given answers, a batch at a time, and keep only numbers.
-
-    `token_ids` are the rendered prompts. The edited model may be the base, with the edit in `edited_context`.
-    """
+    """Run both models, or one with and without the context, along the first `n_tokens` of given answers, in batches."""
 
     def measure(indices: Sequence[int]) -> list[PromptDistance]:
         ids = [token_ids[index] for index in indices]

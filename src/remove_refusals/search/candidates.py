@@ -21,10 +21,7 @@ CANDIDATES = f"{DIRECTIONS}/candidates.safetensors"
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """One intervention with what the search measured of it, and what generation showed, if it was tried.
-
-    The refusal is the mean probability of the model's own refusals, the damage the mean KL on harmless prompts in nats.
-    """
+    """One intervention: its mean probability of refusals, mean KL in nats, and what generation showed, if tried."""
 
     name: str
     intervention: Intervention

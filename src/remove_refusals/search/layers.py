@@ -27,10 +27,7 @@ class LayerRule(Rule):
 
 @dataclass(frozen=True, eq=False)
 class LayerSearch:
-    """What was tried, those that came farthest first, with the scores of the last round that each was in.
-
-    `order` are the indices of those to be confirmed, the preferred one first.
-    """
+    """What was tried, the farthest first, with its last scores; `order` are the indices of those to be confirmed."""
 
     candidates: tuple[Candidate, ...]
     scores: tuple[LayerScore, ...]
@@ -114,10 +111,7 @@ def narrow_down(
 def make_options(
     harmful: Activations, harmless: Activations, *, depth: float = 0.8, seed: int = 0, model: str | None = None
 ) -> list[Option]:
-    """Make a direction for each layer below a share of the depth, each position that was collected, and each recipe.
-
-    Where the activations do not differ, there is none.
-    """
+    """Make a direction for each layer below a share of the depth, position and recipe, where the activations differ."""
     options = []
     for index in range(1, max(2, ceil(depth * harmful.n_layers))):
         for position in harmful.positions:

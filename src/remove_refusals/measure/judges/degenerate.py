@@ -26,8 +26,7 @@ _FUNCTION_WORDS = frozenset(
 def is_degenerate(answer: str, prompt: str | None = None) -> bool:
     """Tell whether an answer without thinking is empty, signs without words, caught in a loop, or in no language.
 
-    With the prompt, an answer of punctuation alone and one in another script than the prompt's are degenerate too,
-    unless the prompt asks for such.
+    With the prompt, also signs alone and another script than the prompt's, unless the prompt asks for such.
     """
     symbols = answer.split()
     if not symbols:

@@ -100,16 +100,10 @@ class EndpointJudge:
         patience: Patience | None = None,
         n_at_once: int = 4,
     ) -> None:
-        """Set up a judge; nothing is contacted yet.
+        """Set up the judge behind `URL#MODEL`; nothing is contacted yet.
 
-        Args:
-            address: `URL#MODEL`, for example `http://127.0.0.1:8000/v1#my-model`. The API key, if one is needed, is in
-                the environment variable `REMOVE_REFUSALS_JUDGE_KEY`, and goes over https or to this machine only.
-            cache: Where judgements are kept, for example `default_cache()`; None keeps them with this object only.
-            prompt_price: The price of a million prompt tokens.
-            completion_price: The price of a million completion tokens.
-            patience: How long to go on trying.
-            n_at_once: How many requests are under way at once.
+        An API key, from the environment, goes over https or to this machine only. Without a cache, judgements are kept
+        with this object. Prices are those of a million tokens.
         """
         self._base, self.model = _parsed_address(address)
         self._key = os.environ.get(KEY_VARIABLE) or None
