@@ -365,4 +365,5 @@ def _bootstrap(statistic: Callable[..., Any], *samples: npt.NDArray[Any], seed: 
         options: dict[str, Any] = {"paired": True, "vectorized": True, "method": "percentile", "batch": _BATCH}
         random = np.random.default_rng(seed)
         low, high = bootstrap(samples, statistic, n_resamples=N_RESAMPLES, rng=random, **options).confidence_interval
-    return {"value": value, "low": float(low), "high": float(high), "n": n}
+    # Sums of equal numbers may differ in the last digit.
+    return {"value": value, "low": min(float(low), value), "high": max(float(high), value), "n": n}
