@@ -40,7 +40,7 @@ def loaded() -> LoadedModel:
 
 def compare(loaded: LoadedModel, n_prompts: int, seed: int, *, n_test: int | None = None) -> Evaluation:
     found = find_direction(loaded, DirectionSettings(n_prompts=n_prompts, seed=seed))
-    intervention = as_intervention(found.direction, loaded)
+    intervention = as_intervention(found.directions[0], loaded)
     prompts = measuring_prompts(MeasureSettings(n_test=n_test), found.prompts)
     if n_test is not None:
         prompts = EvaluationPrompts(prompts.harmful, prompts.harmless)
