@@ -174,6 +174,11 @@ class FoundDirection:
     largest_coordinate: float | None
     """The largest share of the stream's mean squared norm in one coordinate there."""
 
+    @property
+    def direction(self) -> Direction:
+        """The only direction, or the first layer's."""
+        return self.directions[0]
+
 
 def training_prompts(settings: DirectionSettings) -> tuple[PromptSet, PromptSet]:
     """Load the harmful and the harmless prompts and draw from both."""
