@@ -291,7 +291,7 @@ def test_4bit_model_answers_with_the_direction_taken_out() -> None:
         ablated_answers = generate(small, token_ids, max_new_tokens=30)
     assert refused.count(Label.REFUSAL) >= 11
     assert [judge_phrases(answer.text) for answer in ablated_answers].count(Label.REFUSAL) <= 2
-    with pytest.raises(ModelError, match="quantised"):
+    with pytest.raises(ModelError, match="without quantisation"):
         bake_in_place(small, intervene(directions[1], small.model.config.num_hidden_layers))
 
 
