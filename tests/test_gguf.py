@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import tiny_gguf
 import zoo
 from remove_refusals.baking.base import Base
-from remove_refusals.baking.gguf import ARCHITECTURES, GgufNames, gguf_lora, write_gguf_lora
+from remove_refusals.baking.gguf import OTHER_NAMES, GgufNames, gguf_lora, write_gguf_lora
 from remove_refusals.baking.lora import low_rank
 from remove_refusals.baking.memory import bake_in_place
 from remove_refusals.directions.direction import direction_from_vectors
@@ -57,21 +57,58 @@ def ids(model):
     return zoo.token_ids(model)[0].tolist()
 
 
+# Types whose architecture has another name, and some whose name is the same but for punctuation.
+CONVERTED = [
+    *sorted({*OTHER_NAMES} & {*zoo.MODEL_TYPES}),
+    "ernie4_5_moe", "gemma3_text", "gemma4_text", "glm4_moe", "gpt2", "gpt_oss", "jamba", "kimi_linear", "lfm2_moe",
+    "llama", "llama4_text", "mamba2", "nemotron_h", "phimoe", "qwen2_moe", "qwen3_5_text", "qwen3_next", "starcoder2",
+]  # fmt: skip
+
+
 class TestNames:
-    @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
-    def test_every_writer_of_a_listed_type_has_a_tensor_of_its_own(self, model_type):
-        model_map = map_model(zoo.build(model_type))
+    @pytest.mark.parametrize("model_type", CONVERTED)
+    def test_every_writer_has_a_tensor_of_its_own(self, model_type):
+        model = zoo.build(model_type)
+        model_map = map_model(model)
         writers = [writer for site in model_map.sites for writer in site.writers]
-        names = GgufNames(model_map).of_writers(writers)
+        names = GgufNames(model).of_writers(writers)
         assert len(names) == len({writer.parameter for writer in writers}) > zoo.N_LAYERS
         for writer in writers:
             layer = next((site.layer for site in model_map.sites if writer in site.writers), None)
             assert layer is None or names[writer.parameter].startswith(f"blk.{layer}.")
             assert names[writer.parameter].endswith(".bias") == ("bias" in writer.parameter)
 
-    def test_a_type_that_is_not_listed_is_refused(self):
-        with pytest.raises(ArchitectureError, match=r"'xglm' has no known architecture"):
-            GgufNames(map_model(zoo.build("xglm")))
+    def test_every_name_that_differs_is_an_architecture_of_the_package(self):
+        known = {*gguf.MODEL_ARCH_NAMES.values()}
+        assert known.issuperset(OTHER_NAMES.values()) and known.isdisjoint(OTHER_NAMES)
+
+    @pytest.mark.parametrize(
+        ("settings", "architecture", "shared"),
+        [
+            (dict(), "granitehybrid", "ffn_down_shexp"),
+            (dict(num_local_experts=0), "granitehybrid", "ffn_down"),
+            (dict(num_local_experts=0, layer_types=["full_attention"] * zoo.N_LAYERS), "granite", "ffn_down"),
+            (dict(layer_types=["full_attention"] * zoo.N_LAYERS), "granitemoe", "ffn_down_shexp"),
+        ],
+    )
+    def test_one_type_is_the_architecture_that_its_layers_make_it(self, settings, architecture, shared):
+        names = GgufNames(zoo.build("granitemoehybrid", **settings))
+        found = names.find("model.layers.1.shared_mlp.output_linear.weight")
+        assert (names.architecture, found) == (architecture, f"blk.1.{shared}.weight")
+
+    @pytest.mark.parametrize(
+        ("model_type", "message"),
+        [
+            ("opt", r"'opt' has no architecture .*\(none\)"),
+            ("falcon_h1", r"'falcon-h1', whose converter multiplies"),
+            ("bitnet", r"'bitnet', whose converter rounds"),
+            ("dbrx", r"'transformer\.blocks\.0\.ffn.*in another layout"),
+        ],
+    )
+    def test_what_the_converter_knows_otherwise_or_not_at_all_is_refused(self, model_type, message):
+        base, _, plan = planned(zoo.build(model_type))
+        with pytest.raises(ArchitectureError, match=message):
+            gguf_lora(base, plan)
 
 
 class TestLora:
@@ -83,14 +120,27 @@ class TestLora:
         base, intervention, plan = planned(model, rank=rank, strength=0.6, kinds=kinds)
         adapter = gguf_lora(base, plan)
         after = edited(model, intervention)
-        names = GgufNames(base.model_map)
+        names = GgufNames(model)
         assert adapter.rank == rank and len(adapter.tensors) == 2 * len(plan.entries)
         for entry in plan.entries:
-            name = names.find(entry.parameter, entry.on_disk)
+            name = names.find(entry.parameter)
             first, second = adapter.tensors[f"{name}.lora_a"], adapter.tensors[f"{name}.lora_b"]
             change = after.get_parameter(entry.parameter) - model.get_parameter(entry.parameter)
             made = first @ second.mT if name == "token_embd.weight" else second @ first
             torch.testing.assert_close(made, change.detach(), rtol=0, atol=1e-6)
+
+    @pytest.mark.parametrize("heads", [2, 4, 8])
+    def test_inputs_stand_in_the_order_that_the_converter_gives_them(self, heads):
+        # Of Qwen3.5 alone, whose heads of values are grouped by the key's in Transformers, and dealt out in turn there.
+        model = zoo.build("qwen3_5_text", linear_num_value_heads=heads)
+        base, intervention, plan = planned(model)
+        name = "model.layers.0.linear_attn.out_proj.weight"
+        change = (edited(model, intervention).get_parameter(name) - model.get_parameter(name)).detach()
+        dealt = [head for turn in range(heads // 2) for head in range(turn, heads, heads // 2)]
+        wanted = torch.cat([change[:, 16 * head : 16 * head + 16] for head in dealt], dim=1)
+        tensors = gguf_lora(base, plan).tensors
+        made = tensors["blk.0.ssm_out.weight.lora_b"] @ tensors["blk.0.ssm_out.weight.lora_a"]
+        torch.testing.assert_close(made, wanted, rtol=0, atol=1e-6)
 
     @given(rows=st.integers(2, 9), columns=st.integers(1, 9), axis=st.sampled_from([0, 1]), strength=st.floats(-2, 2))
     @settings(deadline=None, max_examples=50)

@@ -9,7 +9,6 @@ import torch
 
 import zoo
 from remove_refusals.baking.gguf import GgufNames
-from remove_refusals.modelmap.derive import map_model
 
 F32, Q8_0 = gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.Q8_0
 SETTINGS = {
@@ -44,7 +43,7 @@ def _stored(model, name, tensor, architecture):
 
 def tensors(model):
     """A model's tensors by their names in GGUF files, float32."""
-    names = GgufNames(map_model(model))
+    names = GgufNames(model)
     found = {}
     for name, tensor in model.named_parameters():
         if name.endswith("gate_up_proj"):
@@ -58,7 +57,7 @@ def tensors(model):
 
 def write(model, path, kind=F32):
     """Write a model to a GGUF file; matrices get the type `kind`."""
-    config, architecture = model.config, GgufNames(map_model(model)).architecture
+    config, architecture = model.config, GgufNames(model).architecture
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(64)
     writer.add_embedding_length(zoo.D_MODEL)

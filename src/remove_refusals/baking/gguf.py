@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from remove_refusals.baking.base import Base
 from remove_refusals.baking.lora import LowRank, check_low_rank, low_rank
 from remove_refusals.directions import EditPlan, PlanEntry
 from remove_refusals.errors import ArchitectureError, OutputError, require_package
 from remove_refusals.files import atomic_file
-from remove_refusals.modelmap import DiskTensor, ModelMap, Writer
+from remove_refusals.modelmap import Writer, map_model
 from remove_refusals.report import AblationRecord, AdapterRecord
 from remove_refusals.settings import EditSettings
 from remove_refusals.types import Intervention
@@ -59,7 +60,7 @@ class GgufLora:
 
 def gguf_lora(base: Base, plan: EditPlan) -> GgufLora:
     """Build the llama.cpp LoRA that is an edit."""
-    names = GgufNames(base.model_map)
+    names = GgufNames(base.model)
     writers = [writer for site in base.model_map.sites for writer in site.writers]
     planned = {entry.parameter for entry in plan.entries}
     named = names.of_writers(writer for writer in writers if writer.parameter in planned)
@@ -71,8 +72,8 @@ def gguf_lora(base: Base, plan: EditPlan) -> GgufLora:
     rank = max(ranks, key=ranks.count, default=1)
     tensors: dict[str, torch.Tensor] = {}
     for entry in plan.entries:
-        first, second = _laid_out(entry, named[entry.parameter], factors[entry.parameter])
         name = named[entry.parameter]
+        first, second = _laid_out(entry, name, names.reordered(name, factors[entry.parameter]))
         # llama.cpp multiplies by alpha over each tensor's own rank.
         tensors[f"{name}.lora_a"] = first.to("cpu").contiguous()
         tensors[f"{name}.lora_b"] = (second * (second.shape[-1] / rank)).to("cpu").contiguous()
@@ -128,47 +129,73 @@ def write_gguf_lora(adapter: GgufLora, path: Path, *, name: str, base: str, reco
     writer.close()
 
 
-# Read in the converter and the graphs of llama.cpp as of 2026; the architecture has the model type's name in most.
-_SAME = (
-    "arcee bloom cohere2 dots1 ernie4_5 exaone4 falcon gemma gemma2 gemma3 glm4 gpt2 granite granitemoe "
-    "llama mamba mamba2 nemotron olmo olmo2 olmoe phi3 phimoe qwen2 qwen3 seed_oss smollm3 stablelm "
-    "starcoder2"
-)
-
-ARCHITECTURES = {name: name for name in _SAME.split()} | {
-    "cohere": "command-r", "deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2", "ernie4_5_moe": "ernie4_5-moe",
-    "gemma3_text": "gemma3", "glm4_moe": "glm4moe", "gpt_bigcode": "starcoder", "gpt_neox": "gptneox", "gpt_oss":
-    "gpt-oss", "hunyuan_v1_dense": "hunyuan-dense", "hunyuan_v1_moe": "hunyuan-moe", "mistral": "llama", "mixtral":
-    "llama", "olmo3": "olmo2", "phi": "phi2", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe",
+# Where llama.cpp's architecture has another name than the model type; type and name are else the same but for case and
+# punctuation.
+OTHER_NAMES = {
+    "bamba": "granitehybrid", "cohere": "command-r", "deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2",
+    "exaone4_5": "exaone4", "falcon_mamba": "mamba", "gemma4_unified": "gemma4", "glm": "chatglm",
+    "glm4_moe_lite": "deepseek2", "glm4v": "glm4", "glm4v_moe": "glm4moe", "glm_moe_dsa": "glm-dsa", "glm_ocr": "glm4",
+    "gpt-sw3": "gpt2", "gpt_bigcode": "starcoder", "granitemoehybrid": "granitehybrid", "granitemoeshared":
+    "granitemoe", "hunyuan_v1_dense": "hunyuan-dense", "hunyuan_v1_moe": "hunyuan-moe", "internlm3": "llama",
+    "mimo_v2_flash": "mimo2", "ministral3": "mistral3", "mistral": "llama", "mixtral": "llama", "olmo3": "olmo2",
+    "paddleocr_vl": "paddleocr", "phi": "phi2", "qwen2_5_omni": "qwen2vl", "qwen2_5_vl": "qwen2vl", "qwen3_omni_moe":
+    "qwen3vlmoe", "sarvam_mla": "deepseek2", "solar_open": "glm4moe", "youtu": "deepseek2",
 }  # fmt: skip
+
+_SCALED = {"bitnet": "rounds the weights to three values", "falcon-h1": "multiplies the weights by constants"}
+"""What the converter does to writers, so that a change of the base's is none of the file's."""
 
 
 def _package() -> Any:
     return require_package("gguf", "gguf", "GGUF files", OutputError)
 
 
+def _plain(name: str) -> str:
+    """A name without what model types and architectures write in different ways."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
 class GgufNames:
     """The names of one model's tensors in a GGUF file."""
 
-    def __init__(self, model_map: ModelMap) -> None:
-        """Look the architecture up."""
-        gguf, self._model_type = _package(), model_map.model_type
-        self.architecture = ARCHITECTURES.get(self._model_type, "")
-        known = next((arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == self.architecture), None)
-        if known is None:
-            raise ArchitectureError(
-                f"Model type '{self._model_type}' has no known architecture in GGUF files, expected one of "
-                f"{', '.join(sorted(ARCHITECTURES))}; save the edited weights and convert those instead."
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Look the architecture up in the package's own tables."""
+        gguf, model_map = _package(), map_model(model)
+        self._text, self._model_type = model.config.get_text_config(), model_map.model_type
+        self._writers = [writer.parameter for site in model_map.sites for writer in site.writers]
+        self._experts = any(".experts." in name for name in self._writers)
+        types = [str(part.model_type).removesuffix("_text") for part in (self._text, model.config)]
+        by_name = {_plain(name): (name, number) for number, name in gguf.MODEL_ARCH_NAMES.items()}
+        named = (self._variant(name) for name in (*types, *(OTHER_NAMES.get(one, "") for one in types)))
+        found = next((by_name[key] for one in named if (key := _plain(one)) in by_name), ("", None))
+        self.architecture: str = found[0]
+        if not self.architecture or self.architecture in _SCALED:
+            what = (
+                f"'{self.architecture}', whose converter {_SCALED[self.architecture]}" if self.architecture else "none"
             )
-        self._map = gguf.get_tensor_name_map(known, model_map.n_layers)
+            raise ArchitectureError(
+                f"Model type '{self._model_type}' has no architecture in GGUF files that an adapter can be made for "
+                f"({what}), expected one of the gguf package's {len(by_name)}; save the edited weights and convert "
+                "those instead."
+            )
+        self._map = gguf.get_tensor_name_map(found[1], model_map.n_layers)
 
-    def find(self, parameter: str, on_disk: Iterable[DiskTensor] = ()) -> str | None:
-        """Give a tensor's name in the GGUF file, by that in the model or on disk; None if there is no such tensor."""
-        names = [parameter, *(tensor.name for tensor in on_disk)]
-        # The converter stacks what a checkpoint has for each expert, and calls the stack by the name without a number.
-        names += [re.sub(r"\.experts\.\d+\.", ".experts.", name) for name in names]
-        # It leaves out what a checkpoint puts before the language model's names.
-        names += [re.sub(r"(^|\.)(language_model|transformer)\.", r"\1", name) for name in names]
+    def _variant(self, name: str) -> str:
+        """Tell apart what is one type in Transformers and several architectures in llama.cpp."""
+        mixed = any(".mamba." in writer for writer in self._writers)
+        if OTHER_NAMES.get(name, name) == "granitehybrid" and not mixed:
+            return "granitemoe" if self._experts else "granite"
+        return "nemotron_h_moe" if name == "nemotron_h" and self._experts else name
+
+    def find(self, parameter: str) -> str | None:
+        """Give a tensor's name in the GGUF file, by that in the model; None if there is no such tensor."""
+        # What a model has before the language model's names is left out; a stack of experts has one name for all types.
+        own = re.sub(r"(^|\.)(language_model|transformer)\.", r"\1", parameter)
+        stacked = re.sub(r".*\blayers\.(\d+)\..*\bexperts\.(?:\d+\.)?", r"model.layers.\1.mlp.experts.", parameter)
+        names = [parameter, own, re.sub(r"^model\.", "backbone.", own), stacked]
+        if not self._experts:
+            # What all tokens share is the dense network where no experts are chosen.
+            names = [name.replace(".shared_mlp.output_linear.", ".mlp.down_proj.") for name in names]
         for name in names:
             whole = name if name.endswith((".weight", ".bias")) else re.sub(r"_bias$", ".bias", name)
             stem, _, suffix = whole.rpartition(".") if whole.endswith((".weight", ".bias")) else (whole, "", "weight")
@@ -181,12 +208,21 @@ class GgufNames:
         """Give the names in the GGUF file by those in the model."""
         names: dict[str, str] = {}
         for writer in writers:
-            found = self.find(writer.parameter, writer.on_disk)
-            if found is None or found in names.values():
-                what = "no tensor" if found is None else f"'{found}' already"
+            found = self.find(writer.parameter)
+            flat = found is not None and "_exps." in found and len(writer.shape) < 3 and found.endswith(".weight")
+            if found is None or found in names.values() or flat:
+                what = "no tensor" if found is None else f"'{found}' {'in another layout' if flat else 'already'}"
                 raise ArchitectureError(
                     f"Parameter '{writer.parameter}' of model type '{self._model_type}' has {what} in GGUF files of "
                     f"architecture '{self.architecture}', expected one of its own; save the edited weights instead."
                 )
             names[writer.parameter] = found
         return names
+
+    def reordered(self, name: str, factors: LowRank) -> LowRank:
+        """Put the inputs in the file's order: that of Qwen3.5 has the heads of values the other way round."""
+        if not self.architecture.startswith("qwen35") or ".ssm_out." not in name:
+            return factors
+        groups, heads = self._text.linear_num_key_heads, self._text.linear_num_value_heads
+        inputs = factors.right.reshape(*factors.right.shape[:-1], groups, heads // groups, -1)
+        return LowRank(factors.left, inputs.transpose(-3, -2).flatten(-3))
