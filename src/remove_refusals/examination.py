@@ -27,14 +27,16 @@ from remove_refusals.errors import ArchitectureError, CheckpointError, Direction
 from remove_refusals.files import Record, atomic_directory, versions
 from remove_refusals.formula import ChannelStep, pull_back
 from remove_refusals.measure import Evaluation, evaluate, measuring_prompts
-from remove_refusals.modelmap import by_stored_name, map_model, skeleton_of
+from remove_refusals.modelmap import DiskTensor, map_model, skeleton_of, stored_names
 from remove_refusals.models import (
     FLOAT_DTYPES,
     Place,
     checkpoint_tensors,
+    find_block_tensor,
     load_model,
     local_directory,
     opened,
+    plain_shapes,
     read_slice,
     render,
     same_bytes,
@@ -188,7 +190,10 @@ class InspectedWriter(Record):
 
 
 class Inspection(Record):
-    """What an edit of a model would touch, and why it may not be exact; `sites` counts them by kind."""
+    """What an edit of a model would touch, and why it may not be exact; `sites` counts them by kind.
+
+    Tensors of the files that are `unexplained` are none of the model's, and no edit changes them.
+    """
 
     model_type: str
     d_model: int
@@ -200,30 +205,33 @@ class Inspection(Record):
     tied: bool
     sites: dict[SiteKind, int]
     writers: tuple[InspectedWriter, ...]
+    unexplained: tuple[str, ...]
 
 
 def inspect(source: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Inspection:
     """Describe what an edit of a model would touch, from its configuration and the headers of its files alone."""
-    model_map = map_model(skeleton_of(source, revision=revision, trust_remote_code=trust_remote_code))
+    model = skeleton_of(source, revision=revision, trust_remote_code=trust_remote_code)
     directory = local_directory(source, revision)
     at_hand = directory is not None and any(directory.glob("*.safetensors"))
-    tensors = checkpoint_tensors(directory) if at_hand and directory is not None else {}
-    headers = by_stored_name({name: entry for name, (_, entry) in tensors.items()}, model_map)
+    base = Base(model, source, revision, directory if at_hand else None)
+    model_map, stored = base.model_map, checkpoint_tensors(base.files) if at_hand else {}
     writers = []
     for site, writer in ((found, writer) for found in model_map.sites for writer in found.writers):
-        for tensor in writer.on_disk:
-            entry = headers.get(tensor.name)
+        tensors = base.names.tensors(writer.parameter, writer.axis)
+        for tensor in tensors or (DiskTensor(writer.parameter, writer.axis),):
+            block = find_block_tensor(tensor.name, stored)
+            entry = stored[tensor.name][1] if tensor.name in stored else None
             row = InspectedWriter(
                 site=site.kind,
                 layer=site.layer,
                 parameter=writer.parameter,
-                on_disk=entry.name if entry is not None else tensor.name,
-                axis=tensor.axis,
-                shape=entry.shape if entry is not None else writer.shape,
+                on_disk=tensor.name if block is None else block.names[0],
+                axis=tensor.axis if block is None else block.axis,
+                shape=writer.shape if entry is None else entry.shape,
                 norm=_norm(writer.steps),
                 tied=model_map.tied and writer.parameter == model_map.input_embedding,
-                dtype=entry.dtype if entry is not None else None,
-                missing=True if headers and entry is None else None,
+                dtype=block.dtype if block is not None else None if entry is None else entry.dtype,
+                missing=True if at_hand and block is None and entry is None else None,
             )
             writers.append(row)
     return Inspection(
@@ -237,6 +245,7 @@ def inspect(source: str, *, revision: str | None = None, trust_remote_code: bool
         tied=model_map.tied,
         sites=dict(Counter(site.kind for site in model_map.sites)),
         writers=tuple(writers),
+        unexplained=base.names.unexplained if at_hand else (),
     )
 
 
@@ -303,7 +312,14 @@ def diff(
     try:
         base = Base(skeleton_of(folders[0], trust_remote_code=trust_remote_code), str(folders[0]), directory=folders[0])
         # The names on disk need not be the same in both.
-        tensors = [by_stored_name(found, base.model_map) for found in tensors]
+        here, there = (stored_names(base.model, plain_shapes(found)) for found in tensors)
+        twins = {
+            theirs: ours
+            for parameter in here.parameters
+            if len(here.of(parameter)) == len(there.of(parameter))
+            for ours, theirs in zip(here.of(parameter), there.of(parameter), strict=True)
+        }
+        tensors[1] = {twins.get(name, name): place for name, place in tensors[1].items()}
         bases = {} if direction is None else _bases(direction, base)
     except (ModelError, ArchitectureError):
         if direction is not None:
@@ -342,7 +358,7 @@ def _bases(direction: Direction, base: Base) -> dict[str, tuple[int, torch.Tenso
         tensor.name: (tensor.axis, pull_back(direction.basis, writer.steps, base.tensor))
         for site in base.model_map.sites
         for writer in site.writers
-        for tensor in writer.on_disk
+        for tensor in base.names.tensors(writer.parameter, writer.axis)
     }
 
 

@@ -19,12 +19,13 @@ from remove_refusals.files import read_json, versions, write_json
 from remove_refusals.modelmap import (
     DiskTensor,
     ModelMap,
-    by_stored_name,
-    disk_names,
-    disk_tensors,
+    StoredNames,
     map_model,
+    name_for,
+    saved_shapes,
     skeleton,
     skeleton_of,
+    stored_names,
 )
 from remove_refusals.models import (
     INDEX_FILE,
@@ -36,6 +37,7 @@ from remove_refusals.models import (
     licence_fields,
     local_directory,
     model_source,
+    plain_shapes,
     quiet,
     read_tensor,
     same_bytes,
@@ -115,52 +117,62 @@ class Base:
 
     @cached_property
     def stored(self) -> Mapping[str, Place | torch.Tensor]:
-        """What the files hold, by the names that the map speaks of; of .bin files the tensors, mapped into memory."""
+        """What the files hold; of .bin files the tensors, mapped into memory."""
         found: dict[str, Place | torch.Tensor] = {}
         if has_safetensors(self.weights):
             found |= checkpoint_tensors(self.weights)
         else:
             for path in pickled_files(self.weights):
                 found |= _read_pickled(path)
-        return by_stored_name(found, self.model_map)
+        return found
+
+    @cached_property
+    def names(self) -> StoredNames:
+        """What its files' tensors become in the model; of one without files, those that saving it would write."""
+        return stored_names(
+            self.model, saved_shapes(self.model) if self.directory is None else plain_shapes(self.stored)
+        )
 
     def tensor(self, parameter: str) -> torch.Tensor:
         """Read a parameter whole; what is fused in memory alone is put together."""
         own: torch.Tensor = self.model.get_parameter(parameter)
         if self.directory is None:
             return own.detach()
-        shape = tuple(own.shape)
-        writers = [writer for site in self.model_map.sites for writer in site.writers]
-        axis = next((writer.axis for writer in writers if writer.parameter == parameter), 0)
-        # The names of a list of experts come in the order of their numbers.
-        disk = [part for part in disk_tensors(self.model, parameter, shape, axis) if part.name in self.stored]
-        found = [self.stored[part.name] for part in disk]
-        parts = [part if isinstance(part, torch.Tensor) else read_tensor(*part) for part in found]
-        layouts = {(tuple(part.shape), tensor.axis) for part, tensor in zip(parts, disk, strict=True)}
-        if layouts == {(shape, axis)}:
-            return parts[0]
-        if len(parts) != shape[0] or layouts != {(shape[1:], axis - 1)}:
+        names = self.names.of(parameter)
+        found = {name: self.stored[name] for name in names if name in self.stored}
+        if not names or len(found) < len(names):
             raise CheckpointError(
-                f"The checkpoint {self.directory} has {len(parts)} tensors for parameter '{parameter}' of shape "
-                f"{shape}, of the shapes {[tuple(part.shape) for part in parts]}, expected one like it or one for each "
-                "expert; check that config.json and weights belong together."
+                f"The checkpoint {self.directory} has no tensor that holds parameter '{parameter}' in full precision, "
+                "expected one; use an unquantised checkpoint as `save_pretrained` writes it."
             )
-        return torch.stack(parts)
+        parts = {name: one if isinstance(one, torch.Tensor) else read_tensor(*one) for name, one in found.items()}
+        whole = self.names.load(parameter, parts)
+        if whole.shape != own.shape:
+            raise CheckpointError(
+                f"The checkpoint {self.directory} has {len(parts)} tensors for parameter '{parameter}', of the shapes "
+                f"{[tuple(part.shape) for part in parts.values()]}, expected {tuple(own.shape)} together; check that "
+                "config.json and weights belong together."
+            )
+        return whole
 
     def plan(self, intervention: Intervention, settings: EditSettings | None = None) -> EditPlan:
         """Resolve an intervention against it; an embedding that the files hold twice is edited as they hold it."""
-        plan = resolve(intervention, self.model_map, self.tensor, settings)
-        embedding = self.model_map.input_embedding
-        entry = next((entry for entry in plan.entries if entry.parameter == embedding), None)
-        if entry is None or self.directory is None or not self.model_map.tied:
-            return plan
-        plan = replace(plan, untie=plan.untie and self.tied)
-        if plan.untie or not entry.on_disk:
-            return plan
-        axis, own = entry.on_disk[0].axis, {tensor.name for tensor in entry.on_disk}
-        twins = [name for name in self._embedding_names - own if self._same(name, entry.on_disk[0].name)]
-        both = replace(entry, on_disk=(*entry.on_disk, *(DiskTensor(name, axis) for name in sorted(twins))))
-        return replace(plan, entries=tuple(both if known is entry else known for known in plan.entries))
+        return self.named(resolve(intervention, self.model_map, self.tensor, settings))
+
+    def named(self, plan: EditPlan) -> EditPlan:
+        """Say where the files hold what a plan edits."""
+        entries = [
+            replace(entry, on_disk=self.names.tensors(entry.parameter, entry.axis % len(entry.shape)))
+            for entry in plan.entries
+        ]
+        untie, embedding = plan.untie and self.tied, self.model_map.input_embedding
+        for index, entry in enumerate(entries):
+            if entry.parameter == embedding and self.model_map.tied and not untie and entry.on_disk:
+                own, first = {tensor.name for tensor in entry.on_disk}, entry.on_disk[0]
+                twins = sorted(name for name in self._embedding_names - own if self._same(name, first.name))
+                named = (*entry.on_disk, *(DiskTensor(name, first.axis) for name in twins))
+                entries[index] = replace(entry, on_disk=named)
+        return replace(plan, entries=tuple(entries), untie=untie)
 
     @cached_property
     def tied(self) -> bool:
@@ -174,33 +186,40 @@ class Base:
     def added(self, plan: EditPlan) -> dict[str, Copy]:
         """Say which tensors the files need where a plan unties the embedding, and what is in them."""
         added: dict[str, Copy] = {}
-        for group in self._tied_names if plan.untie else ():
-            stored = next((names for names in group if all(name in self.stored for name in names)), None)
-            edited = self._embedding_names.isdisjoint(name for names in group for name in names)
-            for names in group if stored is not None else ():
-                new = zip(names, stored or (), strict=True)
-                added |= {name: Copy(source, edited) for name, source in new if name not in self.stored}
+        for group in self._tied_parameters if plan.untie else ():
+            stored = next((names for names in map(self._names_of, group) if names), ())
+            edited = not any(self.model_map.input_embedding in names for names in group)
+            for aliases in group:
+                if not self._names_of(aliases) and len(stored) == 1:
+                    added[name_for(self._apart, aliases[0])] = Copy(stored[0], edited)
         return added
+
+    def _names_of(self, aliases: tuple[str, ...]) -> tuple[str, ...]:
+        return next((names for names in map(self.names.of, aliases) if names), ())
 
     @cached_property
     def _embedding_names(self) -> frozenset[str]:
         """The names on disk of what shares the embedding's memory, its own included."""
-        own = disk_names(self.model, self.model_map.input_embedding)
-        groups = (frozenset(name for names in group for name in names) for group in self._tied_names)
-        return next((group for group in groups if not group.isdisjoint(own)), frozenset(own))
+        own = self.model_map.input_embedding
+        groups = ({name for aliases in group for name in aliases} for group in self._tied_parameters)
+        shared = next((names for names in groups if own in names), {own})
+        return frozenset(name for parameter in shared for name in self.names.of(parameter))
 
     @cached_property
-    def _tied_names(self) -> tuple[tuple[tuple[str, ...], ...], ...]:
-        """What is one parameter as long as the embedding is tied, and several if not: groups of names on disk."""
+    def _apart(self) -> PreTrainedModel:
+        """The model without weights and with nothing tied."""
+        return skeleton(self.model, tied=False)
+
+    @cached_property
+    def _tied_parameters(self) -> tuple[tuple[tuple[str, ...], ...], ...]:
+        """What is one parameter as long as the embedding is tied, and several if not: groups of all their names."""
         if not self.model_map.tied:
             return ()
-        tied, apart = skeleton(self.model), skeleton(self.model, tied=False)
-        groups: dict[int, dict[int, str]] = {}
-        for name, value in tied.named_parameters(remove_duplicate=False):
-            groups.setdefault(id(value), {}).setdefault(id(apart.get_parameter(name)), name)
-        return tuple(
-            tuple(disk_names(apart, name) for name in group.values()) for group in groups.values() if len(group) > 1
-        )
+        groups: dict[int, dict[int, list[str]]] = {}
+        for name, value in skeleton(self.model).named_parameters(remove_duplicate=False):
+            apart = id(self._apart.get_parameter(name))
+            groups.setdefault(id(value), {}).setdefault(apart, []).append(name)
+        return tuple(tuple(map(tuple, group.values())) for group in groups.values() if len(group) > 1)
 
     def _same(self, first: str, second: str) -> bool:
         """Whether the files hold the same under two names."""

@@ -14,7 +14,6 @@ from remove_refusals.baking.base import Base
 from remove_refusals.baking.shards import planned_edits
 from remove_refusals.directions import EditPlan, PlanEntry
 from remove_refusals.formula import blocks, project_out_in_place, whole_blocks
-from remove_refusals.modelmap import by_stored_name
 from remove_refusals.models import (
     BlockTensor,
     Place,
@@ -95,7 +94,7 @@ class _Pair:
 def certify(directory: Path, base: Base, plan: EditPlan, disk: DiskSettings | None = None) -> Certificate:
     """Measure saved files against their base, which has safetensors, and a plan; the certificate may pass or not."""
     disk = disk or DiskSettings()
-    before, after = (by_stored_name(checkpoint_tensors(path), base.model_map) for path in (base.weights, directory))
+    before, after = checkpoint_tensors(base.weights), checkpoint_tensors(directory)
     problems: list[str] = []
     writers, planned = _pairs(before, after, plan, (base.files, directory), problems)
     # In the order of the files, so that the disk is read from front to back.

@@ -21,7 +21,7 @@ from remove_refusals.baking.shards import CONVERTED, LEDGER_FILE, plan_files, st
 from remove_refusals.directions import DIRECTIONS, EditPlan, measure_boundaries, save_directions
 from remove_refusals.errors import CertificateError, CheckpointError
 from remove_refusals.files import read_json, resumable_directory, write_json
-from remove_refusals.modelmap import by_stored_name, map_model
+from remove_refusals.modelmap import map_model, stored_names
 from remove_refusals.models import UNWANTED, LoadedModel, checkpoint_files, load, local_directory, read_header
 from remove_refusals.progress import SILENT, Progress
 from remove_refusals.report import AblationRecord, Certificate, LeakRecord
@@ -91,6 +91,7 @@ def write_baked(
     disk, scratch = disk or DiskSettings(), directory / CONVERTED
     try:
         safe = base.as_safetensors(scratch)
+        plan = safe.named(plan)
         stream = plan_files(safe, plan)
         hashes = stream_edited(stream, directory, disk, force=force, progress=progress)
         _carry_along(safe, plan, directory)
@@ -175,7 +176,7 @@ def _carried(base: Base, plan: EditPlan) -> Iterator[Path]:
     for path in base.files.glob("*.index.json"):
         index = read_json(path, error=CheckpointError)
         own.update(index.get("weight_map", {}).values() if isinstance(index, dict) else ())
-    edited = {tensor.name for entry in plan.entries for tensor in entry.on_disk}
+    edited = {entry.parameter for entry in plan.entries}
     # The hub's cache keeps a snapshot's files apart from it.
     inside = (base.files.resolve(), (base.files / ".." / ".." / "blobs").resolve())
     for folder, folders, names in os.walk(base.files):
@@ -190,8 +191,8 @@ def _carried(base: Base, plan: EditPlan) -> Iterator[Path]:
                     "since it would go along with the edited model; copy it there, or remove the link."
                 )
             if path.suffix == ".safetensors":
-                tensors = {tensor.name: tensor for tensor in read_header(path).tensors}
-                if edited.intersection(by_stored_name(tensors, base.model_map)):
+                shapes = {tensor.name: tensor.shape for tensor in read_header(path).tensors}
+                if edited & stored_names(base.model, shapes).parameters:
                     # Another copy of the model, which the edit has not reached.
                     continue
             if path.is_file():

@@ -20,7 +20,6 @@ from remove_refusals.directions import EditPlan, PlanEntry
 from remove_refusals.errors import CheckpointError, OutputError
 from remove_refusals.files import Log, read_json, versions, write_json
 from remove_refusals.formula import project_out_in_place
-from remove_refusals.modelmap import by_stored_name
 from remove_refusals.models import (
     BYTES_PER_NUMBER,
     COPY_BYTES,
@@ -407,8 +406,7 @@ def plan_files(base: Base, plan: EditPlan) -> StreamPlan:
     """Resolve an edit plan against the files of a base."""
     headers = {path: read_header(path) for path in checkpoint_files(base.weights)}
     prints = {path: fingerprint(path) for path in headers}
-    places = {tensor.name: (path, tensor) for path, header in headers.items() for tensor in header.tensors}
-    stored = by_stored_name(places, base.model_map)
+    stored = {tensor.name: (path, tensor) for path, header in headers.items() for tensor in header.tensors}
     edits: dict[Path, dict[str, TensorEdit]] = {path: {} for path in headers}
     for _, path, edit in planned_edits(base.files, plan, stored):
         known = edits[path].setdefault(edit.tensor.name, edit)

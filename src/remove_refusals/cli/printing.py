@@ -185,6 +185,9 @@ def show_map(found: Inspection) -> None:
     say(f"Verdict: {found.verdict} ({meaning}).", *(f"  {part}" for part in (*found.leaks, *found.unhooked)))
     if found.unused:
         say(f"Left, since their modules take no part in the forward pass: {', '.join(found.unused)}.")
+    if found.unexplained:
+        first, more = ", ".join(found.unexplained[:3]), len(found.unexplained) - 3
+        say(f"Left, since the model has no place for them: {first}{f' and {more} more tensors' if more > 0 else ''}.")
 
 
 def show_certificate(certificate: Certificate) -> None:

@@ -27,6 +27,7 @@ class PlanEntry:
     """One tensor to be edited: `W' = W - strength * basis (basisᵀ W)` along `axis`, its axis of width d_model.
 
     The basis, `[d_model, k]`, float32, orthonormal, is the direction, pulled back through the steps behind the writer.
+    `on_disk` is where the files hold it, as far as there are files.
     """
 
     parameter: str
@@ -36,7 +37,7 @@ class PlanEntry:
     shape: tuple[int, ...]
     strength: float
     basis: torch.Tensor
-    on_disk: tuple[DiskTensor, ...]
+    on_disk: tuple[DiskTensor, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +85,6 @@ def resolve(
                 shape=writer.shape,
                 strength=edit.strength,
                 basis=pull_back(intervention.directions[edit.direction].basis, writer.steps, tensor_of),
-                on_disk=writer.on_disk,
             )
             known = entries.setdefault(writer.parameter, entry)
             if known.strength != entry.strength or not torch.equal(known.basis, entry.basis):

@@ -2,7 +2,8 @@
 
 from remove_refusals.modelmap.derive import map_model
 from remove_refusals.modelmap.knowledge import first_of_width
-from remove_refusals.modelmap.skeleton import by_stored_name, disk_names, disk_tensors, skeleton, skeleton_of
+from remove_refusals.modelmap.names import StoredNames, name_for, saved_shapes, stored_names
+from remove_refusals.modelmap.skeleton import skeleton, skeleton_of
 from remove_refusals.modelmap.types import DiskTensor, HookPoint, ModelMap, Site, Writer
 
 __all__ = [
@@ -10,12 +11,13 @@ __all__ = [
     "HookPoint",
     "ModelMap",
     "Site",
+    "StoredNames",
     "Writer",
-    "by_stored_name",
-    "disk_names",
-    "disk_tensors",
     "first_of_width",
     "map_model",
+    "name_for",
+    "saved_shapes",
     "skeleton",
     "skeleton_of",
+    "stored_names",
 ]

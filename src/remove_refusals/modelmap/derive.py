@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from remove_refusals.errors import ArchitectureError
 from remove_refusals.modelmap.knowledge import Term, Terms
-from remove_refusals.modelmap.skeleton import disk_names, disk_tensors, skeleton
+from remove_refusals.modelmap.skeleton import skeleton
 from remove_refusals.modelmap.trace import ModuleCall, Trace, trace_forward
 from remove_refusals.modelmap.types import HookPoint, ModelMap, Site, Writer
 from remove_refusals.settings import SiteKind
@@ -72,14 +72,14 @@ def _map(model: PreTrainedModel) -> ModelMap:
             f"The config of model type '{model.config.model_type}' has hidden_size {d_model} and num_hidden_layers "
             f"{n_layers}, expected two numbers; this model type is not supported."
         )
-    found = _Derivation(model, weightless, d_model, n_layers, _traced(weightless, d_model, {})).model_map()
+    found = _Derivation(weightless, d_model, n_layers, _traced(weightless, d_model, {})).model_map()
     states = next((name for name in _STATES if name in inspect.signature(weightless.forward).parameters), None)
     if not found.unused or states is None:
         return found
     empty = torch.empty(1, _N_TOKENS, d_model, device="meta")
     try:
         trace = _traced(weightless, d_model, {states: (empty,) if states == "encoder_outputs" else empty})
-        return _Derivation(model, weightless, d_model, n_layers, trace).model_map()
+        return _Derivation(weightless, d_model, n_layers, trace).model_map()
     except ArchitectureError:
         # The tower is of another width, or the model has none; the map lists what is unused.
         return found
@@ -121,7 +121,6 @@ class Segment:
 class _Derivation:
     """From a trace to a map."""
 
-    source: PreTrainedModel
     model: PreTrainedModel
     d_model: int
     n_layers: int
@@ -146,8 +145,6 @@ class _Derivation:
             unhooked=tuple(dict.fromkeys(beside)),
             unused=self._unused(),
             used_elsewhere=self.trace.used_elsewhere,
-            stored=frozenset(disk_names(self.source)),
-            prefix=self.source.base_model_prefix,
         )
 
     @property
@@ -328,8 +325,7 @@ class _Derivation:
                 if name not in self.trace.used and other == shape and _pattern(name) == pattern
             )
             for name in (term.source, *siblings):
-                on_disk = disk_tensors(self.source, name, shape, term.axis)
-                writers.append(Writer(name, term.axis, shape, term.steps, on_disk))
+                writers.append(Writer(name, term.axis, shape, term.steps))
         return tuple(writers)
 
     def _unseen(self) -> list[str]:

@@ -23,7 +23,6 @@ class Writer:
     axis: int
     shape: tuple[int, ...]
     steps: tuple[ChannelStep, ...] = ()
-    on_disk: tuple[DiskTensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,6 @@ class ModelMap:
         leaks: Why a weight edit cannot be exact, one sentence each; `unhooked` says it of hooks.
         unused: Parameters of the layers with an axis of width d_model that take no part in the forward pass.
         used_elsewhere: Parameters that are used while their module is not called, too: changing its output misses that.
-        stored: The names under which checkpoints hold the model's tensors, `prefix` first, which some leave out.
     """
 
     model_type: str
@@ -77,8 +75,6 @@ class ModelMap:
     unhooked: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     used_elsewhere: frozenset[str] = frozenset()
-    stored: frozenset[str] = frozenset()
-    prefix: str = ""
 
     @property
     def verdict(self) -> Literal["exact", "hooks only"]:

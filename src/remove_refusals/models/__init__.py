@@ -36,7 +36,7 @@ from remove_refusals.models.checkpoint import (
 )
 from remove_refusals.models.generate import Answer, AnswerLogits, answer_logits, generate, stream
 from remove_refusals.models.load import LoadedModel, fingerprint, load, load_model, pick_device, saved_dtype
-from remove_refusals.models.quantised import BYTES_PER_NUMBER, BlockTensor, find_block_tensor
+from remove_refusals.models.quantised import BYTES_PER_NUMBER, BlockTensor, find_block_tensor, plain_shapes
 from remove_refusals.models.source import (
     CARD,
     CARRIED_FIELDS,
@@ -98,6 +98,7 @@ __all__ = [
     "model_source",
     "opened",
     "pick_device",
+    "plain_shapes",
     "quiet",
     "read_config",
     "read_header",

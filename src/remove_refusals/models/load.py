@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoTokenizer, BitsAndBytesConfig
 from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -192,14 +192,9 @@ def load_model(
     wanted = _parse_dtype(settings.dtype)
     access: dict[str, Any] = {"revision": revision, "local_files_only": find_source(name, revision)}
     with quiet(bars=Path(name).is_dir()), explained(f"The model {name}"):
-        described, config = read_config(name, access, settings.trust_remote_code)
-        if getattr(config, "is_encoder_decoder", False):
-            raise ModelError(
-                f"The model {name} of type {config.model_type} is an encoder-decoder, expected a decoder that "
-                "continues its prompt; choose a causal language model."
-            )
-        saved = saved_dtype(name, described)
-        quantised = settings.load_in_4bit or "quantization_config" in described
+        chosen = read_config(name, access, settings.trust_remote_code)
+        saved = saved_dtype(name, chosen.described)
+        quantised = settings.load_in_4bit or "quantization_config" in chosen.described
         # Float32 holds bfloat16 and float16 values exactly.
         if wanted is None and where.type == "cpu" and settings.device_map is None and not quantised:
             wanted = torch.float32
@@ -207,9 +202,9 @@ def load_model(
             require_package("bitsandbytes", "4bit", "4-bit loading", ModelError)
             four_bit = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": wanted or saved or torch.float32}
             places["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, **four_bit)
-        built, report = AutoModelForCausalLM.from_pretrained(
+        built, report = chosen.loader.from_pretrained(
             name,
-            config=config,
+            config=chosen.config,
             dtype="auto" if wanted is None else wanted,
             **places,
             ignore_mismatched_sizes=True,  # so that they are reported with their names, below

@@ -276,3 +276,25 @@ def _check_int4(name: str, stored: Mapping[str, Place], weights: Place, scales: 
             f"The tensor {name}_shape holds {sizes}, expected {[d_model, n]} as eight numbers in each of the words of "
             f"{weights[1].name} make it; use an unquantised checkpoint of this model."
         )
+
+
+_PACKED = ("_packed", "_blocks")
+_BESIDE = ("_scale", "_scales", "_scale_inv", "_scale_2", "_global_scale", "_shape", "_zero_point", "_g_idx")
+
+
+def plain_shapes(stored: Mapping[str, Place | torch.Tensor]) -> dict[str, tuple[int, ...] | None]:
+    """Name what the files hold as an unquantised checkpoint would, with the shapes; None for what is packed."""
+    shapes: dict[str, tuple[int, ...] | None] = {}
+    for name, held in stored.items():
+        end = next((end for end in (*_PACKED, *_BESIDE) if name.endswith(end)), "")
+        stem = name.removesuffix(end)
+        if end in _PACKED and any(stem + other in stored for other in ("_scale", "_scales")):
+            shapes[stem] = None
+        elif end in _BESIDE and any(stem + other in stored for other in ("", *_PACKED)):
+            continue
+        elif isinstance(held, torch.Tensor):
+            shapes[name] = tuple(held.shape)
+        else:
+            # Two numbers in a byte.
+            shapes[name] = None if held[1].dtype == "U8" and f"{name}_scale" in stored else held[1].shape
+    return shapes

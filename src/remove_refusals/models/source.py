@@ -2,20 +2,33 @@
 
 import pickle
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import HfApi, constants, errors, snapshot_download, try_to_load_from_cache
 from huggingface_hub.repocard import metadata_load
 from safetensors import SafetensorError
-from transformers import AutoConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers.configuration_utils import PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 from transformers.utils import logging
 from yaml import YAMLError
 
@@ -95,12 +108,40 @@ def licence_fields(directory: Path) -> dict[str, Any]:
     return {name: found[name] for name in CARRIED_FIELDS if name in found} if isinstance(found, dict) else {}
 
 
-def read_config(name: str, access: dict[str, Any], trust_remote_code: bool) -> tuple[dict[str, Any], Any]:
-    """Read a causal model's configuration, as a dictionary and as Transformers has it; note its commit in `access`."""
+@dataclass(frozen=True, eq=False)
+class ModelChoice:
+    """A configuration, as the file has it and as Transformers has it, and the class that a user loads it with.
+
+    `loader` is an Auto class, or the class of a part that continues a prompt where the whole does more than that.
+    """
+
+    described: dict[str, Any]
+    config: Any
+    loader: Any
+
+    def build(self, *, trust_remote_code: bool) -> PreTrainedModel:
+        """Build the model anew, with random weights."""
+        if hasattr(self.loader, "_from_config"):
+            built: PreTrainedModel = self.loader._from_config(self.config)
+        else:
+            built = self.loader.from_config(self.config, trust_remote_code=trust_remote_code)
+        return built
+
+
+_AUTO_CLASSES: tuple[tuple[Any, Mapping[str, str]], ...] = (
+    (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
+    (AutoModelForMultimodalLM, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES),
+)
+
+
+def read_config(name: str, access: dict[str, Any], trust_remote_code: bool) -> ModelChoice:
+    """Read the configuration of a model that continues a prompt; note its commit in `access`."""
     described, _ = PretrainedConfig.get_config_dict(name, **access)
     model_type, code = described.get("model_type"), described.get("auto_map") or {}
-    known, own = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "AutoModelForCausalLM" in code
-    if own and not known and not trust_remote_code:
+    loader = _loader(model_type, described.get("architectures") or ())
+    own = next((auto for auto, _ in _AUTO_CLASSES if auto.__name__ in code), None)
+    if own is not None and loader is None and not trust_remote_code:
         raise ModelError(
             f"The model {name} of type {model_type} needs code that comes with it, expected permission to run it; "
             "read that code and pass trust_remote_code if you trust it."
@@ -109,8 +150,9 @@ def read_config(name: str, access: dict[str, Any], trust_remote_code: bool) -> t
         raise ModelError(
             f"The config.json of {name} names no model_type, expected one that Transformers knows; check the file."
         )
-    if not own and not known:
-        reason = "has no causal form" if model_type in CONFIG_MAPPING_NAMES else "this Transformers does not know"
+    if own is None and loader is None:
+        known = model_type in CONFIG_MAPPING_NAMES
+        reason = "has no form that continues a prompt" if known else "this Transformers does not know"
         raise ModelError(
             f"The model {name} is of type {model_type}, which {reason}, expected a decoder that continues its prompt; "
             "choose another model or upgrade Transformers."
@@ -119,7 +161,32 @@ def read_config(name: str, access: dict[str, Any], trust_remote_code: bool) -> t
     if (commit := cached_commit(name, access["revision"])) is not None:
         # A branch may move between two requests.
         access["revision"] = commit
-    return described, AutoConfig.from_pretrained(name, **access)
+    config = AutoConfig.from_pretrained(name, **access)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"The model {name} of type {config.model_type} is an encoder-decoder, expected a decoder that "
+            "continues its prompt; choose a causal language model."
+        )
+    if own is not None and trust_remote_code:
+        loader = own
+    elif hasattr(config, "thinker_config"):
+        # What speaks hands a prompt to this part, whose answer the rest reads out.
+        whole = dict(MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES)[config.model_type]
+        loader = getattr(transformers, whole.replace("ForCond", "ThinkerForCond"))
+        config = config.thinker_config
+    return ModelChoice(described, config, loader)
+
+
+def _loader(model_type: str | None, architectures: Sequence[str]) -> Any:
+    """Choose the Auto class that gives the class that a checkpoint was saved with, or else the first of its type."""
+    known = [
+        (auto, names[model_type]) for auto, names in _AUTO_CLASSES if model_type is not None and model_type in names
+    ]
+    if known:
+        return next((auto for auto, name in known if name in architectures), known[0][0])
+    # A part of a model that was saved alone has a class and no Auto class.
+    classes = (getattr(transformers, name, None) for name in architectures)
+    return next((one for one in classes if isinstance(one, type) and issubclass(one, GenerationMixin)), None)
 
 
 def find_source(name: str, revision: str | None) -> bool:
