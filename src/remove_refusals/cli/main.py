@@ -3,6 +3,7 @@
 import functools
 import gc
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -100,6 +101,8 @@ def main() -> None:
     # Importing torch and Transformers makes millions of objects that stay; with Python's own thresholds a fifth of
     # the time goes into looking through them again and again for garbage.
     gc.set_threshold(50_000, 20, 20)
+    # Its remarks on kernels that are not installed are none of the user's business.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     app()
 
 

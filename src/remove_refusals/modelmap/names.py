@@ -232,7 +232,12 @@ def _sources(group: _Group, shapes: Mapping[str, Shape | None], model: PreTraine
 def saved_shapes(model: PreTrainedModel) -> dict[str, Shape | None]:
     """Name the tensors, with their shapes, of the files that `save_pretrained` would write."""
     state = {name: torch.empty(value.shape, device="meta") for name, value in model.state_dict().items()}
-    return {name: tuple(value.shape) for name, value in revert_weight_conversion(model, state).items()}
+    try:
+        saved = revert_weight_conversion(model, state)
+    except _UNFIT:
+        # Some conversions cannot be turned round; the model then has its own names.
+        saved = state
+    return {name: tuple(value.shape) for name, value in saved.items()}
 
 
 def name_for(model: PreTrainedModel, parameter: str) -> str:

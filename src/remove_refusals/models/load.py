@@ -131,7 +131,9 @@ def load(
 
 def _in_memory(source: Any, tokenizer: Any, chat: ChatFormat, batch_size: int | None) -> LoadedModel:
     """Take a model that is in memory, or a pipeline's, with its tokenizer."""
-    model = _checked(source if isinstance(source, torch.nn.Module) else getattr(source, "model", source))
+    whole = source if isinstance(source, torch.nn.Module) else getattr(source, "model", source)
+    # Of a model that speaks, the part that a prompt is put before.
+    model = _checked(getattr(whole, "thinker", whole))
     tokenizer = tokenizer or getattr(source, "tokenizer", None)
     if isinstance(tokenizer, str | Path):
         tokenizer = _load_tokenizer(str(tokenizer))
@@ -144,7 +146,7 @@ def _in_memory(source: Any, tokenizer: Any, chat: ChatFormat, batch_size: int | 
     return LoadedModel(
         model,
         tokenizer,
-        source=str(model.name_or_path or type(model).__name__),
+        source=str(getattr(whole, "name_or_path", "") or type(model).__name__),
         revision=getattr(model.config, "_commit_hash", None),
         checkpoint_dtype=next(model.parameters()).dtype,
         trust_remote_code=type(model).__module__.startswith("transformers_modules."),
