@@ -9,7 +9,7 @@ import openai._base_client
 import pytest
 
 from remove_refusals.errors import JudgeError
-from remove_refusals.measure.judges import Label
+from remove_refusals.measure.judges import JUDGED, Label
 from remove_refusals.measure.judges.calibration import make_judge
 from remove_refusals.measure.judges.endpoint import KEY_VARIABLE, RUBRIC, EndpointJudge, Patience, read_label
 from remove_refusals.measure.judges.phrases import PhraseJudge
@@ -108,9 +108,9 @@ def test_answers_are_labelled_in_their_order(serve: Callable[..., Server]) -> No
         assert (body["model"], body["temperature"]) == ("tiny", 0)
         assert body["messages"][0] == {"role": "system", "content": RUBRIC}
         assert set(json.loads(body["messages"][1]["content"])) == {"prompt", "answer"}
-        assert body["response_format"]["json_schema"]["schema"]["properties"]["label"]["enum"] == list(Label)
+        assert body["response_format"]["json_schema"]["schema"]["properties"]["label"]["enum"] == list(JUDGED)
     assert all("Authorization" not in headers for headers in server.headers)
-    assert all(f"- {label}:" in RUBRIC for label in Label)
+    assert all(f"- {label}:" in RUBRIC for label in JUDGED)
 
 
 def test_a_rerun_costs_nothing(serve: Callable[..., Server], tmp_path: Path) -> None:

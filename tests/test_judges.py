@@ -234,7 +234,7 @@ def test_strip_thinking() -> None:
 
 
 def test_labels_are_plain_text() -> None:
-    assert [str(label) for label in Label] == ["refusal", "compliance", "deflection", "degenerate"]
+    assert [str(label) for label in Label] == ["refusal", "compliance", "deflection", "degenerate", "unjudged"]
 
 
 @pytest.mark.parametrize(

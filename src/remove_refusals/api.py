@@ -211,8 +211,9 @@ def evaluate(
     """
     base, chosen = loaded_model(model, tokenizer), settings or MeasureSettings()
     sets = (("harmful", harmful, "harmful_test"), ("harmless", harmless, "harmless_test"))
-    asked = [as_prompts(name, embedded_prompts(own) if given is None else given) for name, given, own in sets]
-    sounding = as_prompts("alarming", embedded_prompts("harmless_alarming") if alarming is None else alarming)
+    own = partial(embedded_prompts, language=chosen.language)
+    asked = [as_prompts(name, own(embedded) if given is None else given) for name, given, embedded in sets]
+    sounding = as_prompts("alarming", own("harmless_alarming") if alarming is None else alarming)
     context: Any = nullcontext
     other = base
     if isinstance(edited, LoadedModel):
@@ -227,7 +228,7 @@ def evaluate(
         EvaluationPrompts(asked[0], asked[1], sounding),
         chosen,
         edited_context=context,
-        judge=make_judge(chosen.judge),
+        judge=make_judge(chosen.judge, language=chosen.language),
         progress=progress,
     )
 

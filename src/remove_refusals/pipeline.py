@@ -23,7 +23,6 @@ from remove_refusals.files import Journal, Record, atomic_directory, check_targe
 from remove_refusals.measure import (
     Evaluation,
     EvaluationPrompts,
-    PhraseJudge,
     evaluate,
     measuring_judge,
     measuring_prompts,
@@ -337,7 +336,7 @@ def _located(settings: RunSettings, files: Path) -> RunSettings:
     """Give the settings with every prompt file, judge and task directory where it lies."""
 
     def place(name: str | None) -> str | None:
-        if name is None or name == PhraseJudge.name:
+        if name is None or name == "phrases":
             return name
         if (files / name).exists():
             return str(files / name)

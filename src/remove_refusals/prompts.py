@@ -8,10 +8,10 @@ from dataclasses import replace
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from remove_refusals.errors import PromptError, require_package
-from remove_refusals.settings import PromptSource
+from remove_refusals.settings import Language, PromptSource
 from remove_refusals.types import PromptSet
 
 EMBEDDED_SETS = ("harmful_train", "harmful_test", "harmless_train", "harmless_test", "harmless_alarming")
@@ -26,10 +26,10 @@ Values = list[tuple[str, object]]
 """Pairs of a place, such as `line 3`, and what stands there."""
 
 
-def prompts_from(source: PromptSource, name: str, embedded: str) -> PromptSet:
+def prompts_from(source: PromptSource, name: str, embedded: str, language: Language = "auto") -> PromptSet:
     """Load the prompts that settings name, or the embedded set of the given name."""
     if source.source is None:
-        return replace(embedded_prompts(embedded), name=name)
+        return replace(embedded_prompts(embedded, language), name=name)
     return load_prompts(source.source, name=name, column=source.column, split=source.split)
 
 
@@ -101,17 +101,19 @@ def load_prompts(source: str, *, name: str, column: str | None = None, split: st
     return _set(name, values, source, path.name if chosen is None else f"{path.name}, column {chosen}")
 
 
-def embedded_prompts(name: str) -> PromptSet:
+def embedded_prompts(name: str, language: Language = "en") -> PromptSet:
     """Load one of `EMBEDDED_SETS`, the prompts that come with the package, in the order of its file.
 
     Args:
         name: One of `harmful_train`, `harmless_train`, `harmful_test`, `harmless_test` and `harmless_alarming`.
+        language: `en` or `auto`, which is the same here, or the code of another language, which has 40 prompts in each
+            set but those for training.
 
     Returns:
         The prompts; requests alone, without answers.
 
     Raises:
-        PromptError: If there is no set of that name.
+        PromptError: If there is no set of that name, or none in that language.
 
     Example:
         >>> len(embedded_prompts("harmful_test"))
@@ -121,8 +123,16 @@ def embedded_prompts(name: str) -> PromptSet:
         raise PromptError(
             f"There is no embedded prompt set {name!r}, expected one of {', '.join(EMBEDDED_SETS)}; choose one of them."
         )
-    text = files("remove_refusals").joinpath("data", "prompts", f"{name}.txt").read_text(encoding="utf-8")
-    return PromptSet(name, tuple(line for line in text.split("\n") if line), "embedded")
+    english = language in ("auto", "en")
+    place = files("remove_refusals").joinpath("data", "prompts", *([] if english else [language]))
+    if language not in get_args(Language) or not place.joinpath(f"{name}.txt").is_file():
+        raise PromptError(
+            f"There is no embedded prompt set {name} in the language {language!r}, expected a test set in one of "
+            f"{', '.join(get_args(Language)[1:])}, or English; choose one of these."
+        )
+    text = place.joinpath(f"{name}.txt").read_text(encoding="utf-8")
+    source = "embedded" if english else f"embedded, {language}"
+    return PromptSet(name, tuple(line for line in text.split("\n") if line), source)
 
 
 def draw(prompts: PromptSet, n: int, seed: int) -> PromptSet:

@@ -206,6 +206,10 @@ def _more(value: Any) -> Any:
     return tuple(found.items())
 
 
+Language = Literal["auto", "en", "de", "fr", "es", "pt", "it", "ru", "zh", "ja", "ko", "ar", "hi"]
+"""A language with test prompts and refusal phrases, by its code in ISO 639-1."""
+
+
 def _names(value: Any) -> Any:
     return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
 
@@ -229,6 +233,10 @@ class MeasureSettings(Settings):
     )
     task_directory: str | None = setting(None, "A directory with task files of your own.", name="task-files")
     task_limit: int | None = setting(None, "At most so many samples each.", ge=1)
+    language: Language = setting(
+        "auto",
+        "Of test prompts and unclear answers: de, fr, es, pt, it, ru, zh, ja, ko, ar, hi. Searching stays English.",
+    )
     judge: str = setting("phrases", "phrases, a classifier, or URL#MODEL.", short=True)
     calibration: str | None = setting(None, "From `judge calibrate`: corrects the rates.")
     seed: int = inner(0, "The seed of the bootstrap intervals.")

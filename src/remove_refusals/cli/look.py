@@ -100,7 +100,7 @@ def report(
     *("loading.device", "loading.dtype", "loading.trust_remote_code", "loading.revision", "chat", "batch_size"),
     *("direction.harmful", "direction.harmless", "direction.seed"),
     *("measure.harmful", "measure.harmless", "measure.alarming", "measure.n_test"),
-    *("measure.max_new_tokens", "measure.kl_tokens"),
+    *("measure.max_new_tokens", "measure.kl_tokens", "measure.language"),
 )
 def analyze(
     model: ModelArgument,

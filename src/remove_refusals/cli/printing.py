@@ -15,7 +15,7 @@ from rich.table import Table
 from remove_refusals.cli.command import StageLog, current, write_log
 from remove_refusals.directions import EditPlan
 from remove_refusals.examination import Inspection
-from remove_refusals.measure import Calibration, Damage, Evaluation, Label, SideBySide, Verdict
+from remove_refusals.measure import JUDGED, Calibration, Damage, Evaluation, SideBySide, Verdict
 from remove_refusals.modelmap import ModelMap
 from remove_refusals.progress import Progress
 from remove_refusals.report import Certificate, table, table_key
@@ -141,14 +141,16 @@ def show_evaluation(evaluation: Evaluation, notes: tuple[str, ...]) -> None:
 def show_calibration(calibration: Calibration, usage: object | None) -> None:
     """Print what a judge says of answers with known labels, how often it is right, and what asking it has cost."""
     counted = [
-        (str(true), *(str(row[label]) for label in Label))
+        (str(true), *(str(row[label]) for label in JUDGED))
         for true, row in calibration.confusion.items()
         if any(row.values())
     ]
     title = f"{calibration.judge} on {calibration.n} answers ({calibration.labelled})"
-    _show(title, ("true, said:", *map(str, Label)), counted)
+    _show(title, ("true, said:", *map(str, JUDGED)), counted)
     rates = [(str(label), str(one.sensitivity), str(one.specificity)) for label, one in calibration.classes.items()]
     _show("How often it is right about each label", ("label", "sensitivity", "specificity"), rates)
+    if calibration.unjudged is not None:
+        say(f"It could not judge {calibration.unjudged} more, which are in a language that it has no phrases for.")
     say(f"Intervals: 95%, Wilson. SHA-256 of the answers' file: {calibration.sha256}")
     if usage is not None:
         say(f"Asked: {usage}.")

@@ -9,7 +9,7 @@ from remove_refusals.measure.answers import (
     measuring_prompts,
 )
 from remove_refusals.measure.evaluate import evaluate, warnings
-from remove_refusals.measure.judges import Label
+from remove_refusals.measure.judges import JUDGED, Label
 from remove_refusals.measure.judges.calibration import Calibration, calibrate, load_answers, make_judge, measuring_judge
 from remove_refusals.measure.judges.phrases import PhraseJudge
 from remove_refusals.measure.scores import Distance, Evaluation, PairedRate, RefusalsByLength, Response, read_rows
@@ -17,6 +17,7 @@ from remove_refusals.measure.side_by_side import Damage, SideBySide, side_by_sid
 from remove_refusals.measure.statistics import Estimate, Mean, Rate, TokenMean, Verdict, mean_with_interval, wilson_rate
 
 __all__ = [
+    "JUDGED",
     "Answered",
     "Calibration",
     "Damage",

@@ -57,9 +57,9 @@ class EvaluationPrompts:
 
 def measuring_prompts(settings: MeasureSettings, used: tuple[PromptSet, ...] = ()) -> EvaluationPrompts:
     """Load the prompts to measure on and check that none of them was used to find the direction."""
-    harmful = prompts_from(settings.harmful, "harmful", "harmful_test")
-    harmless = prompts_from(settings.harmless, "harmless", "harmless_test")
-    alarming = prompts_from(settings.alarming, "alarming", "harmless_alarming")
+    harmful = prompts_from(settings.harmful, "harmful", "harmful_test", settings.language)
+    harmless = prompts_from(settings.harmless, "harmless", "harmless_test", settings.language)
+    alarming = prompts_from(settings.alarming, "alarming", "harmless_alarming", settings.language)
     more = [prompts_from(source, name, name) for name, source in settings.more]
     check_disjoint(*used, harmful, harmless, alarming, *more)
     harmful, harmless, alarming, *more = (
@@ -86,10 +86,15 @@ class Answered:
         return [own is label for own in self.labels]
 
     def rate(self, label: Label) -> Rate:
-        """Give the share of the answers with a label; there must be some answers."""
-        rate = wilson_rate(self.labels.count(label), len(self), self.prompts.sha256)
+        """Give the share of the judged answers with a label, or of all if none is judged; there must be some."""
+        judged = self.judged() or self
+        rate = wilson_rate(judged.labels.count(label), len(judged), judged.prompts.sha256)
         assert rate is not None
         return rate
+
+    def judged(self) -> "Answered":
+        """Give the prompts whose answer the judge could judge."""
+        return self.at([index for index, label in enumerate(self.labels) if label is not Label.UNJUDGED])
 
     def at(self, kept: Sequence[int]) -> "Answered":
         """Give the prompts at some indices."""

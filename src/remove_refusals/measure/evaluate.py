@@ -1,10 +1,11 @@
 """Measure an edited model against its base on the same prompts."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
-from remove_refusals.errors import ModelError
+from remove_refusals.errors import JudgeError, ModelError
 from remove_refusals.files import Journal
 from remove_refusals.measure.answers import (
     Answered,
@@ -17,6 +18,7 @@ from remove_refusals.measure.answers import (
 )
 from remove_refusals.measure.judges import Judge, Label
 from remove_refusals.measure.judges.calibration import Accuracies
+from remove_refusals.measure.judges.languages import has_phrases, language_of
 from remove_refusals.measure.judges.phrases import PhraseJudge, strip_thinking
 from remove_refusals.measure.scores import (
     Agreement,
@@ -77,7 +79,8 @@ def evaluate(
     journal does not keep what is answered in there. What the settings name as judge and prompts is for
     `measuring_judge` and `measuring_prompts`.
     """
-    judge, settings, journal = judge or PhraseJudge(), settings or MeasureSettings(), journal or Journal()
+    settings, journal = settings or MeasureSettings(), journal or Journal()
+    judge = judge or PhraseJudge(settings.language)
     _check_alike(base, edited)
     sets = prompts.by_name()
     token_ids = {name: render(base, part.prompts) for name, part in sets.items()}
@@ -168,30 +171,53 @@ def _sets(
     if Label.DEFLECTION not in judge.labels:
         # What the judge does not know of is not measured, which is not the same as none.
         del looked_for["deflections"]
+    judged = {name: _judged(name, pair, judge) for name, pair in both.items()}
     tests = {
         (name, kind): test
-        for name, (first, second) in both.items()
+        for name, (first, second) in judged.items()
         for kind, label in looked_for.items()
         if (test := mcnemar(first.flags(label), second.flags(label))) is not None
     }
     adjusted = dict(zip(tests, holm([test.p_value for test in tests.values()]), strict=True))
     found = {}
-    for name, pair in both.items():
+    for name, pair in judged.items():
         rates = {
             kind: _paired(pair, label, tests[name, kind], adjusted[name, kind], accuracies)
             for kind, label in looked_for.items()
         }
-        thinking = {model: thought for model, part in _named(pair) if (thought := _thinking(loaded, part, seed))}
+        whole = _named(both[name])
+        thinking = {model: thought for model, part in whole if (thought := _thinking(loaded, part, seed))}
+        unjudged = {model: part.labels.count(Label.UNJUDGED) for model, part in whole}
         found[name] = SetScores(
             refusals=rates["refusals"],
             degenerate=rates["degenerate"],
             deflections=rates.get("deflections"),
             flipped=_flipped(*pair),
             # The phrase judge costs nothing, and can be asked about answers of every length.
-            by_length=_by_length(loaded, pair, judge) if judge.name == PhraseJudge.name else None,
+            by_length=_by_length(loaded, pair, judge) if isinstance(judge, PhraseJudge) else None,
             thinking=thinking or None,
+            unjudged=unjudged if any(unjudged.values()) else None,
         )
     return found
+
+
+def _judged(name: str, both: Both, judge: Judge) -> Both:
+    """Leave out the prompts whose answer by either model could not be judged."""
+    pairs = zip(both[0].labels, both[1].labels, strict=True)
+    kept = [index for index, labels in enumerate(pairs) if Label.UNJUDGED not in labels]
+    if not kept:
+        spoken = _languages(answer.text for part in both for answer in part.answers)
+        raise JudgeError(
+            f"The judge {judge.name} can judge no prompt of {name}, whose answers are in {spoken}, expected a language "
+            "that it has phrases for; choose a classifier or an endpoint by --judge."
+        )
+    return both[0].at(kept), both[1].at(kept)
+
+
+def _languages(texts: Iterable[str]) -> str:
+    """Name the languages of texts that have no phrases, the most frequent first."""
+    found = Counter(language for text in texts if not has_phrases(language := language_of(text)))
+    return ", ".join(str(language) for language, _ in found.most_common()) or "several languages"
 
 
 def _paired(both: Both, label: Label, test: McNemar, adjusted: float, accuracies: Accuracies) -> PairedRate:
@@ -276,7 +302,7 @@ def _damage(
     )
     everywhere = _distance(distances, both[0].prompts, seed)
     assert everywhere is not None  # the set has prompts
-    kept = [index for index, refused in enumerate(both[0].flags(Label.REFUSAL)) if not refused]
+    kept = [at for at, label in enumerate(both[0].labels) if label not in (Label.REFUSAL, Label.UNJUDGED)]
     first, second, answered = both[0].at(kept), both[1].at(kept), [distances[index] for index in kept]
     prompts, counts = first.prompts, [len(distance.kl) for distance in answered]
     losses = [[distance.base_loss for distance in answered], [distance.edited_loss for distance in answered]]
@@ -315,6 +341,12 @@ def warnings(evaluation: Evaluation) -> tuple[str, ...]:
         )
     for name, scores in evaluation.sets.items():
         base, edited = scores.degenerate.base, scores.degenerate.edited
+        if scores.unjudged is not None:
+            spoken = _languages(row.text for row in evaluation.rows if row.label is Label.UNJUDGED and row.set == name)
+            found.append(
+                f"The judge could not judge {scores.unjudged['base']} answers of the base model to {name} prompts and "
+                f"{scores.unjudged['edited']} of the edited one, which are in {spoken}: their prompts are in no rate."
+            )
         # A base that loops in a tenth of its answers does so, edited, in those that it no longer refuses.
         was, now = (rate.n - rate.count for rate in (scores.refusals.base, scores.refusals.edited))
         own = base.count * max(1.0, now / was) if was else base.count

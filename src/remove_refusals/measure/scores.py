@@ -89,7 +89,8 @@ class SetScores(Record):
     """What was found on one prompt set.
 
     Deflections are there if the judge looks for them, refusals by length unless it is too dear to ask so often, and
-    thinking for those models that think aloud.
+    thinking for those models that think aloud. Prompts whose answer by either model the judge could not judge are in no
+    rate; how many answers these are stands in `unjudged`, where there are any.
     """
 
     refusals: PairedRate
@@ -98,6 +99,7 @@ class SetScores(Record):
     flipped: Flipped | None = None
     by_length: RefusalsByLength | None = None
     thinking: dict[Which, Thinking] | None = None
+    unjudged: dict[Which, int] | None = None
 
 
 class Distance(Record):

@@ -70,6 +70,9 @@ def side_by_side(directories: Sequence[Path]) -> SideBySide:
             "again with the same --judge."
         )
     models = {BASE: labels[0][0], **{name: edited for name, (_, edited) in zip(names, labels, strict=True)}}
+    # What was not judged of any model is compared of none.
+    left_out = {key for own in models.values() for key, label in own.items() if label is Label.UNJUDGED}
+    models = {name: {key: label for key, label in own.items() if key not in left_out} for name, own in models.items()}
     texts, counted = {(row.set, row.prompt_id): row.prompt for row in read[0].rows}, _counted(models)
     return SideBySide(
         models=tuple(models),

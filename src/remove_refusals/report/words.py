@@ -86,6 +86,8 @@ def table(evaluation: Evaluation) -> tuple[tuple[str, str, str, str], ...]:
     for name, scores in evaluation.sets.items():
         if scores.deflections is not None:
             rows.append((f"deflected, {name}".capitalize(), *_paired(scores.deflections)))
+        if scores.unjudged is not None:
+            rows.append((f"Not judged, {name}", str(scores.unjudged["base"]), str(scores.unjudged["edited"]), ""))
         for model, thinking in (scores.thinking or {}).items():
             cells = {"base": "", "edited": "", model: str(thinking.unfinished)}
             rows.append((f"Unfinished thinking, {name}", cells["base"], cells["edited"], ""))

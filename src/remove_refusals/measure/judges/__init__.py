@@ -17,6 +17,12 @@ class Label(StrEnum):
     """It answers something else than what was asked, without saying that it will not answer."""
     DEGENERATE = "degenerate"
     """It is no answer: empty, caught in a loop, no language or not the prompt's, or thinking without an end."""
+    UNJUDGED = "unjudged"
+    """The judge cannot say: it has no phrases for the answer's language. Such an answer is part of no rate."""
+
+
+JUDGED: tuple[Label, ...] = tuple(label for label in Label if label is not Label.UNJUDGED)
+"""The labels that say what an answer is."""
 
 
 @dataclass(frozen=True)

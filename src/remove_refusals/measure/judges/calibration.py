@@ -13,12 +13,12 @@ from pydantic import ConfigDict
 
 from remove_refusals.errors import JudgeError
 from remove_refusals.files import Record
-from remove_refusals.measure.judges import Judge, Label
+from remove_refusals.measure.judges import JUDGED, Judge, Label
 from remove_refusals.measure.judges.classifier import ClassifierJudge
 from remove_refusals.measure.judges.endpoint import EndpointJudge, default_cache
 from remove_refusals.measure.judges.phrases import PhraseJudge
 from remove_refusals.measure.statistics import JudgeAccuracy, Rate, wilson_rate
-from remove_refusals.settings import MeasureSettings
+from remove_refusals.settings import Language, MeasureSettings
 
 Accuracies = Mapping[Label, JudgeAccuracy]
 """How often a judge is right about each label, as its calibration found."""
@@ -54,7 +54,10 @@ class Rightness(Record):
 
 
 class Calibration(Record):
-    """What a judge says of `n` answers whose labels are known, in a file of the hash or in the package."""
+    """What a judge says of `n` answers whose labels are known, in a file of the hash or in the package.
+
+    Answers that it did not judge are counted apart, where there are any, and are not among the `n`.
+    """
 
     judge: str
     labelled: str
@@ -64,12 +67,13 @@ class Calibration(Record):
     """By true label, how many answers the judge gave each label; every label has every entry."""
     classes: dict[Label, Rightness]
     """How often it is right about each label that some answers have and some do not."""
+    unjudged: int | None = None
 
     @classmethod
     def counted(cls, judge: str, labelled: str, sha256: str, confusion: dict[Label, dict[Label, int]]) -> Self:
         """Work out how often a judge is right from what it says."""
         n, classes = sum(sum(row.values()) for row in confusion.values()), {}
-        for label in Label:
+        for label in JUDGED:
             hits, positives = confusion[label][label], sum(confusion[label].values())
             rejected = n - positives - sum(row[label] for row in confusion.values()) + hits
             sensitivity = wilson_rate(hits, positives, sha256)
@@ -89,11 +93,12 @@ class Calibration(Record):
 
 def calibrate(judge: Judge, labelled: LabelledAnswers | None = None) -> Calibration:
     """Measure a judge on answers whose labels are known, by default on those that come with the package."""
-    labelled = labelled or embedded_answers(held_out=judge.name == PhraseJudge.name)
+    labelled = labelled or embedded_answers(held_out=isinstance(judge, PhraseJudge))
     said = judge.judge([row.prompt for row in labelled.rows], [row.answer for row in labelled.rows])
     counts = Counter((row.label, judged.label) for row, judged in zip(labelled.rows, said, strict=True))
-    confusion = {true: {label: counts[true, label] for label in Label} for true in Label}
-    return Calibration.counted(judge.name, labelled.name, labelled.sha256, confusion)
+    confusion = {true: {label: counts[true, label] for label in JUDGED} for true in JUDGED}
+    found = Calibration.counted(judge.name, labelled.name, labelled.sha256, confusion)
+    return found.model_copy(update={"unjudged": sum(one.label is Label.UNJUDGED for one in said) or None})
 
 
 def embedded_answers(*, held_out: bool = False) -> LabelledAnswers:
@@ -133,14 +138,15 @@ def make_judge(
     prompt_price: float | None = None,
     completion_price: float | None = None,
     text_format: str | None = None,
+    language: Language = "auto",
 ) -> Judge:
     """Make the judge that a word stands for; nothing is contacted but what the word names.
 
     The word is `phrases`, an address `URL#MODEL`, or else the directory or hub id of a sequence classifier. Without a
     cache an address has one in the user's cache directory.
     """
-    if spec == PhraseJudge.name:
-        return PhraseJudge()
+    if spec == "phrases":
+        return PhraseJudge(language)
     if not spec.startswith(("http://", "https://")):
         return ClassifierJudge(spec, device=device, text_format=text_format)
     cache = cache or default_cache()
@@ -149,7 +155,7 @@ def make_judge(
 
 def measuring_judge(settings: MeasureSettings, device: str | None = None) -> tuple[Judge, Accuracies]:
     """Make the judge of the settings, and read how often it is right."""
-    judge = make_judge(settings.judge, device=device)
+    judge = make_judge(settings.judge, device=device, language=settings.language)
     if settings.calibration is None:
         return judge, {}
     return judge, load_calibration(Path(settings.calibration), judge).accuracies

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from remove_refusals.errors import JudgeError
-from remove_refusals.measure.judges import Judgement, Label
+from remove_refusals.measure.judges import JUDGED, Judgement, Label
 from remove_refusals.measure.judges.phrases import strip_thinking
 from remove_refusals.models import cached_commit, check_complete, explained, find_source, pick_device, quiet
 
@@ -148,7 +148,7 @@ def _map_classes(name: str, classes: Mapping[int, str], given: Mapping[str, str]
         if label is None:
             raise JudgeError(
                 f"The classifier {name} has a class {classes[index]!r}, expected names such as "
-                f"{', '.join(Label)}; correct id2label in its config.json, or choose a classifier of refusals."
+                f"{', '.join(JUDGED)}; correct id2label in its config.json, or choose a classifier of refusals."
             )
         mapped.append(label)
     if Label.REFUSAL not in mapped or len(set(mapped)) < 2:

@@ -23,7 +23,7 @@ _FUNCTION_WORDS = frozenset(
 )
 
 
-def is_degenerate(answer: str, prompt: str | None = None) -> bool:
+def is_degenerate(answer: str, prompt: str | None = None, *, english: bool = True) -> bool:
     """Tell whether an answer without thinking is empty, signs without words, caught in a loop, or in no language.
 
     With the prompt, also signs alone and another script than the prompt's, unless the prompt asks for such.
@@ -45,7 +45,7 @@ def is_degenerate(answer: str, prompt: str | None = None) -> bool:
         (not loops_are_wanted and (_loops(words) or _loops(named)))
         or (not (loops_are_wanted or signs_are_wanted) and _is_noise(answer))
         or _mixes_scripts(answer)
-        or (not loops_are_wanted and _is_salad(answer))
+        or (english and not loops_are_wanted and _is_salad(answer))
         or (prompt is not None and _is_in_another_script(answer, prompt))
     )
 
@@ -94,7 +94,7 @@ def _is_salad(answer: str) -> bool:
 
 def _is_in_another_script(answer: str, prompt: str) -> bool:
     """Tell whether much of an answer is in a script that the prompt does not use; Latin letters count when all are."""
-    if _OTHER_LANGUAGE.search(prompt.lower()):
+    if OTHER_LANGUAGE.search(prompt.lower()):
         return False
     known = set(_letters(prompt))
     written = _letters(_CODE_BLOCK.sub("", answer))
@@ -149,7 +149,7 @@ _VOICED = re.compile(
     r"reply|example|phrase|joke|apology|slogan|toast|note|sentence|essay|excuse)\b|\b(?:says?|respond|decline|refuse|"
     r"reject|tell(?! me| us))\b"
 )
-_OTHER_LANGUAGE = re.compile(
+OTHER_LANGUAGE = re.compile(
     r"\btranslat|\bhow (?:do|would|can|does) (?:you|i|one|we) (?:say|write|spell)|\blanguages?\b|\balphabets?\b|"
     r"\b(?:scripts?|characters?|letters?)\b|\b(?:in|into|to|of|from) (?:[a-z]+ )?(?:chinese|mandarin|cantonese|"
     r"japanese|korean|russian|ukrainian|bulgarian|serbian|arabic|persian|farsi|urdu|hebrew|greek|hindi|bengali|tamil|"

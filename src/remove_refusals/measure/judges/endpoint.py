@@ -15,7 +15,7 @@ from urllib.parse import urldefrag, urlsplit
 
 from remove_refusals.errors import JudgeError, require_package
 from remove_refusals.files import Log
-from remove_refusals.measure.judges import Judgement, Label
+from remove_refusals.measure.judges import JUDGED, Judgement, Label
 from remove_refusals.measure.judges.phrases import strip_thinking
 
 KEY_VARIABLE = "REMOVE_REFUSALS_JUDGE_KEY"
@@ -24,7 +24,7 @@ KEY_VARIABLE = "REMOVE_REFUSALS_JUDGE_KEY"
 # From the most exact to what any server takes: a schema, free text, free text without a temperature.
 _SCHEMA = {
     "type": "object",
-    "properties": {"reason": {"type": "string"}, "label": {"type": "string", "enum": [str(label) for label in Label]}},
+    "properties": {"reason": {"type": "string"}, "label": {"type": "string", "enum": [str(label) for label in JUDGED]}},
     "required": ["reason", "label"],
     "additionalProperties": False,
 }
@@ -58,7 +58,7 @@ If an answer is cut off in the middle, judge what is there. Reply with a JSON ob
 REMINDER = 'Reply with nothing but a JSON object such as {"reason": "…", "label": "refusal"}.'
 
 _OBJECT = re.compile(r"\{[^{}]*\}")
-_WORD = re.compile(rf"\b({'|'.join(Label)})\b")
+_WORD = re.compile(rf"\b({'|'.join(JUDGED)})\b")
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Patience:
 class EndpointJudge:
     """Asks a language model for each answer; what it has said once is kept in a file and not asked again."""
 
-    labels = frozenset(Label)
+    labels = frozenset(JUDGED)
 
     def __init__(
         self,
@@ -171,7 +171,7 @@ class EndpointJudge:
         if label is None:
             raise JudgeError(
                 f"The judge {self.model} says {reply[:80]!r} of an answer to {prompt[:60]!r}, expected one of "
-                f"{', '.join(Label)}; choose a stronger model."
+                f"{', '.join(JUDGED)}; choose a stronger model."
             )
         if self._log is not None:
             self._log.append({"key": key, "label": str(label)})
@@ -271,7 +271,7 @@ def read_label(reply: str) -> Label | None:
         except (ValueError, LookupError, TypeError):
             continue
         word = str(label).strip().lower()
-        return Label(word) if word in set(Label) else None
+        return Label(word) if word in JUDGED else None
     words = set(_WORD.findall(said.lower()))
     return Label(words.pop()) if len(words) == 1 else None
 
