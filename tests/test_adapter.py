@@ -63,7 +63,7 @@ def logits(model):
 def adapter(model, intervention, **options):
     """The adapter of a model in memory."""
     base = Base(model, "somewhere")
-    return peft_adapter(base, base.plan(intervention, EditSettings(**options)))
+    return peft_adapter(base, base.plan(intervention, EditSettings(**{"tied": "untie"} | options)))
 
 
 def adapted(model, intervention, directory):
@@ -77,7 +77,7 @@ def adapted(model, intervention, directory):
 def edited(model, intervention, **options):
     """A copy of the model with the edit in its weights."""
     other = copy.deepcopy(model)
-    bake_in_place(other, intervention, EditSettings(**options))
+    bake_in_place(other, intervention, EditSettings(**{"tied": "untie"} | options))
     return other
 
 

@@ -138,7 +138,7 @@ def test_a_default_that_is_typed_counts_as_given(typed: dict[str, object]) -> No
         ("seed = ", "expected TOML"),
         ("n-prompts = 0", "'n-prompts' the value 0, expected at least 1"),
         ("max-refusals = 1.5", "'max-refusals' the value 1.5, expected at most 1"),
-        ("tied = 'loose'", "'tied' the value 'loose', expected one of untie, both"),
+        ("tied = 'loose'", "'tied' the value 'loose', expected one of auto, untie, both"),
         ("layers = '9-'", "'layers' the value '9-', expected a range such as 8-20"),
     ],
 )

@@ -33,7 +33,7 @@ class TestCompletion:
 
         assert told("remove-refusals run --select ") == ["auto", "layer", "none"]
         assert told("remove-refusals bake --variant n") == ["norm-preserving"]
-        assert told("remove-refusals run --tied ") == ["untie", "both"]
+        assert told("remove-refusals run --tied ") == ["auto", "untie", "both"]
 
     def test_sites_are_joined(self) -> None:
         assert complete_sites("attn,") == ["attn,embedding", "attn,mlp"]

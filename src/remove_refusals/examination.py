@@ -213,7 +213,7 @@ def inspect(source: str, *, revision: str | None = None, trust_remote_code: bool
     model = skeleton_of(source, revision=revision, trust_remote_code=trust_remote_code)
     directory = local_directory(source, revision)
     at_hand = directory is not None and any(directory.glob("*.safetensors"))
-    base = Base(model, source, revision, directory if at_hand else None)
+    base = Base(model, source, revision, directory if at_hand else None).as_stored()
     model_map, stored = base.model_map, checkpoint_tensors(base.files) if at_hand else {}
     writers = []
     for site, writer in ((found, writer) for found in model_map.sites for writer in found.writers):

@@ -249,6 +249,7 @@ def _searched(
             _select_settings(settings),
             settings.measure,
             position=settings.direction.positions[0],
+            tied=settings.edit.tied,
             journal=journal,
             progress=progress,
         )

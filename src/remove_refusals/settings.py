@@ -136,9 +136,10 @@ class DirectionSettings(Settings):
         return (self.position,) if isinstance(self.position, int) else self.position
 
 
-Tied = Literal["untie", "both"]
-"""What happens to an embedding that is also the unembedding: `untie` leaves the unembedding as it was, which is what
-the hooks do; `both` edits them as one, which keeps the file small and takes the direction out of the logits as well."""
+Tied = Literal["auto", "untie", "both"]
+"""What happens to an embedding that is also the unembedding: `untie` leaves the unembedding as it was, and the files
+get a tensor for it; `both` edits them as one, which takes the direction out of what the unembedding reads as well.
+`auto` is `both` where servers know no unembedding of its own for the model type, else `untie`."""
 
 SiteKind = Literal["embedding", "attn", "mlp"]
 """A place where something is added to the residual stream; `attn` also stands for the mixer in its place."""
@@ -180,7 +181,7 @@ class EditSettings(Settings):
     sites: Annotated[tuple[SiteKind, ...], BeforeValidator(_sites)] = setting(
         SITE_KINDS, "Only these kinds, joined by commas.", short=True
     )
-    tied: Tied = setting("untie", "A tied embedding: untie, or edit both.")
+    tied: Tied = setting("auto", "A tied embedding: auto, untie, or edit both.")
     variant: Variant = setting("plain", "plain or norm-preserving.")
     allow_leak: bool = setting(False, "Edit even where no edit is exact; measure it.")
 

@@ -6,14 +6,14 @@ What a model's map consists of is in `modelmap/types.py`; an edit plan is in `di
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import AliasChoices, Field, PlainSerializer
 
 from remove_refusals.errors import DirectionError
 from remove_refusals.files import Record
-from remove_refusals.settings import SiteKind
+from remove_refusals.settings import SiteKind, Tied
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,14 @@ class Direction:
     def __repr__(self) -> str:
         known = [f"{name}={value!r}" for name, value in self.origin if value is not None and "harm" not in name]
         return f"Direction({', '.join([f'd_model={self.d_model}, rank={self.basis.shape[1]}', *known])})"
+
+
+class TiedChoice(Record):
+    """What happens to an embedding that is also the unembedding: what was asked for, what is done, and why."""
+
+    asked: Tied
+    done: Literal["untie", "both"]
+    why: str
 
 
 class SiteEdit(Record):

@@ -165,23 +165,24 @@ class Base:
             replace(entry, on_disk=self.names.tensors(entry.parameter, entry.axis % len(entry.shape)))
             for entry in plan.entries
         ]
-        untie, embedding = plan.untie and self.tied, self.model_map.input_embedding
         for index, entry in enumerate(entries):
-            if entry.parameter == embedding and self.model_map.tied and not untie and entry.on_disk:
+            if entry.parameter == self.model_map.input_embedding and plan.tied and not plan.untie and entry.on_disk:
                 own, first = {tensor.name for tensor in entry.on_disk}, entry.on_disk[0]
                 twins = sorted(name for name in self._embedding_names - own if self._same(name, first.name))
                 named = (*entry.on_disk, *(DiskTensor(name, first.axis) for name in twins))
                 entries[index] = replace(entry, on_disk=named)
-        return replace(plan, entries=tuple(entries), untie=untie)
+        return replace(plan, entries=tuple(entries))
 
-    @cached_property
-    def tied(self) -> bool:
-        """Whether the unembedding is the embedding; files that hold both with different bytes are loaded as two."""
-        model_map = self.model_map
-        if not model_map.tied or self.directory is None:
-            return model_map.tied
-        stored = [name for name in self._embedding_names if name in self.stored]
-        return all(self._same(name, stored[0]) for name in stored[1:])
+    def as_stored(self) -> "Base":
+        """Give the same base, embedding and unembedding two where the files hold them with different bytes.
+
+        So does Transformers when it loads them, whatever the configuration says.
+        """
+        is_tied = self.model_map.tied and self.directory is not None
+        stored = [name for name in self._embedding_names if name in self.stored] if is_tied else []
+        if all(self._same(name, stored[0]) for name in stored[1:]):
+            return self
+        return replace(self, model=skeleton(self.model, tied=False))
 
     def added(self, plan: EditPlan) -> dict[str, Copy]:
         """Say which tensors the files need where a plan unties the embedding, and what is in them."""
@@ -257,7 +258,8 @@ class Base:
                 left=dict(plan.left),
                 variant=plan.variant,
                 embedding_untied=plan.untie,
-                tied_in_base=self.tied,
+                tied_in_base=self.model_map.tied,
+                tied=plan.tied,
             ),
             versions=versions(),
         )
@@ -288,9 +290,8 @@ def open_base(source: str | Path, *, revision: str | None = None, trust_remote_c
         checkpoint_tensors(directory)
     _check_not_rotated(directory)
     model = skeleton_of(directory, trust_remote_code=trust_remote_code)
-    map_model(model)
     revision = None if Path(name).is_dir() else directory.name
-    return Base(model, name, revision, directory, trust_remote_code=trust_remote_code)
+    return Base(model, name, revision, directory, trust_remote_code=trust_remote_code).as_stored()
 
 
 def base_of(model: "Base | LoadedModel | str | Path") -> Base:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from transformers import AutoConfig
 
 from remove_refusals.baking.base import Base, base_of, check_not_source, has_safetensors, load_intervention, open_base
 from remove_refusals.baking.certificate import certify
@@ -153,7 +154,7 @@ def certify_directory(directory: Path, base: str, *, trust_remote_code: bool = F
                 f"The record names the variant {record.plan.variant!r}, expected one of {', '.join(VARIANTS)}; use the "
                 "version of this package that made it."
             )
-        tied: Tied = "untie" if record.plan.embedding_untied or not made_from.tied else "both"
+        tied: Tied = "untie" if record.plan.embedding_untied else "both"
         plan = made_from.plan(intervention, EditSettings(tied=tied, allow_leak=True, variant=variant))
         return _certified(directory, made_from, plan, DiskSettings(memory=1 << 28))
 
@@ -209,7 +210,10 @@ def _carry_along(base: Base, plan: EditPlan, directory: Path) -> None:
     for path in _carried(base, plan):
         (directory / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(base.files / path, directory / path)
-    if plan.untie:
+    said = AutoConfig.from_pretrained(base.files, trust_remote_code=base.trust_remote_code)
+    parts = (said, said.get_text_config(decoder=True))
+    is_said_tied = any(getattr(part, "tie_word_embeddings", False) for part in parts)
+    if plan.untie or (is_said_tied and not base.model_map.tied):
         config = read_json(directory / "config.json", error=CheckpointError)
         assert isinstance(config, dict)
         text = base.model.config.get_text_config(decoder=True)

@@ -66,7 +66,7 @@ def gguf_lora(base: Base, plan: EditPlan) -> GgufLora:
     named = names.of_writers(writer for writer in writers if writer.parameter in planned)
     check_low_rank(plan)
     for entry in plan.entries:
-        _check_applied(entry, named[entry.parameter], tied=base.tied)
+        _check_applied(entry, named[entry.parameter], tied=base.model_map.tied)
     factors = {entry.parameter: low_rank(entry, base.tensor(entry.parameter)) for entry in plan.entries}
     ranks = [found.rank for found in factors.values()]
     rank = max(ranks, key=ranks.count, default=1)

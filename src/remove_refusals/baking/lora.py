@@ -7,7 +7,7 @@ import copy
 import json
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,6 +42,9 @@ def bake_lora(
     target = Path(output)
     check_not_source(target, base.source, base.revision)
     plan = base.plan(intervention, settings)
+    if plan.tied is not None and plan.tied.asked == "auto":
+        why = "an adapter of the embedding leaves the unembedding alone"
+        plan = replace(plan, tied=plan.tied.model_copy(update={"done": "untie", "why": why}))
     adapter = peft_adapter(base, plan, dtype)
     about = AdapterRecord(
         kind="peft-lora",
@@ -113,7 +116,7 @@ def peft_adapter(base: Base, plan: EditPlan, dtype: torch.dtype = torch.float32)
 def _check_uses(base: Base, plan: EditPlan, targets: dict[str, Target]) -> None:
     """Check that what PEFT puts in a module's place is called wherever its parameter is used, and nowhere else."""
     embedding, model_map = base.model_map.input_embedding, base.model_map
-    if base.tied and not plan.untie and embedding in targets:
+    if plan.tied is not None and not plan.untie:
         raise ArchitectureError(
             f"Parameter '{embedding}' is also the unembedding and both are to be edited as one, expected --tied untie, "
             "since an adapter of the embedding leaves the unembedding alone and adapters of both would be merged into "

@@ -34,6 +34,7 @@ def run(settings: "RunSettings", files: "RunFiles", config: ConfigFile = None) -
     def show() -> None:
         if result.selection is not None:
             printing.show_selection(result.selection)
+        printing.show_tied(result.baked.plan)
         printing.show_evaluation(result.evaluation, result.warnings)
 
     data = {"output": str(target), "scores": result.evaluation.to_json(), "warnings": list(result.warnings)}
@@ -137,7 +138,7 @@ def bake(
     plan, record = make(base, intervention, output, edit, force=force)
     names = {entry.parameter for entry in plan.entries}
     remarks = [f"The adapter changes {len(names)} tensors of model type {model_map.model_type}; the base stays."]
-    if base.tied and model_map.input_embedding in names:
+    if model_map.tied and model_map.input_embedding in names:
         remarks.append("The embedding is tied: loaded, the adapter leaves the unembedding alone; merged, both change.")
     printing.finish(
         {"output": str(output), "record": record.to_json()},

@@ -102,9 +102,14 @@ def show_plan(plan: EditPlan, model_map: ModelMap) -> None:
         counts[entry.kind] = counts.get(entry.kind, 0) + 1
     edited = ", ".join(f"{count} {kind}" for kind, count in counts.items()) or "none"
     say(f"Edited tensors of model type {model_map.model_type}: {edited}; left as they were: {len(plan.left)} writers.")
-    if model_map.tied and any(entry.parameter == model_map.input_embedding for entry in plan.entries):
+    show_tied(plan)
+
+
+def show_tied(plan: EditPlan) -> None:
+    """Say what became of an embedding that is also the unembedding, if it was edited."""
+    if plan.tied is not None:
         how = "it was untied first, so the unembedding is unchanged" if plan.untie else "both are one tensor still"
-        say(f"The embedding is tied to the unembedding: {how}.")
+        say(f"The embedding is tied to the unembedding: {how} (--tied {plan.tied.asked}; {plan.tied.why}).")
 
 
 def show_selection(selection: Selection) -> None:

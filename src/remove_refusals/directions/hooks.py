@@ -15,11 +15,12 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import PreTrainedModel
 
 from remove_refusals.directions.intervention import Taken, as_intervention
+from remove_refusals.directions.plan import tied_choice
 from remove_refusals.errors import ArchitectureError
 from remove_refusals.formula import project_out, pull_back, pulled_back, taken_out
 from remove_refusals.modelmap import HookPoint, ModelMap, Site, Writer, first_of_width, map_model
 from remove_refusals.models import LoadedModel, hooked
-from remove_refusals.settings import SiteKind
+from remove_refusals.settings import SiteKind, Tied
 
 Placement = Literal["writers", "residual"]
 """Where a norm lies between a writer and the residual stream: `writers` acts before it, as an edit of the weights does;
@@ -32,13 +33,16 @@ Edit = TypeVar("Edit")
 
 
 @contextmanager
-def ablated(model: PreTrainedModel | LoadedModel, what: Taken, *, placement: Placement = "writers") -> Iterator[None]:
+def ablated(
+    model: PreTrainedModel | LoadedModel, what: Taken, *, placement: Placement = "writers", tied: Tied = "auto"
+) -> Iterator[None]:
     """Run a model with directions taken out while the context lasts; afterwards it is as it was.
 
     Args:
         model: The model.
         what: An intervention; or a direction, or a plain tensor of one, to be taken out everywhere.
         placement: On which side of a norm between writer and residual stream.
+        tied: Whether the unembedding is edited with an embedding that is the same tensor, as in `EditSettings`.
 
     Raises:
         DirectionError: If the intervention does not fit the model.
@@ -53,7 +57,7 @@ def ablated(model: PreTrainedModel | LoadedModel, what: Taken, *, placement: Pla
     intervention = as_intervention(what, model_map)
     edits = {(edit.kind, edit.layer): edit for edit in intervention.edits if edit.strength != 0}
     changes, edited = [], {}
-    for point, wanted in _points(model_map, edits, placement).items():
+    for point, wanted in _points(model, edits, tied, placement).items():
         edit = wanted[0]
         if any((other.strength, other.direction) != (edit.strength, edit.direction) for other in wanted):
             raise ArchitectureError(
@@ -77,9 +81,10 @@ def _taken_out(basis_on: Callable[[torch.device], torch.Tensor], strength: float
 
 
 def _points(
-    model_map: ModelMap, edits: Mapping[SiteKey, Edit], placement: Placement = "writers"
+    model: PreTrainedModel, edits: Mapping[SiteKey, Edit], tied: Tied, placement: Placement = "writers"
 ) -> dict[HookPoint, list[Edit]]:
     """Where hooks go, each with the edits of all sites that share it."""
+    model_map = map_model(model)
     if model_map.unhooked:
         raise ArchitectureError(
             f"Hooks on model type '{model_map.model_type}' are not exact ({model_map.unhooked[0].rstrip('.')}), "
@@ -90,6 +95,13 @@ def _points(
         if (site.kind, site.layer) in edits:
             for point in site.hooks if placement == "writers" else (_behind_norm(site, model_map),):
                 found.setdefault(point, []).append(edits[site.kind, site.layer])
+    if model_map.tied and tied_choice(model_map, tied).done == "both":
+        # (E - s E Q Qᵀ) h = E (h - s Q Qᵀ h): the edit of the rows takes the direction out of what they are read by.
+        head = model.get_output_embeddings()
+        name = next(name for name, module in model.named_modules() if module is head)
+        for key, writer in (((site.kind, site.layer), writer) for site in model_map.sites for writer in site.writers):
+            if key in edits and writer.parameter == model_map.input_embedding:
+                found[HookPoint(name, writer.steps, on_input=True)] = [edits[key]]
     return found
 
 
@@ -161,17 +173,18 @@ class Steer:
 
 
 @contextmanager
-def steered(model: PreTrainedModel, steers: Mapping[SiteKey, Callable[[], Steer]]) -> Iterator[None]:
+def steered(
+    model: PreTrainedModel, steers: Mapping[SiteKey, Callable[[], Steer]], tied: Tied = "auto"
+) -> Iterator[None]:
     """Run a model with directions taken out as `ablated` does, in a way that lets gradients through.
 
     What is taken out at a site is asked for at every run, so that gradients reach what it is computed from.
     """
-    model_map = map_model(model)
     changes = []
-    for point, (steer, *_) in _points(model_map, steers).items():
+    for point, (steer, *_) in _points(model, steers, tied).items():
         if not _is_steerable(point):
             raise ArchitectureError(
-                f"In model type '{model_map.model_type}' what '{point.module or point.writer}' writes cannot be "
+                f"In model type '{map_model(model).model_type}' what '{point.module or point.writer}' writes cannot be "
                 "steered, expected a module's output with channel-wise steps behind it; choose layer and position only."
             )
         changes.append((point, partial(_steered, model, point, steer)))

@@ -9,8 +9,28 @@ from remove_refusals.directions.intervention import check_fit
 from remove_refusals.errors import ArchitectureError
 from remove_refusals.formula import pull_back
 from remove_refusals.modelmap import DiskTensor, ModelMap
-from remove_refusals.settings import EditSettings, SiteKind, Variant
-from remove_refusals.types import Intervention
+from remove_refusals.settings import EditSettings, SiteKind, Tied, Variant
+from remove_refusals.types import Intervention, TiedChoice
+
+# Read in llama.cpp at 0c1e57098 (its converter, gguf-py's MODEL_TENSORS and src/models) and in vLLM 0.33.0
+# (vllm/model_executor/models), both of autumn 2026. Other types get an unembedding of its own where the files have one
+# and the configuration does not tie it.
+_WITHOUT_HEAD = {
+    "llama.cpp": "bitnet cohere cohere2 gemma gemma2 lfm2_moe",
+    "vLLM": "cohere cohere2 cohere2_moe cohere_compass_text gemma2 gemma3n_text zamba2",
+}
+"""The types of language models whose unembedding is the embedding whatever the files hold, or which are not loaded."""
+
+
+def tied_choice(model_map: ModelMap, asked: Tied) -> TiedChoice:
+    """Say what happens to a tied embedding."""
+    servers = [name for name, types in _WITHOUT_HEAD.items() if model_map.text_type in types.split()]
+    if asked != "auto":
+        return TiedChoice(asked=asked, done=asked, why="it was asked for")
+    if servers:
+        why = f"no unembedding but the embedding is known to {' and '.join(servers)} for {model_map.text_type}"
+        return TiedChoice(asked=asked, done="both", why=why)
+    return TiedChoice(asked=asked, done="untie", why="no server is known to drop an unembedding of its own")
 
 
 def check_exact(model_map: ModelMap, *, allow_leak: bool = False) -> None:
@@ -45,13 +65,18 @@ class EditPlan:
     """An intervention resolved against one model: every tensor to be touched, in the order of the map."""
 
     entries: tuple[PlanEntry, ...]
-    untie: bool
-    """Whether the unembedding gets a copy of the unedited embedding first."""
+    tied: TiedChoice | None
+    """What happens to the unembedding, where the embedding is edited and is also that."""
     left: tuple[tuple[str, str], ...]
     """Writers that are not touched, with the reason."""
     leaks: tuple[str, ...] = ()
     """Why the edit is not exact, if it was asked for all the same."""
     variant: Variant = "plain"
+
+    @property
+    def untie(self) -> bool:
+        """Whether the unembedding gets a copy of the unedited embedding first."""
+        return self.tied is not None and self.tied.done == "untie"
 
 
 def resolve(
@@ -92,5 +117,6 @@ def resolve(
                     f"Parameter '{writer.parameter}' writes to the residual stream at two sites that want two "
                     "different edits, expected one edit per tensor; use the same strength and direction for both."
                 )
-    untie = model_map.tied and model_map.input_embedding in entries and settings.tied == "untie"
-    return EditPlan(tuple(entries.values()), untie, tuple(left), model_map.leaks, settings.variant)
+    is_tied = model_map.tied and model_map.input_embedding in entries
+    tied = tied_choice(model_map, settings.tied) if is_tied else None
+    return EditPlan(tuple(entries.values()), tied, tuple(left), model_map.leaks, settings.variant)

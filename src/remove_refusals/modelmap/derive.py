@@ -145,6 +145,7 @@ class _Derivation:
             unhooked=tuple(dict.fromkeys(beside)),
             unused=self._unused(),
             used_elsewhere=self.trace.used_elsewhere,
+            text_type=str(self.model.config.get_text_config(decoder=True).model_type),
         )
 
     @property

@@ -10,8 +10,16 @@ from remove_refusals.models import explained, model_source, read_config
 
 
 def skeleton(model: PreTrainedModel, *, dtype: torch.dtype | None = None, tied: bool | None = None) -> PreTrainedModel:
-    """Copy a model without weights and quantisation, onto the meta device, its embeddings `tied` or not."""
+    """Copy a model without weights and quantisation, onto the meta device, its embeddings `tied` or not.
+
+    Of two embeddings that the files hold with different bytes Transformers ties none, whatever the configuration says.
+    """
     config = copy.deepcopy(model.config)
+    first, last = (
+        getattr(part, "weight", None) for part in (model.get_input_embeddings(), model.get_output_embeddings())
+    )
+    if tied is None and first is not None and last is not None and first is not last and not last.is_meta:
+        tied = False
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     if tied is not None:

@@ -59,6 +59,7 @@ class ModelMap:
 
     Attributes:
         leaks: Why a weight edit cannot be exact, one sentence each; `unhooked` says it of hooks.
+        text_type: The type of the language model inside, where `model_type` is that of one with towers.
         unused: Parameters of the layers with an axis of width d_model that take no part in the forward pass.
         used_elsewhere: Parameters that are used while their module is not called, too: changing its output misses that.
     """
@@ -75,6 +76,7 @@ class ModelMap:
     unhooked: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     used_elsewhere: frozenset[str] = frozenset()
+    text_type: str = ""
 
     @property
     def verdict(self) -> Literal["exact", "hooks only"]:

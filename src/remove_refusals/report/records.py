@@ -19,6 +19,7 @@ from remove_refusals.types import (
     LayerSeparation,
     Separation,
     SiteEdit,
+    TiedChoice,
     WriterShare,
 )
 
@@ -59,6 +60,8 @@ class PlanRecord(Record):
     variant: str = "plain"
     embedding_untied: bool = False
     tied_in_base: bool = False
+    tied: TiedChoice | None = None
+    """What was done with an embedding that is also the unembedding, if it was edited."""
 
 
 class PromptsRecord(Record):

@@ -63,7 +63,7 @@ class Bench:
 
     def __init__(self, own: OwnAnswers, kl_tokens: int) -> None:
         """Prepare; the damage goes along the first `kl_tokens` of each answer."""
-        self._loaded, self._map = own.loaded, map_model(own.loaded.model)
+        self._loaded, self._map, self._tied = own.loaded, map_model(own.loaded.model), own.tied
         refused, answered = own.refused, own.answered
         self.n_layers = self._map.n_layers
         material = gather(own, GradientSettings(kl_tokens=kl_tokens))
@@ -133,7 +133,7 @@ class Bench:
         return values.reshape(-1, n)
 
     def _taking_out(self, option: Option) -> Context:
-        return lambda _: ablated(self._loaded, option.direction)
+        return lambda _: ablated(self._loaded, option.direction, tied=self._tied)
 
     def _steering(self, options: Sequence[Option]) -> Context:
         directions = torch.stack([option.direction.basis[:, 0] for option in options]).to(self._loaded.device)
@@ -142,7 +142,7 @@ class Bench:
         def context(rows: list[int]) -> AbstractContextManager[None]:
             steer = Steer(full, directions[rows])
             sites = {(site.kind, site.layer): lambda: steer for site in self._map.sites}
-            return steered(self._loaded.model, sites)
+            return steered(self._loaded.model, sites, self._tied)
 
         return context
 

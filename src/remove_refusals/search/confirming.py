@@ -13,7 +13,7 @@ from remove_refusals.models import LoadedModel, generate
 from remove_refusals.progress import SILENT, Progress
 from remove_refusals.report import Confirmation
 from remove_refusals.search.candidates import Candidate, Selection
-from remove_refusals.settings import MeasureSettings
+from remove_refusals.settings import MeasureSettings, Tied
 from remove_refusals.types import Intervention
 
 
@@ -25,6 +25,7 @@ class Confirming:
     harmful: Answered
     harmless: Answered
     settings: MeasureSettings
+    tied: Tied = "auto"
 
 
 def confirm(on: Confirming, intervention: Intervention, progress: Progress = SILENT) -> Confirmation:
@@ -32,7 +33,7 @@ def confirm(on: Confirming, intervention: Intervention, progress: Progress = SIL
     loaded, settings = on.loaded, on.settings
 
     def edited() -> AbstractContextManager[None]:
-        return ablated(loaded, intervention)
+        return ablated(loaded, intervention, tied=on.tied)
 
     now: list[Answered] = []
     with edited():
@@ -74,7 +75,7 @@ def pick(
                 [direction.basis.tolist() for direction in intervention.directions],
                 [edit.to_json() for edit in intervention.edits],
                 [on.harmful.token_ids, on.harmless.token_ids],
-                [on.settings.max_new_tokens, on.settings.kl_tokens],
+                [on.settings.max_new_tokens, on.settings.kl_tokens, on.tied],
             ],
             partial(confirm, on, intervention, told),
             Confirmation.to_json,

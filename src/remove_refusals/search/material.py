@@ -19,7 +19,7 @@ from remove_refusals.search.continuations import (
     make_probes,
     make_vocabulary,
 )
-from remove_refusals.settings import GradientSettings
+from remove_refusals.settings import GradientSettings, Tied
 
 N_OPENING_TOKENS = 6
 """How many tokens of a refusal are looked at: enough that hardly another answer begins with them."""
@@ -79,6 +79,7 @@ class OwnAnswers:
     refused: Answered
     answered: Answered
     more_refusals: Sequence[Sequence[int]] = ()
+    tied: Tied = "auto"
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ from remove_refusals.search.confirming import Confirming, pick
 from remove_refusals.search.descent import descend, first_layer_that_counts
 from remove_refusals.search.layers import LayerRule, search_layers
 from remove_refusals.search.material import OwnAnswers, gather
-from remove_refusals.settings import MAX_KL, LayerSettings, MeasureSettings, SelectSettings, published_name
+from remove_refusals.settings import MAX_KL, LayerSettings, MeasureSettings, SelectSettings, Tied, published_name
 from remove_refusals.types import Activations, PromptSet
 
 _FEWEST = 8
@@ -73,7 +73,7 @@ class BaseBehaviour:
         # Where it refuses harmless prompts it may open in other ways.
         more = [answer.token_ids for answer in self.harmless.only(Label.REFUSAL).answers]
         refused, answered = self.harmful.only(Label.REFUSAL), self.harmless.only(Label.COMPLIANCE)
-        return OwnAnswers(self.confirming.loaded, refused, answered, more)
+        return OwnAnswers(self.confirming.loaded, refused, answered, more, self.confirming.tied)
 
 
 def select(
@@ -83,6 +83,7 @@ def select(
     measure: MeasureSettings,
     *,
     position: int = -1,
+    tied: Tied = "auto",
     journal: Journal | None = None,
     progress: Progress = SILENT,
 ) -> Selection:
@@ -98,7 +99,7 @@ def select(
     journal = journal.within(fingerprint(loaded)) if journal.directory is not None else journal
     positions = tail_positions(loaded, position) if by_layer else (position,)
     check_positions(loaded, positions)
-    base = base_behaviour(loaded, prompts, positions, settings, measure, journal, progress)
+    base = base_behaviour(loaded, prompts, positions, settings, measure, journal, progress, tied)
     if by_layer:
         searched = _by_layer(base, settings, progress)
     else:
@@ -114,6 +115,7 @@ def base_behaviour(
     measure: MeasureSettings,
     journal: Journal,
     progress: Progress,
+    tied: Tied = "auto",
 ) -> BaseBehaviour:
     """Run the base model: activations at the positions, short answers for the search, others for the confirmation."""
     first, second = (
@@ -135,7 +137,7 @@ def base_behaviour(
                 "choose by; use prompts that it does refuse or answer, or pass --select none."
             )
     third, fourth = (answered(part, measure.max_new_tokens) for part in prompts.confirm)
-    return BaseBehaviour(collected, harmful, harmless, Confirming(loaded, third, fourth, measure))
+    return BaseBehaviour(collected, harmful, harmless, Confirming(loaded, third, fourth, measure, tied))
 
 
 def _by_layer(base: BaseBehaviour, settings: SelectSettings, progress: Progress) -> tuple[Selection, Sequence[int]]:
