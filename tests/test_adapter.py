@@ -14,7 +14,7 @@ import zoo
 from architectures import entry
 from remove_refusals.baking.base import Base, load_intervention, open_base
 from remove_refusals.baking.disk import bake
-from remove_refusals.baking.lora import check_loads, peft_adapter, save_peft_adapter
+from remove_refusals.baking.lora import bake_lora, check_loads, peft_adapter, save_peft_adapter
 from remove_refusals.baking.memory import bake_in_place, is_adapter, with_adapter
 from remove_refusals.directions.direction import direction_from_vectors
 from remove_refusals.directions.intervention import intervene
@@ -284,6 +284,12 @@ def test_evaluate_takes_an_adapter(command, llama_directory, inputs, tmp_path):
     prompts = {(row["set"], row["prompt"], row["model"]) for row in kept[0]}
     assert prompts == {(row["set"], row["prompt"], row["model"]) for row in kept[1]} and len(prompts) == len(kept[0])
     assert [row for row in kept[0] if row["model"] == "base"] == [row for row in kept[1] if row["model"] == "base"]
+
+
+def test_an_adapter_leaves_the_unembedding_alone_where_files_would_not(tmp_path):
+    _, record = bake_lora(Base(zoo.build("gemma2"), "tiny"), intervene(direction(zoo.D_MODEL), 4), tmp_path / "lora")
+    assert (record.plan.tied.asked, record.plan.tied.done, record.plan.embedding_untied) == ("auto", "untie", True)
+    assert "Loaded, the adapter changes the embedding alone" in (tmp_path / "lora" / "README.md").read_text()
 
 
 # What PEFT cannot carry, with the word that says why.

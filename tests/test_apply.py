@@ -174,8 +174,9 @@ def test_tied_embeddings(tied, tmp_path):
     assert saved.config.tie_word_embeddings is (tied == "both")
     assert (head is embedding) is (tied == "both")
     assert torch.equal(head, model.get_input_embeddings().weight) is (tied == "untie")
-    with ablated(model, intervention):
-        assert (float((logits(model) - logits(saved)).abs().max()) < 1e-5) is (tied == "untie")
+    for asked in ("untie", "both"):
+        with ablated(model, intervention, tied=asked):
+            assert (float((logits(model) - logits(saved)).abs().max()) < 1e-5) is (tied == asked)
 
 
 @pytest.fixture

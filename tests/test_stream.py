@@ -104,9 +104,8 @@ def test_a_tied_embedding(tied, shards, tmp_path):
     config = json.loads((found.directory / "config.json").read_text())
     assert config["tie_word_embeddings"] is (tied == "both")
     model = AutoModelForCausalLM.from_pretrained(found.directory, dtype=torch.float32).eval()
-    with torch.inference_mode(), ablated(loaded.model, taken_out()):
-        difference = (loaded.model(**zoo.inputs(model)).logits - model(**zoo.inputs(model)).logits).abs().max()
-    assert (float(difference) < 1e-4) is (tied == "untie")
+    with torch.inference_mode(), ablated(loaded.model, taken_out(), tied=tied):
+        torch.testing.assert_close(loaded.model(**zoo.inputs(model)).logits, model(**zoo.inputs(model)).logits)
 
 
 @pytest.mark.parametrize(
@@ -177,26 +176,6 @@ def test_a_tied_embedding_that_is_stored_twice(tied, tmp_path):
     assert not torch.equal(edited["model.embed_tokens.weight"], embedding)
     assert torch.equal(edited["lm_head.weight"], embedding if tied == "untie" else edited["model.embed_tokens.weight"])
     assert certify_directory(found.directory, str(tmp_path / "base")).passed
-
-
-@pytest.mark.parametrize("tied", ["untie", "both"])
-def test_an_unembedding_with_other_bytes_is_not_tied_whatever_the_configuration_says(tied, tmp_path):
-    saved(tmp_path, "gemma3_text", torch.float32)
-    path = tmp_path / "base" / "model.safetensors"
-    tensors = load_file(path)
-    head = tensors["model.embed_tokens.weight"] + 1
-    save_file(tensors | {"lm_head.weight": head}, path, metadata={"format": "pt"})
-    found = streamed(tmp_path, taken_out(), tied=tied)
-    edited = load_file(found.directory / "model.safetensors")
-    assert torch.equal(edited["lm_head.weight"], head) and not found.record.plan.tied_in_base
-    assert not torch.equal(edited["model.embed_tokens.weight"], tensors["model.embed_tokens.weight"])
-    assert found.certificate.passed and certify_directory(found.directory, str(tmp_path / "base")).passed
-    base, other = (
-        AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32).eval()
-        for name in ("base", "streamed")
-    )
-    with torch.inference_mode(), ablated(base, taken_out()):
-        torch.testing.assert_close(base(**zoo.inputs(base)).logits, other(**zoo.inputs(base)).logits)
 
 
 def test_the_command(tmp_path, command):

@@ -12,15 +12,24 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 import tiny
 import zoo
 from hashing import tensor_hashes
+from remove_refusals import pipeline
 from remove_refusals.baking.base import load_intervention, open_base
 from remove_refusals.baking.disk import bake, certify_directory
 from remove_refusals.baking.memory import bake_in_place
+from remove_refusals.cli import printing
 from remove_refusals.directions.hooks import ablated
-from remove_refusals.errors import CheckpointError
+from remove_refusals.errors import CheckpointError, SelectionError
 from remove_refusals.models.checkpoint import checkpoint_files
 from remove_refusals.models.load import load
 from remove_refusals.pipeline import run
-from remove_refusals.settings import DirectionSettings, MeasureSettings, PromptSource, RunSettings
+from remove_refusals.settings import (
+    DirectionSettings,
+    EditSettings,
+    MeasureSettings,
+    PromptSource,
+    RunSettings,
+    SelectSettings,
+)
 from streaming import saved, streamed, taken_out
 
 TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -141,6 +150,30 @@ def test_no_file_and_no_tensor_is_missing(build, settings, tmp_path):
     assert float(difference.abs().max()) < (0.1 if build is of_two_dtypes else 1e-4)
 
 
+def test_a_run_searches_with_the_choice_and_tells_it(settings, tmp_path, monkeypatch, capsys):
+    zoo.build("gemma2").save_pretrained(tmp_path / "base")
+    tiny.tokenizer().save_pretrained(tmp_path / "base")
+    for name in "ab":
+        (tmp_path / name).write_text("".join(f"{name}{number}\n" for number in range(40)))
+    asked = []
+
+    def nothing(*_, tied, **__):
+        asked.append(tied)
+        raise SelectionError("There is nothing to choose by.")
+
+    monkeypatch.setattr(pipeline, "select", nothing)
+    many = settings.direction.model_copy(update={"n_prompts": 32})
+    settings = settings.model_copy(update={"direction": many, "select": SelectSettings()})
+    result = run(settings, tmp_path / "out")
+    assert asked == [settings.edit.tied] == ["auto"]
+    tied = result.baked.record.plan.tied
+    assert tied.done == "both" and not (all_tensors(tmp_path / "out").keys() - all_tensors(tmp_path / "base").keys())
+    printing.show_tied(result.baked.plan)
+    said = " ".join(capsys.readouterr().out.split())
+    assert tied.why in said and "--tied auto" in said
+    assert tied.why in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_a_lost_or_changed_file_of_weights_fails_by_its_name(tmp_path):
     next_tokens(tmp_path / "base")
     streamed(tmp_path, taken_out())
@@ -259,11 +292,11 @@ def test_an_unfinished_output_of_bin_files_is_gone_on_with(tmp_path):
 def test_what_is_tied_beside_the_embedding_is_saved_under_each_of_its_names(model_type, tmp_path):
     loaded = saved(tmp_path, model_type, torch.float32)
     base = open_base(tmp_path / "base")
-    found = streamed(tmp_path, taken_out())
+    found = streamed(tmp_path, taken_out(), tied="untie")
     more = {name for name, copy in base.added(found.plan).items() if copy.edited}
     assert more and found.certificate.passed and certify_directory(found.directory, str(tmp_path / "base")).passed
     model = type(loaded.model).from_pretrained(found.directory, attn_implementation="eager").eval()
-    bake_in_place(loaded, taken_out())
+    bake_in_place(loaded, taken_out(), EditSettings(tied="untie"))
     with torch.inference_mode():
         first, second = (one(**zoo.inputs(model)).logits for one in (loaded.model, model))
     torch.testing.assert_close(first, second)

@@ -165,8 +165,9 @@ class Base:
             replace(entry, on_disk=self.names.tensors(entry.parameter, entry.axis % len(entry.shape)))
             for entry in plan.entries
         ]
+        as_one = plan.tied is not None and not plan.untie and self.directory is not None
         for index, entry in enumerate(entries):
-            if entry.parameter == self.model_map.input_embedding and plan.tied and not plan.untie and entry.on_disk:
+            if as_one and entry.parameter == self.model_map.input_embedding and entry.on_disk:
                 own, first = {tensor.name for tensor in entry.on_disk}, entry.on_disk[0]
                 twins = sorted(name for name in self._embedding_names - own if self._same(name, first.name))
                 named = (*entry.on_disk, *(DiskTensor(name, first.axis) for name in twins))
