@@ -1,3 +1,4 @@
+import json
 from collections.abc import Callable
 
 import pytest
@@ -6,7 +7,8 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from remove_refusals.errors import PromptError
+import tiny
+from remove_refusals.errors import ModelError, PromptError
 from remove_refusals.models import LoadedModel
 from remove_refusals.models.chat_template import check_positions, render, template_tail_length
 from remove_refusals.settings import ChatFormat
@@ -52,6 +54,7 @@ TAILS = {
     "r1": "<|start|>Assistant<think>\n\n</think>\n\n",
     "gemma": "<|end|>\n<|start|>model\n",
 }
+MODEL = tiny.llama(vocab_size=330)
 SPECIAL = ["<bos>", "<|start|>", "<|end|>", "<|eot|>", "<think>", "</think>"]
 
 
@@ -88,7 +91,7 @@ Make = Callable[[str | None], PreTrainedTokenizerFast]
 
 
 def put(tokenizer: PreTrainedTokenizerFast, **chat: object) -> LoadedModel:
-    return LoadedModel(None, tokenizer, "tiny", chat=ChatFormat(**chat))
+    return LoadedModel(MODEL, tokenizer, "tiny", chat=ChatFormat(**chat))
 
 
 @pytest.mark.parametrize("kind", TAILS)
@@ -158,10 +161,57 @@ def test_what_the_template_swallows_is_an_error(make: Make) -> None:
     )
     with pytest.raises(PromptError, match=r"leaves out the system prompt 'Be kind\.'"):
         render(put(make(no_system), system_prompt="Be kind."), ["Hi"])
-    # Templates of models that also take images may want a list of parts and show nothing of a string.
-    parts = "{% for message in messages %}{% for part in message.content %}{{ part.text }}{% endfor %}{% endfor %}end"
-    with pytest.raises(PromptError, match="leaves out the prompt 'Hi'"):
-        render(put(make(parts)), ["Hi"])
+    shouting = "{% for message in messages %}{{ message.content | string | replace('a', 'A') }}{% endfor %}"
+    with pytest.raises(PromptError, match="leaves out the prompt 'banana'"):
+        render(put(make(shouting)), ["banana"])
+
+
+PARTS = {
+    "loop": "{% for part in message.content if part.type == 'text' %}{{ part.text }}{% endfor %}",
+    "strict": "{% if message.content is string %}{{ raise_exception('A list is wanted.') }}{% endif %}"
+    "{{ message.content[0]['text'] | trim }}",
+    "mapping": "{% for part in message.content %}{% for key, value in part.items() if key == 'text' %}{{ value }}"
+    "{% endfor %}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_a_template_that_wants_parts_gets_them_and_renders_as_one_that_takes_text(make: Make, kind: str) -> None:
+    wanting = LLAMA.replace("{{ message['content'] | trim }}", PARTS[kind])
+    assert wanting != LLAMA
+    for chat in ({}, {"system_prompt": "Be kind."}):
+        by_parts, by_text = (
+            render(put(make(template), **chat), ["Bye", 'Say "yes"'], [("Hi", "Hello.")])
+            for template in (wanting, LLAMA)
+        )
+        assert by_parts == by_text
+    assert template_tail_length(put(make(wanting))) == template_tail_length(put(make(LLAMA)))
+
+
+def test_a_template_that_takes_both_gets_text(make: Make) -> None:
+    both = LLAMA.replace(
+        "{{ message['content'] | trim }}",
+        "{% if message.content is string %}{{ message.content }}{% else %}{{ message.content[0].text }}!{% endif %}",
+    )
+    assert render(put(make(both)), ["Hi"]) == render(put(make(LLAMA)), ["Hi"])
+
+
+def test_a_template_that_writes_whatever_it_gets_is_not_given_parts(make: Make) -> None:
+    for written in ("message.content", "message.content | tojson"):
+        template = (
+            "{% for message in messages %}{% if message.content is string %}-{% else %}{{ X }}{% endif %}{% endfor %}"
+        )
+        with pytest.raises(PromptError, match="leaves out the prompt 'Hi'"):
+            render(put(make(template.replace("X", written))), ["Hi"])
+
+
+@pytest.mark.parametrize("written", ["tojson", "tojson(ensure_ascii=true)", "tojson(indent=2)"])
+def test_a_template_that_writes_messages_as_json(make: Make, written: str) -> None:
+    tokenizer = make(LLAMA.replace("message['content'] | trim", f"message['content'] | {written}"))
+    prompts = ['Say "yes"\nor no.', "C:\\temp", "Wie heißt das? 日本", "tab\there"]
+    for prompt, row in zip(prompts, render(put(tokenizer), prompts), strict=True):
+        shown = json.dumps(prompt, ensure_ascii="true" in written)
+        assert tokenizer.decode(row).endswith(shown + TAILS["llama"])
 
 
 @pytest.mark.parametrize("template", ["{% for", "{{ messages.nothing.here }}", "{{ messages + 1 }}"])
@@ -204,6 +254,16 @@ def test_prompt_without_tokens(make: Make) -> None:
     tokenizer = make(None)
     with pytest.raises(PromptError, match="gives no tokens"):
         render(put(tokenizer, chat_template="{{ messages[0].content }}"), ["Hi", ""])
+
+
+def test_a_prompt_that_the_model_cannot_take_is_named(make: Make) -> None:
+    with pytest.raises(ModelError, match=r"prompt 'Count: 1 1 .* …' has \d+ tokens, expected at most 512"):
+        render(put(make(LLAMA)), ["Hi", "Count: " + "1 " * 600])
+    tokenizer = make(LLAMA + "<|extra|>")
+    tokenizer.add_tokens("<|extra|>", special_tokens=True)
+    model = tiny.llama(vocab_size=len(tokenizer) - 1)
+    with pytest.raises(ModelError, match=rf"prompt 'Hi' has the token {len(tokenizer) - 1}, expected tokens from 0 to"):
+        render(LoadedModel(model, tokenizer, "tiny"), ["Hi"])
 
 
 @pytest.mark.parametrize("kind", TAILS)

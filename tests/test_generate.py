@@ -86,7 +86,7 @@ def test_no_prompts_no_answers(loaded: LoadedModel) -> None:
 
 
 def test_prompts_that_do_not_fit_are_refused(loaded: LoadedModel) -> None:
-    with pytest.raises(ModelError, match=r"Prompt 2 has 500 tokens and 100 more .* at most 512"):
+    with pytest.raises(ModelError, match=r"has 500 tokens and 100 more .* at most 512"):
         generate(loaded, [[4], [4] * 500])
     with pytest.raises(ModelError, match=f"token {len(tiny.VOCABULARY)}, expected"):
         check_prompts(loaded, [[len(tiny.VOCABULARY)]])

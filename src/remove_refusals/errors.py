@@ -72,7 +72,7 @@ def require_package(
     name: str, extra: str, purpose: str, error: type[RemoveRefusalsError], at_least: tuple[int, ...] = ()
 ) -> Any:
     """Import a package, or a module of it, that only an extra brings along."""
-    package = name.partition(".")[0]
+    package = "protobuf" if name == "google.protobuf" else name.partition(".")[0]
     remedy = f"expected for {purpose}; install it with `pip install 'remove-refusals[{extra}]'`."
     try:
         module = import_module(name)

@@ -38,6 +38,7 @@ from remove_refusals.models import (
     opened,
     plain_shapes,
     read_slice,
+    refuse_adapter,
     render,
     same_bytes,
     tail_positions,
@@ -344,6 +345,7 @@ def _directory(source: str) -> Path:
             f"The checkpoint {source} is neither a directory nor in the hub's local cache, expected one of them; check "
             "the path."
         )
+    refuse_adapter(str(found))
     return found
 
 

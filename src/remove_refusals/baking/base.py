@@ -40,6 +40,7 @@ from remove_refusals.models import (
     plain_shapes,
     quiet,
     read_tensor,
+    refuse_adapter,
     same_bytes,
     saved_dtype,
     weights_directory,
@@ -280,6 +281,7 @@ def open_base(source: str | Path, *, revision: str | None = None, trust_remote_c
     """Map a checkpoint from its configuration and headers: a directory, a hub id (downloaded if need be), or `demo`."""
     name = model_source(str(source))
     directory = weights_directory(name, revision)
+    refuse_adapter(name, revision=revision, local_files_only=True)
     if directory is None or not has_weights(directory):
         raise CheckpointError(
             f"The model {source} has no {SINGLE_FILE}, {INDEX_FILE}, {PICKLED_FILE} or {PICKLED_INDEX}, expected one "

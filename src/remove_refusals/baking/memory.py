@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from remove_refusals.baking.base import has_weights
 from remove_refusals.directions import EditPlan, PlanEntry, resolve
 from remove_refusals.errors import ModelError, OutputError, require_package
 from remove_refusals.formula import project_out
@@ -62,7 +63,7 @@ def load_edited(
     edited: str, base: str, settings: LoadSettings, chat: ChatFormat | None = None, batch_size: int | None = None
 ) -> LoadedModel:
     """Load an edited model; a directory with an adapter of PEFT is merged into the base first."""
-    if is_adapter(edited):
+    if is_adapter(edited) and not has_weights(Path(edited)):
         return with_adapter(load_model(base, settings, chat=chat, batch_size=batch_size), Path(edited))
     return load_model(edited, settings.model_copy(update={"revision": None}), chat=chat, batch_size=batch_size)
 

@@ -51,6 +51,7 @@ from remove_refusals.models.source import (
     model_source,
     quiet,
     read_config,
+    refuse_adapter,
     weights_directory,
 )
 
@@ -105,6 +106,7 @@ __all__ = [
     "read_into",
     "read_slice",
     "read_tensor",
+    "refuse_adapter",
     "render",
     "same_bytes",
     "saved_dtype",

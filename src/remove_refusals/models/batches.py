@@ -2,6 +2,7 @@
 
 import gc
 import inspect
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, TypeVar
@@ -26,9 +27,11 @@ _OUT_OF_MEMORY = (
 
 
 def left_padded(loaded: LoadedModel, token_ids: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
-    """Pad token sequences on the left; give the arguments of the model's `forward`, `[n, length]`, on its device."""
-    if any(len(ids) == 0 for ids in token_ids):
-        raise PromptError("A rendered prompt has 0 tokens, expected at least 1; leave empty prompts out.")
+    """Pad token sequences on the left; give the arguments of the model's `forward`, `[n, length]`, on its device.
+
+    Whatever runs the model gets its arguments here, so that nothing is run which it cannot take.
+    """
+    check_prompts(loaded, token_ids)
     length = max(len(ids) for ids in token_ids)
     mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in token_ids])
     inputs = {
@@ -102,29 +105,40 @@ def fitting_pass(loaded: LoadedModel, lengths: Sequence[int]) -> int:
     return min(len(lengths), MOST_PROMPTS)
 
 
-def check_prompts(loaded: LoadedModel, token_ids: Sequence[Sequence[int]], n_new_tokens: int = 0) -> None:
+def check_prompts(
+    loaded: LoadedModel,
+    token_ids: Sequence[Sequence[int]],
+    n_new_tokens: int = 0,
+    prompts: Sequence[str] | None = None,
+) -> None:
     """Check that the model can take each prompt and some new tokens, before any work is done."""
     limit = n_positions(loaded)
     vocabulary = int(loaded.model.get_input_embeddings().weight.shape[0])
-    for number, ids in enumerate(token_ids, start=1):
-        if len(ids) == 0:
-            raise PromptError(f"Prompt {number} has 0 tokens, expected at least 1; leave empty prompts out.")
-        if limit is not None and limit < len(ids) + n_new_tokens:
+    for index, ids in enumerate(token_ids):
+        long = limit is not None and limit < len(ids) + n_new_tokens
+        if ids and not long and 0 <= min(ids) <= max(ids) < vocabulary:
+            continue
+        text = loaded.tokenizer.decode(ids, skip_special_tokens=True) if prompts is None else prompts[index]
+        prompt = f"The prompt {textwrap.shorten(text, 80, placeholder=' …')!r}"
+        if not ids:
+            raise PromptError(f"{prompt} has 0 tokens, expected at least 1; leave empty prompts out.")
+        if long:
+            more = f" and {n_new_tokens} more are wanted" if n_new_tokens else ""
             raise ModelError(
-                f"Prompt {number} has {len(ids)} tokens and {n_new_tokens} more are wanted, expected at most {limit} "
-                "together; shorten it or ask for fewer."
+                f"{prompt} has {len(ids)} tokens{more}, expected at most {limit} in all, for which the model has "
+                f"positions; shorten it{' or ask for fewer' if n_new_tokens else ' or take it out'}."
             )
-        if not 0 <= min(ids) <= max(ids) < vocabulary:
-            raise ModelError(
-                f"Prompt {number} has the token {max(ids)}, expected tokens from 0 to {vocabulary - 1}; use the "
-                "tokenizer that belongs to the model."
-            )
+        raise ModelError(
+            f"{prompt} has the token {max(ids) if max(ids) >= vocabulary else min(ids)}, expected tokens from 0 to "
+            f"{vocabulary - 1}, for which the model has embeddings; use the tokenizer that belongs to the model."
+        )
 
 
 def n_positions(loaded: LoadedModel) -> int | None:
     """Tell how many tokens the model can hold, prompt and answer together; None if its config sets no limit."""
-    limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
+    config = loaded.model.config.get_text_config(decoder=True)
+    limits = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
 
 
 def accepts(loaded: LoadedModel, argument: str) -> bool:

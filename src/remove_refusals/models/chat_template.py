@@ -1,11 +1,13 @@
 """Prompts to token ids: the chat template with thinking closed, and which positions it makes comparable."""
 
+import json
 from collections.abc import Sequence
 
 import jinja2
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from remove_refusals.errors import PromptError
+from remove_refusals.models.batches import check_prompts
 from remove_refusals.models.load import LoadedModel
 
 CLOSED_THINKING = "<think>\n\n</think>\n\n"
@@ -36,16 +38,18 @@ def render(loaded: LoadedModel, prompts: Sequence[str], turns: Sequence[tuple[st
         texts = list(prompts)
     else:
         template = _template(loaded.tokenizer, chat.chat_template)
-        texts = [_render_one(loaded, prompt, template, turns) for prompt in prompts]
+        parts = _wants_parts(loaded, template, turns)
+        texts = [_render_one(loaded, prompt, template, turns, parts=parts) for prompt in prompts]
     if not texts:
         return []
-    encoded = loaded.tokenizer(texts, add_special_tokens=chat.plain, return_attention_mask=False)
+    encoded = loaded.tokenizer(texts, add_special_tokens=chat.plain, return_attention_mask=False, verbose=False)
     rows: list[list[int]] = encoded["input_ids"]
     for prompt, row in zip(prompts, rows, strict=True):
         if not row:
             raise PromptError(
                 f"The prompt {prompt!r} gives no tokens, expected at least one; take it out or use a chat template."
             )
+    check_prompts(loaded, rows, prompts=prompts)
     return rows
 
 
@@ -98,12 +102,33 @@ def _template(tokenizer: Tokenizer, chat_template: str | None) -> str:
     return _FIXED_CLOCK + template if "strftime_now" in template else template
 
 
-def _render_one(loaded: LoadedModel, prompt: str, template: str, turns: Sequence[tuple[str, str]]) -> str:
+def _wants_parts(loaded: LoadedModel, template: str, turns: Sequence[tuple[str, str]]) -> bool:
+    """Whether a template fails on a message that is a text, or leaves it out, and takes one that is a list of parts."""
+    for parts in (False, True):
+        try:
+            text = _render_one(loaded, _PROBES[0], template, turns, parts=parts)
+        except PromptError:
+            continue
+        # What writes any content takes a list for its notation.
+        return parts and f"'text': '{_PROBES[0]}'" not in text and f'"text": "{_PROBES[0]}"' not in text
+    return False
+
+
+def _holds(text: str, content: str) -> bool:
+    """Whether a rendered text holds a message, as it is or as JSON writes it."""
+    said = content.strip()
+    return any(form in text for form in (said, json.dumps(said, ensure_ascii=False)[1:-1], json.dumps(said)[1:-1]))
+
+
+def _render_one(
+    loaded: LoadedModel, prompt: str, template: str, turns: Sequence[tuple[str, str]], *, parts: bool
+) -> str:
     system_prompt = loaded.chat.system_prompt
-    messages = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+    said = [] if system_prompt is None else [("system", system_prompt)]
     for question, answer in turns:
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    messages.append({"role": "user", "content": prompt})
+        said += [("user", question), ("assistant", answer)]
+    said.append(("user", prompt))
+    messages = [{"role": role, "content": [{"type": "text", "text": text}] if parts else text} for role, text in said]
     options = {"enable_thinking": False} if "enable_thinking" in template else {}
     try:
         text: str = loaded.tokenizer.apply_chat_template(
@@ -120,7 +145,7 @@ def _render_one(loaded: LoadedModel, prompt: str, template: str, turns: Sequence
             "`--chat-template FILE`."
         ) from error
     for kind, content in (("system prompt", system_prompt), ("prompt", prompt)):
-        if content is not None and content.strip() not in text:
+        if content is not None and not _holds(text, content):
             raise PromptError(
                 f"The chat template leaves out the {kind} {content[:80]!r}, expected to find it in the rendered text; "
                 "pass another one with `--chat-template FILE`."

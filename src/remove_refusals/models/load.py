@@ -1,19 +1,23 @@
 """Load a model and its tokenizer, or say in one sentence why that is not possible."""
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
-from transformers import AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoTokenizer, BitsAndBytesConfig, ProcessorMixin
 from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.utils import cached_file
 
 from remove_refusals.errors import ModelError, require_package
+from remove_refusals.files import read_json
 from remove_refusals.models.checkpoint import FLOAT_DTYPES, INDEX_FILE, SINGLE_FILE, checkpoint_tensors
 from remove_refusals.models.source import check_complete, explained, find_source, model_source, quiet, read_config
 from remove_refusals.settings import ChatFormat, LoadSettings
@@ -26,7 +30,8 @@ class LoadedModel:
     Attributes:
         model: The model. Its parameters keep `requires_grad`: frozen weights make the CPU's `linear` pathologically
             slow on non-contiguous input, so callers run it under `torch.inference_mode` instead.
-        tokenizer: The tokenizer as it was saved; nothing in it is changed, so that saving it again gives it back.
+        tokenizer: The tokenizer as it was saved, so that saving it again gives it back; where it has no chat template,
+            with that of the processor beside it.
         source: The directory or hub id it was loaded from; of a model that never was, its class.
         revision: The hub's commit, or the revision that was asked for; None for a directory.
         checkpoint_dtype: The data type of the saved weights, which `model.dtype` need not be; None if unknown.
@@ -74,7 +79,8 @@ class LoadedModel:
     def vocabulary_size(self) -> int:
         """The number of logits at each position."""
         head = self.model.get_output_embeddings()
-        return int(head.weight.shape[0]) if head is not None else int(self.model.config.get_text_config().vocab_size)
+        config = self.model.config.get_text_config(decoder=True)
+        return int(head.weight.shape[0] if head is not None else config.vocab_size)
 
 
 def load(
@@ -134,10 +140,14 @@ def _in_memory(source: Any, tokenizer: Any, chat: ChatFormat, batch_size: int | 
     whole = source if isinstance(source, torch.nn.Module) else getattr(source, "model", source)
     # Of a model that speaks, the part that a prompt is put before.
     model = _checked(getattr(whole, "thinker", whole))
-    tokenizer = tokenizer or getattr(source, "tokenizer", None)
+    tokenizer = tokenizer or getattr(source, "processor", None) or getattr(source, "tokenizer", None)
     if isinstance(tokenizer, str | Path):
         tokenizer = _load_tokenizer(str(tokenizer))
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    if isinstance(tokenizer, ProcessorMixin):
+        template, tokenizer = tokenizer.chat_template, tokenizer.tokenizer
+        if template and not tokenizer.chat_template:
+            tokenizer = copy.copy(tokenizer)
+            tokenizer.chat_template = template
     if not isinstance(tokenizer, Tokenizer):
         raise ModelError(
             f"The tokenizer of {type(model).__name__} is a {type(tokenizer).__name__}, expected a tokenizer of "
@@ -157,10 +167,10 @@ def _in_memory(source: Any, tokenizer: Any, chat: ChatFormat, batch_size: int | 
 
 def _checked(model: Any) -> Model:
     """Check that an object is a causal language model whose weights are its own, ready to answer."""
-    if hasattr(model, "merge_and_unload"):
+    if hasattr(model, "merge_and_unload") or getattr(model, "_hf_peft_config_loaded", False):
         raise ModelError(
             f"The model is a {type(model).__name__} with an adapter beside its weights, expected plain weights; pass "
-            "`model.merge_and_unload()`."
+            "`AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload()`."
         )
     if not isinstance(model, Model):
         raise ModelError(
@@ -204,6 +214,10 @@ def load_model(
             require_package("bitsandbytes", "4bit", "4-bit loading", ModelError)
             four_bit = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": wanted or saved or torch.float32}
             places["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, **four_bit)
+        if tokenizer is None:
+            tokenizer = _load_tokenizer(name, **access)
+        elif isinstance(tokenizer, str | Path):
+            tokenizer = _load_tokenizer(str(tokenizer), trust_remote_code=settings.trust_remote_code)
         built, report = chosen.loader.from_pretrained(
             name,
             config=chosen.config,
@@ -214,8 +228,6 @@ def load_model(
             **access,
         )
         check_complete(name, report)
-    if tokenizer is None or isinstance(tokenizer, str | Path):
-        tokenizer = _load_tokenizer(name, **access) if tokenizer is None else _load_tokenizer(str(tokenizer))
     return LoadedModel(
         built.eval(),
         tokenizer,
@@ -229,9 +241,48 @@ def load_model(
     )
 
 
-def _load_tokenizer(name: str, **access: Any) -> Tokenizer:
+def _load_tokenizer(name: str, *, trust_remote_code: bool = False, **access: Any) -> Tokenizer:
+    """Load a tokenizer; one that has no chat template of its own gets that of the processor beside it."""
+    beside = partial(cached_file, name, _raise_exceptions_for_missing_entries=False, **access)
+    without_words = ModelError(
+        f"The tokenizer of {name} has no vocabulary, expected one such as tokenizer.json; copy the files of its base's "
+        "tokenizer there."
+    )
     with quiet(bars=True), explained(f"The tokenizer of {name}"):
-        found: Tokenizer = AutoTokenizer.from_pretrained(name, **access)
+        tekken = beside("tekken.json") if beside("tokenizer.json") is None else None
+        own = {} if tekken is None else {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
+        try:
+            # With mistral-common's own tokenizer it would depend on that package whether a chat template is heeded.
+            found: Tokenizer = AutoTokenizer.from_pretrained(
+                name, trust_remote_code=trust_remote_code, mistral_format=False, **own, **access
+            )
+        except (ValueError, ImportError) as error:
+            if "custom code" in str(error):
+                raise ModelError(
+                    f"The tokenizer of {name} needs code that comes with it, expected permission to run it; read that "
+                    "code and pass trust_remote_code if you trust it."
+                ) from error
+            if "instantiate the backend tokenizer" in str(error):
+                raise without_words from error
+            if beside("tokenizer.json") is not None or beside("tokenizer.model") is None:
+                raise
+            for package in ("sentencepiece", "google.protobuf"):
+                require_package(package, "sentencepiece", "a tokenizer that is tokenizer.model alone", ModelError)
+            raise ValueError(
+                f"tokenizer.model is no whole SentencePiece file, nor another that is known: {error}"
+            ) from error
+        for file in ("chat_template.json", "processor_config.json"):
+            template, path = found.chat_template, beside(file)
+            if path is not None and (not template or (isinstance(template, dict) and "default" not in template)):
+                described = read_json(Path(path), error=ModelError)
+                found.chat_template = (isinstance(described, dict) and described.get("chat_template")) or template
+        if tekken is not None and not found.chat_template:
+            module = "mistral_common.integrations.chat_templates.chat_templates"
+            package = require_package(module, "mistral", "the chat template of a tekken.json", ModelError)
+            found.chat_template = package.convert_tokenizer_to_chat_template(tekken)
+    if set(found.get_vocab()) <= set(found.all_special_tokens):
+        # Without files Transformers makes one all the same, for some types.
+        raise without_words
     return found
 
 

@@ -29,10 +29,11 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
-from transformers.utils import logging
+from transformers.utils import find_adapter_config_file, logging
 from yaml import YAMLError
 
 from remove_refusals.errors import ModelError
+from remove_refusals.files import read_json
 from remove_refusals.models.checkpoint import INDEX_FILE, SINGLE_FILE, checkpoint_tensors
 from remove_refusals.settings import DEMO
 
@@ -137,6 +138,7 @@ _AUTO_CLASSES: tuple[tuple[Any, Mapping[str, str]], ...] = (
 
 def read_config(name: str, access: dict[str, Any], trust_remote_code: bool) -> ModelChoice:
     """Read the configuration of a model that continues a prompt; note its commit in `access`."""
+    refuse_adapter(name, **access)
     described, _ = PretrainedConfig.get_config_dict(name, **access)
     model_type, code = described.get("model_type"), described.get("auto_map") or {}
     loader = _loader(model_type, described.get("architectures") or ())
@@ -189,10 +191,28 @@ def _loader(model_type: str | None, architectures: Sequence[str]) -> Any:
     return next((one for one in classes if isinstance(one, type) and issubclass(one, GenerationMixin)), None)
 
 
+def refuse_adapter(name: str, **access: Any) -> None:
+    """Refuse an adapter of PEFT, instead of a model or beside its weights: Transformers applies it where PEFT is."""
+    found = find_adapter_config_file(name, **access)
+    if found is None:
+        return
+    described = read_json(Path(found), error=ModelError)
+    base = described.get("base_model_name_or_path") if isinstance(described, dict) else None
+    weights = any(any(Path(name).glob(pattern)) for pattern in ("model*.safetensors", "pytorch_model*.bin"))
+    without = ", or move adapter_config.json away to use the weights without it" if weights else ""
+    raise ModelError(
+        f"The model {name} {'has beside its weights' if weights else 'is'} a PEFT adapter (adapter_config.json) of "
+        f"{base or 'a base that it does not name'}, expected plain weights; merge it with `AutoPeftModelForCausalLM."
+        f"from_pretrained({name!r}).merge_and_unload().save_pretrained('merged')`, put the base's tokenizer there, and "
+        f"pass that directory{without}."
+    )
+
+
 def find_source(name: str, revision: str | None) -> bool:
     """Check that a model is there; give whether only local files are to be read, as the hub is out of reach."""
     path = Path(name)
     if path.is_dir():
+        refuse_adapter(name)
         if not (path / "config.json").is_file():
             raise ModelError(f"The directory {name} has no config.json, expected a Hugging Face model; check the path.")
         if (path / SINGLE_FILE).exists() or (path / INDEX_FILE).exists():

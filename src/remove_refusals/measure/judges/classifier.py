@@ -12,7 +12,15 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from remove_refusals.errors import JudgeError
 from remove_refusals.measure.judges import JUDGED, Judgement, Label
 from remove_refusals.measure.judges.phrases import strip_thinking
-from remove_refusals.models import cached_commit, check_complete, explained, find_source, pick_device, quiet
+from remove_refusals.models import (
+    cached_commit,
+    check_complete,
+    explained,
+    find_source,
+    pick_device,
+    quiet,
+    refuse_adapter,
+)
 
 # Names of classes as people write them, in lower case without anything but letters.
 _NAMES = {
@@ -51,6 +59,7 @@ class ClassifierJudge:
         name, where = str(source), pick_device(device)
         settings: dict[str, Any] = {"local_files_only": find_source(name, None), "trust_remote_code": False}
         with quiet(bars=Path(name).is_dir()), explained(f"The classifier {name}"):
+            refuse_adapter(name, local_files_only=settings["local_files_only"])
             model, report = AutoModelForSequenceClassification.from_pretrained(
                 name,
                 use_safetensors=True,
@@ -99,7 +108,8 @@ class ClassifierJudge:
         return str(self._tokenizer.apply_chat_template(messages, tokenize=False))
 
     def _longest(self) -> int:
-        positions = getattr(self._model.config, "max_position_embeddings", None) or _NO_LIMIT
+        config = self._model.config.get_text_config(decoder=True)
+        positions = getattr(config, "max_position_embeddings", None) or _NO_LIMIT
         # RoBERTa and its kin keep two positions for themselves.
         return int(min(self._tokenizer.model_max_length, max(8, positions - 2), _NO_LIMIT))
 
@@ -119,6 +129,12 @@ class ClassifierJudge:
     def _run(self, windows: Sequence[tuple[int, list[int]]]) -> Iterator[tuple[int, torch.Tensor]]:
         """Give `[n_labels]` probabilities for each window, float32 on the CPU, in an order of their own."""
         order = sorted(windows, key=lambda window: len(window[1]))
+        largest = max((max(ids) for _, ids in order), default=0)
+        if largest >= (rows := self._model.get_input_embeddings().weight.shape[0]):
+            raise JudgeError(
+                f"The tokenizer of {self.name} gives the token {largest}, expected tokens from 0 to {rows - 1}, for "
+                "which the classifier has embeddings; use the tokenizer that belongs to it."
+            )
         for start in range(0, len(order), self._batch_size):
             batch = order[start : start + self._batch_size]
             padded = self._tokenizer.pad({"input_ids": [ids for _, ids in batch]}, return_tensors="pt")
