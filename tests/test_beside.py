@@ -186,7 +186,7 @@ def test_a_sentencepiece_file_that_is_cut_off_is_named(bare):
 
 CONTROL = (
     "<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS] [TOOL_CALLS] "
-    "[TOOL_CONTENT] [SYSTEM_PROMPT] [/SYSTEM_PROMPT]"
+    "[TOOL_CONTENT] [SYSTEM_PROMPT] [/SYSTEM_PROMPT] [PREFIX] [MIDDLE] [SUFFIX] <pad>"
 ).split()
 
 
