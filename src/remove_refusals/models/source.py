@@ -187,7 +187,7 @@ def _loader(model_type: str | None, architectures: Sequence[str]) -> Any:
     if known:
         return next((auto for auto, name in known if name in architectures), known[0][0])
     # A part of a model that was saved alone has a class and no Auto class.
-    classes = (getattr(transformers, name, None) for name in architectures)
+    classes = (getattr(transformers, name, None) for name in architectures if kind in CONFIG_MAPPING_NAMES)
     return next((one for one in classes if isinstance(one, type) and issubclass(one, GenerationMixin)), None)
 
 
