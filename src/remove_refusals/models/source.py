@@ -181,9 +181,8 @@ def read_config(name: str, access: dict[str, Any], trust_remote_code: bool) -> M
 
 def _loader(model_type: str | None, architectures: Sequence[str]) -> Any:
     """Choose the Auto class that gives the class that a checkpoint was saved with, or else the first of its type."""
-    known = [
-        (auto, names[model_type]) for auto, names in _AUTO_CLASSES if model_type is not None and model_type in names
-    ]
+    kind = model_type or ""
+    known = [(auto, names[kind]) for auto, names in _AUTO_CLASSES if kind in names]
     if known:
         return next((auto for auto, name in known if name in architectures), known[0][0])
     # A part of a model that was saved alone has a class and no Auto class.
