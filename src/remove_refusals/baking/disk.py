@@ -217,8 +217,10 @@ def _carry_along(base: Base, plan: EditPlan, directory: Path) -> None:
         config = read_json(directory / "config.json", error=CheckpointError)
         assert isinstance(config, dict)
         text = base.model.config.get_text_config(decoder=True)
-        config["tie_word_embeddings"] = False
-        for name, part in config.items():
-            if isinstance(part, dict) and getattr(base.model.config, name, None) is text:
-                part["tie_word_embeddings"] = False
+        # Of a model that speaks, the part that was edited has a configuration within the whole's.
+        for whole in filter(None, (config, config.get("thinker_config"))):
+            whole["tie_word_embeddings"] = False
+            for name, part in whole.items():
+                if isinstance(part, dict) and getattr(base.model.config, name, None) is text:
+                    part["tie_word_embeddings"] = False
         write_json(directory / "config.json", config, force=True)
