@@ -43,7 +43,7 @@ class TestCompletion:
         (tmp_path / "mine" / "deep").mkdir(parents=True)
         (tmp_path / "phrase.txt").write_text("")
         monkeypatch.chdir(tmp_path)
-        assert complete_judge("") == ["phrases", "mine"]
+        assert complete_judge("") == ["phrases", "harmbench", "strongreject", "mine"]
         assert complete_judge("mine/") == ["mine/deep"]
         assert complete_judge(f"{tmp_path}/m") == [f"{tmp_path}/mine"]
         assert complete_judge("nowhere/x") == []

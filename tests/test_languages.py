@@ -134,6 +134,8 @@ def test_the_language_of_an_answer_too_short_to_tell_can_be_given() -> None:
     prompt, answer = "x1", "No escribiré esa carta."
     assert judge_phrases(answer, prompt) is Label.COMPLIANCE
     assert make_judge("phrases", language="es").judge([prompt], [answer]) == [Judgement(Label.REFUSAL)]
+    with pytest.raises(JudgeError, match="'pl', expected one with phrases: auto, en, de"):
+        make_judge("phrases", language="pl")
     assert [make_judge("phrases", language=language).name for language in ("auto", "es")] == ["phrases", "phrases:es"]
 
 

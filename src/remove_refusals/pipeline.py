@@ -41,7 +41,15 @@ from remove_refusals.report import (
     write_html_report,
 )
 from remove_refusals.search import CANDIDATES, SearchPrompts, Selection, save_candidates, select, split_for_search
-from remove_refusals.settings import PromptSource, RunSettings, SelectSettings, published_name
+from remove_refusals.settings import (
+    ALARMING_SETS,
+    HARMFUL_SETS,
+    PUBLISHED_JUDGES,
+    PromptSource,
+    RunSettings,
+    SelectSettings,
+    published_name,
+)
 from remove_refusals.types import Intervention, PromptSet
 
 OUTLIER_SHARE = 0.5
@@ -337,7 +345,7 @@ def _located(settings: RunSettings, files: Path) -> RunSettings:
     """Give the settings with every prompt file, judge and task directory where it lies."""
 
     def place(name: str | None) -> str | None:
-        if name is None or name == "phrases":
+        if name is None or name in ("phrases", *PUBLISHED_JUDGES, *HARMFUL_SETS, *ALARMING_SETS):
             return name
         if (files / name).exists():
             return str(files / name)

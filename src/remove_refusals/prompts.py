@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import tomllib
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from remove_refusals.errors import PromptError, require_package
-from remove_refusals.settings import Language, PromptSource
+from remove_refusals.settings import ALARMING_SETS, HARMFUL_SETS, Language, PromptSource
 from remove_refusals.types import PromptSet
 
 EMBEDDED_SETS = ("harmful_train", "harmful_test", "harmless_train", "harmless_test", "harmless_alarming")
@@ -30,7 +31,30 @@ def prompts_from(source: PromptSource, name: str, embedded: str, language: Langu
     """Load the prompts that settings name, or the embedded set of the given name."""
     if source.source is None:
         return replace(embedded_prompts(embedded, language), name=name)
+    if source.source in (*HARMFUL_SETS, *ALARMING_SETS):
+        return _published(source.source, name, embedded)
     return load_prompts(source.source, name=name, column=source.column, split=source.split)
+
+
+def _published(word: str, name: str, embedded: str) -> PromptSet:
+    """Load the published set that a word stands for, at its pinned revision, where such prompts are asked for."""
+    harmful = word in HARMFUL_SETS
+    fitting = ("harmful_train", "harmful_test") if harmful else ("harmless_alarming",)
+    if embedded in EMBEDDED_SETS and embedded not in fitting:
+        kind = "harmful" if harmful else "harmless but alarming"
+        options = "--harmful, --harmful-test or --also" if harmful else "--alarming-test or --also"
+        raise PromptError(
+            f"The prompts of {word} are {kind} and were given as {name} ones, expected at {options}; give them there."
+        )
+    text = files("remove_refusals").joinpath("data", "published.toml").read_text(encoding="utf-8")
+    known = tomllib.loads(text)["sets"][word]
+    source, revision, where = known["source"], known["revision"], known.get("where", {})
+    values, used = _read_data_set(source, known["column"], known["split"], revision, where)
+    # A conversation is a list of one turn.
+    values = [(place, value[0] if isinstance(value, list) and len(value) == 1 else value) for place, value in values]
+    at = "" if Path(source.partition(":")[0]).is_dir() else f"@{revision}"
+    told = "".join(f", {key} {value}" for key, value in where.items())
+    return _set(name, values, source, f"{source}{at}, split {known['split']}, column {used}{told}")
 
 
 def as_prompts(name: str, prompts: PromptSet | Iterable[str]) -> PromptSet:
@@ -301,19 +325,27 @@ def _read_table(path: Path, column: str | None) -> tuple[Values, str | None]:
     return _from_rows([(f"row {number}", row) for number, row in enumerate(rows, start=1)], column, path)
 
 
-def _read_data_set(source: str, column: str | None, split: str) -> tuple[Values, str]:
-    """Read one column of a data set: an id, `id:name` of one of its configurations, or a directory."""
+def _read_data_set(
+    source: str, column: str | None, split: str, revision: str | None = None, where: Mapping[str, str] | None = None
+) -> tuple[Values, str]:
+    """Read one column of a data set: an id, `id:name` of one of its configurations, or a directory.
+
+    `where` are the values that other columns must have.
+    """
     datasets = require_package("datasets", "data", f"the prompts {source}", PromptError)
     identifier, _, configuration = source.partition(":")
     try:
-        rows: Any = datasets.load_dataset(identifier, configuration or None, split=split)
+        rows: Any = datasets.load_dataset(identifier, configuration or None, split=split, revision=revision)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise PromptError(
             f"The prompts {source} are no file here and cannot be loaded as a Hugging Face data set with the split "
             f"{split!r} ({_first_line(error)}), expected one or the other; check the name, the split and the network."
         ) from error
     chosen = _choose_column(rows.column_names, column, source)
-    return [(f"row {number}", value) for number, value in enumerate(rows[chosen], start=1)], chosen
+    asked = {_choose_column(rows.column_names, name, source): value for name, value in (where or {}).items()}
+    kept = [all(rows[name][at] == value for name, value in asked.items()) for at in range(len(rows))] if asked else ()
+    values = [(f"row {number}", value) for number, value in enumerate(rows[chosen], start=1)]
+    return [one for one, keep in zip(values, kept, strict=True) if keep] if asked else values, chosen
 
 
 def _first_line(error: BaseException) -> str:

@@ -186,20 +186,33 @@ class EditSettings(Settings):
     allow_leak: bool = setting(False, "Edit even where no edit is exact; measure it.")
 
 
+HARMFUL_SETS = ("harmbench", "jailbreakbench", "strongreject", "sorry-bench")
+ALARMING_SETS = ("xstest", "or-bench")
+"""Published prompt sets that a word stands for: harmful ones, and harmless ones that sound alarming."""
+
+PUBLISHED_JUDGES = ("harmbench", "strongreject")
+"""Published judges that a word stands for."""
+
 _TAKEN = ("harmful", "harmless", "alarming")
 
 
+def expects_refusals(name: str) -> bool:
+    """Whether the prompts of a set of this name are harmful, so that a refusal is no false one."""
+    return name == "harmful" or name.replace("_", "-") in HARMFUL_SETS
+
+
 def _more(value: Any) -> Any:
-    """Read sets by name from texts NAME=FILE; pairs stay as they are."""
+    """Read sets by name from texts, NAME=FILE or the word for a published set; pairs stay as they are."""
     if not isinstance(value, list | tuple) or not all(isinstance(part, str) for part in value):
         return value
     found: dict[str, PromptSource] = {}
     for part in value:
-        name, equals, place = part.partition("=")
+        published = part in (*HARMFUL_SETS, *ALARMING_SETS)
+        name, equals, place = f"{part.replace('-', '_')}={part}".partition("=") if published else part.partition("=")
         if not equals or not name.isidentifier() or not place:
             raise ValueError(
-                f"The option --also is {part!r}, expected NAME=FILE, the name of letters, digits and _; write for "
-                "example --also xstest=xstest.csv."
+                f"The option --also is {part!r}, expected NAME=FILE, the name of letters, digits and _, or one of "
+                f"{', '.join((*ALARMING_SETS, *HARMFUL_SETS))}; write for example --also mine=mine.csv."
             )
         if name in _TAKEN or name in found:
             raise ValueError(f"The option --also names {name!r} twice, expected a name of its own; choose another.")
@@ -220,14 +233,18 @@ class MeasureSettings(Settings):
 
     panel: ClassVar[str] = "Measurement"
 
-    harmful: Prompts = setting(PromptSource(), "Refused prompts to measure on.", name="harmful-test")
+    harmful: Prompts = setting(
+        PromptSource(),
+        "Refused prompts to measure on; or harmbench, jailbreakbench, strongreject.",
+        name="harmful-test",
+    )
     harmless: Prompts = setting(PromptSource(), "Answered prompts to measure on.", name="harmless-test")
     alarming: Prompts = setting(PromptSource(), "Alarming but harmless prompts.", name="alarming-test")
     n_test: int | None = setting(None, "At most so many of each; all.", ge=1, short=True)
     max_new_tokens: int = setting(100, "Where an answer is cut off.", ge=1, short=True)
     kl_tokens: int = setting(32, "Tokens of each answer that the KL is measured on.", ge=1)
     more: Annotated[tuple[tuple[str, Prompts], ...], BeforeValidator(_more)] = setting(
-        (), "Another harmless set, such as XSTest.", name="also", metavar="NAME=FILE"
+        (), "Another set; or xstest, or-bench, sorry-bench.", name="also", metavar="NAME=FILE"
     )
     tasks: Annotated[tuple[str, ...], BeforeValidator(_names)] = setting(
         (), "Tasks of lm-evaluation-harness, by comma."
@@ -238,7 +255,7 @@ class MeasureSettings(Settings):
         "auto",
         "Of test prompts and unclear answers: de, fr, es, pt, it, ru, zh, ja, ko, ar, hi. Searching stays English.",
     )
-    judge: str = setting("phrases", "phrases, a classifier, or URL#MODEL.", short=True)
+    judge: str = setting("phrases", "phrases, harmbench, strongreject, a classifier, URL#MODEL.", short=True)
     calibration: str | None = setting(None, "From `judge calibrate`: corrects the rates.")
     seed: int = inner(0, "The seed of the bootstrap intervals.")
 

@@ -35,10 +35,10 @@ DirectionFile = Annotated[
 
 
 def complete_judge(incomplete: str) -> list[str]:
-    """Complete a judge: the built-in one, or a directory with a classifier."""
+    """Complete a judge: the built-in one, a published one, or a directory with a classifier."""
     # Unlike that of `Path`, this one gives paths back as they were typed.
     directories = sorted(name.rstrip("/") for name in glob(f"{escape(incomplete)}*/"))  # noqa: PTH207
-    return [name for name in ("phrases",) if name.startswith(incomplete)] + directories
+    return [name for name in ("phrases", "harmbench", "strongreject") if name.startswith(incomplete)] + directories
 
 
 IN_FILE = "remove_refusals.options_in_the_file"

@@ -165,7 +165,7 @@ def calibrate(
         str,
         Option(
             autocompletion=complete_judge,
-            help="phrases, a classifier's directory or hub id, or URL#MODEL of a chat endpoint.",
+            help="phrases, harmbench, strongreject, a classifier's directory or hub id, or URL#MODEL.",
         ),
     ] = "phrases",
     output: Annotated[Path | None, to("Also save the calibration as JSON.")] = None,
@@ -175,6 +175,7 @@ def calibrate(
     prompt_price: Annotated[float | None, Option(min=0, help="Of a million tokens that are sent.")] = None,
     completion_price: Annotated[float | None, Option(min=0, help="Of a million tokens of replies.")] = None,
     text_format: Annotated[str | None, Option(help="What a classifier reads: {prompt} and {answer}.")] = None,
+    language: Annotated[str, Option(help="As of `evaluate`, for answers that do not tell theirs.")] = "auto",
 ) -> None:
     """A judge's labels against those of people: who is taken for what, sensitivity and specificity with intervals."""
     from remove_refusals.cli import printing
@@ -192,6 +193,7 @@ def calibrate(
         prompt_price=prompt_price,
         completion_price=completion_price,
         text_format=text_format,
+        language=language,
     )
     found = calibrated(made, answers)
     printing.finish(found.to_json(), show=lambda: printing.show_calibration(found, getattr(made, "usage", None)))

@@ -51,7 +51,7 @@ from remove_refusals.measure.statistics import (
 from remove_refusals.measure.tasks import run_tasks
 from remove_refusals.models import Answer, LoadedModel, render
 from remove_refusals.progress import SILENT, Progress
-from remove_refusals.settings import MeasureSettings
+from remove_refusals.settings import MeasureSettings, expects_refusals
 from remove_refusals.types import PromptSet
 
 SETTLED = 0.01
@@ -90,17 +90,19 @@ def evaluate(
     with edited_context():
         kept = journal if edited_context is nullcontext else Journal()
         after = _answers(edited, token_ids, settings.max_new_tokens, kept, progress.after(n))
+    judges = {name: _judge_of(name, judge, settings) for name in sets}
     both: dict[str, Both] = {}
     for name, part in sets.items():
-        ids = token_ids[name]
-        both[name] = labelled(part, ids, before[name], judge), labelled(part, ids, after[name], judge)
+        ids, own = token_ids[name], judges[name]
+        both[name] = labelled(part, ids, before[name], own), labelled(part, ids, after[name], own)
+    names = " and ".join(dict.fromkeys(own.name for own in judges.values()))
     asked = settings.model_dump(include={"max_new_tokens", "kl_tokens", "seed"})
     evaluation = Evaluation(
         base=base.source,
         edited=edited.source,
-        settings=HowMeasured(judge=judge.name, batch_size=base.batch_size, chat=base.chat, **asked),
-        sets=_sets(base, both, judge, accuracies or {}, settings.seed),
-        rows=tuple(row for name, pair in both.items() for row in _rows(name, pair, judge.name)),
+        settings=HowMeasured(judge=names, batch_size=base.batch_size, chat=base.chat, **asked),
+        sets=_sets(base, both, judges, {judge.name: accuracies or {}}, settings.seed),
+        rows=tuple(row for name, pair in both.items() for row in _rows(name, pair, judges[name].name)),
         judge_usage=None if (usage := getattr(judge, "usage", None)) is None else str(usage),
     )
     if "harmless" in both:
@@ -110,6 +112,12 @@ def evaluate(
         tasks = run_tasks(base, edited, settings, edited_context=edited_context)
         evaluation = evaluation.model_copy(update={"tasks": tasks})
     return evaluation
+
+
+def _judge_of(name: str, judge: Judge, settings: MeasureSettings) -> Judge:
+    """Give the judge of a set: of harmless prompts the phrase judge, where the one asked for knows nothing of them."""
+    blind = getattr(judge, "harmful_only", False) and not expects_refusals(name)
+    return PhraseJudge(settings.language) if blind else judge
 
 
 def _check_alike(base: LoadedModel, edited: LoadedModel) -> None:
@@ -164,26 +172,34 @@ def _named(both: Both) -> tuple[tuple[Which, Answered], tuple[Which, Answered]]:
 
 
 def _sets(
-    loaded: LoadedModel, both: Mapping[str, Both], judge: Judge, accuracies: Accuracies, seed: int
+    loaded: LoadedModel,
+    both: Mapping[str, Both],
+    judges: Mapping[str, Judge],
+    accuracies: Mapping[str, Accuracies],
+    seed: int,
 ) -> dict[str, SetScores]:
-    """Count what the judge saw, set by set; p-values are corrected for all comparisons of all sets."""
-    looked_for = {"refusals": Label.REFUSAL, "degenerate": Label.DEGENERATE, "deflections": Label.DEFLECTION}
-    if Label.DEFLECTION not in judge.labels:
-        # What the judge does not know of is not measured, which is not the same as none.
-        del looked_for["deflections"]
-    judged = {name: _judged(name, pair, judge) for name, pair in both.items()}
+    """Count what the judges saw, set by set; p-values are corrected for all comparisons of all sets."""
+    kinds = {"refusals": Label.REFUSAL, "degenerate": Label.DEGENERATE, "deflections": Label.DEFLECTION}
+    looked_for = {name: dict(kinds) for name in both}
+    for name, judge in judges.items():
+        if Label.DEFLECTION not in judge.labels:
+            # What a judge does not know of is not measured, which is not the same as none.
+            del looked_for[name]["deflections"]
+    judged = {name: _judged(name, pair, judges[name]) for name, pair in both.items()}
     tests = {
         (name, kind): test
         for name, (first, second) in judged.items()
-        for kind, label in looked_for.items()
+        for kind, label in looked_for[name].items()
         if (test := mcnemar(first.flags(label), second.flags(label))) is not None
     }
     adjusted = dict(zip(tests, holm([test.p_value for test in tests.values()]), strict=True))
     found = {}
     for name, pair in judged.items():
+        judge = judges[name]
+        known = accuracies.get(judge.name, {})
         rates = {
-            kind: _paired(pair, label, tests[name, kind], adjusted[name, kind], accuracies)
-            for kind, label in looked_for.items()
+            kind: _paired(pair, label, tests[name, kind], adjusted[name, kind], known)
+            for kind, label in looked_for[name].items()
         }
         whole = _named(both[name])
         thinking = {model: thought for model, part in whole if (thought := _thinking(loaded, part, seed))}

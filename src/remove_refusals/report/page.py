@@ -13,6 +13,7 @@ from remove_refusals.errors import RecordError
 from remove_refusals.files import atomic_file
 from remove_refusals.report import examined, sections, words
 from remove_refusals.report.records import Material, read_material
+from remove_refusals.settings import expects_refusals
 
 _FOLDER = "data/report"
 
@@ -39,7 +40,7 @@ def html_report(directory: Path, *, full_answers: bool = False) -> str:
     environment.filters |= {each.__name__: each for each in _FILTERS}
     environment.filters |= {"repr": repr, "pretty": lambda data: json.dumps(data, indent=2, ensure_ascii=False)}
     environment.globals |= {"sections": sections, "examined": examined, "material": material} | vars(material)
-    rows = material.rows or ()
+    rows, sets = material.rows or (), material.scores.sets if material.scores else {}
     try:
         # The style and the script are this package's own; everything else is escaped. The script is named by its hash,
         # so that no other runs even if something got through.
@@ -52,8 +53,7 @@ def html_report(directory: Path, *, full_answers: bool = False) -> str:
             texts={(row.set, row.prompt_id): row.prompt for row in rows},
             texts_by_id={row.prompt_id: row.prompt for row in rows},
             full_answers=full_answers,
-            # Every set of an evaluation but the first is of harmless prompts.
-            harmless=sections.HARMLESS | ((material.scores.sets.keys() if material.scores else set()) - {"harmful"}),
+            harmless=sections.HARMLESS | {name for name in sets if not expects_refusals(name)},
         )
     except (LookupError, TypeError, ValueError, ZeroDivisionError) as cause:
         raise RecordError(

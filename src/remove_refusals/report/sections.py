@@ -8,6 +8,7 @@ from remove_refusals.measure import Evaluation, RefusalsByLength, Response, Toke
 from remove_refusals.report.charts import Chart, Point, Scale, Series, integers, scale_of
 from remove_refusals.report.records import CandidateRecord, Material, SelectionRecord
 from remove_refusals.report.words import estimate, interval, number, percent, percent_interval
+from remove_refusals.settings import expects_refusals
 from remove_refusals.types import SiteEdit
 
 _SETS = {
@@ -35,7 +36,7 @@ def set_title(name: str) -> str:
 def rate_name(name: str, kind: str) -> str:
     """Say what is counted in a prompt set."""
     if kind == "refusals":
-        return "Refusals" if name == "harmful" else "False refusals"
+        return "Refusals" if expects_refusals(name) else "False refusals"
     return "Degenerate answers" if kind == "degenerate" else kind.capitalize()
 
 

@@ -4,6 +4,7 @@ import math
 import re
 
 from remove_refusals.measure import Distance, Estimate, Evaluation, PairedRate
+from remove_refusals.settings import expects_refusals
 from remove_refusals.types import Auroc, Contribution
 
 _WIDE_ENDS = "\u3002\uff01\uff1f"
@@ -79,7 +80,7 @@ def table(evaluation: Evaluation) -> tuple[tuple[str, str, str, str], ...]:
     """Give rows of text, which `table_key` explains: what was measured, base, edited, and how the two compare."""
     rows: list[tuple[str, str, str, str]] = []
     for name, scores in evaluation.sets.items():
-        false = "" if name == "harmful" else "false "
+        false = "" if expects_refusals(name) else "false "
         rows.append((f"{false}refusals, {name}".capitalize(), *_paired(scores.refusals)))
     for name, scores in evaluation.sets.items():
         rows.append((f"degenerate, {name}".capitalize(), *_paired(scores.degenerate)))

@@ -16,9 +16,10 @@ from remove_refusals.files import Record
 from remove_refusals.measure.judges import JUDGED, Judge, Label
 from remove_refusals.measure.judges.classifier import ClassifierJudge
 from remove_refusals.measure.judges.endpoint import EndpointJudge, default_cache
+from remove_refusals.measure.judges.grader import GradingJudge
 from remove_refusals.measure.judges.phrases import PhraseJudge
 from remove_refusals.measure.statistics import JudgeAccuracy, Rate, wilson_rate
-from remove_refusals.settings import Language, MeasureSettings
+from remove_refusals.settings import PUBLISHED_JUDGES, MeasureSettings
 
 Accuracies = Mapping[Label, JudgeAccuracy]
 """How often a judge is right about each label, as its calibration found."""
@@ -138,15 +139,17 @@ def make_judge(
     prompt_price: float | None = None,
     completion_price: float | None = None,
     text_format: str | None = None,
-    language: Language = "auto",
+    language: str = "auto",
 ) -> Judge:
     """Make the judge that a word stands for; nothing is contacted but what the word names.
 
-    The word is `phrases`, an address `URL#MODEL`, or else the directory or hub id of a sequence classifier. Without a
-    cache an address has one in the user's cache directory.
+    The word is `phrases`, one of `PUBLISHED_JUDGES`, an address `URL#MODEL`, or else the directory or hub id of a
+    sequence classifier. Without a cache an address has one in the user's cache directory.
     """
     if spec == "phrases":
         return PhraseJudge(language)
+    if spec in PUBLISHED_JUDGES:
+        return GradingJudge(spec, device=device)
     if not spec.startswith(("http://", "https://")):
         return ClassifierJudge(spec, device=device, text_format=text_format)
     cache = cache or default_cache()

@@ -75,7 +75,7 @@ class ClassifierJudge:
         self._format, self._batch_size = text_format, batch_size
         self._length = self._longest()
         read = f":{hashlib.sha256(text_format.encode()).hexdigest()[:8]}" if text_format else ""
-        self.name = f"classifier:{_identity(name, cached_commit(name))}{read}"
+        self.name = f"classifier:{identity(name, cached_commit(name))}{read}"
 
     @property
     def labels(self) -> frozenset[Label]:
@@ -175,8 +175,8 @@ def _map_classes(name: str, classes: Mapping[int, str], given: Mapping[str, str]
     return mapped
 
 
-def _identity(name: str, commit: str | None) -> str:
-    """Name a classifier so that other weights have another name, without a path of this machine."""
+def identity(name: str, commit: str | None) -> str:
+    """Name a judge so that other weights have another name, without a path of this machine."""
     if not Path(name).is_dir():
         return f"{name}@{commit[:12]}" if commit else name
     digest = hashlib.sha256()

@@ -3,7 +3,9 @@
 import re
 import unicodedata
 from collections.abc import Sequence
+from typing import get_args
 
+from remove_refusals.errors import JudgeError
 from remove_refusals.measure.judges import Judgement, Label
 from remove_refusals.measure.judges.degenerate import (
     OTHER_LANGUAGE,
@@ -27,8 +29,13 @@ class PhraseJudge:
 
     labels = frozenset({Label.REFUSAL, Label.COMPLIANCE, Label.DEGENERATE, Label.UNJUDGED})
 
-    def __init__(self, language: Language = "auto") -> None:
+    def __init__(self, language: str = "auto") -> None:
         """Set the language that an answer is in where it does not tell itself; `auto` is the prompt's."""
+        if language not in get_args(Language):
+            raise JudgeError(
+                f"The language is {language!r}, expected one with phrases: {', '.join(get_args(Language))}; choose one "
+                "of them, or another judge."
+            )
         self.language = None if language == "auto" else language
         self.name = "phrases" if self.language is None else f"phrases:{language}"
 
