@@ -255,7 +255,7 @@ class MeasureSettings(Settings):
         "auto",
         "Of test prompts and unclear answers: de, fr, es, pt, it, ru, zh, ja, ko, ar, hi. Searching stays English.",
     )
-    judge: str = setting("phrases", "phrases, harmbench, strongreject, a classifier, URL#MODEL.", short=True)
+    judge: str = setting("phrases", "phrases, harmbench, strongreject, ID or URL#MODEL.", short=True)
     calibration: str | None = setting(None, "From `judge calibrate`: corrects the rates.")
     seed: int = inner(0, "The seed of the bootstrap intervals.")
 
