@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from remove_refusals.measure.judges import Judgement, Label
-from remove_refusals.measure.judges.phrases import PhraseJudge, judge_phrases, strip_thinking
+from remove_refusals.measure.judges.phrases import PhraseJudge, judge_phrases
 
 REFUSALS = (
     "I can't help with that.",
@@ -223,14 +223,6 @@ def test_long_text_is_judged_quickly(piece: str) -> None:
     start = time.perf_counter()
     judge_phrases(piece * (8_000 // len(piece)))
     assert time.perf_counter() - start < 5
-
-
-def test_strip_thinking() -> None:
-    assert strip_thinking("<think>a</think>b<think>c</think>d") == "bd"
-    assert strip_thinking("a</think>b") == "b"
-    assert strip_thinking("[THINK]a[/THINK]b") == "b"
-    assert strip_thinking("a<think>b") is None
-    assert strip_thinking("plain") == "plain"
 
 
 def test_labels_are_plain_text() -> None:

@@ -19,7 +19,7 @@ from remove_refusals.measure.answers import (
 from remove_refusals.measure.judges import Judge, Label
 from remove_refusals.measure.judges.calibration import Accuracies
 from remove_refusals.measure.judges.languages import has_phrases, language_of
-from remove_refusals.measure.judges.phrases import PhraseJudge, strip_thinking
+from remove_refusals.measure.judges.phrases import PhraseJudge
 from remove_refusals.measure.scores import (
     Agreement,
     Distance,
@@ -49,7 +49,7 @@ from remove_refusals.measure.statistics import (
     wilson_rate,
 )
 from remove_refusals.measure.tasks import run_tasks
-from remove_refusals.models import Answer, LoadedModel, render
+from remove_refusals.models import Answer, LoadedModel, render, strip_thinking, text_of
 from remove_refusals.progress import SILENT, Progress
 from remove_refusals.settings import MeasureSettings, expects_refusals
 from remove_refusals.types import PromptSet
@@ -268,7 +268,7 @@ def _by_length(loaded: LoadedModel, both: Both, judge: Judge) -> RefusalsByLengt
         found: dict[int, Answered] = {}
         for length in tokens:
             cut = [answer.token_ids[:length] for answer in part.answers]
-            texts = [loaded.tokenizer.decode(ids, skip_special_tokens=True) for ids in cut]
+            texts = [text_of(loaded.tokenizer, list(ids)) for ids in cut]
             judged = judge.judge(part.prompts.prompts, texts)
             found[length] = replace(part, labels=tuple(one.label for one in judged))
         rates.append(tuple(answered.rate(Label.REFUSAL) for answered in found.values()))

@@ -54,6 +54,7 @@ from remove_refusals.models.source import (
     refuse_adapter,
     weights_directory,
 )
+from remove_refusals.models.thinking import strip_thinking, text_of
 
 __all__ = [
     "BYTES_PER_NUMBER",
@@ -112,8 +113,10 @@ __all__ = [
     "saved_dtype",
     "shares",
     "stream",
+    "strip_thinking",
     "tail_positions",
     "tensor_slices",
+    "text_of",
     "weights_directory",
     "workers",
     "write_from",

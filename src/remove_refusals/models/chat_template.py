@@ -9,9 +9,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from remove_refusals.errors import PromptError
 from remove_refusals.models.batches import check_prompts
 from remove_refusals.models.load import LoadedModel
-
-CLOSED_THINKING = "<think>\n\n</think>\n\n"
-"""A thinking block that stays empty, as the Qwen3 template writes it for `enable_thinking=False`."""
+from remove_refusals.models.thinking import SWITCHED_OFF, close_thinking
 
 # Templates such as Llama 3.2's write today's date, which would give another result each day. This shadows the clock;
 # the date is the default of the Llama 3 templates. The empty expression keeps a line end that the template begins with.
@@ -129,10 +127,9 @@ def _render_one(
         said += [("user", question), ("assistant", answer)]
     said.append(("user", prompt))
     messages = [{"role": role, "content": [{"type": "text", "text": text}] if parts else text} for role, text in said]
-    options = {"enable_thinking": False} if "enable_thinking" in template else {}
     try:
         text: str = loaded.tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=True, **options
+            messages, chat_template=template, tokenize=False, add_generation_prompt=True, **SWITCHED_OFF
         )
     except (jinja2.TemplateError, TypeError) as error:
         expected, remedy = (
@@ -150,5 +147,4 @@ def _render_one(
                 f"The chat template leaves out the {kind} {content[:80]!r}, expected to find it in the rendered text; "
                 "pass another one with `--chat-template FILE`."
             )
-    opened = text.rstrip()
-    return opened.removesuffix("<think>") + CLOSED_THINKING if opened.endswith("<think>") else text
+    return close_thinking(text)

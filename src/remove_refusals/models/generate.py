@@ -23,6 +23,7 @@ from remove_refusals.models.batches import (
     n_positions,
 )
 from remove_refusals.models.load import LoadedModel
+from remove_refusals.models.thinking import text_of
 from remove_refusals.progress import SILENT, Progress
 
 
@@ -66,7 +67,7 @@ def generate(
         for row in _run_generate(loaded, inputs | watched, max_new_tokens)[:, inputs["input_ids"].shape[1] :].tolist():
             length = next((index for index, token in enumerate(row) if token in ends), None)
             kept = row if length is None else row[: length + 1]
-            text = loaded.tokenizer.decode(row[:length], skip_special_tokens=True)
+            text = text_of(loaded.tokenizer, row[:length])
             found.append(Answer(text=text, token_ids=tuple(kept), finished=length is not None))
         return found
 

@@ -11,7 +11,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from remove_refusals.errors import JudgeError
 from remove_refusals.measure.judges import JUDGED, Judgement, Label
-from remove_refusals.measure.judges.phrases import strip_thinking
 from remove_refusals.models import (
     cached_commit,
     check_complete,
@@ -20,6 +19,7 @@ from remove_refusals.models import (
     pick_device,
     quiet,
     refuse_adapter,
+    strip_thinking,
 )
 
 # Names of classes as people write them, in lower case without anything but letters.

@@ -16,7 +16,7 @@ from urllib.parse import urldefrag, urlsplit
 from remove_refusals.errors import JudgeError, require_package
 from remove_refusals.files import Log
 from remove_refusals.measure.judges import JUDGED, Judgement, Label
-from remove_refusals.measure.judges.phrases import strip_thinking
+from remove_refusals.models import strip_thinking
 
 KEY_VARIABLE = "REMOVE_REFUSALS_JUDGE_KEY"
 """The environment variable with the API key. Not that of some provider: a key must not go to an address by accident."""

@@ -15,13 +15,8 @@ from remove_refusals.measure.judges.degenerate import (
     is_degenerate,
 )
 from remove_refusals.measure.judges.languages import DEFAULT, has_phrases, language_of, refuses_in
+from remove_refusals.models import strip_thinking
 from remove_refusals.settings import Language
-
-_THINKING = re.compile(
-    r"<(think|thinking|reasoning|thought)>.*?</\1>|\[think\].*?\[/think\]", re.DOTALL | re.IGNORECASE
-)
-_THINKING_END = re.compile(r".*(?:</(?:think|thinking|reasoning|thought)>|\[/think\])", re.DOTALL | re.IGNORECASE)
-_THINKING_START = re.compile(r"<(?:think|thinking|reasoning|thought)>|\[think\]", re.IGNORECASE)
 
 
 class PhraseJudge:
@@ -70,12 +65,6 @@ def judge_phrases(text: str, prompt: str | None = None, language: str | None = N
     if is_degenerate(answer, prompt, english=spoken == DEFAULT):
         return Label.DEGENERATE
     return Label.COMPLIANCE if has_phrases(spoken) else Label.UNJUDGED
-
-
-def strip_thinking(text: str) -> str | None:
-    """Take out thinking blocks; return what is left, or None if the last block never ends."""
-    rest = _THINKING_END.sub("", _THINKING.sub("", text))
-    return None if _THINKING_START.search(rest) else rest
 
 
 _WORD = re.compile(r"[^\W_]")
