@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from remove_refusals.errors import JudgeError, require_package
 from remove_refusals.measure.judges import JUDGED, Judgement, Label
 from remove_refusals.measure.judges.classifier import identity
-from remove_refusals.measure.judges.phrases import judge_phrases, strip_thinking
-from remove_refusals.models import check_complete, explained, find_source, pick_device, quiet
+from remove_refusals.measure.judges.phrases import judge_phrases
+from remove_refusals.models import check_complete, explained, find_source, pick_device, quiet, strip_thinking
 
 _LONGEST = 512
 """Both cut an answer off after so many tokens of theirs."""
