@@ -11,6 +11,7 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import PreTrainedTokenizerFast, ProcessorMixin
 
 import tiny
+import zoo
 from remove_refusals.baking.base import open_base
 from remove_refusals.baking.memory import load_edited
 from remove_refusals.errors import ModelError
@@ -19,6 +20,7 @@ from remove_refusals.measure.judges.classifier import ClassifierJudge
 from remove_refusals.models.chat_template import render
 from remove_refusals.models.load import load
 from remove_refusals.settings import ChatFormat, LoadSettings
+from streaming import streamed, taken_out
 
 TEMPLATE = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
 NONSENSE = bytes([10, 14, 200, 7]) * 20
@@ -175,6 +177,19 @@ def test_sentencepiece_alone_gives_its_own_tokens(bare, model_type):
     loaded = load(tiny.llama(), bare, chat=ChatFormat(chat_template="{{ messages[0].content }}"))
     for prompt in ("How do I bake apples?", "What  is\nthis", "pears"):
         assert render(loaded, [prompt]) == [expected.encode(prompt)]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gemma3_text"])
+def test_a_converter_reads_the_vocabulary_of_the_base(model_type, tmp_path):
+    """What llama.cpp's converter reads: every token with its score, and tokens that were added."""
+    vocabulary = pytest.importorskip("gguf.vocab").SentencePieceVocab
+    zoo.build(model_type).save_pretrained(tmp_path / "base")
+    sentencepiece_model(tmp_path / "base", 60)
+    (tmp_path / "base" / "added_tokens.json").write_text('{"<start>": 60, "<stop>": 61}')
+    found = streamed(tmp_path, taken_out()).directory
+    base, edited = (list(vocabulary(path).all_tokens()) for path in (tmp_path / "base", found))
+    assert edited == base and base[60][0] == b"<start>"
+    assert len({score for _, score, _ in edited[:60]}) > 30
 
 
 def test_a_sentencepiece_file_that_is_cut_off_is_named(bare):

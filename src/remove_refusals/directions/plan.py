@@ -28,7 +28,7 @@ def tied_choice(model_map: ModelMap, asked: Tied) -> TiedChoice:
     if asked != "auto":
         return TiedChoice(asked=asked, done=asked, why="it was asked for")
     if servers:
-        why = f"no unembedding but the embedding is known to {' and '.join(servers)} for {model_map.text_type}"
+        why = f"in {' and '.join(servers)} {model_map.text_type} has no unembedding of its own"
         return TiedChoice(asked=asked, done="both", why=why)
     return TiedChoice(asked=asked, done="untie", why="no server is known to drop an unembedding of its own")
 
