@@ -81,7 +81,8 @@ def out_of_int4(words, scales):
 
 def quantised(folder, model_type, inner=320):
     """Save a tiny model whose experts, or whose projections, are quantised; give it as it was before."""
-    widths = {"moe_intermediate_size": inner} if model_type == "deepseek_v3" else {}
+    # With every expert chosen no rounding flips a choice.
+    widths = {"moe_intermediate_size": inner, "num_experts_per_tok": 4} if model_type == "deepseek_v3" else {}
     model = saved(folder, model_type, intermediate_size=inner, **widths).model
     path = folder / "base" / "model.safetensors"
     tensors = load_file(path)

@@ -239,7 +239,7 @@ class Base:
         adapter: AdapterRecord | None = None,
     ) -> AblationRecord:
         """Say from what a model or an adapter was made and how; of `known` files the SHA-256 was computed before."""
-        path, config = Path(self.source), _config(self.directory)
+        path, config = Path(self.source), described(self.directory)
         local = path.is_dir()
         dtype = saved_dtype(str(self.directory), config) if self.directory is not None else self.model.dtype
         return AblationRecord(
@@ -317,7 +317,7 @@ def base_of(model: "Base | LoadedModel | str | Path") -> Base:
 
 def _check_not_rotated(directory: Path) -> None:
     """Check that no rotation is applied around what layers compute, as compressed-tensors can: it is in no tensor."""
-    config = _config(directory)
+    config = described(directory)
     for key in ("quantization_config", "compression_config"):
         part: Any = config.get(key)
         transforms = part.get("transform_config") if isinstance(part, dict) else None
@@ -329,7 +329,8 @@ def _check_not_rotated(directory: Path) -> None:
             )
 
 
-def _config(directory: Path | None) -> dict[str, object]:
+def described(directory: Path | None) -> dict[str, Any]:
+    """Read a checkpoint's config.json; what is none is empty."""
     config = None if directory is None else read_json(directory / "config.json", error=CheckpointError)
     return config if isinstance(config, dict) else {}
 

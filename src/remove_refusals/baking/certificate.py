@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from remove_refusals.baking.base import Base
+from remove_refusals.baking.base import Base, described
 from remove_refusals.baking.shards import planned_edits
 from remove_refusals.directions import EditPlan, PlanEntry
 from remove_refusals.formula import blocks, project_out_in_place, whole_blocks
@@ -20,6 +20,7 @@ from remove_refusals.models import (
     checkpoint_tensors,
     find_block_tensor,
     float_dtype,
+    fp8_block,
     opened,
     read_slice,
     same_bytes,
@@ -145,15 +146,18 @@ def _pairs(
     """Find each planned tensor in both checkpoints, and name all that belong to the plan; the rest are problems."""
     planned: set[str] = set()
     pairs: list[_Pair] = []
+    shared = fp8_block(described(directories[0]))
     for name, path, edit in planned_edits(directories[0], plan, before):
         planned |= {name} if edit.block is None else {name, *edit.block.names}
         if edit.block is not None and edit.tensor is edit.block.scales[1]:
             # Numbers and scales are one tensor here.
             continue
         original: Readable = edit.block or PlainTensor((path, edit.tensor), edit.axis)
-        saved: Readable | None = find_block_tensor(name, after)
+        saved: Readable | None
         if edit.block is None:
             saved = PlainTensor(after[name], edit.axis) if name in after else None
+        else:
+            saved = find_block_tensor(name, after, shared)
         if saved is None:
             problems.append(f"Writer '{name}' is to be edited and is missing in {directories[1].name}.")
         elif saved.shape != original.shape:

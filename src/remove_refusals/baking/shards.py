@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from remove_refusals.baking.base import Base, Copy, header_bytes
+from remove_refusals.baking.base import Base, Copy, described, header_bytes
 from remove_refusals.directions import EditPlan, PlanEntry
 from remove_refusals.errors import CheckpointError, OutputError
 from remove_refusals.files import Log, read_json, versions, write_json
@@ -29,10 +29,13 @@ from remove_refusals.models import (
     Place,
     ShardHeader,
     TensorEntry,
+    TensorSlice,
     checkpoint_files,
     find_block_tensor,
     float_dtype,
+    fp8_block,
     opened,
+    quantisation,
     read_header,
     read_into,
     read_slice,
@@ -244,13 +247,24 @@ class _Writer:
         tensor, entry = edit.tensor, edit.entry
         self.read(tensor.start, tensor.stop, hashed=hashed)
         index = block.names.index(tensor.name)
+        parts = block.parts(self.memory // BYTES_PER_NUMBER)
         with opened(block.weights[0]) as weights, opened(block.scales[0]) as scales:
-            for part in block.parts(self.memory // BYTES_PER_NUMBER):
+
+            def edited(part: tuple[TensorSlice, TensorSlice]) -> tuple[torch.Tensor, torch.Tensor]:
                 self.heed()
                 values, stored = block.read((weights, scales), part)
                 values = values.contiguous()
                 project_out_in_place(values, entry.basis, entry.strength, 1, self.variant)
-                written = block.rounded(values, stored, entry.basis[:, 0])[index]
+                return values, stored
+
+            raised: torch.Tensor | None = None
+            for part in parts if block.wide else ():
+                values, stored = edited(part)
+                raised = block.fitting(values, stored if raised is None else raised)
+            # Scales of whole rows are the same in every part.
+            for part in parts[: 1 if block.wide and index else None]:
+                values, stored = edited(part)
+                written = block.rounded(values, stored if raised is None else raised, entry.basis[:, 0])[index]
                 write_slice(self.target, self.place, part[index], written)
         self.place += tensor.stop - tensor.start
 
@@ -430,14 +444,15 @@ def planned_edits(
     directory: Path, plan: EditPlan, stored: Mapping[str, Place]
 ) -> Iterator[tuple[str, Path, TensorEdit]]:
     """Find the tensors that a plan edits in a checkpoint: the name that the plan knows, the file, and the edit."""
+    config = described(directory)
+    shared = fp8_block(config)
     for entry in plan.entries:
-        blocks = {tensor.name: find_block_tensor(tensor.name, stored) for tensor in entry.on_disk}
+        blocks = {tensor.name: find_block_tensor(tensor.name, stored, shared) for tensor in entry.on_disk}
         missing = [name for name, block in blocks.items() if block is None and name not in stored]
         if missing or not entry.on_disk:
             what = f"no tensor {missing[0]}" if missing else "no tensor that is known to hold it"
-            config = read_json(directory / "config.json", error=CheckpointError)
-            quantised = config.get("quantization_config") if isinstance(config, dict) else None
-            found = f" (the format is {quantised.get('quant_method')})" if isinstance(quantised, dict) else ""
+            quantised = quantisation(config)
+            found = f" (the format is {quantised.get('quant_method')})" if quantised else ""
             raise CheckpointError(
                 f"The checkpoint {directory} has {what}, expected the one that holds '{entry.parameter}', which is to "
                 f"be edited{found}; use an unquantised checkpoint as `save_pretrained` writes it."

@@ -18,6 +18,7 @@ from remove_refusals.models.checkpoint import (
     Place,
     ShardHeader,
     TensorEntry,
+    TensorSlice,
     checkpoint_files,
     checkpoint_tensors,
     file_hashes,
@@ -36,7 +37,14 @@ from remove_refusals.models.checkpoint import (
 )
 from remove_refusals.models.generate import Answer, AnswerLogits, answer_logits, generate, stream
 from remove_refusals.models.load import LoadedModel, fingerprint, load, load_model, pick_device, saved_dtype
-from remove_refusals.models.quantised import BYTES_PER_NUMBER, BlockTensor, find_block_tensor, plain_shapes
+from remove_refusals.models.quantised import (
+    BYTES_PER_NUMBER,
+    BlockTensor,
+    find_block_tensor,
+    fp8_block,
+    plain_shapes,
+    quantisation,
+)
 from remove_refusals.models.source import (
     CARD,
     CARRIED_FIELDS,
@@ -73,6 +81,7 @@ __all__ = [
     "Place",
     "ShardHeader",
     "TensorEntry",
+    "TensorSlice",
     "accepts",
     "answer_logits",
     "cached_commit",
@@ -87,6 +96,7 @@ __all__ = [
     "fingerprint",
     "first_batch_size",
     "float_dtype",
+    "fp8_block",
     "generate",
     "hooked",
     "in_batches",
@@ -101,6 +111,7 @@ __all__ = [
     "opened",
     "pick_device",
     "plain_shapes",
+    "quantisation",
     "quiet",
     "read_config",
     "read_header",

@@ -1,9 +1,12 @@
 """Quantised tensors in which blocks of numbers share a scale: read as floats, and written again in the same format.
 
-- FP8 (DeepSeek-V3, arXiv 2412.19437, section 3.3): `NAME` holds e4m3 numbers `[d_model, n]`, `NAME_scale_inv` a float32
-  for each block of 128 by 128.
+- FP8 (DeepSeek-V3, arXiv 2412.19437, section 3.3): `NAME` holds e4m3 numbers `[d_model, n]`, `NAME_scale_inv` or
+  `NAME_scale` a float for each block, of 128 by 128 unless the configuration says otherwise, for each row, or for all.
 - MXFP4 (OCP Microscaling Formats 1.0; gpt-oss): `NAME_blocks` holds e2m1 numbers `[experts, d_model, n / 32, 16]`, two
   in a byte, the lower half first; `NAME_scales` a power of two for each row of 32.
+- NVFP4: `NAME_packed` holds e2m1 numbers `[d_model, n / 2]`, two in a byte as above, `NAME_scale` an e4m3 number for
+  each row of 16, and all of these are divided by `NAME_global_scale` (compressed-tensors); or the three are `NAME`,
+  `NAME_scale` and `NAME_scale_2`, which multiplies (ModelOpt). What holds for all of them is left as it is.
 - INT4 (compressed-tensors, `pack-quantized`, symmetric): `NAME_packed` holds integers from -8 to 7, eight in an int32
   `[d_model, n / 8]`, 8 added to each, the lowest bits first; `NAME_scale` a float for each group of a row, and
   `NAME_shape` the two sizes.
@@ -13,10 +16,11 @@ back along the direction is therefore taken out where it costs least: of the num
 other neighbour that add the least error for what they take out.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -33,15 +37,21 @@ from remove_refusals.models.checkpoint import (
     tensor_slices,
 )
 
-Format = Literal["FP8 e4m3 in blocks", "MXFP4", "INT4 in groups"]
+Format = Literal[
+    "FP8 e4m3 in blocks", "FP8 e4m3 per channel", "FP8 e4m3 per tensor", "MXFP4", "NVFP4", "INT4 in groups"
+]
 
-FP8_BLOCK = 128
+FP8_BLOCK = (128, 128)
 _MXFP4_BLOCK, MXFP4_BYTES = 32, 16
+_NVFP4_BLOCK = 16
 INT4_WORD = 8
 INT4_GROUP = 256
 """The widest group of numbers with one scale that is edited: slices are as wide as a group at least."""
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+# Parts in which whole rows are looked through for their largest numbers.
+_WIDE_PART = 1 << 21
 
 BYTES_PER_NUMBER = 128
 """What rounding holds for each number of a slice, generously."""
@@ -54,6 +64,11 @@ class BlockTensor:
     dtype: Format
     weights: Place
     scales: Place
+    block: tuple[int, int]
+    """How many rows and columns share a scale."""
+    factor: float = 1.0
+    divisor: float = 1.0
+    """What all scales are multiplied by, and divided by."""
 
     axis = 1
 
@@ -68,24 +83,24 @@ class BlockTensor:
         sizes = self.weights[1].shape
         if self.dtype == "MXFP4":
             return sizes[0], sizes[1], sizes[2] * _MXFP4_BLOCK
-        return 1, sizes[0], sizes[1] * (INT4_WORD if self.dtype == "INT4 in groups" else 1)
+        return 1, sizes[0], sizes[1] * {"INT4 in groups": INT4_WORD, "NVFP4": 2}.get(self.dtype, 1)
 
     @property
-    def block(self) -> tuple[int, int]:
-        """How many rows and columns share a scale."""
-        if self.dtype == "FP8 e4m3 in blocks":
-            return FP8_BLOCK, FP8_BLOCK
-        return 1, self.shape[2] // self.scales[1].shape[-1]
+    def fp8(self) -> bool:
+        """Whether the numbers are e4m3, and not packed two in a byte."""
+        return self.dtype.startswith("FP8")
 
     @property
-    def packed(self) -> bool:
-        """Whether two numbers lie in a byte."""
-        return self.dtype != "FP8 e4m3 in blocks"
+    def wide(self) -> bool:
+        """Whether a scale holds for whole rows, which parts cut."""
+        return self.fp8 and self.dtype != "FP8 e4m3 in blocks"
 
     @property
     def scale_dtype(self) -> torch.dtype:
         """The data type of the scales: bytes for powers of two, or floats."""
-        return torch.uint8 if self.dtype == "MXFP4" else FLOAT_DTYPES[self.scales[1].dtype]
+        return {"MXFP4": torch.uint8, "NVFP4": torch.float8_e4m3fn}.get(
+            self.dtype, FLOAT_DTYPES.get(self.scales[1].dtype, torch.float32)
+        )
 
     @cached_property
     def grid(self) -> torch.Tensor:
@@ -93,14 +108,18 @@ class BlockTensor:
         if self.dtype == "INT4 in groups":
             return torch.arange(-8.0, 8.0)
         positive = torch.tensor(_E2M1)
-        if self.dtype == "FP8 e4m3 in blocks":
+        if self.fp8:
             positive = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32)
         return torch.cat((-positive.flip(0)[:-1], positive))
 
     def parts(self, numbers: int) -> list[tuple[TensorSlice, TensorSlice]]:
         """Cut weights and scales alike, into whole blocks of at most so many numbers, or one column of blocks."""
         outer, d_model, n = self.shape
-        scales, wide, share = self.scales[1].shape[-2:], self.block[1], 2 if self.packed else 1
+        if self.wide:
+            count = math.prod(self.scales[1].shape)
+            whole = TensorSlice((1, count, 1), 0, count * self.scale_dtype.itemsize)
+            return [(part, whole) for part in tensor_slices((outer, d_model, n), 1, 1, numbers)]
+        scales, wide, share = self.scales[1].shape[-2:], self.block[1], 1 if self.fp8 else 2
         columns = max(1, numbers // (d_model * wide))
         first = tensor_slices((outer, d_model, n // share), 1, 1, columns * d_model * wide // share)
         second = tensor_slices((outer, *scales), 1, self.scale_dtype.itemsize, columns * scales[0])
@@ -110,7 +129,7 @@ class BlockTensor:
         """Read one of `parts` from both files: floats `[outer, d_model, n]`, float32, and the scales as stored."""
         raw = read_slice(files[0], self.weights[1].start, part[0], torch.uint8)
         scales = read_slice(files[1], self.scales[1].start, part[1], self.scale_dtype)
-        codes = torch.stack((raw & 15, raw >> 4), dim=-1).flatten(-2) if self.packed else raw
+        codes = raw if self.fp8 else torch.stack((raw & 15, raw >> 4), dim=-1).flatten(-2)
         index = codes.to(torch.int32)
         if self.dtype != "INT4 in groups":
             # Sign and magnitude.
@@ -127,15 +146,22 @@ class BlockTensor:
     @property
     def _sign(self) -> int:
         """The bit of a code that is its sign."""
-        return len(_E2M1) if self.dtype == "MXFP4" else 128
+        return 128 if self.fp8 else len(_E2M1)
+
+    def _block_in(self, shape: torch.Size) -> tuple[int, int]:
+        """How many rows and columns of a part share a scale."""
+        return min(self.block[0], shape[1]), min(self.block[1], shape[2])
+
+    def _factors(self, scales: torch.Tensor) -> torch.Tensor:
+        """Give what numbers are multiplied by, float32."""
+        if self.dtype == "MXFP4":
+            return torch.ldexp(torch.ones(scales.shape), scales.to(torch.int32) - 127)
+        return scales.to(torch.float32) * self.factor / self.divisor
 
     def expand(self, scales: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         """Give each number its scale, float32."""
-        rows, columns = self.block
-        factors = scales.to(torch.float32)
-        if self.dtype == "MXFP4":
-            factors = torch.ldexp(torch.ones(scales.shape), scales.to(torch.int32) - 127)
-        spread = factors.repeat_interleave(columns, dim=2)
+        rows, columns = self._block_in(shape)
+        spread = self._factors(scales).repeat_interleave(columns, dim=2)
         return spread.repeat_interleave(rows, dim=1)[:, : shape[1], : shape[2]] if rows > 1 else spread
 
     def floats(self, numbers: int) -> Iterator[torch.Tensor]:
@@ -152,7 +178,7 @@ class BlockTensor:
         A block keeps its scale unless a number no longer fits, so that what an edit leaves alone keeps its bits. What
         each input writes along the column, `[d_model]`, is kept; None rounds each number to the nearest.
         """
-        scales = self._fitting(target, scales)
+        scales = self.fitting(target, scales)
         scale = self.expand(scales, target.shape)
         wanted = torch.where(scale > 0, target / scale, 0).clamp_(self.grid[0], self.grid[-1])
         upper = torch.bucketize(wanted, self.grid, out_int32=True).clamp_(max=len(self.grid) - 1)
@@ -167,19 +193,20 @@ class BlockTensor:
             signed = nearest - len(self.grid) // 2
             nearest = torch.where(signed < 0, self._sign - signed, signed)
         codes = nearest.to(torch.uint8)
-        if self.packed:
+        if not self.fp8:
             codes = codes[..., 0::2] | (codes[..., 1::2] << 4)
         return codes.contiguous(), scales.contiguous()
 
-    def _fitting(self, target: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    def fitting(self, target: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """Raise the scales of blocks whose largest number no longer fits."""
-        rows, columns = self.block
+        rows, columns = self._block_in(target.shape)
         down, right = -target.shape[1] % rows, -target.shape[2] % columns
         padded = torch.nn.functional.pad(target, (0, right, 0, down))
         outer, tall, wide = padded.shape
         blocks = padded.view(outer, tall // rows, rows, wide // columns, columns)
-        # Half a step beyond the last integer still rounds to it; a new scale would move every number of the group.
-        beyond = 0.5 if self.dtype == "INT4 in groups" else 0.0
+        # Half a step beyond the last number still rounds to it; a new scale would move every number of the block.
+        half = float(self.grid[-1] - self.grid[-2]) / 2
+        beyond = half if self.dtype == "INT4 in groups" else 0.0
         largest = torch.maximum(
             blocks.amax((2, 4)) / (self.grid[-1] + beyond), blocks.amin((2, 4)) / (self.grid[0] - beyond)
         )
@@ -188,12 +215,26 @@ class BlockTensor:
             # A power of two is its own scale.
             needed = needed - (torch.frexp(largest).mantissa == 0.5).to(torch.int32)
             return torch.maximum(scales.to(torch.int32), needed * (largest > 0)).clamp_(0, 254).to(torch.uint8)
-        return torch.maximum(scales, largest.to(scales.dtype))
+        known = self._factors(scales)
+        reach = known * (1 + (half - beyond) / float(self.grid[-1]))
+        needed = _rounded_up(largest * self.divisor / self.factor, scales.dtype)
+        if self.fp8:
+            # Doubled, a scale moves none of its numbers but the smallest.
+            doubled = known * torch.exp2(torch.frexp(largest / reach).exponent.to(torch.float32))
+            needed = torch.where(known > 0, doubled, needed)
+        return torch.where(largest > reach, needed, scales.to(torch.float32)).to(scales.dtype)
+
+    @cached_property
+    def _anew(self) -> torch.Tensor:
+        """The scales of whole rows that their largest numbers need."""
+        none = torch.zeros(1, dtype=self.scale_dtype)
+        found = [self.fitting(values, none).to(torch.float32) for values in self.floats(_WIDE_PART)]
+        return torch.stack(found).amax(0).to(self.scale_dtype)
 
     def fresh(self, values: torch.Tensor) -> torch.Tensor:
         """Quantise floats anew, each block with the scale that its largest number needs, and give them as floats."""
-        empty = torch.zeros(1, dtype=self.scale_dtype)
-        scale = self.expand(self._fitting(values, empty), values.shape)
+        scales = self._anew if self.wide else self.fitting(values, torch.zeros(1, dtype=self.scale_dtype))
+        scale = self.expand(scales, values.shape)
         wanted = torch.where(scale > 0, values / scale, 0)
         middles = (self.grid[1:] + self.grid[:-1]) / 2
         return self.grid[torch.bucketize(wanted, middles)] * scale
@@ -224,23 +265,88 @@ def _turned(error: torch.Tensor, step: torch.Tensor, column: torch.Tensor) -> to
     return torch.zeros_like(chosen).scatter_(1, order, chosen)
 
 
-def find_block_tensor(name: str, stored: Mapping[str, Place]) -> BlockTensor | None:
-    """Look among a checkpoint's tensors for a quantised one, by the name that the unquantised one would have."""
-    weights, scales = stored.get(name), stored.get(f"{name}_scale_inv")
+def _rounded_up(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Give the smallest numbers of a data type that are no smaller, as float32, where it has any."""
+    top = torch.finfo(dtype).max
+    near = values.clamp(max=top).to(dtype)
+    codes = near.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[dtype.itemsize])
+    above = (codes + 1).view(dtype).to(torch.float32)
+    near = near.to(torch.float32)
+    return torch.where((near < values) & (near < top), above, near)
+
+
+def quantisation(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Give what a configuration says of how the weights are quantised; nothing if they are not."""
+    parts = (config, config.get("text_config") or {})
+    found = (part.get(key) for part in parts for key in ("quantization_config", "compression_config"))
+    return next((one for one in found if isinstance(one, dict) and one), {})
+
+
+def fp8_block(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Read how many rows and columns of FP8 share a scale."""
+    found = quantisation(config)
+    groups = (found.get("config_groups") or {}).values()
+    sizes = [found.get("weight_block_size"), *((one.get("weights") or {}).get("block_structure") for one in groups)]
+    return next(((int(size[0]), int(size[1])) for size in sizes if isinstance(size, list)), FP8_BLOCK)
+
+
+def find_block_tensor(name: str, stored: Mapping[str, Place], block: tuple[int, int] = FP8_BLOCK) -> BlockTensor | None:
+    """Look among a checkpoint's tensors for a quantised one, by the name that the unquantised one would have.
+
+    `block` is how many rows and columns of FP8 share a scale, where blocks do.
+    """
+    weights, scales = stored.get(name), stored.get(f"{name}_scale_inv") or stored.get(f"{name}_scale")
     if weights is not None and scales is not None and weights[1].dtype == "F8_E4M3" and len(weights[1].shape) == 2:
-        expected = tuple(-(-size // FP8_BLOCK) for size in weights[1].shape)
-        _check(scales[1], "F32", expected)
-        return BlockTensor("FP8 e4m3 in blocks", weights, scales)
+        return _fp8(weights, scales, block)
+    packed = stored.get(f"{name}_packed") or weights
+    for part in ("global_scale", "scale_2"):
+        whole = stored.get(f"{name}_{part}")
+        if packed is not None and scales is not None and whole is not None and packed[1].dtype == "U8":
+            return _nvfp4(packed, scales, whole, divides=part == "global_scale")
     weights, scales = stored.get(f"{name}_blocks"), stored.get(f"{name}_scales")
     if weights is not None and scales is not None and len(weights[1].shape) == 4:
         _check(weights[1], "U8", (*weights[1].shape[:3], MXFP4_BYTES))
         _check(scales[1], "U8", weights[1].shape[:3])
-        return BlockTensor("MXFP4", weights, scales)
+        return BlockTensor("MXFP4", weights, scales, (1, _MXFP4_BLOCK))
     weights, scales = stored.get(f"{name}_packed"), stored.get(f"{name}_scale")
     if weights is not None and scales is not None:
-        _check_int4(name, stored, weights, scales)
-        return BlockTensor("INT4 in groups", weights, scales)
+        group = _int4_group(name, stored, weights, scales)
+        return BlockTensor("INT4 in groups", weights, scales, (1, group))
     return None
+
+
+def _fp8(weights: Place, scales: Place, block: tuple[int, int]) -> BlockTensor:
+    """Tell by the shape of its scales how an FP8 tensor is quantised."""
+    d_model, n = weights[1].shape
+    in_blocks = -(-d_model // block[0]), -(-n // block[1])
+    kinds: dict[tuple[int, ...], tuple[Format, tuple[int, int]]] = {
+        **dict.fromkeys(((), (1,), (1, 1)), ("FP8 e4m3 per tensor", (d_model, n))),
+        **dict.fromkeys(((d_model,), (d_model, 1)), ("FP8 e4m3 per channel", (1, n))),
+        in_blocks: ("FP8 e4m3 in blocks", block),
+    }
+    if scales[1].dtype not in ("BF16", "F16", "F32") or scales[1].shape not in kinds:
+        raise CheckpointError(
+            f"The tensor {scales[1].name} is {scales[1].dtype} {scales[1].shape}, expected floats of shape {in_blocks} "
+            f"for blocks of {block[0]} by {block[1]}, {(d_model, 1)} for rows, or (1,) for the tensor; use an "
+            "unquantised checkpoint of this model."
+        )
+    kind, shared = kinds[scales[1].shape]
+    return BlockTensor(kind, weights, scales, shared)
+
+
+def _nvfp4(weights: Place, scales: Place, whole: Place, *, divides: bool) -> BlockTensor:
+    """Check that e2m1 numbers lie two in a byte, with a scale for each 16, and read what holds for all scales."""
+    d_model, count = (*weights[1].shape, 1, 1)[:2]
+    _check(weights[1], "U8", (d_model, count // 8 * 8))
+    _check(scales[1], "F8_E4M3", (d_model, count // 8))
+    found = read_tensor(*whole).flatten().tolist()
+    if len(found) != 1 or not 0 < found[0] < math.inf:
+        raise CheckpointError(
+            f"The tensor {whole[1].name} holds {found[:3]}, expected one positive number; use an unquantised "
+            "checkpoint of this model."
+        )
+    factor, divisor = (1.0, found[0]) if divides else (found[0], 1.0)
+    return BlockTensor("NVFP4", weights, scales, (1, _NVFP4_BLOCK), factor, divisor)
 
 
 def _check(entry: TensorEntry, dtype: str, shape: tuple[int, ...]) -> None:
@@ -251,8 +357,8 @@ def _check(entry: TensorEntry, dtype: str, shape: tuple[int, ...]) -> None:
         )
 
 
-def _check_int4(name: str, stored: Mapping[str, Place], weights: Place, scales: Place) -> None:
-    """Check that packed integers are symmetric, of four bits, and in groups that lie together."""
+def _int4_group(name: str, stored: Mapping[str, Place], weights: Place, scales: Place) -> int:
+    """Check that packed integers are symmetric, of four bits, and in groups that lie together; give a group's size."""
     other = next((other for part in ("zero_point", "g_idx") if (other := f"{name}_{part}") in stored), None)
     if other is not None:
         raise CheckpointError(
@@ -276,10 +382,13 @@ def _check_int4(name: str, stored: Mapping[str, Place], weights: Place, scales: 
             f"The tensor {name}_shape holds {sizes}, expected {[d_model, n]} as eight numbers in each of the words of "
             f"{weights[1].name} make it; use an unquantised checkpoint of this model."
         )
+    return n // groups
 
 
 _PACKED = ("_packed", "_blocks")
-_BESIDE = ("_scale", "_scales", "_scale_inv", "_scale_2", "_global_scale", "_shape", "_zero_point", "_g_idx")
+_BESIDE = ("_global_scale", "_scale", "_scales", "_scale_inv", "_scale_2", "_shape", "_zero_point", "_g_idx")
+# Of the numbers that go into a layer.
+_INPUTS = (".input_scale", ".input_global_scale")
 
 
 def plain_shapes(stored: Mapping[str, Place | torch.Tensor]) -> dict[str, tuple[int, ...] | None]:
@@ -288,6 +397,8 @@ def plain_shapes(stored: Mapping[str, Place | torch.Tensor]) -> dict[str, tuple[
     for name, held in stored.items():
         end = next((end for end in (*_PACKED, *_BESIDE) if name.endswith(end)), "")
         stem = name.removesuffix(end)
+        if name.endswith(_INPUTS):
+            continue
         if end in _PACKED and any(stem + other in stored for other in ("_scale", "_scales")):
             shapes[stem] = None
         elif end in _BESIDE and any(stem + other in stored for other in ("", *_PACKED)):
