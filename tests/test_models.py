@@ -242,9 +242,15 @@ def test_encoder_decoder_config_with_a_causal_class_is_refused(tmp_path: Path) -
     assert "bart" in refused(tmp_path)
 
 
-def test_4bit_without_bitsandbytes(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("bits", [4, 8])
+def test_loading_in_few_bits_without_bitsandbytes(bits: int, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # which is how Python notes that a package is not there
-    assert "bitsandbytes" in refused(saved, load_in_4bit=True)
+    message = refused(saved, **{f"load_in_{bits}bit": True})
+    assert "bitsandbytes" in message and f"{bits}-bit" in message
+
+
+def test_4_and_8_bits_at_once_are_refused(saved: Path) -> None:
+    assert "load_in_4bit and load_in_8bit" in refused(saved, load_in_4bit=True, load_in_8bit=True)
 
 
 @pytest.mark.parametrize("dtype", ["float99", "int8"])
@@ -277,22 +283,26 @@ def test_loading_is_quiet_and_leaves_the_settings_as_they_were(saved: Path, capf
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
 
 
-def test_4bit_model_answers_with_the_direction_taken_out() -> None:
+@pytest.mark.parametrize(("bits", "stored"), [(4, torch.uint8), (8, torch.int8)])
+def test_a_model_in_few_bits_answers_with_the_direction_taken_out(
+    bits: int, stored: torch.dtype, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Only the layers are quantised, so the direction is nearly the one of the full weights, and hooks act on it."""
-    full, small = load("demo"), load("demo", load_in_4bit=True)
-    assert small.model.model.layers[0].mlp.down_proj.weight.dtype == torch.uint8
+    full, small = load("demo"), load("demo", **{f"load_in_{bits}bit": True})
+    assert small.model.model.layers[0].mlp.down_proj.weight.dtype == stored
     settings = DirectionSettings(n_prompts=16)
     directions = [find_direction(loaded, settings).direction for loaded in (full, small)]
     assert float((directions[0].basis * directions[1].basis).sum()) > 0.98
-    prompts = embedded_prompts("harmful_test").prompts[:12]
+    prompts = embedded_prompts("harmful_test").prompts[:6]
     token_ids = render(small, prompts)
     refused = [judge_phrases(answer.text) for answer in generate(small, token_ids, max_new_tokens=30)]
     with ablated(small.model, intervene(directions[1], small.model.config.num_hidden_layers)):
         ablated_answers = generate(small, token_ids, max_new_tokens=30)
-    assert refused.count(Label.REFUSAL) >= 11
-    assert [judge_phrases(answer.text) for answer in ablated_answers].count(Label.REFUSAL) <= 2
+    assert refused.count(Label.REFUSAL) >= 5
+    assert [judge_phrases(answer.text) for answer in ablated_answers].count(Label.REFUSAL) <= 1
     with pytest.raises(ModelError, match="without quantisation"):
         bake_in_place(small, intervene(directions[1], small.model.config.num_hidden_layers))
+    assert "MatMul8bitLt" not in capfd.readouterr().err
 
 
 def test_a_model_in_memory_is_taken_as_it_is(saved: Path, tmp_path: Path) -> None:

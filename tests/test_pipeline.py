@@ -145,8 +145,10 @@ def test_prompts_that_found_the_direction_may_not_measure_it(settings, tmp_path)
 
 
 def test_what_cannot_be_saved_is_refused_before_any_work(settings, tmp_path):
-    with pytest.raises(ModelError, match="4 bits"):
-        run(settings.model_copy(update={"loading": LoadSettings(load_in_4bit=True)}), tmp_path / "out")
+    for bits in (4, 8):
+        with pytest.raises(ModelError, match=f"{bits} bits.*--load-in-{bits}bit"):
+            loading = LoadSettings(**{f"load_in_{bits}bit": True})
+            run(settings.model_copy(update={"loading": loading}), tmp_path / "out")
     (tmp_path / "out").mkdir()
     with pytest.raises(OutputError, match="--force"):
         run(settings, tmp_path / "out")

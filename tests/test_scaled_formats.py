@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import zoo
 from remove_refusals.baking.disk import certify_directory
+from remove_refusals.directions.saved import save_direction
 from remove_refusals.errors import CheckpointError
 from remove_refusals.models.checkpoint import checkpoint_tensors, file_hashes
 from remove_refusals.models.quantised import find_block_tensor, fp8_block
@@ -247,3 +248,25 @@ def test_compressed_tensors_reads_the_same_numbers(kind, tmp_path):
         torch.testing.assert_close(
             ours.to(theirs.dtype), theirs, rtol=0 if theirs.dtype == torch.float32 else 0.008, atol=0
         )
+
+
+METHODS = ("awq", "gptq", "bitsandbytes", "exl3", "hqq", "aqlm", "auto-round", None)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("nested", [False, True])
+def test_what_cannot_be_edited_is_refused_by_config_alone(method, nested, command, tmp_path):
+    # There is no other file that could be read.
+    said = {"bits": 4, "group_size": 128} | ({"quant_method": method} if method else {})
+    config = {"model_type": "llama", "quantization_config": said}
+    config = {"model_type": "llava", "text_config": config} if nested else config
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    save_direction(taken_out().directions[0], tmp_path / "taken.safetensors")
+    out = tmp_path / "out"
+    bake = ("bake", tmp_path / "base", "--direction", tmp_path / "taken.safetensors", "-o", out)
+    run = ("run", tmp_path / "base", "--select", "none", "-o", out)
+    for arguments in (bake, (*bake, "--as", "lora"), (*bake, "--as", "gguf-lora"), run):
+        found = command(*arguments)
+        assert found.code == 2 and f"quant_method {method or 'unknown'})" in found.err and "bake --as lora" in found.err
+        assert found.err.count("\n") == 1 and not out.exists()

@@ -29,7 +29,7 @@ from remove_refusals.measure import (
     warnings,
 )
 from remove_refusals.modelmap import map_model
-from remove_refusals.models import LoadedModel, file_hashes, load_model, local_directory
+from remove_refusals.models import LoadedModel, check_editable, file_hashes, load_model, local_directory
 from remove_refusals.progress import SILENT, Progress
 from remove_refusals.prompts import prompts_from
 from remove_refusals.report import (
@@ -103,11 +103,13 @@ def run(
     Example:
         >>> run(RunSettings(model="google/gemma-3-1b-it"), "gemma-ablated").evaluation.sets["harmful"].refusals
     """
-    if settings.loading.load_in_4bit:
+    bits = next((bits for bits in (4, 8) if getattr(settings.loading, f"load_in_{bits}bit")), None)
+    if bits is not None:
         raise ModelError(
-            "The model is to be loaded in 4 bits and saved, expected full weights for a permanent edit; leave "
-            "--load-in-4bit out, or measure with `evaluate` and talk with `chat`."
+            f"The model is to be loaded in {bits} bits and saved, expected full weights for a permanent edit; leave "
+            f"--load-in-{bits}bit out, or measure with `evaluate` and talk with `chat`."
         )
+    check_editable(settings.model, settings.loading.revision)
     target = Path(output)
     check_not_source(target, settings.model, settings.loading.revision)
     check_target(target, force=force, directory=True)

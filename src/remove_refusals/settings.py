@@ -73,7 +73,8 @@ class LoadSettings(Settings):
 
     device: str | None = setting(None, "cuda, mps or cpu; the first that is there.", short=True)
     dtype: str = setting("auto", "auto: the checkpoint's on an accelerator, float32 on the CPU.")
-    load_in_4bit: bool = setting(False, "Load with bitsandbytes.")
+    load_in_4bit: bool = setting(False, "Load in 4 bits with bitsandbytes.")
+    load_in_8bit: bool = setting(False, "Load in 8 bits with bitsandbytes.")
     trust_remote_code: bool = setting(False, "Run code that comes with the model.")
     revision: str | None = setting(None, "The hub's branch, tag or commit.")
     device_map: str | dict[str, Any] | None = setting(None, "auto spreads it over GPUs, memory and disk.")

@@ -32,6 +32,7 @@ from remove_refusals.models import (
     SINGLE_FILE,
     LoadedModel,
     Place,
+    check_editable,
     checkpoint_tensors,
     file_hashes,
     licence_fields,
@@ -280,6 +281,7 @@ def has_weights(directory: Path) -> bool:
 def open_base(source: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Base:
     """Map a checkpoint from its configuration and headers: a directory, a hub id (downloaded if need be), or `demo`."""
     name = model_source(str(source))
+    check_editable(name, revision)
     directory = weights_directory(name, revision)
     refuse_adapter(name, revision=revision, local_files_only=True)
     if directory is None or not has_weights(directory):

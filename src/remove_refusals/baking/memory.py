@@ -80,7 +80,7 @@ def with_adapter(base: LoadedModel, directory: Path) -> LoadedModel:
     if any(not parameter.is_floating_point() for parameter in model.parameters()):
         raise ModelError(
             f"The base {base.source} is quantised, expected its full weights to merge the adapter {directory} into; "
-            "leave --load-in-4bit out."
+            "leave --load-in-4bit and --load-in-8bit out."
         )
     # So that the merged model gives the logits of the adapted one.
     untie(model)

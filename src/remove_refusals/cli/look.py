@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 
 @takes(
-    *("loading.device", "loading.dtype", "loading.load_in_4bit", "loading.trust_remote_code"),
+    *("loading.device", "loading.dtype", "loading.load_in_4bit", "loading.load_in_8bit"),
+    "loading.trust_remote_code",
     *("chat", "batch_size", "measure"),
 )
 def evaluate(

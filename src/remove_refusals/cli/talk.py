@@ -168,7 +168,10 @@ def _turn(
 
 RunDirectory = Annotated[Path | None, Option("--run", help="Take out what this run chose, a directory of `run`.")]
 
-_LOADING = ("loading.device", "loading.dtype", "loading.load_in_4bit", "loading.trust_remote_code", "loading.revision")
+_LOADING = (
+    *("loading.device", "loading.dtype", "loading.load_in_4bit", "loading.load_in_8bit"),
+    *("loading.trust_remote_code", "loading.revision"),
+)
 _PARTS = ("edit.strength", "edit.layers", "edit.sites")
 
 

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -206,14 +207,18 @@ def load_model(
     with quiet(bars=Path(name).is_dir()), explained(f"The model {name}"):
         chosen = read_config(name, access, settings.trust_remote_code)
         saved = saved_dtype(name, chosen.described)
-        quantised = settings.load_in_4bit or "quantization_config" in chosen.described
+        in_bits = 4 if settings.load_in_4bit else 8 if settings.load_in_8bit else None
+        quantised = in_bits is not None or "quantization_config" in chosen.described
         # Float32 holds bfloat16 and float16 values exactly.
         if wanted is None and where.type == "cpu" and settings.device_map is None and not quantised:
             wanted = torch.float32
-        if settings.load_in_4bit:
-            require_package("bitsandbytes", "4bit", "4-bit loading", ModelError)
+        if in_bits is not None:
+            require_package("bitsandbytes", "4bit", f"{in_bits}-bit loading", ModelError)
+            # It says of every layer in every pass that 8 bits are made of float16.
+            logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
             four_bit = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": wanted or saved or torch.float32}
-            places["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, **four_bit)
+            kind = {"load_in_8bit": True} if in_bits == 8 else {"load_in_4bit": True, **four_bit}
+            places["quantization_config"] = BitsAndBytesConfig(**kind)
         if tokenizer is None:
             tokenizer = _load_tokenizer(name, **access)
         elif isinstance(tokenizer, str | Path):
@@ -349,6 +354,8 @@ def _placed(settings: LoadSettings) -> tuple[torch.device, dict[str, Any]]:
             f"Both device {settings.device} and device_map {settings.device_map} are given, expected one; leave one "
             "out."
         )
+    if settings.load_in_4bit and settings.load_in_8bit:
+        raise ModelError("Both load_in_4bit and load_in_8bit are given, expected one; leave one out.")
     if settings.device_map is None and (settings.offload is not None or settings.max_memory is not None):
         raise ModelError(
             "The options offload and max_memory are given without a device map, expected both; add --device-map auto."

@@ -32,9 +32,10 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import find_adapter_config_file, logging
 from yaml import YAMLError
 
-from remove_refusals.errors import ModelError
+from remove_refusals.errors import CheckpointError, ModelError
 from remove_refusals.files import read_json
 from remove_refusals.models.checkpoint import INDEX_FILE, SINGLE_FILE, checkpoint_tensors
+from remove_refusals.models.quantised import quantisation
 from remove_refusals.settings import DEMO
 
 CARD = "README.md"
@@ -97,6 +98,26 @@ def weights_directory(model: str, revision: str | None = None) -> Path | None:
     except (OSError, ValueError):
         # The hub's own errors are among these; where it cannot be reached the cache may do.
         return local_directory(model, revision)
+
+
+_EDITED = ("fp8", "fbgemm_fp8", "mxfp4", "compressed-tensors", "modelopt")
+
+
+def check_editable(model: str, revision: str | None = None) -> None:
+    """Check by its config.json alone that no format of a model's weights keeps them from being edited."""
+    try:
+        described, _ = PretrainedConfig.get_config_dict(model_source(model), revision=revision)
+    except (OSError, ValueError):
+        # What is wrong is said where the model is opened.
+        return
+    found = quantisation(described)
+    method = str(found.get("quant_method", "modelopt" if "quant_algo" in found else "unknown"))
+    if found and method not in _EDITED:
+        raise CheckpointError(
+            f"The model {model} is quantised (quant_method {method}) in a way in which its weights cannot be edited, "
+            f"expected full weights or {', '.join(_EDITED)}; edit the unquantised base, or make a LoRA of "
+            "that (`bake --as lora`) and load it beside this model."
+        )
 
 
 def licence_fields(directory: Path) -> dict[str, Any]:
@@ -259,7 +280,7 @@ def explained(what: str) -> Iterator[None]:
     except torch.cuda.OutOfMemoryError as error:
         raise ModelError(
             f"{what} does not fit into the device's memory, expected enough for its weights; use a smaller data type, "
-            "4-bit loading or a device map."
+            "4-bit or 8-bit loading or a device map."
         ) from error
     except pickle.UnpicklingError as error:
         raise ModelError(
