@@ -22,7 +22,7 @@ from remove_refusals.baking.shards import CONVERTED, LEDGER_FILE, plan_files, st
 from remove_refusals.directions import DIRECTIONS, EditPlan, measure_boundaries, save_directions
 from remove_refusals.errors import CertificateError, CheckpointError
 from remove_refusals.files import read_json, resumable_directory, write_json
-from remove_refusals.modelmap import map_model, stored_names
+from remove_refusals.modelmap import is_tied, map_model, skeleton_of, stored_names
 from remove_refusals.models import UNWANTED, LoadedModel, checkpoint_files, load, local_directory, read_header
 from remove_refusals.progress import SILENT, Progress
 from remove_refusals.report import AblationRecord, Certificate, LeakRecord
@@ -205,15 +205,24 @@ def _is_left(path: Path) -> bool:
     return any(fnmatch.fnmatch(path.name, pattern) for pattern in _LEFT) or (path / "ablation.json").exists()
 
 
+def _is_said_tied(base: Base) -> bool:
+    """Whether the configuration makes one of an embedding and an unembedding that the files hold as two."""
+    if base.model_map.tied:
+        return False
+    said = AutoConfig.from_pretrained(base.files, trust_remote_code=base.trust_remote_code)
+    parts = (said, said.get_text_config(decoder=True))
+    # Built only where it may be so: it takes seconds where there are many layers.
+    return any(getattr(part, "tie_word_embeddings", False) for part in parts) and is_tied(
+        skeleton_of(base.files, trust_remote_code=base.trust_remote_code)
+    )
+
+
 def _carry_along(base: Base, plan: EditPlan, directory: Path) -> None:
     """Copy what is beside the weights; the configuration says that nothing is tied any more where that is so."""
     for path in _carried(base, plan):
         (directory / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(base.files / path, directory / path)
-    said = AutoConfig.from_pretrained(base.files, trust_remote_code=base.trust_remote_code)
-    parts = (said, said.get_text_config(decoder=True))
-    is_said_tied = any(getattr(part, "tie_word_embeddings", False) for part in parts)
-    if plan.untie or (is_said_tied and not base.model_map.tied):
+    if plan.untie or _is_said_tied(base):
         config = read_json(directory / "config.json", error=CheckpointError)
         assert isinstance(config, dict)
         text = base.model.config.get_text_config(decoder=True)

@@ -3,7 +3,7 @@
 from remove_refusals.modelmap.derive import map_model
 from remove_refusals.modelmap.knowledge import first_of_width
 from remove_refusals.modelmap.names import StoredNames, name_for, saved_shapes, stored_names
-from remove_refusals.modelmap.skeleton import skeleton, skeleton_of
+from remove_refusals.modelmap.skeleton import is_tied, skeleton, skeleton_of
 from remove_refusals.modelmap.types import DiskTensor, HookPoint, ModelMap, Site, Writer
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "StoredNames",
     "Writer",
     "first_of_width",
+    "is_tied",
     "map_model",
     "name_for",
     "saved_shapes",

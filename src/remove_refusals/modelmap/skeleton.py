@@ -15,11 +15,6 @@ def skeleton(model: PreTrainedModel, *, dtype: torch.dtype | None = None, tied: 
     Of two embeddings that the files hold with different bytes Transformers ties none, whatever the configuration says.
     """
     config = copy.deepcopy(model.config)
-    first, last = (
-        getattr(part, "weight", None) for part in (model.get_input_embeddings(), model.get_output_embeddings())
-    )
-    if tied is None and first is not None and last is not None and first is not last and not last.is_meta:
-        tied = False
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     if tied is not None:
@@ -27,7 +22,16 @@ def skeleton(model: PreTrainedModel, *, dtype: torch.dtype | None = None, tied: 
             part.tie_word_embeddings = tied
     with torch.device("meta"):
         built: PreTrainedModel = type(model)._from_config(config, dtype=dtype or model.dtype)
+    if tied is None and is_tied(built) and not is_tied(model) and not model.get_output_embeddings().weight.is_meta:
+        return skeleton(model, dtype=dtype, tied=False)
     return _without_weights(built)
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether a model's unembedding is its embedding."""
+    both = model.get_input_embeddings(), model.get_output_embeddings()
+    first, last = (getattr(part, "weight", None) for part in both)
+    return first is not None and first is last
 
 
 def skeleton_of(source: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
