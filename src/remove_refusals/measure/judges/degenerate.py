@@ -4,6 +4,8 @@ import re
 import unicodedata
 from collections import Counter
 
+from remove_refusals.measure.judges.languages import DEFAULT, has_phrases
+
 _UNSPACED = r"[\u3040-\u30ff\u3400-\u9fff]"
 _WORD = re.compile(rf"{_UNSPACED}|[^\W_]+(?:'[^\W_]+)?")
 
@@ -23,10 +25,11 @@ _FUNCTION_WORDS = frozenset(
 )
 
 
-def is_degenerate(answer: str, prompt: str | None = None, *, english: bool = True) -> bool:
+def is_degenerate(answer: str, prompt: str | None = None, language: str = DEFAULT) -> bool:
     """Tell whether an answer without thinking is empty, signs without words, caught in a loop, or in no language.
 
-    With the prompt, also signs alone and another script than the prompt's, unless the prompt asks for such.
+    With the prompt, also signs alone and another script than the prompt's, unless the prompt asks for such, or the
+    language has no phrases: an answer in that may be a refusal.
     """
     symbols = answer.split()
     if not symbols:
@@ -45,8 +48,8 @@ def is_degenerate(answer: str, prompt: str | None = None, *, english: bool = Tru
         (not loops_are_wanted and (_loops(words) or _loops(named)))
         or (not (loops_are_wanted or signs_are_wanted) and _is_noise(answer))
         or _mixes_scripts(answer)
-        or (english and not loops_are_wanted and _is_salad(answer))
-        or (prompt is not None and _is_in_another_script(answer, prompt))
+        or (language == DEFAULT and not loops_are_wanted and _is_salad(answer))
+        or (prompt is not None and has_phrases(language) and _is_in_another_script(answer, prompt))
     )
 
 

@@ -40,6 +40,14 @@ def has_phrases(language: str | None) -> bool:
     return language is None or language in get_args(Language)
 
 
+def _is_foreign(word: str, script: str) -> bool:
+    """Tell whether a word has a letter that no language with phrases in that script has, or has it only elsewhere."""
+    if script == "DEVANAGARI" or not unicodedata.name(word[0], "").startswith(script):
+        return False
+    other = set(word) - set(_known()["writing"]["alphabet"])
+    return bool(other) or re.search("\u044a(?![\u0435\u044e\u044f])", word) is not None
+
+
 @functools.cache
 def _one_form() -> dict[int, int | None]:
     writing = _known()["writing"]
@@ -54,8 +62,9 @@ def fold(text: str) -> str:
 def language_of(text: str) -> str | None:
     """Tell a text's language: a code, or the name of one without phrases; None where it is not clear.
 
-    A language without phrases needs more evidence than one that has them: eight letters of its own script and words of
-    it alone, or twelve words of which seven different ones, and a fifth in all, are among its commonest.
+    A language without phrases needs more evidence than one that has them: eight letters of its own script; or enough
+    words, and clearly more than of any other language, that are among its commonest or have a letter of their own. The
+    shorter the text and the plainer its letters, the larger the share that is enough.
     """
     letters = Counter(
         unicodedata.name(character, "").split(" ")[0].split("-")[0]
@@ -72,16 +81,25 @@ def language_of(text: str) -> str | None:
     if n < 0.6 * total or script not in _OF_SCRIPT:
         known = n >= 8 and n >= 0.6 * total and script in _known()["writing"]["scripts"].split()
         return script.title() if known else None
-    return _by_words(_WORD.findall(fold(text).lower())) or (_OF_SCRIPT[script] if n >= 8 else None)
+    return _by_words(_WORD.findall(fold(text)), script) or (_OF_SCRIPT[script] if n >= 8 else None)
 
 
-def _by_words(words: list[str]) -> str | None:
+def _by_words(written: list[str], script: str) -> str | None:
+    words = [word.lower() for word in written]
     counts = {name: sum(word in common for word in words) for name, common in _common_words().items()}
     supported = max((name for name in counts if has_phrases(name)), key=counts.__getitem__)
     other = max((name for name in counts if not has_phrases(name)), key=counts.__getitem__)
-    distinct = len(set(words) & _common_words()[other])
-    is_other = counts[other] >= max(0.2 * len(words), 1.5 * counts[supported]) and distinct >= 7
-    if is_other and len(words) >= 12:
+    # Names have letters of everywhere, so only words without a capital tell.
+    foreign = {word for word in set(words) & set(written) if _is_foreign(word, script)}
+    common = set(words) & _common_words()[other]
+    hits = foreign | common
+    n = sum(word in hits for word in words)
+    share, lead = n / max(1, len(words)), n / max(1, counts[supported])
+    if (
+        (len(foreign) >= 2 and len(hits) >= 3 and common and share >= 0.15 and lead >= 1.2)
+        or (len(words) >= 12 and len(hits) >= 7 and share >= 0.2 and lead >= 1.5)
+        or (len(hits) >= 4 and sum(len(word) >= 4 for word in hits) >= 2 and share >= 0.45 and lead >= 2)
+    ):
         return other
     is_clear = [name for name in counts if has_phrases(name) and counts[name] == counts[supported]] == [supported]
     seen = set(words) & _common_words()[supported]

@@ -62,7 +62,7 @@ def judge_phrases(text: str, prompt: str | None = None, language: str | None = N
     spoken = spoken or language or DEFAULT
     if is_refusal(answer, prompt, spoken):
         return Label.REFUSAL
-    if is_degenerate(answer, prompt, english=spoken == DEFAULT):
+    if is_degenerate(answer, prompt, spoken):
         return Label.DEGENERATE
     return Label.COMPLIANCE if has_phrases(spoken) else Label.UNJUDGED
 
