@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import glob
 import hashlib
 import json
 import math
@@ -37,18 +38,18 @@ _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAME
 def atomic_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
     """Give a temporary directory beside `target` that becomes `target` when the block ends without an exception.
 
-    On any exception, Ctrl-C included, it is removed, with the parents made for it, and `target` is as it was. With
-    `force` an old `target` that is empty or a model's is set aside by a rename, and deleted after the new one's.
+    On any exception, Ctrl-C included, it is removed, with the parents made for it, and `target` is as it was; after a
+    kill the next call for `target` does that. With `force` an old `target` that is empty or a model's is set aside by a
+    rename, and deleted after the new one's.
     """
     with _staged(target, force=force, directory=True) as staging:
-        staging.mkdir()
         yield staging
         _flush_tree(staging)
 
 
 @contextmanager
 def atomic_file(target: Path, *, force: bool = False) -> Iterator[Path]:
-    """Give a temporary path beside `target`, of its suffix, whose file becomes `target` if the block ends well."""
+    """Give a free path of `target`'s name, whose file becomes `target` if the block ends well, as a directory does."""
     with _staged(target, force=force, directory=False) as staging:
         yield staging
         _flush(staging)
@@ -61,21 +62,19 @@ def resumable_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
     The same call finds it again, with what was written, whatever ended the process. Where nothing was written yet it
     is removed.
     """
-    target = Path(os.path.realpath(target.expanduser()))
-    staging = target.parent / f".{target.name}.partial"
+    target, staging = _resolved(target), hidden(target, "partial")
     made: list[Path] = []
     try:
+        _clear(target)
         check_target(target, force=force, directory=True)
         _make_parents(target.parent, made)
         staging.mkdir(exist_ok=True)
         with _locked(staging):
             yield staging
             _flush_tree(staging)
-            check_target(target, force=force, directory=True)
-            _move_into_place(staging, target)
+            _move_into_place(staging, target, force=force, directory=True)
     except BaseException as error:
-        if staging.is_dir() and not any(staging.iterdir()):
-            _remove(staging, made)
+        _remove_empty(staging, *reversed(made))
         if isinstance(error, KeyboardInterrupt) and staging.is_dir():
             error.add_note(f"what was written is kept in {staging}, where the same command goes on.")
         sentence = _explain(error, staging, target)
@@ -88,38 +87,94 @@ def resumable_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Keep other processes that would write the same directory out; the system frees it if this one is killed."""
+def scratch_directory(beside: Path) -> Iterator[Path]:
+    """Give a directory beside another, where there is room for a model, for as long as the block lasts."""
+    _clear(_resolved(beside))
+    with _room(hidden(beside, _unique("unfinished"))) as room:
+        yield room
+
+
+def hidden(target: Path, kind: str) -> Path:
+    """Name what lies beside an output as long as it is being made."""
+    target = _resolved(target)
+    return target.with_name(f".{target.name}.{kind}")
+
+
+def _resolved(target: Path) -> Path:
+    return Path(os.path.realpath(target.expanduser()))
+
+
+def _unique(kind: str) -> str:
+    return f"{secrets.token_hex(4)}.{kind}"
+
+
+@contextmanager
+def _room(place: Path) -> Iterator[Path]:
+    """Make a directory that is locked as long as its process lives; if it has not moved, it is removed at the end."""
+    place.mkdir()
+    try:
+        with _locked(place):
+            yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[bool]:
+    """Keep other processes that would write the same directory out; the system frees it if this one is killed.
+
+    False says that the file system has no locks.
+    """
+    if sys.platform == "win32":
+        yield False
+        return
     descriptor = os.open(directory, os.O_RDONLY)
+    held = True
     try:
         try:
-            if sys.platform != "win32":
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise OutputError(
                 f"The unfinished output {directory} is being written by another process, expected none; wait for it "
                 "or choose another path."
             ) from error
-        yield
+        except OSError:
+            held = False
+        yield held
     finally:
         os.close(descriptor)
+
+
+def _clear(target: Path, *more: Path) -> None:
+    """Remove what killed processes have left beside an output; what one has set aside goes back to an empty place."""
+    unique = f".{glob.escape(target.name)}.{'[0-9a-f]' * 8}."
+    for left in (*target.parent.glob(f"{unique}unfinished"), *target.parent.glob(f"{unique}replaced"), *more):
+        try:
+            with _locked(left) as held:
+                if held and left.suffix == ".replaced" and not target.exists():
+                    (left / target.name).rename(target)
+                if held:
+                    shutil.rmtree(left, ignore_errors=True)
+        except (OutputError, OSError):
+            # Another process writes there, or nothing is there.
+            continue
 
 
 @contextmanager
 def _staged(target: Path, *, force: bool, directory: bool) -> Iterator[Path]:
     """Give a free path beside `target` and move what lies there into place; if the block fails, leave no trace."""
-    target = Path(os.path.realpath(target.expanduser()))
-    staging = target.parent / f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}{target.suffix}"
+    target, room = _resolved(target), hidden(target, _unique("unfinished"))
+    staging = room if directory else room / target.name
     made: list[Path] = []
     try:
+        _clear(target)
         check_target(target, force=force, directory=directory)
         _make_parents(target.parent, made)
-        yield staging
-        # Looked at again, since the block may have taken hours.
-        check_target(target, force=force, directory=directory)
-        _move_into_place(staging, target)
+        with _room(room):
+            yield staging
+            _move_into_place(staging, target, force=force, directory=directory)
     except BaseException as error:
-        _remove(staging, made)
+        _remove_empty(*reversed(made))
         sentence = _explain(error, staging, target)
         if sentence is None:
             raise
@@ -157,33 +212,32 @@ def _make_parents(parent: Path, made: list[Path]) -> None:
         made.append(path)
 
 
-def _move_into_place(staging: Path, target: Path) -> None:
+def _move_into_place(staging: Path, target: Path, *, force: bool, directory: bool) -> None:
+    """Move what was made into its place, and remove what killed commands with the same output had kept to go on."""
+    # Looked at again, since to make it may have taken hours.
+    check_target(target, force=force, directory=directory)
+    _clear(target, hidden(target, "partial"))
+    shutil.rmtree(hidden(target, "journal"), ignore_errors=True)
     if not target.is_dir():
         staging.replace(target)
         return
-    old = staging.with_name(staging.name + ".old")
-    try:
-        target.rename(old)
-        staging.rename(target)
-    finally:
-        # Also reached by Ctrl-C between the two: then the old directory goes back to its place.
-        if old.exists() and target.exists():
-            shutil.rmtree(old, ignore_errors=True)
-        elif old.exists():
-            old.rename(target)
+    with _room(hidden(target, _unique("replaced"))) as aside:
+        try:
+            target.rename(aside / target.name)
+            staging.rename(target)
+        finally:
+            # Also reached by Ctrl-C between the two.
+            if not target.exists():
+                (aside / target.name).rename(target)
 
 
-def _remove(staging: Path, made: list[Path]) -> None:
-    """Remove what lies at `staging` and the parents made for it, as far as that can be done."""
+def _remove_empty(*directories: Path) -> None:
+    """Remove directories one after the other as long as they are empty."""
     try:
-        if staging.is_dir():
-            shutil.rmtree(staging, ignore_errors=True)
-        else:
-            staging.unlink(missing_ok=True)
-        for parent in reversed(made):
-            parent.rmdir()
+        for directory in directories:
+            directory.rmdir()
     except OSError:
-        # The failure that led here is the one to tell; a parent in which others have put something stays.
+        # The failure that led here is the one to tell; one in which others have put something stays.
         return
 
 

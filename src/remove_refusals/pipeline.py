@@ -2,7 +2,6 @@
 
 import hashlib
 import shutil
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from remove_refusals.directions import (
     training_prompts,
 )
 from remove_refusals.errors import ModelError, RecordError, RemoveRefusalsError, SelectionError
-from remove_refusals.files import Journal, Record, atomic_directory, check_target
+from remove_refusals.files import Journal, Record, atomic_directory, check_target, hidden, scratch_directory
 from remove_refusals.measure import (
     Evaluation,
     EvaluationPrompts,
@@ -113,7 +112,7 @@ def run(
     target = Path(output)
     check_not_source(target, settings.model, settings.loading.revision)
     check_target(target, force=force, directory=True)
-    journal = target.parent / f".{target.name}.journal"
+    journal = hidden(target, "journal")
     with atomic_directory(target, force=force) as directory:
         try:
             result = _run_into(directory, target.name, settings, direction_file, Journal(journal), progress)
@@ -125,7 +124,6 @@ def run(
             if journal.is_dir():
                 stopped.add_note(f"what was done is kept in {journal}, where the same command goes on.")
             raise
-    shutil.rmtree(journal, ignore_errors=True)
     return replace(result, baked=replace(result.baked, directory=target))
 
 
@@ -335,10 +333,9 @@ def reproduce(
     settings = _located(settings, files or Path()).model_copy(update={"model": model or settings.model})
     _check_base(settings, record.base)
     given = None if any("_test" not in name for name in record.prompts or ()) else directory
-    # Beside the directory, where there is room for a model.
-    with tempfile.TemporaryDirectory(dir=directory.resolve().parent, prefix=".reproduce-") as scratch:
+    with scratch_directory(directory) as scratch:
         # Under its own name, which stands in the records.
-        again = Path(scratch) / directory.resolve().name
+        again = scratch / directory.resolve().name
         result = run(settings, again, direction_file=given, progress=progress)
         return _compare(directory, again, record.versions, result.baked.record.versions)
 

@@ -7,7 +7,6 @@ import filecmp
 import fnmatch
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from remove_refusals.baking.certificate import certify
 from remove_refusals.baking.shards import CONVERTED, LEDGER_FILE, plan_files, stream_edited
 from remove_refusals.directions import DIRECTIONS, EditPlan, measure_boundaries, save_directions
 from remove_refusals.errors import CertificateError, CheckpointError
-from remove_refusals.files import read_json, resumable_directory, write_json
+from remove_refusals.files import read_json, resumable_directory, scratch_directory, write_json
 from remove_refusals.modelmap import is_tied, map_model, skeleton_of, stored_names
 from remove_refusals.models import UNWANTED, LoadedModel, checkpoint_files, load, local_directory, read_header
 from remove_refusals.progress import SILENT, Progress
@@ -145,9 +144,7 @@ def certify_directory(directory: Path, base: str, *, trust_remote_code: bool = F
     with ExitStack() as stack:
         made_from = open_base(base, trust_remote_code=trust_remote_code)
         if not has_safetensors(made_from.files):
-            # Beside the directory, where there is room for a model.
-            scratch = tempfile.TemporaryDirectory(dir=directory.resolve().parent, prefix=".certify-")
-            made_from = made_from.as_safetensors(Path(stack.enter_context(scratch)))
+            made_from = made_from.as_safetensors(stack.enter_context(scratch_directory(directory)))
         variant = next((known for known in VARIANTS if known == record.plan.variant), None)
         if variant is None:
             raise CheckpointError(
