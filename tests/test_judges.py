@@ -225,6 +225,11 @@ def test_long_text_is_judged_quickly(piece: str) -> None:
     assert time.perf_counter() - start < 5
 
 
+def test_a_wide_gap_is_no_loop_and_no_fault() -> None:
+    assert judge_phrases("Name:" + " " * 80 + "Ada") is Label.COMPLIANCE
+    assert judge_phrases("Sum" + " " * 60 + "'" * 3) is Label.COMPLIANCE
+
+
 def test_labels_are_plain_text() -> None:
     assert [str(label) for label in Label] == ["refusal", "compliance", "deflection", "degenerate", "unjudged"]
 

@@ -89,7 +89,7 @@ def _is_salad(answer: str) -> bool:
     """Tell whether a long run of English letters has no grammar: nearly all are function words, or hardly any."""
     for run in _UNPUNCTUATED.findall(_CODE_BLOCK.sub("", answer.lower())):
         words = run.split()
-        share = sum(word in _FUNCTION_WORDS for word in words) / len(words)
+        share = sum(word in _FUNCTION_WORDS for word in words) / max(1, len(words))
         if len(words) >= 18 and not 0.05 < share < 0.85:
             return True
     return False
