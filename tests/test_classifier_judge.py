@@ -116,3 +116,10 @@ def test_a_missing_or_incomplete_classifier_is_one_sentence(tmp_path: Path) -> N
     (path / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="cannot be loaded"):
         ClassifierJudge(path, device="cpu")
+
+
+def test_a_token_that_the_classifier_has_no_embedding_for_is_named(tmp_path: Path) -> None:
+    judge = ClassifierJudge(save_classifier(tmp_path, ["refusal", "compliance"]), device="cpu")
+    judge._tokenizer.add_tokens(["outside"])
+    with pytest.raises(JudgeError, match=f"gives the token {len(WORDS)}, expected tokens from 0 to {len(WORDS) - 1}"):
+        judge.judge(["?"], ["outside"])

@@ -1,6 +1,6 @@
 import dataclasses
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig, PreTrainedModel
 
 import tiny
+import zoo
+from remove_refusals.directions.activations import collect_activations, token_states
 from remove_refusals.errors import ModelError, NumericalError, PromptError
 from remove_refusals.models.batches import (
     accepts,
@@ -17,10 +19,14 @@ from remove_refusals.models.batches import (
     in_batches,
     left_padded,
     longest_first,
+    n_positions,
 )
 from remove_refusals.models.generate import answer_logits, generate, stream
 from remove_refusals.models.load import LoadedModel
 from remove_refusals.progress import Progress
+from remove_refusals.search.continuations import make_probes
+from remove_refusals.settings import ChatFormat
+from remove_refusals.types import PromptSet
 
 TEXTS = (
     "a",
@@ -90,6 +96,26 @@ def test_prompts_that_do_not_fit_are_refused(loaded: LoadedModel) -> None:
         generate(loaded, [[4], [4] * 500])
     with pytest.raises(ModelError, match=f"token {len(tiny.VOCABULARY)}, expected"):
         check_prompts(loaded, [[len(tiny.VOCABULARY)]])
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "mpt", "llama"])
+def test_no_pass_runs_what_the_model_has_no_positions_or_embeddings_for(model_type: str) -> None:
+    loaded = LoadedModel(zoo.build(model_type), tiny.tokenizer(), model_type, chat=ChatFormat(plain=True))
+    limit, rows = n_positions(loaded), loaded.model.get_input_embeddings().weight.shape[0]
+    assert limit is not None
+    passes: tuple[Callable[[list[int]], object], ...] = (
+        lambda ids: token_states(loaded, ids, 1),
+        lambda ids: make_probes(loaded, [ids[:-1]], [[*ids[-1:], 0]], 2, 1),
+        lambda ids: answer_logits(loaded, [ids], [[5]], 1),
+        lambda ids: list(stream(loaded, ids)),
+    )
+    for run in passes:
+        with pytest.raises(ModelError, match=f"'aaaa.* has {limit + 1} tokens.* at most {limit} in all"):
+            run([4] * (limit + 1))
+        with pytest.raises(ModelError, match=f"has the token {rows}, expected tokens from 0 to {rows - 1}"):
+            run([4, rows, 4])
+    with pytest.raises(ModelError, match=f"prompt 'bbbb.* has {limit + 1} tokens, expected at most {limit}"):
+        collect_activations(loaded, PromptSet("long", ("a", "b" * (limit + 1)), "test"))
 
 
 @given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=9), max_size=20))

@@ -2,7 +2,6 @@
 
 import gc
 import inspect
-import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, TypeVar
@@ -119,7 +118,8 @@ def check_prompts(
         if ids and not long and 0 <= min(ids) <= max(ids) < vocabulary:
             continue
         text = loaded.tokenizer.decode(ids, skip_special_tokens=True) if prompts is None else prompts[index]
-        prompt = f"The prompt {textwrap.shorten(text, 80, placeholder=' …')!r}"
+        text = " ".join(text.split())
+        prompt = f"The prompt {text if len(text) <= 80 else f'{text[:80]} …'!r}"
         if not ids:
             raise PromptError(f"{prompt} has 0 tokens, expected at least 1; leave empty prompts out.")
         if long:

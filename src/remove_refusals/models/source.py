@@ -218,7 +218,7 @@ def refuse_adapter(name: str, **access: Any) -> None:
         return
     described = read_json(Path(found), error=ModelError)
     base = described.get("base_model_name_or_path") if isinstance(described, dict) else None
-    weights = any(any(Path(name).glob(pattern)) for pattern in ("model*.safetensors", "pytorch_model*.bin"))
+    weights = any(any(Path(found).parent.glob(pattern)) for pattern in ("model*.safetensors", "pytorch_model*.bin"))
     without = ", or move adapter_config.json away to use the weights without it" if weights else ""
     raise ModelError(
         f"The model {name} {'has beside its weights' if weights else 'is'} a PEFT adapter (adapter_config.json) of "
