@@ -1,12 +1,13 @@
-"""Every causal-LM model type of the installed Transformers, measured on a tiny random model.
+"""Every model type of the installed Transformers that writes text, measured on a tiny random model.
 
 Run as a script (`python tests/architectures.py`) it writes docs/architectures.md.
 """
 
 import copy
-import functools
+import re
 import sys
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ import transformers
 from transformers import PreTrainedModel
 
 import zoo
-from remove_refusals.baking.base import Base
+import zoo_wrappers
+from remove_refusals.baking.base import Base, open_base
 from remove_refusals.baking.disk import bake
 from remove_refusals.baking.memory import bake_in_place
 from remove_refusals.directions.direction import direction_from_vectors
@@ -30,27 +32,32 @@ from remove_refusals.report.records import Certificate
 from remove_refusals.settings import DiskSettings
 from remove_refusals.types import Direction, DirectionOrigin, Intervention
 
+Build = Callable[[str], PreTrainedModel]
+
 DOCUMENT = Path(__file__).parents[1] / "docs" / "architectures.md"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A model type's verdict and what the map says of it; the map is None where it was refused."""
+    """A model type's verdict, what the map says of it, and the model; both are None where there is no map."""
 
     model_type: str
     verdict: str
     reason: str
-    model_map: ModelMap | None
+    model_map: ModelMap | None = None
+    model: PreTrainedModel | None = None
 
 
-@functools.cache
-def entry(model_type: str) -> Entry:
+def entry(model_type: str, build: Build = zoo.build) -> Entry:
     try:
-        model_map = map_model(zoo.build(model_type))
+        model = build(model_type)
+        model_map = map_model(model)
     except ArchitectureError as error:
-        return Entry(model_type, "refused", str(error), None)
+        return Entry(model_type, "refused", str(error))
+    if build is zoo_wrappers.build and model_type in zoo_wrappers.UNLOADABLE:
+        return Entry(model_type, "refused", zoo_wrappers.UNLOADABLE[model_type], model_map, model)
     reason = next(iter((*model_map.leaks, *model_map.unhooked)), "")
-    return Entry(model_type, model_map.verdict, reason, model_map)
+    return Entry(model_type, model_map.verdict, reason, model_map, model)
 
 
 @dataclass(frozen=True)
@@ -125,6 +132,8 @@ class Measured:
         halves: The difference of logits between hooks and weights where half of the direction is taken out.
         certificate: Of the saved files.
         unlike: Tensors that are not the same bit for bit when the edit is made in memory.
+        changed: Tensors that are not the same bit for bit as in the base.
+        loading: What Transformers says that it missed, did not expect or could not fit when it loaded the files.
     """
 
     base: Run
@@ -133,7 +142,9 @@ class Measured:
     edited: Run | None = None
     halves: float | None = None
     certificate: Certificate | None = None
-    unlike: frozenset[str] | None = None
+    unlike: frozenset[str] = frozenset()
+    changed: frozenset[str] = frozenset()
+    loading: dict[str, Any] | None = None
 
 
 def unlike(first: PreTrainedModel, second: PreTrainedModel) -> frozenset[str]:
@@ -143,9 +154,10 @@ def unlike(first: PreTrainedModel, second: PreTrainedModel) -> frozenset[str]:
     return frozenset(name for name, tensor in one.items() if not torch.equal(tensor, other[name]))
 
 
-def measure(model_type: str, directory: Path) -> Measured:
-    model, model_map = zoo.build(model_type), entry(model_type).model_map
-    assert model_map is not None
+def measure(found: Entry, directory: Path, auto: Any = None) -> Measured:
+    """Measure a model type; the files are loaded by its own class, or by an Auto class."""
+    model, model_map = found.model, found.model_map
+    assert model is not None and model_map is not None
     direction = direction_of(model_map)
     whole, half = (intervene(direction, model_map.n_layers, strength=strength) for strength in (1.0, 0.5))
 
@@ -164,60 +176,83 @@ def measure(model_type: str, directory: Path) -> Measured:
     if model_map.leaks:
         return Measured(base, hooked(whole), behind)
     model.save_pretrained(directory / "base")
+    # A few types are in Transformers' lists and not in what its Auto classes read.
+    known = auto is not None and type(model.config) in auto._model_mapping
     # Some configurations have no causal form of their own, so that the files alone do not say what they belong to.
     files = Base(model, str(directory / "base"), directory=directory / "base")
+    if known:
+        files = open_base(directory / "base")
+        assert type(files.model) is type(model)
     baked = bake(files, whole, directory / "edited", disk=DiskSettings(jobs=1))
-    again = type(model).from_pretrained(directory / "edited", attn_implementation="eager").eval()
+    again, loading = (auto if known else type(model)).from_pretrained(
+        directory / "edited", attn_implementation="eager", output_loading_info=True
+    )
+    assert type(again) is type(model)
     return Measured(
         base,
         hooked(whole),
         behind,
-        edited=run(again, model_map, direction),
+        edited=run(again.eval(), model_map, direction),
         halves=difference(hooked(half).logits, run(in_memory(half), model_map, direction).logits),
         certificate=baked.certificate,
         unlike=unlike(again, in_memory(whole)),
+        changed=unlike(again, model),
+        loading=loading,
     )
 
 
-def document() -> str:
-    """The text of docs/architectures.md."""
-    entries = [entry(model_type) for model_type in sorted(zoo.MODEL_TYPES)]
-    counts = Counter(found.verdict for found in entries)
-    rows = []
-    for found in entries:
-        layers, writers, notes = "", "", found.reason
-        if found.model_map is not None:
-            layers = f"`{found.model_map.layers[0].rpartition('.')[0]}`"
-            written = [writer for site in found.model_map.sites for writer in site.writers]
-            writers = str(len(written))
-            kinds = {step.kind for writer in written for step in writer.steps}
-            marks = [
-                text
-                for text, holds in (
-                    ("tied embeddings", found.model_map.tied),
-                    ("gains behind writers", "gain" in kinds),
-                    ("a convolution behind writers", "taps" in kinds),
-                    (f"{len(found.model_map.unused)} parameters unused", bool(found.model_map.unused)),
-                )
-                if holds
-            ]
-            notes = "; ".join([*marks, *([found.reason] if found.reason else [])])
-        rows.append(f"| `{found.model_type}` | {found.verdict} | {layers} | {writers} | {notes} |")
-    return (
-        HEAD.format(
-            version=transformers.__version__,
-            total=len(entries),
-            **{name.replace(" ", "_"): counts[name] for name in ("exact", "hooks only", "refused")},
-        )
-        + "\n".join(rows)
-        + "\n"
-    )
+_TOWER = re.compile(r"vision|visual|image|audio|speech|tower|encoder|projector|vqmodel|acoustic|sam_|protein")
 
 
-HEAD = """# Model types
+def towers(model: PreTrainedModel, model_map: ModelMap) -> frozenset[str]:
+    """The tensors beside the language model that read pictures, sound or the like."""
+    inside = (model_map.layers[0].rpartition(".")[0], model_map.input_embedding, model_map.unembedding)
+    names = (name for name in model.state_dict() if not name.startswith(tuple(filter(None, inside))))
+    return frozenset(name for name in names if _TOWER.search(name))
 
-What an edit can do to each of the {total} model types that Transformers {version} maps to a causal language model, on a
-tiny random model of each: **{exact} exact, {hooks_only} hooks only, {refused} refused**.
+
+def row(found: Entry) -> str:
+    """A model type's line in docs/architectures.md."""
+    layers, writers, notes = "", "", found.reason
+    if found.model_map is not None:
+        layers = f"`{found.model_map.layers[0].rpartition('.')[0]}`"
+        written = [writer for site in found.model_map.sites for writer in site.writers]
+        writers = str(len(written))
+        kinds = {step.kind for writer in written for step in writer.steps}
+        marks = [
+            text
+            for text, holds in (
+                ("tied embeddings", found.model_map.tied),
+                ("gains behind writers", "gain" in kinds),
+                ("a convolution behind writers", "taps" in kinds),
+                (f"{len(found.model_map.unused)} parameters unused", bool(found.model_map.unused)),
+            )
+            if holds
+        ]
+        notes = "; ".join([*marks, *([found.reason] if found.reason else [])])
+    return f"| `{found.model_type}` | {found.verdict} | {layers} | {writers} | {notes} |"
+
+
+def document(texts: Iterable[str], wrappers: Iterable[str]) -> str:
+    """The text of docs/architectures.md, given its rows."""
+    tables = [sorted(texts), sorted(wrappers)]
+    counts = [Counter(line.split(" | ")[1] for line in rows) for rows in tables]
+    values = [[len(rows), *(found[name] for name in VERDICTS)] for rows, found in zip(tables, counts, strict=True)]
+    lines = ["\n".join(rows) for rows in tables]
+    return DOCUMENT_FORM.format(transformers.__version__, *values[0], lines[0], *values[1], lines[1])
+
+
+VERDICTS = ("exact", "hooks only", "refused")
+
+_TABLE = """| model type | verdict | layers | writers | notes |
+|---|---|---|---|---|
+{}
+"""
+
+DOCUMENT_FORM = (
+    """# Model types
+
+What an edit can do to each model type of Transformers {} that writes text, on a tiny random model of each.
 Made by `python tests/architectures.py`; `tests/test_architectures.py` verifies every row by numbers.
 
 - *exact*: with edited weights, as with hooks, the residual stream has no component along the direction at any layer's
@@ -228,14 +263,29 @@ Made by `python tests/architectures.py`; `tests/test_architectures.py` verifies 
 
 The number of writers is that of the tiny model, which has four layers in most cases.
 
-| model type | verdict | layers | writers | notes |
-|---|---|---|---|---|
+## Language models
+
+The {} types that map to a causal language model: **{} exact, {} hooks only, {} refused**.
+
 """
+    + _TABLE
+    + """
+## Language models with towers
+
+The {} types that map to a model that reads pictures or sound beside text, where that is more than the causal language
+model: **{} exact, {} hooks only, {} refused**. The class is the one that a user loads. What lies beside the language
+model keeps its bytes. Of an omni type the thinker is edited.
+
+"""
+    + _TABLE
+)
 
 
 def main() -> None:
     DOCUMENT.parent.mkdir(exist_ok=True)
-    DOCUMENT.write_text(document())
+    texts = (row(entry(model_type)) for model_type in zoo.MODEL_TYPES)
+    wrappers = (row(entry(model_type, zoo_wrappers.build)) for model_type in zoo_wrappers.MODEL_TYPES)
+    DOCUMENT.write_text(document(texts, wrappers))
     sys.stdout.write(f"{DOCUMENT}\n")
 
 

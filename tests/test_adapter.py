@@ -311,7 +311,7 @@ def test_every_other_model_type_is_carried_exactly_or_refused(model_type, tmp_pa
     found = entry(model_type)
     if found.verdict != "exact":
         pytest.skip(f"no exact edit: {found.reason}")
-    model, model_map = zoo.build(model_type), found.model_map
+    model, model_map = found.model, found.model_map
     intervention = intervene(direction(model_map.d_model), model_map.n_layers)
 
     def run(which):

@@ -1,9 +1,12 @@
 """The map against what is known of a few architectures."""
 
+import copy
+
 import pytest
 import torch
 
 import zoo
+from remove_refusals.baking.memory import untie
 from remove_refusals.errors import ArchitectureError
 from remove_refusals.formula import ChannelStep
 from remove_refusals.modelmap.derive import map_model
@@ -97,3 +100,15 @@ def test_inference_mode_changes_nothing(model_type):
     with torch.inference_mode():
         found = map_model(model)
     assert found == map_model(model)
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "mixtral", "opt"])
+def test_a_model_that_is_built_alike_has_the_same_map(model_type, tmp_path):
+    model = zoo.build(model_type)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert map_model(again) is map_model(copy.deepcopy(model)) is map_model(model)
+    other = map_model(zoo.build(model_type, vocab_size=96))
+    assert written(other)[other.input_embedding].shape == (96, zoo.D_MODEL)
+    untie(again)
+    assert map_model(again).tied is False

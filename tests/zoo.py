@@ -75,7 +75,7 @@ SMALL = dict(
     vision_end_token_id=V-5, vocab_offset=V, index_block_size=4, index_topk_blocks=2, index_local_blocks=1,
     vision_hidden_size=D, out_hidden_size=D, vision_output_dim=D,
     swa_intermediate_size=96, hidden_size_vision=D, num_mem_blocks=1,
-    encoder_hash_byte_group_vocab=64,
+    encoder_hash_byte_group_vocab=64, projector_hidden_size=96, downsample_hidden_size=16, output_channels=32,
 )
 # fmt: on
 SMALL_PER_LAYER = dict(
@@ -166,6 +166,7 @@ WITH_TOWER = (
     "blenderbot-small",
     "marian",
     "mbart",
+    "mllama",
     "mllama_text_model",
     "mvp",
     "pegasus",
@@ -202,7 +203,7 @@ def _shrunk_list(name: str, value: list[Any]) -> Any:
     return [1, 3] if name == "moe_layers" else value[:L]
 
 
-def _shrunk(values: dict[str, Any]) -> dict[str, Any]:
+def shrunk(values: dict[str, Any]) -> dict[str, Any]:
     small: dict[str, Any] = {}
     depth = next(
         (
@@ -213,10 +214,10 @@ def _shrunk(values: dict[str, Any]) -> dict[str, Any]:
         None,
     )
     for name, value in values.items():
-        if isinstance(value, dict) and name.endswith("config"):
-            small[name] = _shrunk(value)
+        if isinstance(value, dict) and (name.endswith("config") or "model_type" in value):
+            small[name] = shrunk(value)
             if "model_type" in value:
-                small[name]["model_type"] = value["model_type"]
+                small[name] = fixed(value["model_type"], small[name]) | {"model_type": value["model_type"]}
         elif isinstance(value, list | tuple):
             if name in LAYER_KINDS or (depth and len(value) == depth and depth > 3):
                 small[name] = _shrunk_list(name, list(value))
@@ -232,12 +233,21 @@ def _shrunk(values: dict[str, Any]) -> dict[str, Any]:
     return small
 
 
-def _defaults(config_class: type) -> dict[str, Any]:
+def defaults(config_class: type) -> dict[str, Any]:
     try:
         return config_class().to_dict()
     except (TypeError, ValueError, AttributeError, KeyError, StrictDataclassError):
         plain = int | float | list | tuple | str
         return {k: v for k, v in config_class.__dict__.items() if not k.startswith("_") and isinstance(v, plain)}
+
+
+def fixed(model_type: str, small: dict[str, Any]) -> dict[str, Any]:
+    """Small values with what the model type needs beside them."""
+    if small.get("qk_rope_head_dim"):
+        small["num_key_value_heads"] = 4
+        if small.get("head_dim"):
+            small["head_dim"] = small["qk_rope_head_dim"]
+    return small | FIX.get(model_type, {})
 
 
 def tiny_config(model_type: str, **overrides: Any) -> Any:
@@ -248,12 +258,7 @@ def tiny_config(model_type: str, **overrides: Any) -> Any:
     elif model_type.startswith("musicgen"):
         config_class = config_class.sub_configs["decoder"]
     name = getattr(config_class, "model_type", model_type) if model_type in TEXT_CONFIG else model_type
-    small = _shrunk(_defaults(config_class))
-    if "qk_rope_head_dim" in small:
-        small["num_key_value_heads"] = 4
-        if "head_dim" in small:
-            small["head_dim"] = small["qk_rope_head_dim"]
-    small |= FIX.get(name, {}) | overrides
+    small = fixed(name, shrunk(defaults(config_class))) | overrides
     if small.get("num_hidden_layers", L) is None:
         del small["num_hidden_layers"]
     config = config_class(**small)
@@ -276,12 +281,12 @@ def build(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     model = model.eval().float()
     if hasattr(model, "set_default_language"):
         model.set_default_language("en_XX")
-    _roughen(model, seed)
+    roughen(model, seed)
     return model
 
 
 @torch.no_grad()
-def _roughen(model: PreTrainedModel, seed: int) -> None:
+def roughen(model: PreTrainedModel, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed + 1)
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point() or (parameter.dim() == 1 and name.split(".")[-1] in KEPT):

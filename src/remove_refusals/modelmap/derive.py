@@ -6,6 +6,7 @@ that itself passes through something, is noted as a leak: no weight edit is exac
 """
 
 import inspect
+import json
 import re
 import weakref
 from collections.abc import Mapping
@@ -31,8 +32,14 @@ _N_TOKENS = 7
 # What a tower beside the language model would hand over; without it cross-attention layers do not run.
 _STATES = ("cross_attention_states", "encoder_hidden_states", "encoder_outputs")
 
+# What a configuration says of how and where a model was saved.
+_UNTOLD = ("_name_or_path", "architectures", "dtype", "transformers_version")
+
 _MAPS: "weakref.WeakKeyDictionary[PreTrainedModel, tuple[object, ModelMap]]" = weakref.WeakKeyDictionary()
 """The maps of models that are still there, each with the shape that the model had."""
+
+_ALIKE: dict[tuple[object, ...], ModelMap] = {}
+"""The same by what a map is derived from: class, configuration, and names, sharing and shapes of the parameters."""
 
 
 def map_model(model: PreTrainedModel) -> ModelMap:
@@ -56,14 +63,30 @@ def map_model(model: PreTrainedModel) -> ModelMap:
     known = _MAPS.get(model)
     if known is not None and known[0] == shape:
         return known[1]
-    # Under inference mode operations on the meta device are not seen one by one.
-    with torch.inference_mode(False):
-        found = _map(model)
-    _MAPS[model] = shape, found
-    return found
+    first = {number: name for name, number, _ in reversed(shape)}
+    parameters = tuple((name, first[number], sizes) for name, number, sizes in shape)
+    config = json.loads(
+        model.config.to_json_string(use_diff=False),
+        object_hook=lambda part: repr(sorted((name, value) for name, value in part.items() if name not in _UNTOLD)),
+    )
+    key = (type(model), config, parameters)
+    if key not in _ALIKE:
+        # Under inference mode operations on the meta device are not seen one by one.
+        with torch.inference_mode(False):
+            _ALIKE[key] = _map(model)
+    _MAPS[model] = shape, _ALIKE[key]
+    return _ALIKE[key]
 
 
 def _map(model: PreTrainedModel) -> ModelMap:
+    if any(
+        getattr(part, "is_encoder_decoder", False)
+        for part in (model.config, model.config.get_text_config(decoder=True))
+    ):
+        raise ArchitectureError(
+            f"Model type '{model.config.model_type}' is an encoder with a decoder, expected a decoder alone; this "
+            "model type is not supported."
+        )
     weightless = skeleton(model, dtype=torch.float32)
     config = weightless.config.get_text_config(decoder=True)
     d_model, n_layers = getattr(config, "hidden_size", None), getattr(config, "num_hidden_layers", None)
@@ -127,6 +150,7 @@ class _Derivation:
     trace: Trace
 
     def model_map(self) -> ModelMap:
+        self._check_one_stack()
         segments = self._segments()
         leaks = [leak for segment in segments for leak in segment.leaks]
         beside = [f"'{name}' writes to a stream beside the one that the layers hand on." for name in self._unseen()]
@@ -176,6 +200,18 @@ class _Derivation:
                 "this model type is not supported."
             )
         return best[3]
+
+    def _check_one_stack(self) -> None:
+        """Check that no second stack runs with the layers' parameters, whose stream would be beside the first one."""
+        called = {call.module for call in self.trace.calls}
+        names = {id(value): name for name, value in self.model.named_parameters()}
+        for alias, value in self.model.named_parameters(remove_duplicate=False):
+            name = names[id(value)]
+            if self._is_inside(name) != self._is_inside(alias) and called.issuperset(map(_module_of, (name, alias))):
+                raise ArchitectureError(
+                    f"Parameter '{name}' of model type '{self._model_type}' is also '{alias}' in a second stack of "
+                    "layers, expected one stack; this model type is not supported."
+                )
 
     def _weight_of(self, module: torch.nn.Module | None) -> str | None:
         """The name of an embedding's weight; of several embeddings the first's."""
@@ -255,8 +291,12 @@ class _Derivation:
         for call in self._outermost(inner, wanted):
             assert call.after is not None
             here = HookPoint(call.module)
+            writers, module = self._writers(call.after), self.model.get_submodule(call.module)
             points = self._points(call.after, inner) if any(term.steps for term in call.after) else (here,)
-            sites.append(Site(self._kind(layer, call.module), layer, self._writers(call.after), points, here))
+            if isinstance(module, torch.nn.Embedding) and any(module.children()):
+                # It norms the rows that it gives: nothing but the parameter lies before that.
+                points = tuple(HookPoint("", writer=writer) for writer in writers)
+            sites.append(Site(self._kind(layer, call.module), layer, writers, points, here))
             wanted -= call.after
         # What is left was added outside of any module.
         for term in sorted(wanted, key=lambda term: term.source):
@@ -349,7 +389,7 @@ class _Derivation:
         for name, shape in self.shapes.items():
             if not self._is_inside(name) or self.d_model not in shape or _pattern(name) in known:
                 continue
-            if name.rpartition(".")[0] in called:
+            if _module_of(name) in called:
                 raise ArchitectureError(
                     f"Parameter '{name}' of shape {shape} in model type '{self._model_type}' has an axis "
                     f"of width {self.d_model} and nothing is known of its use, expected every such parameter to be a "
@@ -357,6 +397,10 @@ class _Derivation:
                 )
             unused.append(name)
         return tuple(unused)
+
+
+def _module_of(parameter: str) -> str:
+    return parameter.rpartition(".")[0]
 
 
 def _pattern(name: str) -> str:

@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.configuration_utils import PretrainedConfig
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -37,6 +38,10 @@ from remove_refusals.files import read_json
 from remove_refusals.models.checkpoint import INDEX_FILE, SINGLE_FILE, checkpoint_tensors
 from remove_refusals.models.quantised import quantisation
 from remove_refusals.settings import DEMO
+
+if not hasattr(MoeCausalLMOutputWithPast, "image_outputs"):
+    # Llama 4 with its vision tower asks its language model's output for this, which it never has (Transformers 5.24).
+    setattr(MoeCausalLMOutputWithPast, "image_outputs", None)  # noqa: B010
 
 CARD = "README.md"
 """A model card's name in a directory or a repository."""
