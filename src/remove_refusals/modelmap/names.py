@@ -153,9 +153,14 @@ class StoredNames:
         rank = len(next(shapes[name] or () for name, own in group.tensors if own == pattern))
         self._axes[key] = None
         # Of a square tensor both may fit where the conversion transposes what does not: the same place comes first.
-        for candidate in sorted(range(rank), key=lambda one: rank - one != len(shape) - axis):
+        candidates = sorted(range(rank), key=lambda one: rank - one != len(shape) - axis)
+        # What is put together of tensors of the whole width, as an embedding of two, is wide where all of them are.
+        whole = (
+            one for one in candidates if all(size and size[one:][:1] == shape[axis:][:1] for size in shapes.values())
+        )
+        for candidate, every in (*((one, False) for one in candidates), *((one, True) for one in whole)):
             tensors = {
-                name: torch.empty(_doubled(size, candidate) if patterns == pattern else size, device="meta")
+                name: torch.empty(_doubled(size, candidate) if every or patterns == pattern else size, device="meta")
                 for (name, patterns), size in zip(group.tensors, shapes.values(), strict=True)
                 if size is not None
             }
