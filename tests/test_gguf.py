@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForImageTextToText
 
 import tiny_gguf
 import zoo
@@ -77,6 +78,20 @@ class TestNames:
             layer = next((site.layer for site in model_map.sites if writer in site.writers), None)
             assert layer is None or names[writer.parameter].startswith(f"blk.{layer}.")
             assert names[writer.parameter].endswith(".bias") == ("bias" in writer.parameter)
+
+    @pytest.mark.parametrize(
+        ("model_type", "architecture"),
+        [("mistral3", "mistral3"), ("llava", "llama"), ("smolvlm", "llama"), ("qwen3_vl", "qwen3vl")],
+    )
+    def test_a_model_around_a_language_model_has_the_architecture_that_the_package_knows(
+        self, model_type, architecture
+    ):
+        # Of Mistral 3 the whole, whose language model is a Mistral, of LLaVA the language model.
+        config = zoo.tiny_config(model_type)
+        model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval()
+        names, model_map = GgufNames(model), map_model(model)
+        found = names.of_writers(writer for site in model_map.sites for writer in site.writers)
+        assert names.architecture == architecture and found[model_map.input_embedding] == "token_embd.weight"
 
     def test_every_name_that_differs_is_an_architecture_of_the_package(self):
         known = {*gguf.MODEL_ARCH_NAMES.values()}

@@ -190,7 +190,7 @@ class GgufNames:
     def find(self, parameter: str) -> str | None:
         """Give a tensor's name in the GGUF file, by that in the model; None if there is no such tensor."""
         # What a model has before the language model's names is left out; a stack of experts has one name for all types.
-        own = re.sub(r"(^|\.)(language_model|transformer)\.", r"\1", parameter)
+        own = re.sub(r"(^|\.)(language_model|text_model|transformer)\.", r"\1", parameter)
         stacked = re.sub(r".*\blayers\.(\d+)\..*\bexperts\.(?:\d+\.)?", r"model.layers.\1.mlp.experts.", parameter)
         names = [parameter, own, re.sub(r"^model\.", "backbone.", own), stacked]
         if not self._experts:
