@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import zoo
-from remove_refusals.baking.disk import certify_directory
+from remove_refusals.baking.base import open_base
+from remove_refusals.baking.disk import bake, certify_directory
 from remove_refusals.directions.saved import save_direction
 from remove_refusals.errors import CheckpointError
 from remove_refusals.models.checkpoint import checkpoint_tensors, file_hashes
@@ -71,12 +72,13 @@ FP8 = {
     "tensor": ("scale", ALL, torch.float32, (1,), group(strategy="tensor")),
     "tensor, no axis": ("scale_inv", ALL, torch.bfloat16, (), {"weight_block_size": None}),
 }
+MIXTURE = {"moe_intermediate_size": INNER}
 NVFP4 = ("NVFP4", "NVFP4 of ModelOpt")
 
 
-def quantised(folder, kind, inner=INNER):
-    """Save a tiny Llama whose projections are quantised; give what each stands for."""
-    saved(folder, "llama", intermediate_size=inner)
+def quantised(folder, kind, inner=INNER, model_type="llama"):
+    """Save a tiny model whose projections are quantised; give what each stands for."""
+    saved(folder, model_type, intermediate_size=inner, **({} if model_type == "llama" else MIXTURE))
     path = folder / "base" / "model.safetensors"
     tensors, meant = load_file(path), {}
     for name in [name for name in tensors if name.endswith("_proj.weight")]:
@@ -104,6 +106,25 @@ def read(folder, name=NAME):
     config = json.loads((folder / "config.json").read_text())
     tensor = find_block_tensor(name, checkpoint_tensors(folder), fp8_block(config))
     return tensor, torch.cat(list(tensor.floats(1 << 30))).squeeze(0)
+
+
+@pytest.mark.parametrize("kind", ["blocks, BF16 scales", "rows", "NVFP4"])
+def test_experts_that_lie_one_by_one_are_edited_each(kind, tmp_path):
+    # Numbers that go into a layer have a scale of their own in some checkpoints, which stays.
+    quantised(tmp_path, kind, model_type="qwen3_moe")
+    path = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(path)
+    layers = [name.partition(".down_proj")[0] for name in tensors if ".down_proj" in name]
+    end = "input_global_scale" if kind == "NVFP4" else "input_scale"
+    save_file(
+        tensors | {f"{layer}.down_proj.{end}": torch.ones(1) for layer in layers}, path, metadata={"format": "pt"}
+    )
+    base = open_base(tmp_path / "base")
+    assert base.names.unexplained == ()
+    found = bake(base, taken_out(), tmp_path / "streamed")
+    blocks = [row for row in found.certificate.edited if row.requantising_alone is not None]
+    assert found.certificate.passed and len(blocks) == zoo.N_LAYERS * (4 + 1)
+    assert len({row.name for row in blocks}) == len(blocks) and max(row.share_left for row in blocks) < 0.04
 
 
 def bits(tensor):
