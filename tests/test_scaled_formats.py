@@ -274,13 +274,12 @@ def test_compressed_tensors_reads_the_same_numbers(kind, tmp_path):
 METHODS = ("awq", "gptq", "bitsandbytes", "exl3", "hqq", "aqlm", "auto-round", None)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(("nested", "method"), enumerate(METHODS))
 def test_what_cannot_be_edited_is_refused_by_config_alone(method, nested, command, tmp_path):
     # There is no other file that could be read.
     said = {"bits": 4, "group_size": 128} | ({"quant_method": method} if method else {})
     config = {"model_type": "llama", "quantization_config": said}
-    config = {"model_type": "llava", "text_config": config} if nested else config
+    config = {"model_type": "llava", "text_config": config} if nested % 2 else config
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text(json.dumps(config))
     save_direction(taken_out().directions[0], tmp_path / "taken.safetensors")
