@@ -16,6 +16,7 @@ import textwrap
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -305,6 +306,7 @@ def _concerns(name: str, staging: Path, target: Path) -> bool:
 _PACKAGES = ("remove-refusals", "torch", "transformers", "safetensors")
 
 
+@cache
 def versions() -> dict[str, str]:
     """Give the versions of Python and of the packages that decide a result; one that is not installed is absent."""
     found = {"python": platform.python_version()}
