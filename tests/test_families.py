@@ -17,9 +17,6 @@ from safetensors.torch import load_file, save_file
 import remove_refusals
 import zoo
 import zoo_wrappers
-from remove_refusals.directions.direction import direction_from_vectors
-from remove_refusals.directions.saved import save_direction
-from remove_refusals.types import DirectionOrigin
 from test_blockformats import INT4, in_fp8, in_int4
 
 DEMO = Path(remove_refusals.__file__).parent / "data" / "demo"
@@ -157,9 +154,6 @@ FAMILIES = {
 }
 """What builds each stand-in, with some of the tensors that an edit has to change."""
 
-ON_DISK = {kimi_k25}
-"""Formats that Transformers does not load on a CPU: the direction is given, and what it changes is on disk alone."""
-
 # Nothing but these changes: the embedding, an unembedding that is written beside it, and what layers add to the stream.
 WRITERS = re.compile(
     r"^(thinker\.)?((language_)?model\.)+(embed_tokens|layers\.[01]\..*"
@@ -174,11 +168,8 @@ def test_the_whole_way(family, tmp_path, command, inputs):
     looked = command("inspect", base)
     assert looked.code == 0 and "exact" in looked.out, looked.err
     direction, baked, ran = (tmp_path / name for name in ("direction.safetensors", "baked", "ran"))
-    if family in ON_DISK:
-        save_direction(direction_of(zoo.D_MODEL), direction)
-    else:
-        found = command("direction", base, *inputs.train, "-o", direction)
-        assert found.code == 0, found.err
+    found = command("direction", base, *inputs.train, "-o", direction)
+    assert found.code == 0, found.err
     edited = command("bake", base, "--direction", direction, "-o", baked)
     assert edited.code == 0, edited.err
     certified = command("certify", baked, "--base", base)
@@ -188,16 +179,9 @@ def test_the_whole_way(family, tmp_path, command, inputs):
     changed = {name for name, tensor in before.items() if not torch.equal(bits(tensor), bits(after[name]))}
     assert changed >= FAMILIES[family]
     assert [name for name in changed if not WRITERS.match(name)] == []
-    if family in ON_DISK:
-        return
     whole = command("run", base, *inputs.train, *inputs.test, "--select", "none", "-o", ran)
     assert whole.code == 0, whole.err
     assert load_file(ran / "model.safetensors").keys() == before.keys()
-
-
-def direction_of(d_model):
-    vector = torch.randn(d_model, generator=torch.Generator().manual_seed(3))
-    return direction_from_vectors(vector, DirectionOrigin(method="given"))
 
 
 def bits(tensor):

@@ -20,7 +20,16 @@ from transformers.utils import cached_file
 from remove_refusals.errors import ModelError, require_package
 from remove_refusals.files import read_json
 from remove_refusals.models.checkpoint import FLOAT_DTYPES, INDEX_FILE, SINGLE_FILE, checkpoint_tensors
-from remove_refusals.models.source import check_complete, explained, find_source, model_source, quiet, read_config
+from remove_refusals.models.quantised import quantisation
+from remove_refusals.models.source import (
+    ModelChoice,
+    check_complete,
+    explained,
+    find_source,
+    model_source,
+    quiet,
+    read_config,
+)
 from remove_refusals.settings import ChatFormat, LoadSettings
 
 
@@ -207,18 +216,11 @@ def load_model(
     with quiet(bars=Path(name).is_dir()), explained(f"The model {name}"):
         chosen = read_config(name, access, settings.trust_remote_code)
         saved = saved_dtype(name, chosen.described)
-        in_bits = 4 if settings.load_in_4bit else 8 if settings.load_in_8bit else None
-        quantised = in_bits is not None or "quantization_config" in chosen.described
+        is_quantised, options = _quantisation(settings, chosen, where, wanted or saved or torch.float32)
+        places |= options
         # Float32 holds bfloat16 and float16 values exactly.
-        if wanted is None and where.type == "cpu" and settings.device_map is None and not quantised:
+        if wanted is None and where.type == "cpu" and settings.device_map is None and not is_quantised:
             wanted = torch.float32
-        if in_bits is not None:
-            require_package("bitsandbytes", "4bit", f"{in_bits}-bit loading", ModelError)
-            # It says of every layer in every pass that 8 bits are made of float16.
-            logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-            four_bit = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": wanted or saved or torch.float32}
-            kind = {"load_in_8bit": True} if in_bits == 8 else {"load_in_4bit": True, **four_bit}
-            places["quantization_config"] = BitsAndBytesConfig(**kind)
         if tokenizer is None:
             tokenizer = _load_tokenizer(name, **access)
         elif isinstance(tokenizer, str | Path):
@@ -244,6 +246,28 @@ def load_model(
         chat=chat or ChatFormat(),
         batch_size=batch_size,
     )
+
+
+def _quantisation(
+    settings: LoadSettings, chosen: ModelChoice, where: torch.device, dtype: torch.dtype
+) -> tuple[bool, dict[str, Any]]:
+    """Say whether the weights are quantised, in the files or by loading them, and what `from_pretrained` then needs."""
+    method = quantisation(chosen.described).get("quant_method")
+    if method == "compressed-tensors":
+        require_package("compressed_tensors", "compressed", "The format compressed-tensors", ModelError)
+        if where.type == "cpu":
+            # Its own modules hold no fused experts, and are no quicker here.
+            held = getattr(chosen.config, "quantization_config", None)
+            (held or chosen.config.get_text_config(decoder=True).quantization_config)["dequantize"] = True
+    in_bits = 4 if settings.load_in_4bit else 8 if settings.load_in_8bit else None
+    if in_bits is None:
+        return method is not None, {}
+    require_package("bitsandbytes", "4bit", f"{in_bits}-bit loading", ModelError)
+    # It says of every layer in every pass that 8 bits are made of float16.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    four_bit = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+    kind = {"load_in_8bit": True} if in_bits == 8 else {"load_in_4bit": True, **four_bit}
+    return True, {"quantization_config": BitsAndBytesConfig(**kind)}
 
 
 def _load_tokenizer(name: str, *, trust_remote_code: bool = False, **access: Any) -> Tokenizer:
