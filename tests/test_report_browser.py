@@ -57,7 +57,7 @@ def address(tmp_path_factory):
 def examined(tmp_path_factory):
     """The page of a mixture of experts that was looked at, without answers."""
     model, seen = (tmp_path_factory.mktemp("experts") / name for name in ("model", "seen"))
-    zoo.build("mixtral").save_pretrained(model)
+    zoo.build("mixtral", max_position_embeddings=512).save_pretrained(model)
     tiny.tokenizer().save_pretrained(model)
     analyze(RunSettings(model=str(model), direction=DirectionSettings(seed=1)), seen, answers=False)
     return (seen / "report.html").as_uri()
