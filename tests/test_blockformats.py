@@ -14,7 +14,7 @@ from remove_refusals.baking.disk import certify_directory
 from remove_refusals.directions.hooks import ablated
 from remove_refusals.errors import CheckpointError
 from remove_refusals.models.checkpoint import checkpoint_tensors, file_hashes
-from remove_refusals.models.quantised import find_block_tensor
+from remove_refusals.models.quantised import FP8_BLOCK, find_block_tensor
 from streaming import saved, streamed, taken_out
 
 FP8 = torch.float8_e4m3fn
@@ -164,7 +164,7 @@ def test_what_is_not_edited_keeps_its_bits(model_type, tmp_path):
     quantised(tmp_path, model_type)
     stored = checkpoint_tensors(tmp_path / "base")
     inner = "experts.down_proj" if model_type == "gpt_oss" else "down_proj.weight"
-    tensor = find_block_tensor(f"model.layers.1.mlp.{inner}", stored)
+    tensor = find_block_tensor(f"model.layers.1.mlp.{inner}", stored, FP8_BLOCK)
     original = [load_file(tmp_path / "base" / "model.safetensors")[name] for name in tensor.names]
     values = torch.cat(list(tensor.floats(1 << 30)))
     codes, scales = tensor.rounded(values, original[1].view(-1, *original[1].shape[-2:]), torch.randn(zoo.D_MODEL))
@@ -215,7 +215,7 @@ def test_compressed_tensors_reads_the_same_numbers(tmp_path):
         tensors = load_file(tmp_path / part / "model.safetensors")
         state = {f"weight_{kind}": tensors[f"{name}_{kind}"] for kind in INT4_PARTS}
         theirs = compressors.PackedQuantizationCompressor.decompress(state, scheme)["weight"]
-        tensor = find_block_tensor(name, checkpoint_tensors(tmp_path / part))
+        tensor = find_block_tensor(name, checkpoint_tensors(tmp_path / part), FP8_BLOCK)
         ours = torch.cat(list(tensor.floats(1 << 30))).squeeze(0)
         assert torch.equal(ours.to(theirs.dtype), theirs)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "streamed", dtype=torch.float32).eval()

@@ -12,6 +12,7 @@ from remove_refusals.baking.base import open_base
 from remove_refusals.baking.disk import bake, certify_directory
 from remove_refusals.directions.saved import save_direction
 from remove_refusals.errors import CheckpointError
+from remove_refusals.examination import inspect
 from remove_refusals.models.checkpoint import checkpoint_tensors, file_hashes
 from remove_refusals.models.quantised import find_block_tensor, fp8_block
 from streaming import saved, streamed, taken_out
@@ -149,6 +150,14 @@ def test_a_quantised_checkpoint_keeps_its_format_and_loses_the_direction(kind, t
     assert not any(name.endswith(("_global_scale", "_scale_2")) for name in changed)
     assert all(("o_proj" in name or "down_proj" in name or "embed" in name) for name in changed)
     assert certify_directory(found.directory, str(tmp_path / "base")).passed
+
+
+@pytest.mark.parametrize("kind", ["small blocks", "large blocks", "blocks of compressed-tensors", "rows", "NVFP4"])
+def test_inspect_names_the_format_whatever_shares_a_scale(kind, tmp_path):
+    quantised(tmp_path, kind)
+    found = [row for row in inspect(str(tmp_path / "base")).writers if row.site != "embedding"]
+    assert len(found) == 2 * zoo.N_LAYERS and not any(row.missing for row in found)
+    assert all((row.dtype or "").startswith("NVFP4" if kind == "NVFP4" else "FP8 e4m3") for row in found)
 
 
 @pytest.mark.parametrize("kind", ["small blocks", "rows", "tensor", "NVFP4"])

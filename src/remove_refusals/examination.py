@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from remove_refusals.baking import Base
+from remove_refusals.baking import Base, described
 from remove_refusals.directions import (
     MOST_PROMPTS,
     ablated,
@@ -33,6 +33,7 @@ from remove_refusals.models import (
     Place,
     checkpoint_tensors,
     find_block_tensor,
+    fp8_block,
     load_model,
     local_directory,
     opened,
@@ -216,11 +217,12 @@ def inspect(source: str, *, revision: str | None = None, trust_remote_code: bool
     at_hand = directory is not None and any(directory.glob("*.safetensors"))
     base = Base(model, source, revision, directory if at_hand else None).as_stored()
     model_map, stored = base.model_map, checkpoint_tensors(base.files) if at_hand else {}
+    shared = fp8_block(described(directory))
     writers = []
     for site, writer in ((found, writer) for found in model_map.sites for writer in found.writers):
         tensors = base.names.tensors(writer.parameter, writer.axis)
         for tensor in tensors or (DiskTensor(writer.parameter, writer.axis),):
-            block = find_block_tensor(tensor.name, stored)
+            block = find_block_tensor(tensor.name, stored, shared)
             entry = stored[tensor.name][1] if tensor.name in stored else None
             row = InspectedWriter(
                 site=site.kind,

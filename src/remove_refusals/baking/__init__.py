@@ -1,6 +1,6 @@
 """What an edit leaves: a checkpoint edited file by file with its certificate, adapters, or an edit in memory."""
 
-from remove_refusals.baking.base import Base, base_of, check_not_source, load_intervention, open_base
+from remove_refusals.baking.base import Base, base_of, check_not_source, described, load_intervention, open_base
 from remove_refusals.baking.disk import Baked, bake, certify_directory, with_boundaries, write_baked
 from remove_refusals.baking.gguf import bake_gguf_lora
 from remove_refusals.baking.lora import bake_lora
@@ -16,6 +16,7 @@ __all__ = [
     "base_of",
     "certify_directory",
     "check_not_source",
+    "described",
     "load_edited",
     "load_intervention",
     "open_base",

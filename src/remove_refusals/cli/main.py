@@ -101,7 +101,7 @@ def main() -> None:
     # Importing torch and Transformers makes millions of objects that stay; with Python's own thresholds a fifth of
     # the time goes into looking through them again and again for garbage.
     gc.set_threshold(50_000, 20, 20)
-    # Its remarks on kernels that are not installed are none of the user's business.
+    # Transformers remarks on each kernel that is not installed, which says nothing of the job.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     app()
 

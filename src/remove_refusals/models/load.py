@@ -256,7 +256,7 @@ def _quantisation(
     if method == "compressed-tensors":
         require_package("compressed_tensors", "compressed", "The format compressed-tensors", ModelError)
         if where.type == "cpu":
-            # Its own modules hold no fused experts, and are no quicker here.
+            # Its own modules have no place for fused experts.
             held = getattr(chosen.config, "quantization_config", None)
             (held or chosen.config.get_text_config(decoder=True).quantization_config)["dequantize"] = True
     in_bits = 4 if settings.load_in_4bit else 8 if settings.load_in_8bit else None

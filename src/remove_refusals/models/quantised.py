@@ -290,7 +290,7 @@ def fp8_block(config: Mapping[str, Any]) -> tuple[int, int]:
     return next(((int(size[0]), int(size[1])) for size in sizes if isinstance(size, list)), FP8_BLOCK)
 
 
-def find_block_tensor(name: str, stored: Mapping[str, Place], block: tuple[int, int] = FP8_BLOCK) -> BlockTensor | None:
+def find_block_tensor(name: str, stored: Mapping[str, Place], block: tuple[int, int]) -> BlockTensor | None:
     """Look among a checkpoint's tensors for a quantised one, by the name that the unquantised one would have.
 
     `block` is how many rows and columns of FP8 share a scale, where blocks do.
