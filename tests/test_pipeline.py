@@ -96,19 +96,28 @@ def test_the_same_seed_gives_the_same_files(settings, tmp_path):
         assert (first / name).read_bytes() == (second / name).read_bytes()
 
 
-def test_a_killed_run_goes_on_and_one_that_ends_leaves_no_journal(settings, tmp_path):
+def test_a_second_model_gives_the_same_numbers(settings, tmp_path):
+    one, other = (
+        run(settings.model_copy(update={"from_files": afresh}), tmp_path / str(afresh)) for afresh in (False, True)
+    )
+    assert one.evaluation.model_copy(update={"edited": other.evaluation.edited}) == other.evaluation
+    assert one.baked.certificate == other.baked.certificate and one.baked.certificate.boundaries is not None
+
+
+@pytest.mark.parametrize(("n_answers", "n_kept"), [(7, 2), (14, 5)])
+def test_a_killed_run_goes_on_and_one_that_ends_leaves_no_journal(settings, tmp_path, n_answers, n_kept):
     def kill(stage, done, total):
-        if stage == "evaluation" and done == 7:
+        if stage == "evaluation" and done == n_answers:
             raise KeyboardInterrupt
 
     out, journal = tmp_path / "out", tmp_path / ".out.journal"
     with pytest.raises(KeyboardInterrupt):
         run(settings, out, progress=Progress(kill))
     assert not out.exists()
-    assert len((journal / STAGES).read_text().splitlines()) == 2
+    assert len((journal / STAGES).read_text().splitlines()) == n_kept
     seen = []
     run(settings, out, progress=Progress(lambda stage, done, total: seen.append((stage, done))))
-    assert min(done for stage, done in seen if stage == "evaluation") == 7
+    assert min(done for stage, done in seen if stage == "evaluation") == n_answers
     assert not list(tmp_path.glob(".*"))
     run(settings, tmp_path / "undisturbed")
     for name in ("model.safetensors", "rows.jsonl", "selection.json"):

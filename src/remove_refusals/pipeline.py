@@ -7,7 +7,15 @@ from pathlib import Path
 
 from pydantic import ConfigDict, ValidationError, computed_field
 
-from remove_refusals.baking import Baked, base_of, check_not_source, load_edited, with_boundaries, write_baked
+from remove_refusals.baking import (
+    Baked,
+    base_of,
+    check_not_source,
+    load_changed,
+    load_edited,
+    with_boundaries,
+    write_baked,
+)
 from remove_refusals.directions import (
     FoundDirection,
     as_intervention,
@@ -83,9 +91,10 @@ def run(
 ) -> RunResult:
     """Do the whole job and leave a directory with the edited model, all that was beside it, its records and its card.
 
-    The final numbers are measured on the saved files, loaded afresh. What is done is kept beside the output, in a
-    directory whose name is a dot, the output's name and `.journal`; a run that was killed goes on from there when it is
-    called again, and one that ends, well or with an error, removes it.
+    The final numbers are measured on the saved files: what the edit changed is read back from them, and the rest, which
+    the certificate says is the base's byte for byte, stays as it is in memory. What is done is kept beside the output,
+    in a directory whose name is a dot, the output's name and `.journal`; a run that was killed goes on from there when
+    it is called again, and one that ends, well or with an error, removes it.
 
     Args:
         settings: What to do.
@@ -167,8 +176,10 @@ def _run_into(
     base = base_of(loaded)
     plan = base.plan(choice.intervention, edit)
     baked = write_baked(base, choice.intervention, plan, directory, progress=progress)
-    local = settings.loading.model_copy(update={"revision": None})
-    edited = load_model(str(directory), local, chat=settings.chat, batch_size=settings.batch_size)
+    edited = None if settings.from_files else load_changed(loaded, base, plan, directory)
+    if edited is None:
+        local = settings.loading.model_copy(update={"revision": None})
+        edited = load_model(str(directory), local, chat=settings.chat, batch_size=settings.batch_size)
     baked = with_boundaries(baked, edited, choice.intervention)
     evaluation = evaluate(
         loaded,

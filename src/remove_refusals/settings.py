@@ -345,6 +345,7 @@ class RunSettings(Settings):
     select: SelectSettings | None = SelectSettings()
     edit: EditSettings = EditSettings()
     measure: MeasureSettings = MeasureSettings()
+    from_files: bool = setting(False, "Measure the saved files loaded as a second model.")
 
     @property
     def says_what_to_take_out(self) -> bool:

@@ -4,7 +4,7 @@ from remove_refusals.baking.base import Base, base_of, check_not_source, describ
 from remove_refusals.baking.disk import Baked, bake, certify_directory, with_boundaries, write_baked
 from remove_refusals.baking.gguf import bake_gguf_lora
 from remove_refusals.baking.lora import bake_lora
-from remove_refusals.baking.memory import bake_in_place, load_edited
+from remove_refusals.baking.memory import bake_in_place, load_changed, load_edited
 
 __all__ = [
     "Baked",
@@ -17,6 +17,7 @@ __all__ = [
     "certify_directory",
     "check_not_source",
     "described",
+    "load_changed",
     "load_edited",
     "load_intervention",
     "open_base",

@@ -4,11 +4,12 @@ import json
 import os
 import pickle
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,6 +36,8 @@ from remove_refusals.models import (
     check_editable,
     checkpoint_tensors,
     file_hashes,
+    find_block_tensor,
+    fp8_block,
     licence_fields,
     local_directory,
     model_source,
@@ -141,21 +144,38 @@ class Base:
         if self.directory is None:
             return own.detach()
         names = self.names.of(parameter)
-        found = {name: self.stored[name] for name in names if name in self.stored}
+        found = {name: part for name in names if (part := self._read(name)) is not None}
         if not names or len(found) < len(names):
             raise CheckpointError(
-                f"The checkpoint {self.directory} has no tensor that holds parameter '{parameter}' in full precision, "
-                "expected one; use an unquantised checkpoint as `save_pretrained` writes it."
+                f"The checkpoint {self.directory} has no tensor that holds parameter '{parameter}' in a format that is "
+                "known, expected one; use an unquantised checkpoint as `save_pretrained` writes it."
             )
-        parts = {name: one if isinstance(one, torch.Tensor) else read_tensor(*one) for name, one in found.items()}
-        whole = self.names.load(parameter, parts)
+        whole = self.names.load(parameter, found)
         if whole.shape != own.shape:
             raise CheckpointError(
-                f"The checkpoint {self.directory} has {len(parts)} tensors for parameter '{parameter}', of the shapes "
-                f"{[tuple(part.shape) for part in parts.values()]}, expected {tuple(own.shape)} together; check that "
+                f"The checkpoint {self.directory} has {len(found)} tensors for parameter '{parameter}', of the shapes "
+                f"{[tuple(part.shape) for part in found.values()]}, expected {tuple(own.shape)} together; check that "
                 "config.json and weights belong together."
             )
         return whole
+
+    def _read(self, name: str) -> torch.Tensor | None:
+        """Read a tensor of the files whole, as floats where blocks of its numbers share a scale."""
+        held = self.stored.get(name)
+        if isinstance(held, torch.Tensor):
+            return held
+        places = cast("Mapping[str, Place]", self.stored)
+        block = find_block_tensor(name, places, self._fp8_block)
+        if block is None:
+            return None if held is None else read_tensor(*held)
+        (floats,) = block.floats(sys.maxsize)
+        # Transformers turns MXFP4's experts round.
+        return floats.mT.contiguous() if block.dtype == "MXFP4" else floats.squeeze(0)
+
+    @cached_property
+    def _fp8_block(self) -> tuple[int, int]:
+        """How many rows and columns of FP8 share a scale."""
+        return fp8_block(described(self.directory))
 
     def plan(self, intervention: Intervention, settings: EditSettings | None = None) -> EditPlan:
         """Resolve an intervention against it; an embedding that the files hold twice is edited as they hold it."""
@@ -197,6 +217,13 @@ class Base:
                 if not self._names_of(aliases) and len(stored) == 1:
                     added[name_for(self._apart, aliases[0])] = Copy(stored[0], edited)
         return added
+
+    def places(self, plan: EditPlan, parameter: str) -> tuple[str, ...]:
+        """Name every place of a parameter in the model where a plan edits it, which leaves out what it unties."""
+        own = self.model.get_parameter(parameter)
+        named = self.model.named_parameters(remove_duplicate=False)
+        kept = (aliases for group in self._tied_parameters if plan.untie for aliases in group if parameter in aliases)
+        return next(kept, tuple(name for name, value in named if value is own))
 
     def _names_of(self, aliases: tuple[str, ...]) -> tuple[str, ...]:
         return next((names for names in map(self.names.of, aliases) if names), ())

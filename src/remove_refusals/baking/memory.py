@@ -1,5 +1,6 @@
-"""Edits of a model in memory, which write no files: the formula in its parameters, or an adapter merged into them."""
+"""Edited models in memory: by the formula in their parameters, from saved files, or with an adapter merged."""
 
+import copy
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -8,9 +9,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from remove_refusals.baking.base import has_weights
+from remove_refusals.baking.base import Base, has_weights
 from remove_refusals.directions import EditPlan, PlanEntry, resolve
-from remove_refusals.errors import ModelError, OutputError, require_package
+from remove_refusals.errors import CheckpointError, ModelError, OutputError, require_package
 from remove_refusals.formula import project_out
 from remove_refusals.modelmap import map_model
 from remove_refusals.models import LoadedModel, load_model
@@ -52,6 +53,34 @@ def untie(model: PreTrainedModel) -> None:
         head.weight = torch.nn.Parameter(head.weight.detach().clone())
         for config in (model.config, model.config.get_text_config(decoder=True)):
             config.tie_word_embeddings = False
+
+
+def load_changed(loaded: LoadedModel, base: Base, plan: EditPlan, directory: Path) -> LoadedModel | None:
+    """Give the saved edit of a loaded model as loading its files does, but read from them only what the plan changes.
+
+    All else is the base's own memory, which the certificate says the files agree with. None where the base is not
+    whole in one place, or its own files, read in the same way, do not give what is in memory.
+    """
+    model = loaded.model
+    devices = set(getattr(model, "hf_device_map", {}).values())
+    if loaded.is_offloaded or len(devices) > 1 or getattr(model.config, "quantization_config", None) is not None:
+        return None
+    saved = replace(base, directory=directory, converted=None)
+    # `deepcopy` takes from here what it is not to copy.
+    edited = copy.deepcopy(model, {id(value): value for value in (*model.parameters(), *model.buffers())})
+    for entry in plan.entries:
+        own = model.get_parameter(entry.parameter)
+        try:
+            before, after = (one.tensor(entry.parameter).to(own.device, own.dtype) for one in (base, saved))
+        except CheckpointError:
+            return None
+        if not torch.equal(before, own):
+            return None
+        read = torch.nn.Parameter(after, requires_grad=own.requires_grad)
+        for place in base.places(plan, entry.parameter):
+            owner, _, attribute = place.rpartition(".")
+            setattr(edited.get_submodule(owner), attribute, read)
+    return replace(loaded, model=edited, source=str(directory), revision=None)
 
 
 def is_adapter(source: str | Path) -> bool:
