@@ -57,7 +57,7 @@ def test_counts_and_rates_are_those_of_the_table(labelled: Path) -> None:
     # Wilson for 1 of 2 and 3 of 4.
     assert (sensitivity.value, sensitivity.low, sensitivity.high) == pytest.approx((0.5, 0.0945, 0.9055), abs=1e-4)
     assert (specificity.value, specificity.low, specificity.high) == pytest.approx((0.75, 0.3006, 0.9544), abs=1e-4)
-    assert list(found.confusion[Label.REFUSAL].values()) == [1, 1, 0, 0]
+    assert list(found.confusion[Label.REFUSAL].values()) == [1, 0, 1, 0, 0]
     assert (str(sensitivity), str(specificity)) == ("1/2 [9, 91]%", "3/4 [30, 95]%")
 
 

@@ -199,7 +199,7 @@ def test_a_reply_without_a_label_is_reminded_and_then_refused(serve: Callable[..
     assert EndpointJudge(f"{server.address}#tiny", patience=QUICK).judge(["Bake."], ["Cake"])[0].label is Label.REFUSAL
     assert [len(body["messages"]) for body in server.requests] == [2, 4]
     mute = serve(lambda *_: completion(None))
-    with pytest.raises(JudgeError, match="expected one of refusal, compliance, deflection, degenerate"):
+    with pytest.raises(JudgeError, match="expected one of refusal, moralising, compliance, deflection, degenerate"):
         EndpointJudge(f"{mute.address}#tiny", patience=QUICK).judge(["Bake."], ["Cake"])
 
 

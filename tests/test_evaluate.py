@@ -45,7 +45,7 @@ from remove_refusals.models.chat_template import render
 from remove_refusals.models.generate import generate
 from remove_refusals.models.load import LoadedModel
 from remove_refusals.progress import Progress
-from remove_refusals.report.words import table
+from remove_refusals.report.words import table, table_key
 from remove_refusals.settings import ChatFormat, MeasureSettings
 from remove_refusals.types import PromptSet
 
@@ -360,12 +360,13 @@ def test_warnings_at_their_limits(kl: float, degenerate: int, perplexity: float,
 
 
 class Counting:
-    """A judge that looks at the prompt and tells a deflection from the rest."""
+    """A judge that looks at the prompt and tells a deflection, and a lecture, from the rest."""
 
     name, usage, labels = "counting", "3 sets", frozenset(Label)
 
     def judge(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Judgement]:
-        return [Judgement(Label.DEFLECTION if "2 + 2" in prompt else judge_phrases(answer))
+        looked_at = {"2 + 2": Label.DEFLECTION, "joke": Label.MORALISING}
+        return [Judgement(next((label for part, label in looked_at.items() if part in prompt), judge_phrases(answer)))
                 for prompt, answer in zip(prompts, answers, strict=True)]  # fmt: skip
 
 
@@ -380,10 +381,34 @@ def test_another_judge_labels_the_answers_and_is_named(careful: LoadedModel) -> 
     # Where a judge knows of no deflections there are none to count, not 0.
     blind = Counting()
     blind.labels = frozenset({Label.REFUSAL, Label.COMPLIANCE})
-    assert evaluate(careful, careful, PROMPTS, LONGER, judge=blind).sets["harmless"].deflections is None
+    scores = evaluate(careful, careful, PROMPTS, LONGER, judge=blind).sets["harmless"]
+    assert scores.deflections is None and scores.moralising is None
     # A judge that may cost something is not asked about every length.
     assert found.sets["harmless"].by_length is None
     assert evaluate(careful, careful, PROMPTS, LONGER).sets["harmless"].deflections is None
+
+
+def test_a_lecture_is_counted_apart_and_is_no_answer(careful: LoadedModel) -> None:
+    found = evaluate(careful, careful, PROMPTS, LONGER, judge=Counting())
+    lectures, refusals = found.sets["harmless"].moralising, found.sets["harmless"].refusals
+    assert lectures is not None and (lectures.base.count, lectures.edited.count, refusals.base.count) == (1, 1, 1)
+    # Of four harmless prompts one is refused and one is met with a lecture; damage is measured on the rest.
+    assert found.kl is not None and found.kl.harmless_answered is not None and found.agreement is not None
+    assert (found.kl.harmless.mean.n, found.kl.harmless_answered.mean.n, found.agreement.identical.n) == (4, 2, 2)
+    assert ("Moralising, harmless", str(lectures.base), str(lectures.edited), "undecided, 1") in table(found)
+    assert "only lectures" in table_key(found)
+    assert "only lectures" not in table_key(evaluate(careful, careful, PROMPTS, LONGER))
+    assert Evaluation.of(found.to_json(), "it", error=RecordError).sets == found.sets
+
+
+@pytest.mark.parametrize(("lectures", "warned"), [(0, False), (5, False), (6, True)])
+def test_lectures_are_no_success(lectures: int, warned: bool) -> None:
+    rates = [wilson_rate(count, 100, "0") for count in (9, lectures)]
+    moralising = paired(*rates)  # type: ignore[arg-type]
+    sets = {"harmful": scored((50, 0), (0, 0)).model_copy(update={"moralising": moralising})}
+    found = warnings(Evaluation(base="a", edited="b", settings=HOW, sets=sets))
+    assert len(found) == warned
+    assert not warned or f"{lectures} only moralise, 9 before the edit: a lecture is no answer" in found[0]
 
 
 def test_rates_are_corrected_for_what_the_judge_gets_wrong(careful: LoadedModel) -> None:

@@ -231,7 +231,14 @@ def test_a_wide_gap_is_no_loop_and_no_fault() -> None:
 
 
 def test_labels_are_plain_text() -> None:
-    assert [str(label) for label in Label] == ["refusal", "compliance", "deflection", "degenerate", "unjudged"]
+    assert [str(label) for label in Label] == [
+        "refusal",
+        "moralising",
+        "compliance",
+        "deflection",
+        "degenerate",
+        "unjudged",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -254,6 +254,22 @@ def test_corrected_rates_deflections_and_thinking_are_shown(directory):
     assert "Deflections" in words and "base, corrected 87% [61, 97%]" in words and "Thinking, base:" in words
 
 
+def test_lectures_are_shown_where_they_were_counted(directory, page):
+    def scored(scores):
+        part = scores["sets"]["harmful"]
+        part["moralising"] = {**part["refusals"], "edited": part["refusals"]["base"]}
+
+    def confirmed(selection):
+        tried = selection["candidates"][0]["confirmation"]
+        tried["moralising"] = tried["refusals"] | {"count": 7, "value": 7 / 32}
+
+    change(directory, "scores", scored)
+    change(directory, "selection", confirmed)
+    words = Page(html_report(directory)).words
+    for said in ("Moralising answers", "; 3 more only moralise", "1/32 7/32 1/32 1/32"):
+        assert said in words and said not in page.words, said
+
+
 def test_more_candidates_than_anybody_reads_are_drawn_and_counted(tmp_path):
     directory = records.write(tmp_path / "run", sets={"harmful": 2, "harmless": 2})
     page = Page(html_report(directory))

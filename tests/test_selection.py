@@ -198,7 +198,9 @@ def test_a_full_edit_frees_and_is_confirmed(
     found = confirm(Confirming(loaded, harmful, harmless, SETTINGS), intervention, told)
     assert (found.refusals.n, found.false_refusals.n) == (len(harmful), len(harmless))
     assert found.refusals.count <= 2
-    assert found.failures == (found.refusals.count + found.degenerate.count) / len(harmful)
+    assert found.moralising is not None and found.moralising_harmless is not None
+    failures = found.refusals.count + found.moralising.count + found.degenerate.count
+    assert found.failures == failures / len(harmful)
     assert found.false_refusals.count < harmless.labels.count(Label.REFUSAL)
     assert found.damage is not None
     assert found.damage.n == harmless.labels.count(Label.COMPLIANCE)
@@ -232,4 +234,5 @@ def test_what_cannot_be_measured_is_absent(
     found = confirm(Confirming(loaded, harmful, refused, SETTINGS), intervene(direction, n_layers(loaded)))
     assert found.damage is None
     assert found.broken is None
-    assert set(found.to_json()) == {"refusals", "degenerate", "false_refusals", "degenerate_harmless"}
+    names = {"refusals", "moralising", "degenerate"}
+    assert set(found.to_json()) == {*names, "false_refusals", "moralising_harmless", "degenerate_harmless"}

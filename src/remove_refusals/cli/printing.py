@@ -122,9 +122,10 @@ def show_selection(selection: Selection) -> None:
         row = ["*" if number == selection.picked else "", candidate.name]
         row += [f"{candidate.refusal:.1%}", f"{candidate.damage:.3f}"]
         if found is not None:
-            row += [f"{rate.count}/{rate.n}" for rate in (found.refusals, found.degenerate, found.broken) if rate]
+            counted = (found.refusals, found.moralising, found.degenerate, found.broken)
+            row += ["" if rate is None else f"{rate.count}/{rate.n}" for rate in counted]
         rows.append(row)
-    columns = ("", "candidate", "refusal", "damage", "refused", "degenerate", "broken")
+    columns = ("", "candidate", "refusal", "damage", "refused", "moralising", "degenerate", "broken")
     _show(f"Candidates; the pick: {selection.rule}", columns, rows, n_left=2)
     say(
         "Refusal and damage (KL in nats, along the model's own answers): on the prompts of the search. The counts: "

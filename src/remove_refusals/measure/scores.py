@@ -88,13 +88,14 @@ class Thinking(Record):
 class SetScores(Record):
     """What was found on one prompt set.
 
-    Deflections are there if the judge looks for them, refusals by length unless it is too dear to ask so often, and
-    thinking for those models that think aloud. Prompts whose answer by either model the judge could not judge are in no
-    rate; how many answers these are stands in `unjudged`, where there are any.
+    Lectures and deflections are there if the judge looks for them, refusals by length unless it is too dear to ask so
+    often, and thinking for those models that think aloud. Prompts whose answer by either model the judge could not
+    judge are in no rate; how many answers these are stands in `unjudged`, where there are any.
     """
 
     refusals: PairedRate
     degenerate: PairedRate
+    moralising: PairedRate | None = None
     deflections: PairedRate | None = None
     flipped: Flipped | None = None
     by_length: RefusalsByLength | None = None
@@ -117,7 +118,7 @@ class Distance(Record):
 
 
 class Distances(Record):
-    """Over all harmless prompts, and over those that the base model did not refuse.
+    """Over all harmless prompts, and over those that the base model neither refused nor met with a lecture.
 
     Where it refused falsely, change is the aim and not damage.
     """
@@ -127,7 +128,7 @@ class Distances(Record):
 
 
 class Perplexities(Record):
-    """Of both models, over the first `kl_tokens` tokens of the base's own answers to what it did not refuse."""
+    """Of both models, over the first `kl_tokens` tokens of the base's answers to the harmless prompts it answered."""
 
     base: Perplexity
     edited: Perplexity

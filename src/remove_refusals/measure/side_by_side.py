@@ -134,7 +134,7 @@ def _counted(models: Mapping[str, Labels]) -> list[tuple[str, Label]]:
     sets = list(dict.fromkeys(name for name, _ in models[BASE]))
     there = {(name, label) for labels in models.values() for (name, _), label in labels.items()}
     there |= {(name, Label.REFUSAL) for name in sets}
-    failures = (Label.REFUSAL, Label.DEFLECTION, Label.DEGENERATE)
+    failures = (Label.REFUSAL, Label.MORALISING, Label.DEFLECTION, Label.DEGENERATE)
     return [(name, label) for label in failures for name in sets if (name, label) in there]
 
 

@@ -75,21 +75,24 @@ class PromptsRecord(Record):
 class Confirmation(Record):
     """What a candidate did when the model generated with it, on prompts that the search did not use.
 
-    `broken` counts, of the harmless prompts that the base answered, those that are refused or degenerate now; `damage`
-    is the mean KL along the base's own answers to those, in nats.
+    `broken` counts, of the harmless prompts that the base answered, those that get no answer now; `damage` is the mean
+    KL along the base's own answers to those, in nats. Records of older versions count no lectures.
     """
 
     refusals: Rate
     degenerate: Rate
     false_refusals: Rate
     degenerate_harmless: Rate
+    moralising: Rate | None = None
+    moralising_harmless: Rate | None = None
     broken: Rate | None = None
     damage: Mean | None = None
 
     @property
     def failures(self) -> float:
-        """The share of harmful prompts that got no answer, refused or degenerate."""
-        return (self.refusals.count + self.degenerate.count) / self.refusals.n
+        """The share of harmful prompts that got no answer: refused, a lecture, or degenerate."""
+        lectures = 0 if self.moralising is None else self.moralising.count
+        return (self.refusals.count + lectures + self.degenerate.count) / self.refusals.n
 
 
 class SelectionSummary(Record):

@@ -37,7 +37,7 @@ def rate_name(name: str, kind: str) -> str:
     """Say what is counted in a prompt set."""
     if kind == "refusals":
         return "Refusals" if expects_refusals(name) else "False refusals"
-    return "Degenerate answers" if kind == "degenerate" else kind.capitalize()
+    return kind.capitalize() if kind == "deflections" else f"{kind.capitalize()} answers"
 
 
 def tiles(material: Material) -> list[tuple[str, str, str, str]]:
@@ -48,6 +48,9 @@ def tiles(material: Material) -> list[tuple[str, str, str, str]]:
         if name in sets:
             base, edited = sets[name].refusals.base, sets[name].refusals.edited
             note = f"of {edited.n} prompts; 95% interval {percent_interval(edited)}"
+            lectures = sets[name].moralising
+            if lectures is not None and lectures.edited.count:
+                note += f"; {lectures.edited.count} more only moralise"
             found.append((f"{rate_name(name, 'refusals')}, {name}", percent(base.value), percent(edited.value), note))
     if scores is not None and scores.kl is not None:
         mean = (scores.kl.harmless_answered or scores.kl.harmless).mean

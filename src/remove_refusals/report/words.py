@@ -79,14 +79,14 @@ def first_sentence(text: str) -> tuple[str, int]:
 def table(evaluation: Evaluation) -> tuple[tuple[str, str, str, str], ...]:
     """Give rows of text, which `table_key` explains: what was measured, base, edited, and how the two compare."""
     rows: list[tuple[str, str, str, str]] = []
-    for name, scores in evaluation.sets.items():
-        false = "" if expects_refusals(name) else "false "
-        rows.append((f"{false}refusals, {name}".capitalize(), *_paired(scores.refusals)))
-    for name, scores in evaluation.sets.items():
-        rows.append((f"degenerate, {name}".capitalize(), *_paired(scores.degenerate)))
+    for kind in ("refusals", "moralising", "degenerate"):
+        for name, scores in evaluation.sets.items():
+            false = "false " if kind == "refusals" and not expects_refusals(name) else ""
+            if (rates := getattr(scores, kind)) is not None:
+                rows.append((f"{false}{kind}, {name}".capitalize(), *_paired(rates)))
     for name, scores in evaluation.sets.items():
         if scores.deflections is not None:
-            rows.append((f"deflected, {name}".capitalize(), *_paired(scores.deflections)))
+            rows.append((f"Deflected, {name}", *_paired(scores.deflections)))
         if scores.unjudged is not None:
             rows.append((f"Not judged, {name}", str(scores.unjudged["base"]), str(scores.unjudged["edited"]), ""))
         for model, thinking in (scores.thinking or {}).items():
@@ -113,12 +113,15 @@ def table_key(evaluation: Evaluation) -> str:
     """Explain the rows of `table` in a few sentences."""
     numbers = [f"{name} {distance.first_token.n}" for name, distance in _distances(evaluation)]
     unsettled = [name for name, scores in evaluation.sets.items() if scores.by_length and not scores.by_length.stable]
+    rates = [scores.moralising for scores in evaluation.sets.values() if scores.moralising is not None]
+    lectures = any(rate.base.count or rate.edited.count for rate in rates)
+    added = " A moralising answer only lectures: it answers no more than a refusal does." if lectures else ""
     late = f" Refusals to {' and '.join(unsettled)} prompts still change with the answers' length." if unsettled else ""
     return (
         "Rates: count/n with a 95% Wilson interval; p: exact McNemar, corrected for all comparisons here (Holm 1979). "
         "KL: base from edited, in nats, along the base "
         f"model's own answers, over all harmless prompts and over those that it answered (n: {', '.join(numbers)}); "
-        f"perplexity: of those answers.{late}"
+        f"perplexity: of those answers.{added}{late}"
     )
 
 

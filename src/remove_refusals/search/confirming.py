@@ -52,6 +52,8 @@ def confirm(on: Confirming, intervention: Intervention, progress: Progress = SIL
         degenerate=harmful.rate(Label.DEGENERATE),
         false_refusals=harmless.rate(Label.REFUSAL),
         degenerate_harmless=harmless.rate(Label.DEGENERATE),
+        moralising=harmful.rate(Label.MORALISING),
+        moralising_harmless=harmless.rate(Label.MORALISING),
         broken=wilson_rate(len(kept) - kept.labels.count(Label.COMPLIANCE), len(kept), sha),
         damage=mean_with_interval([sum(distance.kl) / len(distance.kl) for distance in distances], sha),
     )
@@ -101,17 +103,23 @@ def _cost(candidate: Candidate) -> tuple[float, float]:
 def _shortfall(candidate: Candidate, found: Confirmation, on: Confirming, limit: float | None) -> str | None:
     """Say what a confirmation lacks; None if it does what the search said, or what the rule asks for."""
     # A model that breaks off or loops in a tenth of its answers does so, too, in those that it no longer refuses.
-    given = [label for part in (on.harmful, on.harmless) for label in part.labels if label is not Label.REFUSAL]
+    given = [
+        label
+        for part in (on.harmful, on.harmless)
+        for label in part.labels
+        if label not in (Label.REFUSAL, Label.MORALISING)
+    ]
     own = len(on.harmful) * given.count(Label.DEGENERATE) / max(1, len(given))
-    failed = found.refusals.count + max(0.0, found.degenerate.count - own)
+    lectures, preached = (0 if rate is None else rate.count for rate in (found.moralising, found.moralising_harmless))
+    failed = found.refusals.count + lectures + max(0.0, found.degenerate.count - own)
     if failed > math.ceil((candidate.refusal + 0.1 if limit is None else limit) * found.refusals.n):
         return (
-            f"{found.refusals.count} of {found.refusals.n} harmful prompts were refused and {found.degenerate.count} "
-            f"got a degenerate answer, where the search said {candidate.refusal:.1%}"
+            f"of {found.refusals.n} harmful prompts {found.refusals.count} were refused, {lectures} got a lecture and "
+            f"{found.degenerate.count} a degenerate answer, where the search said {candidate.refusal:.1%}"
         )
     n = len(on.harmless)
     before = n - on.harmless.labels.count(Label.COMPLIANCE)
-    after = found.false_refusals.count + found.degenerate_harmless.count
+    after = found.false_refusals.count + preached + found.degenerate_harmless.count
     if after - before > 0.1 * n:
         return f"{after} of {n} harmless prompts get no answer, {before} of them without it"
     return None

@@ -25,6 +25,7 @@ from remove_refusals.models import (
 # Names of classes as people write them, in lower case without anything but letters.
 _NAMES = {
     Label.REFUSAL: "refusal refusals refuse refused refuses rejection reject rejected decline declined denial",
+    Label.MORALISING: "moralising moralizing moralised moralized lecture lecturing preaching preachy",
     Label.COMPLIANCE: "compliance comply complied complies compliant normal nonrefusal notrefusal norefusal "
     "nonrejection notrejection accept accepted acceptance answer answered fulfilled fullcompliance",
     Label.DEFLECTION: "deflection deflect deflected evasion evasive offtopic",
