@@ -72,7 +72,7 @@ class LoadSettings(Settings):
     panel: ClassVar[str] = "Model"
 
     device: str | None = setting(None, "cuda, mps or cpu; the first that is there.", short=True)
-    dtype: str = setting("auto", "auto: the checkpoint's on an accelerator, float32 on the CPU.")
+    dtype: str = setting("auto", "auto: the checkpoint's on an accelerator, float32 on the CPU (bfloat16 takes half).")
     load_in_4bit: bool = setting(False, "Load in 4 bits with bitsandbytes.")
     load_in_8bit: bool = setting(False, "Load in 8 bits with bitsandbytes.")
     trust_remote_code: bool = setting(False, "Run code that comes with the model.")

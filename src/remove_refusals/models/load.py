@@ -17,6 +17,7 @@ from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import cached_file
 
+from remove_refusals.arithmetic import compute_in_float32
 from remove_refusals.errors import ModelError, require_package
 from remove_refusals.files import read_json
 from remove_refusals.models.checkpoint import FLOAT_DTYPES, INDEX_FILE, SINGLE_FILE, checkpoint_tensors
@@ -235,6 +236,7 @@ def load_model(
             **access,
         )
         check_complete(name, report)
+    compute_in_float32(built, getattr(built, built.base_model_prefix, built))
     return LoadedModel(
         built.eval(),
         tokenizer,
