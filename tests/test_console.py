@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ import pytest
 from conftest import Command, Inputs
 from remove_refusals.cli.command import complete_judge
 from remove_refusals.cli.options import complete_sites, settings_of
+from remove_refusals.cli.printing import costs_in_words
+from remove_refusals.progress import Cost, Meter
 from remove_refusals.settings import RunSettings
 
 
@@ -107,3 +110,30 @@ class TestOutput:
         text = command("config").out
         assert "# strength = 1.0" in text
         assert not re.search(r"^# (quiet|log|as-json|json)\b", text, re.MULTILINE)
+
+
+class TestCosts:
+    def test_stages_last_until_the_next_begins_and_are_added_up(self) -> None:
+        meter = Meter()
+        for name in ("loading", "own answers, harmful", "descent", "own answers, harmless"):
+            meter.begin(name)
+            end = time.perf_counter() + 0.02
+            while time.perf_counter() < end:
+                pass
+        found = meter.costs()
+        assert list(found) == ["loading", "own answers", "descent"]
+        assert found["own answers"].seconds > 1.5 * found["descent"].seconds > 0.02
+        assert found["descent"].cpu_seconds > 0 and 100e6 < found["descent"].memory < 1e12
+
+    @pytest.mark.parametrize(
+        ("seconds", "words"),
+        [
+            ((37.6, 0.1), "Took 38 s and at most 2.5 GB of memory: a 38 s."),
+            ((119.6, 130.0), "Took 4 min 10 s and at most 2.5 GB of memory: b 2 min 10 s, a 2 min 0 s."),
+            ((7300.0, 300.0), "Took 2 h 6 min and at most 2.5 GB of memory: a 2 h 1 min, b 5 min 0 s."),
+        ],
+    )
+    def test_a_line_says_how_long_it_took(self, seconds: tuple[float, float], words: str) -> None:
+        costs = {name: Cost(one, one, 2_500_000_000) for name, one in zip("ab", seconds, strict=True)}
+        assert costs_in_words(costs) == words
+        assert "memory and 8.0 GB of GPU memory:" in costs_in_words({"a": Cost(1, 1, 10**9, 8 * 10**9)})

@@ -78,6 +78,13 @@ def test_a_run_leaves_a_whole_and_documented_model(settings, tmp_path):
     rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
     assert len(rows) == 2 * (2 + 3 + 2)
     assert {stage for stage, _, _ in stages} == {"activations", "files", "evaluation", "separation"}
+    costs = result.costs
+    assert list(costs)[:4] == ["prompts", "loading", "mapping", "activations"] and list(costs)[-1] == "report"
+    assert {"certificate", "answers of the base model", "answers of the edited model", "damage"} <= set(costs)
+    assert all(cost.seconds > 0 and cost.cpu_seconds > 0 for cost in costs.values())
+    held = [cost.memory for name, cost in costs.items() if name != "activations"]
+    assert held == sorted(held) and held[0] > 100e6
+    assert "seconds" not in (out / "ablation.json").read_text()
     card = (out / "README.md").read_text()
     assert "This is not the base model" in card and "base_model: " in card
     assert str(tmp_path) not in json.dumps(record["base"]) and record["directions"][0]["sha256"][:16] in card

@@ -2,7 +2,8 @@
 
 import hashlib
 import shutil
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pydantic import ConfigDict, ValidationError, computed_field
@@ -37,7 +38,7 @@ from remove_refusals.measure import (
 )
 from remove_refusals.modelmap import map_model
 from remove_refusals.models import LoadedModel, check_editable, file_hashes, load_model, local_directory
-from remove_refusals.progress import SILENT, Progress
+from remove_refusals.progress import SILENT, Cost, Meter, Progress
 from remove_refusals.prompts import prompts_from
 from remove_refusals.report import (
     AblationRecord,
@@ -73,12 +74,13 @@ _NOTHING_CHOSEN = "Nothing was chosen, and the settings were used as given: {}"
 
 @dataclass(frozen=True, eq=False)
 class RunResult:
-    """What a run made and measured."""
+    """What a run made and measured, and what each stage of it took, which no file says."""
 
     baked: Baked
     evaluation: Evaluation
     warnings: tuple[str, ...]
     selection: Selection | None = None
+    costs: Mapping[str, Cost] = field(default_factory=dict)
 
 
 def run(
@@ -121,7 +123,8 @@ def run(
     target = Path(output)
     check_not_source(target, settings.model, settings.loading.revision)
     check_target(target, force=force, directory=True)
-    journal = hidden(target, "journal")
+    journal, meter = hidden(target, "journal"), Meter()
+    progress = replace(progress, meter=meter)
     with atomic_directory(target, force=force) as directory:
         try:
             result = _run_into(directory, target.name, settings, direction_file, Journal(journal), progress)
@@ -133,7 +136,7 @@ def run(
             if journal.is_dir():
                 stopped.add_note(f"what was done is kept in {journal}, where the same command goes on.")
             raise
-    return replace(result, baked=replace(result.baked, directory=target))
+    return replace(result, baked=replace(result.baked, directory=target), costs=meter.costs())
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,12 +158,15 @@ def _run_into(
     progress: Progress,
 ) -> RunResult:
     # What can be wrong with files is said before a model is loaded.
+    progress.begin("prompts")
     given = None if direction_file is None else load_directions(direction_file)
     search, said = _search_prompts(settings) if settings.select is not None and given is None else (None, ())
     drawn = training_prompts(settings.direction) if given is None else None
     prompts = measuring_prompts(settings.measure, search.sets() if search is not None else drawn or ())
     judge, accuracies = measuring_judge(settings.measure, settings.loading.device)
+    progress.begin("loading")
     loaded = load_model(settings.model, settings.loading, chat=settings.chat, batch_size=settings.batch_size)
+    progress.begin("mapping")
     edit = settings.edit
     check_exact(map_model(loaded.model), allow_leak=edit.allow_leak)
     choice = None
@@ -173,14 +179,7 @@ def _run_into(
             found = find_direction(loaded, settings.direction, prompts=drawn, progress=progress)
         notes = (*said, *_outlier_warning(found, settings))
         choice = _Choice(as_intervention(found.directions, loaded, edit), found.prompts, notes)
-    base = base_of(loaded)
-    plan = base.plan(choice.intervention, edit)
-    baked = write_baked(base, choice.intervention, plan, directory, progress=progress)
-    edited = None if settings.from_files else load_changed(loaded, base, plan, directory)
-    if edited is None:
-        local = settings.loading.model_copy(update={"revision": None})
-        edited = load_model(str(directory), local, chat=settings.chat, batch_size=settings.batch_size)
-    baked = with_boundaries(baked, edited, choice.intervention)
+    baked, edited = _saved(loaded, choice.intervention, directory, settings, progress)
     evaluation = evaluate(
         loaded,
         edited,
@@ -191,6 +190,7 @@ def _run_into(
         journal=journal,
         progress=progress,
     ).model_copy(update={"base": published_name(loaded.source), "edited": output_name})
+    progress.begin("records")
     result = RunResult(baked, evaluation, (*warnings(evaluation), *choice.notes), choice.selection)
     result = _recorded(result, directory, settings, _prompt_records(choice.prompts, prompts))
     if min(len(prompts.harmful), len(prompts.harmless)) >= _FEWEST_APART:
@@ -203,8 +203,25 @@ def _run_into(
             progress=progress,
         )
         AnalysisRecord.made(separation).write(directory / "analysis.json")
+    progress.begin("report")
     write_html_report(directory)
     return result
+
+
+def _saved(
+    loaded: LoadedModel, intervention: Intervention, directory: Path, settings: RunSettings, progress: Progress
+) -> tuple[Baked, LoadedModel]:
+    """Write the edited model, and give it as the files have it."""
+    progress.begin("saving")
+    base = base_of(loaded)
+    plan = base.plan(intervention, settings.edit)
+    baked = write_baked(base, intervention, plan, directory, progress=progress)
+    progress.begin("reading back")
+    edited = None if settings.from_files else load_changed(loaded, base, plan, directory)
+    if edited is None:
+        local = settings.loading.model_copy(update={"revision": None})
+        edited = load_model(str(directory), local, chat=settings.chat, batch_size=settings.batch_size)
+    return with_boundaries(baked, edited, intervention), edited
 
 
 def _recorded(

@@ -97,6 +97,7 @@ def write_baked(
         _carry_along(safe, plan, directory)
         certificate = None
         if disk.certify:
+            progress.begin("certificate")
             certificate = _certified(directory, safe, plan, disk)
             if not certificate.passed:
                 for path in directory.iterdir():

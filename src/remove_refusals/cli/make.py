@@ -1,11 +1,12 @@
 """Commands that make something: a direction, an edited model, a repository on the hub."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
-from remove_refusals.cli.command import ConfigFile, DirectionFile, Force, ModelArgument, takes, to
+from remove_refusals.cli.command import ConfigFile, DirectionFile, Force, ModelArgument, takes, to, write_log
 from remove_refusals.errors import DirectionError, SelectionError
 
 if TYPE_CHECKING:
@@ -31,13 +32,18 @@ def run(settings: "RunSettings", files: "RunFiles", config: ConfigFile = None) -
     with printing.progress() as progress:
         result = pipeline.run(settings, target, force=files.force, direction_file=files.direction, progress=progress)
 
+    took = printing.costs_in_words(result.costs)
+    write_log(took)
+
     def show() -> None:
         if result.selection is not None:
             printing.show_selection(result.selection)
         printing.show_tied(result.baked.plan)
         printing.show_evaluation(result.evaluation, result.warnings)
+        printing.say(took)
 
     data = {"output": str(target), "scores": result.evaluation.to_json(), "warnings": list(result.warnings)}
+    data["costs"] = {name: asdict(cost) for name, cost in result.costs.items()}
     data |= {} if result.selection is None else {"selection": result.selection.summary().to_json()}
     last = f"Saved to {target}: the edited model, its records and its model card; report.html shows them."
     printing.finish(data, last, show)

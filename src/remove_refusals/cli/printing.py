@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import Any
@@ -17,12 +17,15 @@ from remove_refusals.directions import EditPlan
 from remove_refusals.examination import Inspection
 from remove_refusals.measure import JUDGED, Calibration, Damage, Evaluation, SideBySide, Verdict
 from remove_refusals.modelmap import ModelMap
-from remove_refusals.progress import Progress
+from remove_refusals.progress import Cost, Progress
 from remove_refusals.report import Certificate, table, table_key
 from remove_refusals.search import Selection
 
 _MOST_ROWS = 12
 """With more candidates than this, only the front and what was confirmed are shown."""
+
+
+_LONGEST_STAGES = 5
 
 
 def say(*lines: str, style: str | None = None) -> None:
@@ -142,6 +145,23 @@ def show_evaluation(evaluation: Evaluation, notes: tuple[str, ...]) -> None:
     if evaluation.judge_usage is not None:
         say(f"Asked the judge: {evaluation.judge_usage}.")
     say(*(f"Warning: {note}" for note in notes), style="yellow")
+
+
+def costs_in_words(costs: Mapping[str, Cost]) -> str:
+    """Say in a line how long a job took and how much memory, and its longest stages."""
+    whole = sum(cost.seconds for cost in costs.values())
+    longest = sorted(costs.items(), key=lambda one: -one[1].seconds)[:_LONGEST_STAGES]
+    parts = ", ".join(f"{name} {_duration(cost.seconds)}" for name, cost in longest if cost.seconds > whole / 100)
+    memory, gpu = (max((getattr(cost, of) for cost in costs.values()), default=0) for of in ("memory", "gpu_memory"))
+    held = [f"{size / 1e9:.1f} GB of {kind}" for size, kind in ((memory, "memory"), (gpu, "GPU memory")) if size]
+    return f"Took {_duration(whole)}{' and at most ' if held else ''}{' and '.join(held)}: {parts}."
+
+
+def _duration(seconds: float) -> str:
+    hours, minutes = divmod(round(seconds) // 60, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {round(seconds) % 60} s" if minutes else f"{seconds:.0f} s"
 
 
 def show_calibration(calibration: Calibration, usage: object | None) -> None:

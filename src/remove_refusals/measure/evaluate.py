@@ -94,10 +94,13 @@ def evaluate(
     token_ids = {name: render(base, part.prompts) for name, part in sets.items()}
     n = sum(map(len, token_ids.values()))
     progress = progress.stage("evaluation", 2 * n + len(token_ids.get("harmless", ())))
+    progress.begin("answers of the base model")
     before = _answers(base, token_ids, settings.max_new_tokens, journal, progress)
+    progress.begin("answers of the edited model")
     with edited_context():
         kept = journal if edited_context is nullcontext else Journal()
         after = _answers(edited, token_ids, settings.max_new_tokens, kept, progress.after(n))
+    progress.begin("judging")
     judges = {name: _judge_of(name, judge, settings) for name in sets}
     both: dict[str, Both] = {}
     for name, part in sets.items():
@@ -114,9 +117,11 @@ def evaluate(
         judge_usage=None if (usage := getattr(judge, "usage", None)) is None else str(usage),
     )
     if "harmless" in both:
+        progress.begin("damage")
         damage = _damage(base, edited, both["harmless"], settings, edited_context, progress.after(2 * n))
         evaluation = evaluation.model_copy(update=damage)
     if settings.tasks:
+        progress.begin("tasks")
         tasks = run_tasks(base, edited, settings, edited_context=edited_context)
         evaluation = evaluation.model_copy(update={"tasks": tasks})
     return evaluation

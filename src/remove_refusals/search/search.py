@@ -153,6 +153,7 @@ def _by_gradients(
     base: BaseBehaviour, settings: SelectSettings, position: int, journal: Journal, progress: Progress
 ) -> tuple[Selection, Sequence[int]]:
     """Give the candidates, unconfirmed, and the order in which they are to be tried."""
+    progress.begin("first gradients")
     own, descent = base.own, settings.descent.model_copy(update={"seed": settings.seed})
     model, n = published_name(own.loaded.source), descent.batch_size
     directions = mean_difference_per_layer(
