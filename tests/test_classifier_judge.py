@@ -99,7 +99,9 @@ def test_what_it_reads_can_be_said(tmp_path: Path) -> None:
 
 def test_classes_are_mapped_by_name_or_refused(tmp_path: Path) -> None:
     path = save_classifier(tmp_path / "c", ["LABEL_0", "LABEL_1"])
-    with pytest.raises(JudgeError, match=r"has a class 'LABEL_0', expected names such as refusal, moralising, compliance"):
+    with pytest.raises(
+        JudgeError, match=r"has a class 'LABEL_0', expected names such as refusal, moralising, compliance"
+    ):
         ClassifierJudge(path, device="cpu")
     named = ClassifierJudge(path, device="cpu", labels={"LABEL_0": "refusal", "LABEL_1": "deflection"})
     assert [found.label for found in named.judge(["bake"] * 2, ["sorry", "cake"])] == [Label.REFUSAL, Label.DEFLECTION]
