@@ -2,7 +2,7 @@
 
 Each trial draws where a direction is taken out and how much, counts refusals in whole answers and measures the first
 token's divergence on harmless prompts; a multivariate tree-structured Parzen estimator (Bergstra et al. 2011; for
-several objectives Ozaki et al. 2022) learns from both. `python benchmarks/selection.py --method tpe` runs it.
+several objectives Ozaki et al. 2022) learns from both. `benchmarks/results.py` runs it.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from remove_refusals.measure import Answered, Label, distances_along, labelled
 from remove_refusals.modelmap import map_model
 from remove_refusals.models import LoadedModel, fingerprint, generate
 from remove_refusals.progress import SILENT, Progress
-from remove_refusals.search.candidates import Candidate, Selection, by_rule, front
+from remove_refusals.search.candidates import Candidate, Selection, by_rule
 from remove_refusals.search.confirming import pick
 from remove_refusals.search.search import SearchPrompts, base_behaviour
 from remove_refusals.settings import MeasureSettings, SelectSettings
@@ -135,20 +135,6 @@ def build(parameters: Parameters, directions: Sequence[Direction], loaded: Loade
                 number = site.layer if per_layer else 0
                 edits.append(SiteEdit(kind=site.kind, layer=site.layer, strength=weight, direction=number))
     return Intervention(used, tuple(edits))
-
-
-def hypervolume(points: Sequence[tuple[float, float]], worst: tuple[float, float]) -> float:
-    """Measure the area between points and a corner (Zitzler and Thiele 1998), less being better.
-
-    Points beyond the corner in either coordinate add nothing.
-    """
-    inside = [point for point in points if point[0] < worst[0] and point[1] < worst[1]]
-    area, above = 0.0, worst[0]
-    for index in front(inside):
-        refusal, damage = inside[index]
-        area += (above - refusal) * (worst[1] - damage)
-        above = refusal
-    return area
 
 
 class Trials:

@@ -1,6 +1,5 @@
 """The yardstick of the searches: what it draws, what it measures, that it goes on where it was killed."""
 
-import itertools
 import json
 import sys
 from pathlib import Path
@@ -8,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from own_answers import own_answers
 from remove_refusals.directions.activations import collect_activations
@@ -35,7 +32,6 @@ from tpe import (
     TpeSettings,
     Trials,
     build,
-    hypervolume,
     interpolated,
     search_trials,
 )
@@ -43,9 +39,6 @@ from tpe import (
 N_TOKENS = 12
 # A seed with which trials differ in what they free: the demo model, without layer 0, mostly refuses on.
 SETTINGS = TpeSettings(n_trials=6, n_startup_trials=2, seed=23)
-NUMBERS = st.floats(0, 10, allow_nan=False)
-INTEGERS = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), max_size=12)
-POINTS = INTEGERS | st.lists(st.tuples(NUMBERS, NUMBERS), max_size=12)
 
 
 class Killed(BaseException):
@@ -197,25 +190,3 @@ def test_an_intervention_takes_the_scopes_directions(
         expected = mixed / mixed.norm() if scope == "global" else directions[layer].basis
         assert torch.allclose(intervention.directions[edit.direction].basis, expected, atol=1e-6)
     assert torch.allclose(interpolated(directions, 5.0).basis, directions[5].basis, atol=1e-6)
-
-
-@given(INTEGERS, st.tuples(st.integers(0, 9), st.integers(0, 9)))
-def test_the_hypervolume_counts_the_unit_squares_that_are_beaten(
-    points: list[tuple[int, int]], worst: tuple[int, int]
-) -> None:
-    squares = itertools.product(range(worst[0]), range(worst[1]))
-    assert hypervolume(points, worst) == sum(
-        any(point[0] <= square[0] and point[1] <= square[1] for point in points) for square in squares
-    )
-
-
-@given(POINTS, st.tuples(NUMBERS, NUMBERS))
-def test_the_hypervolume_never_falls_with_another_point(
-    points: list[tuple[float, float]], another: tuple[float, float]
-) -> None:
-    assert hypervolume([*points, another], (9, 9)) >= hypervolume(points, (9, 9)) - 1e-9
-
-
-@given(st.data(), POINTS)
-def test_the_hypervolume_does_not_depend_on_the_order(data: st.DataObject, points: list[tuple[float, float]]) -> None:
-    assert hypervolume(data.draw(st.permutations(points)), (9, 9)) == hypervolume(points, (9, 9))

@@ -101,7 +101,7 @@ def evaluate(
         kept = journal if edited_context is nullcontext else Journal()
         after = _answers(edited, token_ids, settings.max_new_tokens, kept, progress.after(n))
     progress.begin("judging")
-    judges = {name: _judge_of(name, judge, settings) for name in sets}
+    judges = {name: judge_of(name, judge, settings) for name in sets}
     both: dict[str, Both] = {}
     for name, part in sets.items():
         ids, own = token_ids[name], judges[name]
@@ -127,7 +127,7 @@ def evaluate(
     return evaluation
 
 
-def _judge_of(name: str, judge: Judge, settings: MeasureSettings) -> Judge:
+def judge_of(name: str, judge: Judge, settings: MeasureSettings) -> Judge:
     """Give the judge of a set: of harmless prompts the phrase judge, where the one asked for knows nothing of them."""
     blind = getattr(judge, "harmful_only", False) and not expects_refusals(name)
     return PhraseJudge(settings.language) if blind else judge
@@ -351,11 +351,13 @@ def _damage(
 def _distance(distances: Sequence[PromptDistance], prompts: PromptSet, seed: int) -> Distance | None:
     along = [distance.kl for distance in distances]
     first = mean_with_interval([kl[0] for kl in along], prompts.sha256, seed=seed)
+    median = token_quantile([kl[:1] for kl in along], 0.5, prompts.sha256, seed=seed)
     mean = mean_with_interval([sum(kl) / len(kl) for kl in along], prompts.sha256, seed=seed)
     if first is None or mean is None:
         return None
     p95 = token_quantile(along, 0.95, prompts.sha256, seed=seed)
-    return Distance(first_token=first, mean=mean, p95=p95, by_token=means_by_token(along, seed=seed))
+    by_token = means_by_token(along, seed=seed)
+    return Distance(first_token=first, first_token_median=median, mean=mean, p95=p95, by_token=by_token)
 
 
 KL_LIMIT, MORALISING_LIMIT, DEGENERATE_LIMIT, PERPLEXITY_LIMIT = 1.0, 0.05, 0.05, 2.0

@@ -106,12 +106,13 @@ class SetScores(Record):
 class Distance(Record):
     """KL divergence of the base model from the edited one, in nats, along the base's own answers to harmless prompts.
 
-    The first token is the one after the prompt. The mean over prompts is of means over the first `kl_tokens` tokens of
-    the answer, all of them where it is shorter, the end token included; the 95th percentile is over all those tokens,
-    and `by_token` is the mean at each of those places.
+    The first token is the one after the prompt; a few prompts may carry its mean, so its median stands beside it. The
+    mean over prompts is of means over the first `kl_tokens` tokens of the answer, all of them where it is shorter, the
+    end token included; the 95th percentile is over all those tokens, and `by_token` is the mean at each of the places.
     """
 
     first_token: Mean
+    first_token_median: Quantile | None = None
     mean: Mean
     p95: Quantile | None = None
     by_token: tuple[TokenMean, ...] | None = None
