@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from remove_refusals.errors import RemoveRefusalsError
 from remove_refusals.files import atomic_file, write_json
 
 BASE, RUN = "base", "run"
@@ -98,14 +99,17 @@ def seed_of(name: str, options: argparse.Namespace) -> int:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure the variants, do one stage of one of them, or write the page."""
     options = parsed(arguments)
-    if options.page:
-        import results_page
+    try:
+        if options.page:
+            import results_page
 
-        results_page.write(options.page, options.output)
-    elif options.stage:
-        write_json(part_file(options), run_stage(options), force=True)
-    else:
-        sys.exit(measure(options))
+            results_page.write(options.page, options.output)
+        elif options.stage:
+            write_json(part_file(options), run_stage(options), force=True)
+        else:
+            sys.exit(measure(options))
+    except RemoveRefusalsError as error:
+        sys.exit(str(error))
 
 
 def run_stage(options: argparse.Namespace) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import statistics
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,24 +80,24 @@ class Measured:
         """Whether the judge looked for a label."""
         return part in self.base.sets and label in self.base.sets[part].ids
 
-    def flagged(self, variant: Variant, part: str, labels: Iterable[str]) -> tuple[set[str], int]:
-        """Give the prompts whose answer has one of the labels, and of how many that could be judged."""
+    def flagged(self, variant: Variant, part: str, labels: Iterable[str]) -> tuple[Counter[str], int]:
+        """Give the prompts whose answer has one of the labels, as often as they are there, of how many judged ones."""
         own, base = variant.sets[part], self.base.sets[part]
-        left_out = {*own.ids[UNJUDGED], *base.ids[UNJUDGED]}
-        found = {key for label in labels for key in own.ids.get(label, ())}
-        return found - left_out, own.n - len(left_out)
+        left_out = Counter(own.ids[UNJUDGED]) | Counter(base.ids[UNJUDGED])
+        found = Counter(key for label in labels for key in own.ids.get(label, ()))
+        return found - left_out, own.n - left_out.total()
 
     def rate(self, variant: Variant, part: str, labels: Iterable[str]) -> Rate:
         """Count the prompts whose answer has one of the labels."""
         found, n = self.flagged(variant, part, labels)
-        rate = wilson_rate(len(found), n, variant.sets[part].prompts_sha256)
+        rate = wilson_rate(found.total(), n, variant.sets[part].prompts_sha256)
         assert rate is not None
         return rate
 
     def compared(self, first: Variant, second: Variant, part: str, labels: Iterable[str]) -> PairedRateDifference:
         """Compare two variants on the same prompts."""
         (one, n), (other, m) = (self.flagged(variant, part, labels) for variant in (first, second))
-        apart = sorted(one | other)
+        apart = list((one | other).elements())
         rest = [False] * (min(n, m) - len(apart))
         difference = paired_rates([*(key in one for key in apart), *rest], [*(key in other for key in apart), *rest])
         assert difference is not None
@@ -220,6 +221,7 @@ def section(own: Measured) -> str:
         f"{one.n} {part}" + (f" of {how.n_of[part]}" if how.n_of.get(part, one.n) != one.n else "")
         for part, one in base.sets.items()
     )
+    why = " ".join(dict.fromkeys(one.how.why for one in own.variants))
     recipes = "".join(filled(f"- `{one.name}`: {told(one)}", "  ") for one in own.variants)
     size = "" if base.weights is None else f" ({base.weights / 1e6:,.0f} MB of weights)"
     text = [
@@ -229,7 +231,7 @@ def section(own: Measured) -> str:
             f"base answered {len(own.answered)} harmless ones. Answers of up to {how.max_new_tokens} tokens, the KL "
             f"over up to {how.kl_tokens}. Judge: {how.judge}. {how.dtype} on {machine.device}; {machine.processor}, "
             f"{machine.n_cores} cores, PyTorch with {machine.threads} of them, {machine.memory / 2**30:.0f} GiB; torch "
-            f"{machine.versions.get('torch')}, transformers {machine.versions.get('transformers')}. {how.why}"
+            f"{machine.versions.get('torch')}, transformers {machine.versions.get('transformers')}. {why}"
         ),
         recipes,
         refusals(own),
@@ -491,12 +493,7 @@ def on_devices(devices: Sequence[Device]) -> str:
 def repeated(measured: Sequence[Measured]) -> str:
     """Say how to get these numbers again."""
     lines = ["## How to repeat it\n", "<!-- not run: takes hours -->", "```bash"]
-    for own in measured:
-        how = own.base.how
-        options = [f"--{part}-test {source}" for part, source in how.prompts.items() if source != "embedded"]
-        options += [f"--max-new-tokens {how.max_new_tokens}"]
-        if any(how.n_of.get(part, one.n) != one.n for part, one in own.base.sets.items()):
-            options.append(f"--n-test {max(one.n for one in own.base.sets.values())}")
-        lines.append(f"python benchmarks/results.py {own.base.model} {own.title} {' '.join(options)}")
+    commands = (one.how.command for own in measured for one in own.variants)
+    lines += [f"python benchmarks/results.py {command}" for command in dict.fromkeys(commands) if command]
     lines += ["python benchmarks/results.py --page benchmarks/records/* -o docs/results.md", "```"]
     return "\n".join(lines) + "\n"

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -114,7 +115,7 @@ class Machine(Record):
 
 
 class How(Record):
-    """With what it was measured; `n_of` says how many prompts the sets have that were cut."""
+    """With what it was measured, and by which command; `n_of` says how many prompts the sets have that were cut."""
 
     judge: str
     dtype: str
@@ -123,6 +124,7 @@ class How(Record):
     prompts: dict[str, str]
     n_of: dict[str, int]
     why: str = ""
+    command: str = ""
 
 
 class Variant(Record):
@@ -373,7 +375,21 @@ def how(options: argparse.Namespace, dtype: str, judges: str, prompts: Evaluatio
         prompts={name: published_name(part.source) for name, part in prompts.by_name().items()},
         n_of={name: len(part) for name, part in whole.items()},
         why=options.why,
+        command=command(options.arguments),
     )
+
+
+def command(arguments: Sequence[str]) -> str:
+    """Give the arguments that a person typed, of local paths the last part."""
+    words, skipped = [], False
+    for word in arguments:
+        if word == "--stage":
+            break
+        if not skipped and word not in ("--why", "--judge-again"):
+            name, equals, value = word.rpartition("=")
+            words.append(f"{name}{equals}{published_name(value)}")
+        skipped = word == "--why"
+    return shlex.join(words)
 
 
 def machine(device: str) -> Machine:

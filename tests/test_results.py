@@ -203,6 +203,17 @@ def test_a_lecture_is_no_answer_and_what_is_not_judged_is_in_no_rate(measured: M
     assert Measured("mine", (unjudged, classic)).rate(classic, "harmful", results_page.NOT_ANSWERED).n == 1
 
 
+def test_a_prompt_that_is_there_twice_counts_twice(measured: Measured) -> None:
+    base = measured.base.model_copy(update={"sets": refusing(measured.base, "harmful", 1)})
+    harmful = base.sets["harmful"]
+    twice = harmful.model_copy(update={"ids": harmful.ids | {"refusal": ("prompt 4", "prompt 4")}})
+    again = base.model_copy(update={"sets": base.sets | {"harmful": twice}})
+    own = Measured("mine", (base, again))
+    assert (own.rate(again, "harmful", ["refusal"]).count, own.rate(again, "harmful", ["refusal"]).n) == (2, 6)
+    test = own.compared(base, again, "harmful", ["refusal"]).test
+    assert (test.only_first, test.only_second, test.n) == (1, 2, 6)
+
+
 def test_the_page_has_every_number_of_another_tool(measured: Measured, directory: Path) -> None:
     text = results_page.page([measured], [])
     assert (
@@ -212,7 +223,8 @@ def test_the_page_has_every_number_of_another_tool(measured: Measured, directory
     assert "| `other` | - (40) s | - (60) s | 1.0 (2.0) s | - | 2.15 GB |" in text
     assert "| `classic` | " in text and "1.0 (2.0) s | 3.0 (6.0) s | 1.00 GB |" in text
     assert "6 harmful of 60, 6 harmless of 60, 6 alarming of 135 (embedded)" in " ".join(text.split())
-    assert "--max-new-tokens 8 --n-test 6" in text
+    assert "\npython benchmarks/results.py demo measured --n-test 6 --max-new-tokens 8 --kl-tokens 4 --only" in text
+    assert "--also other=classic --heretic-log other=result.json --keep\n" in text
     assert all(len(line) <= 120 for line in text.splitlines() if not line.startswith(("|", "- `", "python")))
 
 
