@@ -297,6 +297,7 @@ class GradientSettings(Settings):
         (4.0, 4.0, 1.0),
         "What a nat of damage costs beside the refusal, one descent each, from where the last one ended.",
     )
+    margin: float = inner(0.0, "By how much the log-odds of a refusal have to be below 0 before it hardly costs.", ge=0)
     n_steps: int = inner(32, "Steps of the first descent.", ge=1)
     n_more_steps: int = inner(12, "Steps of each further one.", ge=1)
     rate: float = inner(0.08, "Adam's learning rate for the strengths.", ge=0)

@@ -1,11 +1,13 @@
 """Prompts with given continuations, and what a model predicts along them: cheap, exact, and with gradients.
 
-The head is run only on the rows and tokens that count, and what lies below the first edited layer is computed once.
+The head is run only on the tokens that count, what lies below the first edited layer is computed once, and, where a
+model can be run so, a batch is one packed row in which the tokens that all prompts begin with stand once.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -36,15 +38,15 @@ class Vocabulary:
 class Probe:
     """One batch of prompts, by their indices in their set, with the continuations that are looked at.
 
-    For each token of these the row that it is in, the column that predicts it, and the token itself are `[n]`, int64.
-    `below` is what the layer below the first edited one returned, and stands for `n_below` layers.
+    For each token of these its prompt in the batch, where in the input it is predicted (row and column), and the token
+    itself are `[n]`, int64. `below` is what the layer below the first edited one returned, for `n_below` layers.
     """
 
     prompts: tuple[int, ...]
     paths: tuple[tuple[int, ...], ...]
     inputs: dict[str, torch.Tensor]
     rows: torch.Tensor
-    columns: torch.Tensor
+    places: tuple[torch.Tensor, torch.Tensor]
     targets: torch.Tensor
     below: Any = None
     n_below: int = 0
@@ -58,30 +60,96 @@ Tokens = Sequence[Sequence[int]]
 
 
 def make_probes(
-    loaded: LoadedModel, token_ids: Tokens, continuations: Tokens, n_tokens: int, batch_size: int
+    loaded: LoadedModel,
+    token_ids: Tokens,
+    continuations: Tokens,
+    n_tokens: int,
+    batch_size: int,
+    *,
+    packed: bool = False,
+    seed: int | None = None,
 ) -> list[Probe]:
-    """Make batches of prompts of similar length with the first tokens of their continuations."""
+    """Make batches of prompts with the first tokens of their continuations: of like length, or drawn by a seed."""
     paths = [tuple(tokens[:n_tokens]) for tokens in continuations]
-    order = longest_first([len(ids) + len(path) for ids, path in zip(token_ids, paths, strict=True)])
-    probes = []
-    for start in range(0, len(order), batch_size):
-        part = order[start : start + batch_size]
-        tails = [paths[index] for index in part]
-        sequences = [[*token_ids[index], *tail[:-1]] for index, tail in zip(part, tails, strict=True)]
-        width = max(map(len, sequences))
-        lengths = torch.tensor([len(tail) for tail in tails])
-        rows, columns = (torch.arange(width) >= width - lengths[:, None]).nonzero(as_tuple=True)
-        probes.append(
-            Probe(
-                prompts=tuple(part),
-                paths=tuple(tails),
-                inputs=left_padded(loaded, sequences),
-                rows=rows.to(loaded.device),
-                columns=columns.to(loaded.device),
-                targets=torch.tensor([token for tail in tails for token in tail], device=loaded.device),
-            )
-        )
-    return probes
+    if seed is None:
+        order = longest_first([len(ids) + len(path) for ids, path in zip(token_ids, paths, strict=True)])
+    else:
+        order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [
+        _make_probe(loaded, token_ids, paths, order[start : start + batch_size], packed=packed)
+        for start in range(0, len(order), batch_size)
+    ]
+
+
+def _make_probe(
+    loaded: LoadedModel, token_ids: Tokens, paths: Sequence[tuple[int, ...]], part: Sequence[int], *, packed: bool
+) -> Probe:
+    tails = [paths[index] for index in part]
+    sequences = [[*token_ids[index], *tail[:-1]] for index, tail in zip(part, tails, strict=True)]
+    lengths = torch.tensor([len(tail) for tail in tails])
+    width = max(map(len, sequences))
+    rows, columns = (torch.arange(width) >= width - lengths[:, None]).nonzero(as_tuple=True)
+    if packed:
+        n_shared = _n_shared([token_ids[index] for index in part])
+        inputs = _packed(loaded, sequences, n_shared)
+        ends = n_shared + torch.tensor([len(sequence) - n_shared for sequence in sequences]).cumsum(0)
+        places = torch.zeros_like(rows), ends[rows] - (width - columns)
+    else:
+        inputs, places = left_padded(loaded, sequences), (rows, columns)
+    return Probe(
+        prompts=tuple(part),
+        paths=tuple(tails),
+        inputs=inputs,
+        rows=rows.to(loaded.device),
+        places=(places[0].to(loaded.device), places[1].to(loaded.device)),
+        targets=torch.tensor([token for tail in tails for token in tail], device=loaded.device),
+    )
+
+
+def _n_shared(prompts: Tokens) -> int:
+    """Count the tokens that all prompts begin with, less the last of each prompt, behind which the answers differ."""
+    shortest = min(map(len, prompts)) - 1
+    return sum(
+        1
+        for _ in takewhile(lambda column: len(set(column)) == 1, zip(*(ids[:shortest] for ids in prompts), strict=True))
+    )
+
+
+def _packed(loaded: LoadedModel, sequences: Tokens, n_shared: int) -> dict[str, torch.Tensor]:
+    """Put sequences behind each other in one row: each token sees what all begin with, and its own sequence so far."""
+    tails = [sequence[n_shared:] for sequence in sequences]
+    ids = [*sequences[0][:n_shared], *(token for tail in tails for token in tail)]
+    positions = [*range(n_shared), *(n_shared + place for tail in tails for place in range(len(tail)))]
+    owners = torch.tensor([-1] * n_shared + [row for row, tail in enumerate(tails) for _ in tail])
+    seen = ((owners == -1) | (owners == owners[:, None])).tril()
+    dtype = loaded.model.dtype
+    mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+    inputs = {
+        "input_ids": torch.tensor([ids]),
+        "attention_mask": mask[None, None],
+        "position_ids": torch.tensor([positions]),
+    }
+    return {name: tensor.to(loaded.device) for name, tensor in inputs.items()}
+
+
+def is_packable(loaded: LoadedModel, token_ids: Tokens, continuations: Tokens, n_tokens: int) -> bool:
+    """Tell whether two prompts of a set, packed, give what they give padded: not where layers keep a state."""
+    model = loaded.model
+    if getattr(model, "_is_stateful", False) or not accepts(loaded, "position_ids"):
+        return False
+    if model.config._attn_implementation not in ("sdpa", "eager"):
+        return False
+    order = longest_first([len(ids) for ids in token_ids])
+    ids, paths = ([part[index] for index in (order[0], order[-1])] for part in (token_ids, continuations))
+    with frozen(loaded, gradients=False):
+        (padded,), (packed,) = (make_probes(loaded, ids, paths, n_tokens, 2, packed=way) for way in (False, True))
+        try:
+            found = log_probabilities(loaded, packed)
+        except (RuntimeError, ValueError, IndexError, TypeError):
+            # A model that takes no mask of its own for every token says so in words of its own.
+            return False
+        apart = float((found.exp() - log_probabilities(loaded, padded).exp()).abs().sum(-1).max())
+    return bool(apart < torch.finfo(model.dtype).eps ** 0.5)
 
 
 def make_vocabulary(loaded: LoadedModel, tokens: torch.Tensor) -> Vocabulary:
@@ -101,7 +169,7 @@ def log_probabilities(loaded: LoadedModel, probe: Probe, vocabulary: Vocabulary 
     whole_head = head.forward
 
     def reduced_head(hidden: torch.Tensor) -> Any:
-        picked = hidden[probe.rows, probe.columns].unsqueeze(0)
+        picked = hidden[probe.places].unsqueeze(0)
         if vocabulary is None:
             return whole_head(picked)
         if vocabulary.weight is None:

@@ -153,7 +153,7 @@ def _go_down(
         harmful, harmless = next(orders)
         optimizer.zero_grad()
         with frozen(loaded, gradients=True), steered(loaded.model, steers):
-            unlikelihood(material.refusals(harmful)).backward()  # type: ignore[no-untyped-call]
+            unlikelihood(material.refusals(harmful), settings.margin).backward()  # type: ignore[no-untyped-call]
             (weight * material.damages(harmless).mean()).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()

@@ -14,6 +14,7 @@ from remove_refusals.search.continuations import (
     Probe,
     Vocabulary,
     frozen,
+    is_packable,
     keep_below,
     log_probabilities,
     make_probes,
@@ -95,6 +96,7 @@ class Material:
     """For each of the latter `[n, n_tokens]`, float32: the model's log-probabilities as it stands."""
     vocabulary: Vocabulary
     first_layer: int
+    packed: bool
 
     def refusals(self, batch: int) -> torch.Tensor:
         """Run a batch of harmful prompts: `[n_prompts]`, the probability that each is refused."""
@@ -117,10 +119,12 @@ class Material:
 
 def gather(own: OwnAnswers, settings: GradientSettings, first_layer: int = 0) -> Material:
     """Prepare batches of refused and answered prompts, and what the model predicts on them as it stands."""
-    loaded, n = own.loaded, settings.batch_size
-    harmful = _refusal_probes(loaded, own.refused, n)
+    loaded, prompts = own.loaded, own.answered.token_ids
     answers = [answer.token_ids for answer in own.answered.answers]
-    harmless = make_probes(loaded, own.answered.token_ids, answers, settings.kl_tokens, n)
+    packed = is_packable(loaded, prompts, answers, settings.kl_tokens)
+    harmful = _refusal_probes(loaded, own.refused, settings, packed=packed)
+    n, seed = settings.batch_size, settings.seed
+    harmless = make_probes(loaded, prompts, answers, settings.kl_tokens, n, packed=packed, seed=seed)
     with frozen(loaded, gradients=False):
         tokens = [
             (log_probabilities(loaded, probe) > math.log(_LIKELY)).any(dim=0).nonzero()[:, 0]
@@ -128,12 +132,13 @@ def gather(own: OwnAnswers, settings: GradientSettings, first_layer: int = 0) ->
         ]
     tokens += [probe.targets for probe in harmless]
     openings = learn_openings([*(answer.token_ids for answer in own.refused.answers), *own.more_refusals])
-    return _prepared(loaded, own.refused, openings, (harmful, harmless), tokens, first_layer)
+    return _prepared(loaded, own.refused, openings, (harmful, harmless), tokens, first_layer, packed=packed)
 
 
-def _refusal_probes(loaded: LoadedModel, refused: Answered, batch_size: int) -> list[Probe]:
+def _refusal_probes(loaded: LoadedModel, refused: Answered, settings: GradientSettings, *, packed: bool) -> list[Probe]:
     paths = [answer.token_ids for answer in refused.answers]
-    return make_probes(loaded, refused.token_ids, paths, N_OPENING_TOKENS, batch_size)
+    n, seed = settings.batch_size, settings.seed
+    return make_probes(loaded, refused.token_ids, paths, N_OPENING_TOKENS, n, packed=packed, seed=seed)
 
 
 def _prepared(
@@ -143,14 +148,16 @@ def _prepared(
     probes: tuple[Sequence[Probe], Sequence[Probe]],
     tokens: Sequence[torch.Tensor],
     first_layer: int,
+    *,
+    packed: bool,
 ) -> Material:
     """Take the head's rows for the tokens, the openings and what the harmful batches go along; run the base model."""
     named = [torch.tensor(prefix, device=loaded.device) for prefix in openings.prefixes]
     with frozen(loaded, gradients=False):
         vocabulary = make_vocabulary(loaded, torch.cat([*tokens, *named, *(probe.targets for probe in probes[0])]))
         harmful, harmless = (keep_below(loaded, part, vocabulary, first_layer) for part in probes)
-        base = [log_probabilities(loaded, probe, vocabulary) for probe in harmless]
-    return Material(loaded, refused, openings, tuple(harmful), tuple(harmless), tuple(base), vocabulary, first_layer)
+        base = tuple(log_probabilities(loaded, probe, vocabulary) for probe in harmless)
+    return Material(loaded, refused, openings, tuple(harmful), tuple(harmless), base, vocabulary, first_layer, packed)
 
 
 def with_new_refusals(
@@ -166,9 +173,10 @@ def with_new_refusals(
         return material, share
     refused = replace(before, answers=tuple(refusals.get(index, own) for index, own in enumerate(before.answers)))
     openings = learn_openings([*material.openings.prefixes, *(answer.token_ids for answer in refusals.values())])
-    both = _refusal_probes(loaded, refused, settings.batch_size), material.damage_probes
+    both = _refusal_probes(loaded, refused, settings, packed=material.packed), material.damage_probes
     tokens = [material.vocabulary.tokens]
-    return _prepared(loaded, refused, openings, both, tokens, material.first_layer), share
+    first = material.first_layer
+    return _prepared(loaded, refused, openings, both, tokens, first, packed=material.packed), share
 
 
 def refusal_probabilities(
@@ -197,13 +205,21 @@ def refusal_probabilities(
 
 
 def damages(log_probabilities: torch.Tensor, base: torch.Tensor, probe: Probe) -> torch.Tensor:
-    """Give `[n_prompts]`, in nats: the mean KL from the base over the tokens of each answer, of two `[n, n_tokens]`."""
+    """Give `[n_prompts]`, in nats, the damage along each answer, of two `[n, n_tokens]`.
+
+    It is the mean of two KLs from the base: that of the first token, on which hangs what the answer becomes, and the mean
+    over the tokens.
+    """
     kl = (base.exp() * (base - log_probabilities)).sum(dim=1)
     n = torch.bincount(probe.rows, minlength=len(probe))
-    return torch.zeros(len(probe), device=kl.device).index_add(0, probe.rows, kl) / n
+    along = torch.zeros(len(probe), device=kl.device).index_add(0, probe.rows, kl) / n
+    return (kl[n.cumsum(0) - n] + along) / 2
 
 
-def unlikelihood(probabilities: torch.Tensor) -> torch.Tensor:
-    """The mean of `-log(1 - p)`: what it costs that a refusal is likely (Welleck et al. 2020, section 3)."""
-    surprise: torch.Tensor = -torch.log1p(-probabilities.clamp(max=1 - 1e-4))
-    return surprise.mean()
+def unlikelihood(probabilities: torch.Tensor, margin: float = 0.0) -> torch.Tensor:
+    """The mean of `-log(1 - p)`: what it costs that a refusal is likely (Welleck et al. 2020, section 3).
+
+    With a margin the log-odds count as so much higher, so that a refusal has to be unlikely by far to cost nothing.
+    """
+    odds = torch.logit(probabilities, eps=1e-4)
+    return torch.nn.functional.softplus(odds + margin).mean()
