@@ -293,10 +293,12 @@ class Rule(Settings):
 class GradientSettings(Settings):
     """How the descent goes."""
 
-    damage_weights: tuple[float, ...] = inner(
-        (4.0, 4.0, 1.0),
-        "What a nat of damage costs beside the refusal, one descent each, from where the last one ended.",
+    targets: tuple[float, ...] = inner(
+        (0.05, 0.01, 0.002),
+        "How likely a refusal may be, one descent each, from where the last one ended.",
     )
+    damage_weight: float = inner(16.0, "What a nat of damage costs at first, beside the refusal.", ge=0)
+    weight_rate: float = inner(0.25, "How fast that rises where refusals are rarer than the target, or falls.", ge=0)
     margin: float = inner(0.0, "By how much the log-odds of a refusal have to be below 0 before it hardly costs.", ge=0)
     n_steps: int = inner(32, "Steps of the first descent.", ge=1)
     n_more_steps: int = inner(12, "Steps of each further one.", ge=1)

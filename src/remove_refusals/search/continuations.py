@@ -4,6 +4,7 @@ The head is run only on the tokens that count, what lies below the first edited 
 model can be run so, a batch is one packed row in which the tokens that all prompts begin with stand once.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -200,31 +201,30 @@ def _forward_of(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterato
             module.forward = exchanged
 
 
-def keep_below(
-    loaded: LoadedModel, probes: Sequence[Probe], vocabulary: Vocabulary | None, first_layer: int
-) -> list[Probe]:
-    """Compute once what lies below the first layer that is edited, for batches that do not hold it yet.
+def run_once(
+    loaded: LoadedModel, probes: Sequence[Probe], first_layer: int, least: float
+) -> tuple[list[Probe], list[torch.Tensor]]:
+    """Run batches without an edit: keep what lies below the first edited layer, and give the tokens that are likely.
 
-    The batches come back as they were where running on from it gives something else: some layers hand on more than the
-    stream.
+    A token counts where it has at least a probability. The batches come back as they were where running on from what
+    was kept gives something else: some layers hand on more than the stream.
     """
+    below = map_model(loaded.model).layers[first_layer - 1] if first_layer else None
     kept: list[Probe] = []
-    if first_layer == 0 or all(probe.n_below for probe in probes):
-        return list(probes)
-    below = map_model(loaded.model).layers[first_layer - 1]
+    tokens: list[torch.Tensor] = []
     for probe in probes:
         outputs: list[Any] = []
-        with torch.inference_mode(False), torch.no_grad():
-            with hooked(loaded.model, behind=[(below, lambda *given, kept=outputs: kept.append(given[-1]))]):
-                whole = log_probabilities(loaded, probe, vocabulary)
-            if len(outputs) != 1:
-                return list(probes)
+        watched = [] if below is None else [(below, lambda *given, kept=outputs: kept.append(given[-1]))]
+        with torch.inference_mode(False), torch.no_grad(), hooked(loaded.model, behind=watched):
+            whole = log_probabilities(loaded, probe)
+        tokens.append((whole > math.log(least)).any(dim=0).nonzero()[:, 0])
+        if len(outputs) == 1 and len(kept) == len(tokens) - 1:
             kept.append(replace(probe, below=outputs[0], n_below=first_layer))
-            if len(kept) == 1:
-                again = log_probabilities(loaded, kept[0], vocabulary)
-                if not torch.allclose(again, whole, atol=_TOLERANCE, rtol=_TOLERANCE):
-                    return list(probes)
-    return kept
+            with torch.no_grad():
+                again = whole if len(kept) > 1 else log_probabilities(loaded, kept[0])
+            if not torch.allclose(again, whole, atol=_TOLERANCE, rtol=_TOLERANCE):
+                kept.clear()
+    return (kept if len(kept) == len(probes) else list(probes)), tokens
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """Strengths, one for each layer and kind of site, and directions with them, found by gradients.
 
-One descent after another, each with the damage weighed less, gives a front.
+One descent after another, each with the damage weighed less, gives a front; the last is the first that frees the model.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,6 +33,8 @@ class Steering:
     """`[n_directions, d_model]`, float32."""
     origins: tuple[DirectionOrigin, ...]
     first: int
+    weight: float
+    """What a nat of damage costs beside the refusal."""
 
     def steers(self) -> dict[SiteKey, Callable[[], Steer]]:
         """Give what is taken out at each site, as `steered` wants it."""
@@ -65,6 +68,7 @@ class Reached(Record):
 
     strengths: list[float]
     directions: list[list[float]]
+    weight: float
     answers: list[Answer]
 
 
@@ -78,31 +82,34 @@ def start_steering(
     sites = tuple((kind, layer) for layer in layers for kind in SITE_KINDS[1:] if (kind, layer) in there)
     strengths = torch.full((len(sites),), settings.start, device=loaded.device)
     columns = torch.stack([direction.basis[:, 0] for direction in directions[first:]]).to(loaded.device)
-    return Steering(sites, strengths, columns, tuple(direction.origin for direction in directions[first:]), first)
+    origins = tuple(direction.origin for direction in directions[first:])
+    return Steering(sites, strengths, columns, origins, first, settings.damage_weight)
 
 
 def descend(
     directions: Sequence[Direction],
     material: Material,
     settings: GradientSettings,
+    most_refusals: float | None,
     journal: Journal,
     progress: Progress,
 ) -> list[Candidate]:
     """Search by gradients from one direction for each layer, found in the stream behind it: once for each weight.
 
-    After each descent the model generates a little, and refusals that open in a new way are learned. The refusal of a
-    candidate is the probability of the model's own refusals, or the share of those answers, whichever is greater.
+    After each descent the model generates a little, and refusals that open in a new way are learned. No further descent
+    is made behind one that keeps to the limit of refusals, if there is one. The refusal of a candidate is the
+    probability of the model's own refusals, or the share of those answers, whichever is greater.
     """
     steering = start_steering(material.loaded, directions, settings, material.first_layer)
-    reached: list[tuple[Steering, float]] = []
+    candidates: list[Candidate] = []
     # Directions are told apart by where they come from.
     origins = [direction.origin.model_copy(update={"length": None}).to_json() for direction in directions]
     probes = (*material.refusal_probes, *material.damage_probes)
     batches = [[probe.inputs["input_ids"].tolist(), probe.paths] for probe in probes]
     inputs = [settings.model_dump(), origins, material.first_layer, batches]
-    lengths = [settings.n_steps] + [settings.n_more_steps] * (len(settings.damage_weights) - 1)
+    lengths = [settings.n_steps] + [settings.n_more_steps] * (len(settings.targets) - 1)
     progress = progress.stage("descent", sum(lengths))
-    for number in range(len(lengths)):
+    for number, target in enumerate(settings.targets):
         found = journal.remember(
             f"descent {number + 1}",
             inputs,
@@ -112,14 +119,13 @@ def descend(
         )
         strengths, vectors = torch.tensor(found.strengths), torch.tensor(found.directions)
         device = material.loaded.device
-        steering = replace(steering, strengths=strengths.to(device), directions=vectors.to(device))
+        steering = replace(steering, strengths=strengths.to(device), directions=vectors.to(device), weight=found.weight)
         material, share = with_new_refusals(found.answers, material, settings)
-        reached.append((steering, share))
-    candidates = []
-    for number, (steering, share) in enumerate(reached):
-        name = f"descent {number + 1}, damage weight {settings.damage_weights[number]:g}"
         refusal, damage = material.score(steering.steers())
+        name = f"descent {number + 1}, to refusals of {target:g}"
         candidates.append(Candidate(name, steering.intervention(settings), max(refusal, share), damage))
+        if most_refusals is not None and candidates[-1].refusal <= most_refusals:
+            break
     return candidates
 
 
@@ -137,8 +143,11 @@ def _orders(material: Material, seed: int) -> Iterator[tuple[int, int]]:
 def _go_down(
     steering: Steering, material: Material, settings: GradientSettings, number: int, progress: Progress
 ) -> Reached:
-    """Go down, the rate falling to a tenth along the second half, and let the model say its first words there."""
-    loaded, weight = material.loaded, settings.damage_weights[number]
+    """Go down, the rate falling to a tenth along the second half, and let the model say its first words there.
+
+    Of the strengths and directions the mean over the last quarter is kept: a batch is a few prompts only.
+    """
+    loaded, target = material.loaded, settings.targets[number]
     n_steps = settings.n_more_steps if number else settings.n_steps
     strengths, directions = steering.strengths.clone().requires_grad_(), steering.directions.clone()
     groups = [{"params": [strengths], "lr": settings.rate}]
@@ -149,22 +158,32 @@ def _go_down(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, 2.0 - 1.9 * (step + 1) / n_steps))
     orders = _orders(material, settings.seed + number)
     steers = replace(steering, strengths=strengths, directions=directions).steers()
+    weight, kept = steering.weight, [torch.zeros_like(strengths), torch.zeros_like(directions)]
+    n_kept = max(1, n_steps // 4)
     for step in range(n_steps):
         harmful, harmless = next(orders)
         optimizer.zero_grad()
         with frozen(loaded, gradients=True), steered(loaded.model, steers):
-            unlikelihood(material.refusals(harmful), settings.margin).backward()  # type: ignore[no-untyped-call]
-            (weight * material.damages(harmless).mean()).backward()  # type: ignore[no-untyped-call]
+            refusals, damage = material.refusals(harmful), material.damages(harmless).mean()
+            unlikelihood(refusals, settings.margin).backward()  # type: ignore[no-untyped-call]
+            (weight * damage).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
+        likely = float(refusals.mean())
+        weight *= math.exp(settings.weight_rate * (target - likely) / (target + likely))
         with torch.no_grad():
             strengths.clamp_(0.0, settings.most)
             directions.div_(directions.norm(dim=-1, keepdim=True))
+            if step >= n_steps - n_kept:
+                kept = [mean + now / n_kept for mean, now in zip(kept, (strengths, directions), strict=True)]
         progress.done(step + 1)
-    with torch.no_grad(), steered(loaded.model, steers):
+    reached = replace(steering, strengths=kept[0], directions=kept[1] / kept[1].norm(dim=-1, keepdim=True))
+    with torch.no_grad(), steered(loaded.model, reached.steers()):
         first = material.refused.token_ids[: settings.n_check]
         answers = generate(loaded, first, max_new_tokens=settings.n_check_tokens)
-    return Reached(strengths=strengths.tolist(), directions=directions.tolist(), answers=answers)
+    return Reached(
+        strengths=reached.strengths.tolist(), directions=reached.directions.tolist(), weight=weight, answers=answers
+    )
 
 
 def first_layer_that_counts(directions: Sequence[Direction], material: Material, settings: GradientSettings) -> int:

@@ -1,6 +1,5 @@
 """What a search by gradients runs on, and its two scores: how likely a refusal is, and the damage."""
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,10 +14,10 @@ from remove_refusals.search.continuations import (
     Vocabulary,
     frozen,
     is_packable,
-    keep_below,
     log_probabilities,
     make_probes,
     make_vocabulary,
+    run_once,
 )
 from remove_refusals.settings import GradientSettings, Tied
 
@@ -122,40 +121,34 @@ def gather(own: OwnAnswers, settings: GradientSettings, first_layer: int = 0) ->
     loaded, prompts = own.loaded, own.answered.token_ids
     answers = [answer.token_ids for answer in own.answered.answers]
     packed = is_packable(loaded, prompts, answers, settings.kl_tokens)
-    harmful = _refusal_probes(loaded, own.refused, settings, packed=packed)
     n, seed = settings.batch_size, settings.seed
-    harmless = make_probes(loaded, prompts, answers, settings.kl_tokens, n, packed=packed, seed=seed)
     with frozen(loaded, gradients=False):
-        tokens = [
-            (log_probabilities(loaded, probe) > math.log(_LIKELY)).any(dim=0).nonzero()[:, 0]
-            for probe in (*harmful, *harmless)
-        ]
-    tokens += [probe.targets for probe in harmless]
+        found = make_probes(loaded, prompts, answers, settings.kl_tokens, n, packed=packed, seed=seed)
+        harmless, tokens = run_once(loaded, found, first_layer, _LIKELY)
+        tokens += [probe.targets for probe in harmless]
     openings = learn_openings([*(answer.token_ids for answer in own.refused.answers), *own.more_refusals])
-    return _prepared(loaded, own.refused, openings, (harmful, harmless), tokens, first_layer, packed=packed)
-
-
-def _refusal_probes(loaded: LoadedModel, refused: Answered, settings: GradientSettings, *, packed: bool) -> list[Probe]:
-    paths = [answer.token_ids for answer in refused.answers]
-    n, seed = settings.batch_size, settings.seed
-    return make_probes(loaded, refused.token_ids, paths, N_OPENING_TOKENS, n, packed=packed, seed=seed)
+    return _prepared(loaded, own.refused, openings, harmless, tokens, settings, first_layer, packed=packed)
 
 
 def _prepared(
     loaded: LoadedModel,
     refused: Answered,
     openings: Openings,
-    probes: tuple[Sequence[Probe], Sequence[Probe]],
+    harmless: Sequence[Probe],
     tokens: Sequence[torch.Tensor],
+    settings: GradientSettings,
     first_layer: int,
     *,
     packed: bool,
 ) -> Material:
-    """Take the head's rows for the tokens, the openings and what the harmful batches go along; run the base model."""
+    """Make batches of refused prompts; take the head's rows for all tokens that are looked at; run the base model."""
+    paths, n, seed = [answer.token_ids for answer in refused.answers], settings.batch_size, settings.seed
+    found = make_probes(loaded, refused.token_ids, paths, N_OPENING_TOKENS, n, packed=packed, seed=seed)
     named = [torch.tensor(prefix, device=loaded.device) for prefix in openings.prefixes]
     with frozen(loaded, gradients=False):
-        vocabulary = make_vocabulary(loaded, torch.cat([*tokens, *named, *(probe.targets for probe in probes[0])]))
-        harmful, harmless = (keep_below(loaded, part, vocabulary, first_layer) for part in probes)
+        harmful, likely = run_once(loaded, found, first_layer, _LIKELY)
+        named += [*likely, *(probe.targets for probe in harmful)]
+        vocabulary = make_vocabulary(loaded, torch.cat([*tokens, *named]))
         base = tuple(log_probabilities(loaded, probe, vocabulary) for probe in harmless)
     return Material(loaded, refused, openings, tuple(harmful), tuple(harmless), base, vocabulary, first_layer, packed)
 
@@ -173,10 +166,9 @@ def with_new_refusals(
         return material, share
     refused = replace(before, answers=tuple(refusals.get(index, own) for index, own in enumerate(before.answers)))
     openings = learn_openings([*material.openings.prefixes, *(answer.token_ids for answer in refusals.values())])
-    both = _refusal_probes(loaded, refused, settings, packed=material.packed), material.damage_probes
-    tokens = [material.vocabulary.tokens]
-    first = material.first_layer
-    return _prepared(loaded, refused, openings, both, tokens, first, packed=material.packed), share
+    tokens, first = [material.vocabulary.tokens], material.first_layer
+    harmless, packed = material.damage_probes, material.packed
+    return _prepared(loaded, refused, openings, harmless, tokens, settings, first, packed=packed), share
 
 
 def refusal_probabilities(
@@ -207,8 +199,8 @@ def refusal_probabilities(
 def damages(log_probabilities: torch.Tensor, base: torch.Tensor, probe: Probe) -> torch.Tensor:
     """Give `[n_prompts]`, in nats, the damage along each answer, of two `[n, n_tokens]`.
 
-    It is the mean of two KLs from the base: that of the first token, on which hangs what the answer becomes, and the mean
-    over the tokens.
+    It is the mean of two KLs from the base: that of the first token, on which hangs what the answer becomes, and that
+    over all tokens.
     """
     kl = (base.exp() * (base - log_probabilities)).sum(dim=1)
     n = torch.bincount(probe.rows, minlength=len(probe))

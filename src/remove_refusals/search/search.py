@@ -166,6 +166,7 @@ def _by_gradients(
         more_refusals=(),
     )
     first = first_layer_that_counts(directions, gather(probing, descent), descent)
-    candidates = tuple(descend(directions, gather(own, descent, first), descent, journal, progress))
+    most = settings.rule.max_refusals
+    candidates = tuple(descend(directions, gather(own, descent, first), descent, most, journal, progress))
     order = by_rule([(candidate.refusal, candidate.damage) for candidate in candidates], settings.rule)
     return Selection(settings.method, candidates, order[0], settings.rule), order
