@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tiny
 from own_answers import own_answers
 from remove_refusals.directions.direction import direction_from_vectors
 from remove_refusals.directions.hooks import Steer, ablated, is_steerable, steered
@@ -19,7 +20,14 @@ from remove_refusals.modelmap.types import ModelMap
 from remove_refusals.models.generate import answer_logits
 from remove_refusals.models.load import LoadedModel, load
 from remove_refusals.prompts import embedded_prompts
-from remove_refusals.search.continuations import keep_below, log_probabilities, make_probes, make_vocabulary
+from remove_refusals.search.continuations import (
+    frozen,
+    is_packable,
+    log_probabilities,
+    make_probes,
+    make_vocabulary,
+    run_once,
+)
 from remove_refusals.search.material import (
     Openings,
     OwnAnswers,
@@ -161,7 +169,7 @@ class TestProbes:
     ) -> None:
         part = own["harmless"]
         probes = make_probes(loaded, part.token_ids, [answer.token_ids for answer in part.answers], 5, 8)
-        (kept, _) = keep_below(loaded, probes, None, 3)
+        (kept, _), _ = run_once(loaded, probes, 3, 1e-3)
         assert kept.below is not None
         steers = {("mlp", 4): lambda: Steer(torch.tensor(1.0), random_direction(model_map.d_model))}
         with torch.no_grad(), steered(loaded.model, steers):
@@ -172,6 +180,25 @@ class TestProbes:
         nonsense = dataclasses.replace(kept, below=torch.zeros_like(kept.below))
         with torch.no_grad():
             assert not torch.allclose(log_probabilities(loaded, nonsense, None), whole, atol=1e-2)
+
+    @pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gpt2", "mixtral", "cohere2", "deepseek_v3"])
+    def test_a_packed_batch_gives_what_a_padded_one_gives(self, model_type: str) -> None:
+        loaded = LoadedModel(build(model_type), tiny.tokenizer(), model_type)
+        ids, paths = [[3, 4, 5, 6, 7], [3, 4, 8], [3, 4, 9, 10]], [[11, 12, 13], [14, 15], [16]]
+        assert is_packable(loaded, ids, paths, 3)
+        with frozen(loaded, gradients=False):
+            (padded,), (packed,) = (make_probes(loaded, ids, paths, 3, 3, packed=way, seed=1) for way in (False, True))
+            # The two tokens that all begin with stand once.
+            assert packed.inputs["input_ids"].shape == (1, 2 + (3 + 2) + (1 + 1) + 2)
+            assert packed.prompts == padded.prompts
+            assert torch.equal(packed.targets, padded.targets) and torch.equal(packed.rows, padded.rows)
+            one, other = (log_probabilities(loaded, probe) for probe in (packed, padded))
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+    @pytest.mark.parametrize("model_type", ["mamba", "qwen3_next", "jamba", "bloom"])
+    def test_a_model_that_keeps_a_state_is_not_packed(self, model_type: str) -> None:
+        loaded = LoadedModel(build(model_type), tiny.tokenizer(), model_type)
+        assert not is_packable(loaded, [[3, 4, 5, 6], [3, 4, 8]], [[11, 12], [14, 15]], 2)
 
     def test_the_model_is_left_as_it_was(self, loaded: LoadedModel, own: dict[str, Answered]) -> None:
         head = loaded.model.get_output_embeddings()
@@ -197,6 +224,14 @@ def test_refusal_probability_is_the_sum_over_openings(loaded: LoadedModel, own: 
     assert by_hand > 0
 
 
+def test_a_margin_makes_an_unlikely_refusal_cost() -> None:
+    probabilities = torch.tensor([0.02, 0.5])
+    plain, more = unlikelihood(probabilities), unlikelihood(probabilities, margin=3.0)
+    torch.testing.assert_close(plain, -torch.log1p(-probabilities).mean())
+    odds = torch.exp(torch.tensor(3.0)) * probabilities / (1 - probabilities)
+    torch.testing.assert_close(more, torch.log1p(odds).mean())
+
+
 def test_damage_is_zero_for_the_model_itself_and_positive_beside_it(
     loaded: LoadedModel, model_map: ModelMap, own: dict[str, Answered]
 ) -> None:
@@ -217,7 +252,7 @@ def test_damage_is_zero_for_the_model_itself_and_positive_beside_it(
 class TestSelect:
     @pytest.fixture(scope="class")
     def quick(self) -> SelectSettings:
-        descent = GradientSettings(damage_weights=(4.0, 1.0), n_steps=16, n_more_steps=6)
+        descent = GradientSettings(targets=(0.05, 0.01), n_steps=16, n_more_steps=6)
         return SelectSettings(n_choose=32, n_confirm=16, descent=descent)
 
     def test_frees_the_demo_model_and_repeats_itself(self, loaded: LoadedModel, quick: SelectSettings) -> None:
@@ -251,7 +286,7 @@ class TestSelect:
     def test_a_candidate_that_cannot_be_confirmed_is_named(self, loaded: LoadedModel, quick: SelectSettings) -> None:
         """Descents that hardly move leave the refusals; the search says so and gives what came nearest."""
         sets = embedded_prompts("harmful_train"), embedded_prompts("harmless_train")
-        still = GradientSettings(damage_weights=(4.0,), n_steps=1, rate=1e-6, direction_rate=0.0, start=0.01, least=0.0)
+        still = GradientSettings(targets=(0.05,), n_steps=1, rate=1e-6, direction_rate=0.0, start=0.01, least=0.0)
         settings = quick.model_copy(update={"descent": still, "rule": Rule(max_refusals=0.05)})
         found = select(loaded, split_for_search(*sets, 16, settings), settings, MeasureSettings(max_new_tokens=24))
         assert len(found.notes) == 2

@@ -85,7 +85,7 @@ def test_models_have_fingerprints_of_their_own(loaded: LoadedModel) -> None:
 
 
 SETTINGS = SelectSettings(
-    n_choose=32, n_confirm=16, descent=GradientSettings(damage_weights=(4.0, 1.0), n_steps=8, n_more_steps=4)
+    n_choose=32, n_confirm=16, descent=GradientSettings(targets=(0.05, 0.01), n_steps=8, n_more_steps=4)
 )
 
 

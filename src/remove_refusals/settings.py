@@ -305,12 +305,11 @@ class GradientSettings(Settings):
     rate: float = inner(0.08, "Adam's learning rate for the strengths.", ge=0)
     direction_rate: float = inner(0.03, "Its rate for a unit direction, as a length; 0 leaves directions alone.", ge=0)
     batch_size: int = inner(16, "Harmful prompts, and harmless ones, for each step.", ge=1)
-    kl_tokens: int = inner(16, "How many tokens of each answer the damage goes along.", ge=1)
+    kl_tokens: int = inner(8, "How many tokens of each answer the damage goes along.", ge=1)
     start: float = inner(0.5, "The strength to begin with.", ge=0)
     most: float = inner(3.0, "The largest strength.", ge=0)
     least: float = inner(0.05, "Strengths below this are set to 0 in the end: such a site hardly counts.", ge=0)
-    n_check: int = inner(32, "Prompts answered between descents, to find refusals that open in a new way.", ge=1)
-    n_check_tokens: int = inner(24, "With how many tokens.", ge=1)
+    n_check_tokens: int = inner(24, "With how many tokens other prompts are answered between descents.", ge=1)
     seed: int = inner(0, "Decides the order of the batches.")
 
 
@@ -323,8 +322,9 @@ class SelectSettings(Settings):
         "auto", "auto, layer, none; none if other options decide.", name="select", short=True, may_be_none=True
     )
     rule: Rule = Rule(max_refusals=0.05)
-    n_choose: int = inner(64, "How many harmful, and how many harmless prompts the search runs on.")
+    n_choose: int = inner(96, "How many harmful, and how many harmless prompts the search runs on.")
     n_confirm: int = inner(32, "How many others the pick is confirmed on.")
+    n_confirm_tokens: int = inner(48, "Where the answers of the confirmation are cut off at most.", ge=1)
     n_tokens: int = inner(24, "How many tokens of its own answers the model is asked for in the search.")
     most_confirmed: int = inner(3, "How many candidates are tried by generation at most.")
     seed: int = inner(0, "What splits the prompts and orders the batches.")

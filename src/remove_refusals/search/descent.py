@@ -12,14 +12,15 @@ import torch
 
 from remove_refusals.directions import SiteKey, Steer, direction_from_vectors, steered
 from remove_refusals.files import Journal, Record
+from remove_refusals.measure import labelled
 from remove_refusals.modelmap import map_model
-from remove_refusals.models import Answer, LoadedModel, generate
+from remove_refusals.models import Answer, LoadedModel, generate, render
 from remove_refusals.progress import Progress
 from remove_refusals.search.candidates import Candidate
 from remove_refusals.search.continuations import frozen
 from remove_refusals.search.material import Material, unlikelihood, with_new_refusals
 from remove_refusals.settings import SITE_KINDS, GradientSettings, SiteKind
-from remove_refusals.types import Direction, DirectionOrigin, Intervention, SiteEdit
+from remove_refusals.types import Direction, DirectionOrigin, Intervention, PromptSet, SiteEdit
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,37 +91,39 @@ def descend(
     directions: Sequence[Direction],
     material: Material,
     settings: GradientSettings,
-    most_refusals: float | None,
+    check: tuple[PromptSet, float | None],
     journal: Journal,
     progress: Progress,
 ) -> list[Candidate]:
-    """Search by gradients from one direction for each layer, found in the stream behind it: once for each weight.
+    """Search by gradients from one direction for each layer, found in the stream behind it: once for each target.
 
-    After each descent the model generates a little, and refusals that open in a new way are learned. No further descent
-    is made behind one that keeps to the limit of refusals, if there is one. The refusal of a candidate is the
-    probability of the model's own refusals, or the share of those answers, whichever is greater.
+    After each descent the model answers prompts that the descent did not see; those that it refuses join the next. No
+    further one is made where hardly any is refused, if there is a limit. The refusal of a candidate is the probability of the
+    model's own refusals, or the share of these prompts that it refused, whichever is greater.
     """
+    prompts, most_refusals = check
+    token_ids = render(material.loaded, prompts.prompts)
     steering = start_steering(material.loaded, directions, settings, material.first_layer)
     candidates: list[Candidate] = []
     # Directions are told apart by where they come from.
     origins = [direction.origin.model_copy(update={"length": None}).to_json() for direction in directions]
     probes = (*material.refusal_probes, *material.damage_probes)
     batches = [[probe.inputs["input_ids"].tolist(), probe.paths] for probe in probes]
-    inputs = [settings.model_dump(), origins, material.first_layer, batches]
+    inputs = [settings.model_dump(), origins, material.first_layer, batches, token_ids]
     lengths = [settings.n_steps] + [settings.n_more_steps] * (len(settings.targets) - 1)
     progress = progress.stage("descent", sum(lengths))
     for number, target in enumerate(settings.targets):
         found = journal.remember(
             f"descent {number + 1}",
             inputs,
-            partial(_go_down, steering, material, settings, number, progress.after(sum(lengths[:number]))),
+            partial(_go_down, steering, material, settings, number, token_ids, progress.after(sum(lengths[:number]))),
             Reached.to_json,
             Reached.model_validate,
         )
         strengths, vectors = torch.tensor(found.strengths), torch.tensor(found.directions)
         device = material.loaded.device
         steering = replace(steering, strengths=strengths.to(device), directions=vectors.to(device), weight=found.weight)
-        material, share = with_new_refusals(found.answers, material, settings)
+        material, share = with_new_refusals(labelled(prompts, token_ids, found.answers), material, settings)
         refusal, damage = material.score(steering.steers())
         name = f"descent {number + 1}, to refusals of {target:g}"
         candidates.append(Candidate(name, steering.intervention(settings), max(refusal, share), damage))
@@ -141,7 +144,12 @@ def _orders(material: Material, seed: int) -> Iterator[tuple[int, int]]:
 
 
 def _go_down(
-    steering: Steering, material: Material, settings: GradientSettings, number: int, progress: Progress
+    steering: Steering,
+    material: Material,
+    settings: GradientSettings,
+    number: int,
+    check: Sequence[Sequence[int]],
+    progress: Progress,
 ) -> Reached:
     """Go down, the rate falling to a tenth along the second half, and let the model say its first words there.
 
@@ -169,7 +177,7 @@ def _go_down(
             (weight * damage).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
-        likely = float(refusals.mean())
+        likely = float(refusals.detach().mean())
         weight *= math.exp(settings.weight_rate * (target - likely) / (target + likely))
         with torch.no_grad():
             strengths.clamp_(0.0, settings.most)
@@ -179,8 +187,7 @@ def _go_down(
         progress.done(step + 1)
     reached = replace(steering, strengths=kept[0], directions=kept[1] / kept[1].norm(dim=-1, keepdim=True))
     with torch.no_grad(), steered(loaded.model, reached.steers()):
-        first = material.refused.token_ids[: settings.n_check]
-        answers = generate(loaded, first, max_new_tokens=settings.n_check_tokens)
+        answers = generate(loaded, check, max_new_tokens=settings.n_check_tokens)
     return Reached(
         strengths=reached.strengths.tolist(), directions=reached.directions.tolist(), weight=weight, answers=answers
     )

@@ -2,13 +2,13 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from remove_refusals.directions import SiteKey, Steer, steered
-from remove_refusals.measure import Answered, Label, labelled
-from remove_refusals.models import Answer, LoadedModel
+from remove_refusals.measure import Answered, Label
+from remove_refusals.models import LoadedModel
 from remove_refusals.search.continuations import (
     Probe,
     Vocabulary,
@@ -20,6 +20,7 @@ from remove_refusals.search.continuations import (
     run_once,
 )
 from remove_refusals.settings import GradientSettings, Tied
+from remove_refusals.types import PromptSet
 
 N_OPENING_TOKENS = 6
 """How many tokens of a refusal are looked at: enough that hardly another answer begins with them."""
@@ -153,22 +154,23 @@ def _prepared(
     return Material(loaded, refused, openings, tuple(harmful), tuple(harmless), base, vocabulary, first_layer, packed)
 
 
-def with_new_refusals(
-    answers: Sequence[Answer], material: Material, settings: GradientSettings
-) -> tuple[Material, float]:
-    """Learn the openings of refusals among what a candidate answers to the first prompts; give the refusals' share."""
-    before, loaded = material.refused, material.loaded
-    few = before.at(range(len(answers)))
-    flags = labelled(few.prompts, few.token_ids, answers).flags(Label.REFUSAL)
-    refusals = {index: answer for index, answer in enumerate(answers) if flags[index]}
-    share = len(refusals) / len(answers)
-    if not refusals:
+def with_new_refusals(checked: Answered, material: Material, settings: GradientSettings) -> tuple[Material, float]:
+    """Let prompts that a candidate still refuses, and their openings, join what it is to unlearn; give their share."""
+    before, new = material.refused, checked.only(Label.REFUSAL)
+    share = len(new) / len(checked)
+    if not len(new):
         return material, share
-    refused = replace(before, answers=tuple(refusals.get(index, own) for index, own in enumerate(before.answers)))
-    openings = learn_openings([*material.openings.prefixes, *(answer.token_ids for answer in refusals.values())])
+    kept = before.at([index for index, ids in enumerate(before.token_ids) if ids not in new.token_ids])
+    refused = Answered(
+        PromptSet(before.prompts.name, kept.prompts.prompts + new.prompts.prompts, before.prompts.source),
+        kept.token_ids + new.token_ids,
+        kept.answers + new.answers,
+        kept.labels + new.labels,
+    )
+    openings = learn_openings([*material.openings.prefixes, *(answer.token_ids for answer in new.answers)])
     tokens, first = [material.vocabulary.tokens], material.first_layer
     harmless, packed = material.damage_probes, material.packed
-    return _prepared(loaded, refused, openings, harmless, tokens, settings, first, packed=packed), share
+    return _prepared(material.loaded, refused, openings, harmless, tokens, settings, first, packed=packed), share
 
 
 def refusal_probabilities(

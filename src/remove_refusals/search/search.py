@@ -63,6 +63,8 @@ class BaseBehaviour:
     """What the base model does on the prompts of a search: activations, and answers to what the search runs on."""
 
     collected: tuple[Activations, Activations]
+    check: PromptSet
+    """Harmful prompts that the search does not run on."""
     harmful: Answered
     harmless: Answered
     confirming: Confirming
@@ -99,6 +101,8 @@ def select(
     journal = journal.within(fingerprint(loaded)) if journal.directory is not None else journal
     positions = tail_positions(loaded, position) if by_layer else (position,)
     check_positions(loaded, positions)
+    shorter = min(measure.max_new_tokens, settings.n_confirm_tokens)
+    measure = measure.model_copy(update={"max_new_tokens": shorter})
     base = base_behaviour(loaded, prompts, positions, settings, measure, journal, progress, tied)
     if by_layer:
         searched = _by_layer(base, settings, progress)
@@ -137,7 +141,9 @@ def base_behaviour(
                 "choose by; use prompts that it does refuse or answer, or pass --select none."
             )
     third, fourth = (answered(part, measure.max_new_tokens) for part in prompts.confirm)
-    return BaseBehaviour(collected, harmful, harmless, Confirming(loaded, third, fourth, measure, tied))
+    return BaseBehaviour(
+        collected, prompts.direction[0], harmful, harmless, Confirming(loaded, third, fourth, measure, tied)
+    )
 
 
 def _by_layer(base: BaseBehaviour, settings: SelectSettings, progress: Progress) -> tuple[Selection, Sequence[int]]:
@@ -166,7 +172,7 @@ def _by_gradients(
         more_refusals=(),
     )
     first = first_layer_that_counts(directions, gather(probing, descent), descent)
-    most = settings.rule.max_refusals
-    candidates = tuple(descend(directions, gather(own, descent, first), descent, most, journal, progress))
+    check = base.check, settings.rule.max_refusals
+    candidates = tuple(descend(directions, gather(own, descent, first), descent, check, journal, progress))
     order = by_rule([(candidate.refusal, candidate.damage) for candidate in candidates], settings.rule)
     return Selection(settings.method, candidates, order[0], settings.rule), order
