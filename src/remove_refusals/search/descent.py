@@ -98,8 +98,8 @@ def descend(
     """Search by gradients from one direction for each layer, found in the stream behind it: once for each target.
 
     After each descent the model answers prompts that the descent did not see; those that it refuses join the next. No
-    further one is made where hardly any is refused, if there is a limit. The refusal of a candidate is the probability of the
-    model's own refusals, or the share of these prompts that it refused, whichever is greater.
+    further one is made where hardly any is refused, if there is a limit. The refusal of a candidate is the probability
+    of the model's own refusals, or the share of these prompts that it refused, whichever is greater.
     """
     prompts, most_refusals = check
     token_ids = render(material.loaded, prompts.prompts)
