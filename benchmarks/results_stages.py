@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import safetensors.torch
 import torch
 from pydantic import Field
 from transformers import AutoConfig
@@ -17,14 +18,24 @@ from transformers import AutoConfig
 from remove_refusals import pipeline, progress
 from remove_refusals.baking import bake, load_edited
 from remove_refusals.files import Journal, Record, versions
-from remove_refusals.measure import EvaluationPrompts, Label, distances_along, kept_answers, measuring_prompts
-from remove_refusals.measure.answers import PromptDistance
+from remove_refusals.measure import EvaluationPrompts, Label, kept_answers, measuring_prompts
+from remove_refusals.measure.answers import PromptDistance, distances_between
 from remove_refusals.measure.evaluate import judge_of
 from remove_refusals.measure.judges.calibration import measuring_judge
 from remove_refusals.measure.scores import TaskScore
 from remove_refusals.measure.tasks import run_tasks
 from remove_refusals.modelmap import map_model
-from remove_refusals.models import Answer, load_model, local_directory, model_source, render
+from remove_refusals.models import (
+    Answer,
+    AnswerLogits,
+    LoadedModel,
+    answer_logits,
+    load_model,
+    local_directory,
+    longest_first,
+    model_source,
+    render,
+)
 from remove_refusals.prompts import prompts_from
 from remove_refusals.search import split_for_search
 from remove_refusals.settings import (
@@ -38,6 +49,8 @@ from remove_refusals.settings import (
     published_name,
 )
 from results import BASE, RUN, seed_of
+
+PER_BATCH = 8
 
 BAND = (0.23, 0.87)
 """Of the depth, what the published example of the recipe by hand edits: layers 11 to 41 of 48."""
@@ -294,25 +307,60 @@ def answer(options: argparse.Namespace, name: str) -> dict[str, Any]:
     """Let a variant answer the test prompts, follow it along the base's answers, and label what it said."""
     settings, private = measuring(options), options.directory / "private"
     prompts = measuring_prompts(settings)
-    base = load_model(options.model, loading(options), batch_size=options.batch_size)
-    ids = {part: render(base, own.prompts) for part, own in prompts.by_name().items()}
-    found: dict[str, Any] = {}
-    loaded = base
-    if name != BASE:
-        place = options.also.get(name, options.directory / "models" / name)
-        loaded = load_edited(str(place), options.model, loading(options), batch_size=options.batch_size)
+    place = options.model if name == BASE else options.also.get(name, options.directory / "models" / name)
+    loaded = load_edited(str(place), options.model, loading(options), batch_size=options.batch_size)
+    of_base = None if name == BASE else json.loads((private / f"{BASE}.answer.json").read_text(encoding="utf-8"))
+    # As the base's tokenizer and chat template have it; another tool may have saved others.
+    ids = (
+        of_base["prompts"]
+        if of_base
+        else {part: render(loaded, own.prompts) for part, own in prompts.by_name().items()}
+    )
     journal = Journal(private / "journal")
     said = {part: kept_answers(loaded, part, ids[part], options.max_new_tokens, journal) for part in ids}
-    if name != BASE:
-        of_base = json.loads((private / f"{BASE}.answer.json").read_text(encoding="utf-8"))["answers"]["harmless"]
-        along = [one["token_ids"][: options.kl_tokens] for one in of_base]
-        distances = distances_along(base, loaded, ids["harmless"], along, options.kl_tokens)
+    found: dict[str, Any] = {"answers": {part: [one.to_json() for one in answers] for part, answers in said.items()}}
+    along = [one["token_ids"] for one in (of_base or found)["answers"]["harmless"]]
+    logits = private / "logits"
+    if of_base is None:
+        keep_logits(loaded, ids["harmless"], along, options.kl_tokens, logits)
+        found["prompts"] = ids
+    else:
+        distances = distances_from(loaded, ids["harmless"], along, options.kl_tokens, logits)
         found["along"] = dict(zip(prompts.harmless.ids, map(shortened, distances), strict=True))
         if settings.tasks:
+            base = load_model(options.model, loading(options), batch_size=options.batch_size)
             found["tasks"] = [task.to_json() for task in run_tasks(base, loaded, settings)]
-    found["answers"] = {part: [one.to_json() for one in answers] for part, answers in said.items()}
     found["dtype"], found["device"] = str(loaded.model.dtype).removeprefix("torch."), str(loaded.device)
     return found | {"record": scored(options, name, found), "cost": device_memory()}
+
+
+def batches(ids: Sequence[Sequence[int]], along: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Put prompts with answers of like length together, few at a time: each holds logits of the whole vocabulary."""
+    order = longest_first([len(one) + len(other) for one, other in zip(ids, along, strict=True)])
+    return [order[start : start + PER_BATCH] for start in range(0, len(order), PER_BATCH)]
+
+
+def keep_logits(
+    base: LoadedModel, ids: Sequence[Sequence[int]], along: Sequence[Sequence[int]], n_tokens: int, place: Path
+) -> None:
+    """Write down what the base predicts along its answers, once for all variants, which then need no base."""
+    place.mkdir(exist_ok=True)
+    for number, chosen in enumerate(batches(ids, along)):
+        found = answer_logits(base, [ids[at] for at in chosen], [along[at] for at in chosen], n_tokens)
+        tensors = {name: tensor.to("cpu").contiguous() for name, tensor in vars(found).items()}
+        safetensors.torch.save_file(tensors, place / f"{number}.safetensors")
+
+
+def distances_from(
+    edited: LoadedModel, ids: Sequence[Sequence[int]], along: Sequence[Sequence[int]], n_tokens: int, place: Path
+) -> list[PromptDistance]:
+    """Compare a variant with what was written down of the base."""
+    found: dict[int, PromptDistance] = {}
+    for number, chosen in enumerate(batches(ids, along)):
+        base = AnswerLogits(**safetensors.torch.load_file(place / f"{number}.safetensors", device=str(edited.device)))
+        own = answer_logits(edited, [ids[at] for at in chosen], [along[at] for at in chosen], n_tokens)
+        found |= zip(chosen, distances_between(base, own, len(chosen)), strict=True)
+    return [found[at] for at in range(len(ids))]
 
 
 def shortened(distance: PromptDistance) -> dict[str, float]:

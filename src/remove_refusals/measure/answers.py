@@ -176,7 +176,7 @@ def distances_along(
         of_base = answer_logits(base, ids, along, n_tokens)
         with edited_context():
             of_edited = answer_logits(edited, ids, along, n_tokens)
-        return _compare(of_base, of_edited, len(indices))
+        return distances_between(of_base, of_edited, len(indices))
 
     lengths = [len(ids) + len(tail) for ids, tail in zip(token_ids, answer_ids, strict=True)]
     held = _HELD.get(base.device.type, _HELD_ELSEWHERE)
@@ -184,7 +184,8 @@ def distances_along(
     return in_order(in_batches(base, lengths, measure, most=most, progress=progress))
 
 
-def _compare(base: AnswerLogits, edited: AnswerLogits, n: int) -> list[PromptDistance]:
+def distances_between(base: AnswerLogits, edited: AnswerLogits, n: int) -> list[PromptDistance]:
+    """Compare what two models predict along the same `n` answers."""
     with torch.inference_mode():
         log_p, log_q = base.log_probabilities, edited.log_probabilities.to(base.log_probabilities.device)
         targets = base.targets.to(log_p.device)[:, None]
