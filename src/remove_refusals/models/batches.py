@@ -7,11 +7,13 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import Any, TypeVar
 
 import torch
+from transformers import PreTrainedModel
 
 from remove_refusals.errors import ModelError, PromptError
 from remove_refusals.models.load import LoadedModel
 from remove_refusals.progress import SILENT, Progress
 
+B = TypeVar("B")
 R = TypeVar("R")
 
 MOST_PROMPTS = 128
@@ -66,7 +68,7 @@ def in_batches(
         batch = order[done : done + size]
         if asked is None:
             batch = batch[: fitting_pass(loaded, [lengths[index] for index in batch])]
-        result = _unless_out_of_memory(run, batch)
+        result = unless_out_of_memory(run, batch)
         if result is not None:
             yield batch, result[0]
             done += len(batch)
@@ -143,8 +145,13 @@ def n_positions(loaded: LoadedModel) -> int | None:
 
 def accepts(loaded: LoadedModel, argument: str) -> bool:
     """Tell whether the model's `forward` takes an argument of this name; an adapter around it is looked through."""
-    model = loaded.model.get_base_model() if hasattr(loaded.model, "get_base_model") else loaded.model
-    return argument in inspect.signature(model.forward).parameters
+    return argument in inspect.signature(base_model(loaded).forward).parameters
+
+
+def base_model(loaded: LoadedModel) -> PreTrainedModel:
+    """Give the model itself, without an adapter around it."""
+    model: PreTrainedModel = loaded.model.get_base_model() if hasattr(loaded.model, "get_base_model") else loaded.model
+    return model
 
 
 @contextmanager
@@ -181,7 +188,7 @@ def contiguous_head(loaded: LoadedModel) -> AbstractContextManager[None]:
     return nullcontext() if head is None else hooked(head, before=[("", contiguous)])
 
 
-def _unless_out_of_memory(function: Callable[[Sequence[int]], R], batch: Sequence[int]) -> tuple[R] | None:
+def unless_out_of_memory(function: Callable[[B], R], batch: B) -> tuple[R] | None:
     """Run a batch; return its result in a tuple, or None when memory ran out, with what it held given back."""
     try:
         return (function(batch),)

@@ -1,19 +1,24 @@
 """Run a model on rendered prompts: batched greedy answers, streamed answers, log-probabilities of given answers."""
 
+import copy
+import functools
+import math
 import textwrap
 import threading
+import weakref
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, TextIteratorStreamer
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, TextIteratorStreamer
 
 from remove_refusals.errors import NumericalError
 from remove_refusals.files import Record
 from remove_refusals.models.batches import (
     accepts,
+    base_model,
     check_prompts,
     contiguous_head,
     first_batch_size,
@@ -21,10 +26,17 @@ from remove_refusals.models.batches import (
     in_order,
     left_padded,
     n_positions,
+    unless_out_of_memory,
 )
 from remove_refusals.models.load import LoadedModel
 from remove_refusals.models.thinking import text_of
 from remove_refusals.progress import SILENT, Progress
+
+_LEAST_SHARED = 64
+"""How many tokens a common beginning has to save: it takes a forward pass of its own."""
+
+_ERRORS: "weakref.WeakKeyDictionary[PreTrainedModel, dict[bool, float]]" = weakref.WeakKeyDictionary()
+"""What `_error` measured of a model, with a common beginning and without one; NaN is measured again."""
 
 
 class Answer(Record):
@@ -59,12 +71,14 @@ def generate(
     """Continue rendered prompts greedily; of the model's own generation settings only the end tokens apply."""
     check_prompts(loaded, token_ids, max_new_tokens)
     ends = _end_token_ids(loaded)
+    held = unless_out_of_memory(lambda rows: _begin(loaded, rows, max_new_tokens), token_ids)
+    begun = None if held is None else held[0]
+    decode = _run_generate if begun is None else functools.partial(_decode, begun)
 
     def answer(indices: Sequence[int]) -> list[Answer]:
-        inputs = left_padded(loaded, [token_ids[index] for index in indices])
-        watched = {"logits_processor": [_finite(loaded, token_ids, indices)]}
+        rows, check = [token_ids[index] for index in indices], _finite(loaded, token_ids, indices)
         found = []
-        for row in _run_generate(loaded, inputs | watched, max_new_tokens)[:, inputs["input_ids"].shape[1] :].tolist():
+        for row in decode(loaded, rows, max_new_tokens, check):
             length = next((index for index, token in enumerate(row) if token in ends), None)
             kept = row if length is None else row[: length + 1]
             text = text_of(loaded.tokenizer, row[:length])
@@ -72,7 +86,134 @@ def generate(
         return found
 
     lengths = [len(ids) for ids in token_ids]
-    return in_order(in_batches(loaded, lengths, answer, most=first_batch_size(loaded), progress=progress))
+    most = _batch_size(loaded, begun, max(lengths, default=0) + max_new_tokens)
+    return in_order(in_batches(loaded, lengths, answer, most=most, progress=progress))
+
+
+@dataclass(frozen=True, eq=False)
+class _Beginning:
+    """The tokens that all prompts of a call begin with, and what attention keeps of them, for one row."""
+
+    n_tokens: int
+    cache: Any
+
+    def continued(self, loaded: LoadedModel, token_ids: Sequence[Sequence[int]]) -> tuple[dict[str, torch.Tensor], Any]:
+        """Give the arguments of `forward` for the rest of the prompts, and a cache for as many rows."""
+        inputs, cache = left_padded(loaded, [ids[self.n_tokens :] for ids in token_ids]), copy.deepcopy(self.cache)
+        if self.n_tokens:
+            mask = inputs["attention_mask"]
+            inputs["attention_mask"] = torch.cat([mask.new_ones(len(mask), self.n_tokens), mask], dim=1)
+            inputs["position_ids"] += self.n_tokens
+            cache.batch_repeat_interleave(len(token_ids))
+        return inputs, cache
+
+
+def _begin(loaded: LoadedModel, token_ids: Sequence[Sequence[int]], n_new_tokens: int) -> _Beginning | None:
+    """Run what prompts begin with, where that saves work; None where it is not exact to go on from a cache."""
+    takes_all = accepts(loaded, "position_ids") and accepts(loaded, "use_cache")
+    errors, tolerated = _ERRORS.setdefault(base_model(loaded), {}), 1e-3 if loaded.model.dtype == torch.float32 else 0.1
+    known = any(error > tolerated for error in errors.values())
+    if len(token_ids) < 2 or loaded.is_offloaded or not takes_all or known:
+        return None
+    longest, shortest = max(token_ids, key=len), min(token_ids, key=len)
+    columns = enumerate(zip(*token_ids, strict=False))
+    n = next((index for index, column in columns if len(set(column)) > 1), len(shortest))
+    n = min(n, len(shortest) - 1)
+    begun = _Beginning(0, None)
+    with torch.inference_mode(), contiguous_head(loaded):
+        if n * (len(token_ids) - 1) >= _LEAST_SHARED:
+            _, cache = _run(loaded, left_padded(loaded, [longest[:n]]))
+            if not _is_of_attention(cache):
+                errors[True] = math.inf
+                return None
+            # Padding lies between the beginning and the rest, where a window over the last tokens would count it.
+            windows = [getattr(layer, "sliding_window", None) for layer in cache.layers]
+            if all(window is None or len(longest) + n_new_tokens <= window for window in windows):
+                begun = _Beginning(n, cache)
+        if not errors.get(begun.n_tokens > 0, math.nan) >= 0:
+            looked_at = min((row for row in token_ids if len(row) > n + 1), key=len, default=longest)
+            errors[begun.n_tokens > 0] = _error(loaded, begun, looked_at)
+    return begun if errors[begun.n_tokens > 0] <= tolerated else None
+
+
+def _batch_size(loaded: LoadedModel, begun: _Beginning | None, n_tokens: int) -> int:
+    """Pick how many prompts, of so many tokens with their answers, to generate for at once."""
+    if loaded.batch_size or begun is None or not begun.n_tokens or loaded.device.type not in ("cpu", "cuda"):
+        return first_batch_size(loaded)
+    kept = [tensor for layer in begun.cache.layers for tensor in (layer.keys, layer.values) if tensor is not None]
+    # And the last logits in float32, twice.
+    row: int = sum(tensor.nbytes for tensor in kept) // begun.n_tokens * n_tokens + 8 * loaded.vocabulary_size
+    if loaded.device.type == "cuda":
+        return min(512, max(128, int(torch.cuda.mem_get_info(loaded.device)[0]) // 2 // row))
+    from accelerate.utils import get_max_memory
+
+    return min(64, max(1, int(get_max_memory()["cpu"]) // 2 // row))
+
+
+def _error(loaded: LoadedModel, begun: _Beginning, prompt: Sequence[int]) -> float:
+    """Measure how far a padded pass from a cache and a step from there are from a pass without a cache."""
+    rows = [prompt, prompt[: begun.n_tokens + 1]]
+    inputs, cache = begun.continued(loaded, rows)
+    _, cache = _run(loaded, inputs, cache)
+    if not _is_of_attention(cache):
+        return math.inf
+    again = torch.tensor([prompt[-1]] * 2, device=loaded.device)
+    found, _ = _run(loaded, _step(inputs, again), cache)
+    whole, _ = _run(loaded, left_padded(loaded, [[*row, prompt[-1]] for row in rows]))
+    return float((found - whole).std() / whole.std())
+
+
+def _is_of_attention(cache: Any) -> bool:
+    """Whether nothing but keys and values is kept, which padding leaves alone and rows can be taken from."""
+    known = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
+    return type(cache) is DynamicCache and known.issuperset(type(layer).__name__ for layer in cache.layers)
+
+
+def _run(loaded: LoadedModel, inputs: dict[str, torch.Tensor], cache: Any = None) -> tuple[torch.Tensor, Any]:
+    """Run tokens behind what a cache holds; give the last logits, float32, and the cache with the tokens in it."""
+    # Its name depends on the version of Transformers.
+    name = "cache" if accepts(loaded, "cache") else "past_key_values"
+    extra = {"logits_to_keep": 1} if accepts(loaded, "logits_to_keep") else {}
+    output = loaded.model(**inputs, use_cache=True, **extra, **({} if cache is None else {name: cache}))
+    return output.logits[:, -1].float(), getattr(output, name, None)
+
+
+def _step(inputs: dict[str, torch.Tensor], tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Give the arguments of `forward` for the next token of each row."""
+    mask = inputs["attention_mask"]
+    mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+    return {"input_ids": tokens[:, None], "attention_mask": mask, "position_ids": mask.sum(-1, keepdim=True) - 1}
+
+
+def _decode(
+    begun: _Beginning,
+    loaded: LoadedModel,
+    token_ids: Sequence[Sequence[int]],
+    n_new_tokens: int,
+    check: Callable[..., None],
+) -> list[list[int]]:
+    """Continue prompts greedily; a row that has ended leaves the batch."""
+    ends = _end_token_ids(loaded)
+    answers: list[list[int]] = [[] for _ in token_ids]
+    running = list(range(len(token_ids)))
+    with torch.inference_mode(), contiguous_head(loaded):
+        inputs, cache = begun.continued(loaded, token_ids)
+        while True:
+            logits, cache = _run(loaded, inputs, cache)
+            check(logits, running)
+            tokens = logits.argmax(-1).to(loaded.device)
+            for row, token in zip(running, tokens.tolist(), strict=True):
+                answers[row].append(token)
+            going = [index for index, row in enumerate(running) if answers[row][-1] not in ends]
+            if not going or len(answers[running[0]]) == n_new_tokens:
+                return answers
+            if len(going) < len(running):
+                running = [running[index] for index in going]
+                # On the CPU, since layers may lie on several devices.
+                kept = torch.tensor(going)
+                tokens, inputs["attention_mask"] = tokens[kept], inputs["attention_mask"][kept]
+                cache.batch_select_indices(kept)
+            inputs = _step(inputs, tokens)
 
 
 def stream(loaded: LoadedModel, token_ids: Sequence[int], *, max_new_tokens: int = 512) -> Generator[str]:
@@ -82,7 +223,6 @@ def stream(loaded: LoadedModel, token_ids: Sequence[int], *, max_new_tokens: int
     stop = threading.Event()
     streamer = TextIteratorStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
     watched = {
-        "logits_processor": [_finite(loaded, [token_ids], [0])],
         # Nobody may listen any more.
         "stopping_criteria": [lambda ids, scores, **_: torch.full((1,), stop.is_set(), device=ids.device)],
         "streamer": streamer,
@@ -90,7 +230,7 @@ def stream(loaded: LoadedModel, token_ids: Sequence[int], *, max_new_tokens: int
 
     def run() -> None:
         try:
-            _run_generate(loaded, left_padded(loaded, [token_ids]) | watched, n_tokens)
+            _run_generate(loaded, [token_ids], n_tokens, _finite(loaded, [token_ids], [0]), **watched)
         finally:
             streamer.text_queue.put(streamer.stop_signal)
 
@@ -133,8 +273,21 @@ def answer_logits(
     return AnswerLogits(rows, offsets, targets, found)
 
 
-def _run_generate(loaded: LoadedModel, inputs: dict[str, Any], max_new_tokens: int) -> torch.Tensor:
-    """Run the model's own `generate` greedily; return prompts and answers, `[n, length]`."""
+def _run_generate(
+    loaded: LoadedModel,
+    token_ids: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    check: Callable[..., None],
+    **watched: Any,
+) -> list[list[int]]:
+    """Run the model's own `generate` greedily; return the answers, filled up with padding."""
+    inputs = left_padded(loaded, token_ids)
+    rows = range(len(token_ids))
+
+    def checked(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        check(scores, rows)
+        return scores
+
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -146,10 +299,11 @@ def _run_generate(loaded: LoadedModel, inputs: dict[str, Any], max_new_tokens: i
     original, loaded.model.generation_config = loaded.model.generation_config, config
     try:
         with torch.inference_mode(), contiguous_head(loaded):
-            continued: torch.Tensor = loaded.model.generate(**inputs)
+            continued: torch.Tensor = loaded.model.generate(**inputs, logits_processor=[checked], **watched)
     finally:
         loaded.model.generation_config = original
-    return continued
+    answers: list[list[int]] = continued[:, inputs["input_ids"].shape[1] :].tolist()
+    return answers
 
 
 def _end_token_ids(loaded: LoadedModel) -> set[int]:
@@ -158,15 +312,14 @@ def _end_token_ids(loaded: LoadedModel) -> set[int]:
     return {int(token) for token in (*ends, loaded.tokenizer.eos_token_id) if token is not None}
 
 
-def _finite(loaded: LoadedModel, token_ids: Sequence[Sequence[int]], indices: Sequence[int]) -> Callable[..., Any]:
-    """Make a logits processor that stops the generation at logits from which no token can be chosen."""
+def _finite(loaded: LoadedModel, token_ids: Sequence[Sequence[int]], indices: Sequence[int]) -> Callable[..., None]:
+    """Make a check that stops the generation at logits, of some rows, from which no token can be chosen."""
 
-    def check(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def check(scores: torch.Tensor, rows: Sequence[int]) -> None:
         # The largest logit is NaN if any of them is.
         broken = (~scores.amax(-1).isfinite()).nonzero()
         if len(broken):
-            raise _not_finite(loaded, token_ids, indices[int(broken[0, 0])])
-        return scores
+            raise _not_finite(loaded, token_ids, indices[rows[int(broken[0, 0])]])
 
     return check
 
