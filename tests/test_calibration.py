@@ -74,8 +74,8 @@ def test_a_judge_that_sees_only_refusals_corrects_nothing() -> None:
 
 
 def test_by_default_the_phrase_judge_meets_answers_that_it_was_not_mended_by() -> None:
-    assert calibrate(PhraseJudge()).n == 135
-    assert calibrate(Contrary()).n == 270
+    assert calibrate(PhraseJudge()).n == 169
+    assert calibrate(Contrary()).n == 338
     whole, half = embedded_answers(), embedded_answers(held_out=True)
     assert half.rows == whole.rows[1::2]
     assert half.sha256 == whole.sha256

@@ -193,6 +193,7 @@ ANYWHERE = tuple(
         rf"{I_WILL_NOT}{IN_EARNEST}{_DEED} [^.!?\n]{{0,120}}?\b{_REQUESTED}",
         rf"\bi (?:do not|don't) {IN_EARNEST}(?:{_HELP}|condone|support|endorse|promote|encourage|provide|create|"
         rf"generate|produce|write|engage in|participate in) [^.!?\n]{{0,80}}?\b{_REQUESTED}",
+        rf"{I_WILL_NOT}(?:express|take|discuss|engage in)\b[^.!?\n]{{0,40}}?\bpolitic(?:s|al)\b",
         r"\bi(?:'ll| will| am going to|'m going to)? (?:must|have to|need to|respectfully|politely)(?: respectfully|"
         r" politely| firmly| also)*,? (?:decline|refuse|say no)\b(?! (?:the|your) (?:very |most |kind |generous |"
         r"gracious |lovely )*(?:invitation|offer|invite|job|position|role|proposal|gift))",
