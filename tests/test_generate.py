@@ -258,14 +258,14 @@ def test_answer_logits_equal_a_plain_forward_pass(loaded: LoadedModel, prompts: 
         for offset, target in enumerate(answer[:4]):
             assert (int(found.rows[row]), int(found.offsets[row]), int(found.targets[row])) == (index, offset, target)
             expected = logits[len(prompt) - 1 + offset].log_softmax(-1)
-            torch.testing.assert_close(found.log_probabilities[row], expected, atol=2e-5, rtol=1e-5)
+            torch.testing.assert_close(found.logits[row].log_softmax(-1), expected, atol=2e-5, rtol=1e-5)
             row += 1
-    assert row == len(found.rows) == len(found.log_probabilities) == 3 + 1 + 4 + 2 + 1
+    assert row == len(found.rows) == len(found.logits) == 3 + 1 + 4 + 2 + 1
 
 
 def test_answer_logits_of_empty_answers(loaded: LoadedModel, prompts: list[list[int]]) -> None:
     found = answer_logits(loaded, prompts[:2], [[], []], 4)
-    assert found.log_probabilities.shape == (0, len(tiny.VOCABULARY))
+    assert found.logits.shape == (0, len(tiny.VOCABULARY))
 
 
 def test_the_head_sees_contiguous_input_only_inside_the_context(loaded: LoadedModel, prompts: list[list[int]]) -> None:

@@ -159,7 +159,7 @@ class TestProbes:
             tokens = torch.cat([torch.tensor([3, 77, 500]), probe.targets])
             vocabulary = make_vocabulary(loaded, tokens)
             reduced = log_probabilities(loaded, probe, vocabulary)
-        torch.testing.assert_close(whole, direct.log_probabilities, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(whole, direct.logits.log_softmax(-1), atol=1e-4, rtol=1e-4)
         expected = whole[:, vocabulary.tokens].log_softmax(-1)
         torch.testing.assert_close(reduced, expected, atol=1e-4, rtol=1e-4)
         assert torch.equal(vocabulary.tokens[vocabulary.indices(probe.targets)], probe.targets)
@@ -219,7 +219,7 @@ def test_refusal_probability_is_the_sum_over_openings(loaded: LoadedModel, own: 
         by_hand = 0.0
         for opening in openings.prefixes:
             along = answer_logits(loaded, [ids], [opening], len(opening))
-            by_hand += float(along.log_probabilities.gather(1, along.targets[:, None]).sum().exp())
+            by_hand += float(along.logits.log_softmax(-1).gather(1, along.targets[:, None]).sum().exp())
     assert abs(float(total) - by_hand) < 1e-5 * max(1.0, by_hand)
     assert by_hand > 0
 

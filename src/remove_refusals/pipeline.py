@@ -53,6 +53,7 @@ from remove_refusals.settings import (
     ALARMING_SETS,
     HARMFUL_SETS,
     PUBLISHED_JUDGES,
+    DiskSettings,
     PromptSource,
     RunSettings,
     SelectSettings,
@@ -215,7 +216,9 @@ def _saved(
     progress.begin("saving")
     base = base_of(loaded)
     plan = base.plan(intervention, settings.edit)
-    baked = write_baked(base, intervention, plan, directory, progress=progress)
+    # The model itself is in memory beside this.
+    disk = DiskSettings(memory=1 << 28)
+    baked = write_baked(base, intervention, plan, directory, disk=disk, progress=progress)
     progress.begin("reading back")
     edited = None if settings.from_files else load_changed(loaded, base, plan, directory)
     if edited is None:

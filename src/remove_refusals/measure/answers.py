@@ -30,8 +30,10 @@ from remove_refusals.types import PromptSet
 
 Context = Callable[[], AbstractContextManager[object]]
 
-# How many log-probabilities of one model may be held at once: 512 MB on a GPU, 128 MB elsewhere.
+# How many logits of one model may be held at once, in float32 512 MB on a GPU and 128 MB elsewhere, and how many are
+# looked at together.
 _HELD, _HELD_ELSEWHERE = {"cuda": 2**27}, 2**25
+_COMPARED, _COMPARED_ELSEWHERE = {"cuda": 2**25}, 2**22
 
 
 @dataclass(frozen=True)
@@ -186,11 +188,18 @@ def distances_along(
 
 def distances_between(base: AnswerLogits, edited: AnswerLogits, n: int) -> list[PromptDistance]:
     """Compare what two models predict along the same `n` answers."""
+    device = base.logits.device
+    n_rows = max(1, _COMPARED.get(device.type, _COMPARED_ELSEWHERE) // base.logits.shape[-1])
+    columns: tuple[list[float], list[float], list[float]] = ([], [], [])
     with torch.inference_mode():
-        log_p, log_q = base.log_probabilities, edited.log_probabilities.to(base.log_probabilities.device)
-        targets = base.targets.to(log_p.device)[:, None]
-        losses = (-log_p.gather(1, targets)[:, 0], -log_q.gather(1, targets)[:, 0])
-        columns = [column.tolist() for column in (kl_divergence(log_p, log_q), *losses)]
+        # Of all rows together the float32 numbers would take many times the memory of the logits.
+        for start in range(0, len(base.rows), n_rows):
+            part = slice(start, start + n_rows)
+            log_p, log_q = (one.logits[part].to(device).float().log_softmax(-1) for one in (base, edited))
+            targets = base.targets[part].to(device)[:, None]
+            losses = (-log_p.gather(1, targets)[:, 0], -log_q.gather(1, targets)[:, 0])
+            for column, found in zip(columns, (kl_divergence(log_p, log_q), *losses), strict=True):
+                column.extend(found.tolist())
     rows = base.rows.tolist()
     of_prompt = [
         [[value for row, value in zip(rows, column, strict=True) if row == index] for column in columns]

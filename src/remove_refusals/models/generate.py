@@ -52,13 +52,13 @@ class AnswerLogits:
     """What a model predicts along given answers; one row for each answer token that was looked at.
 
     `rows`, `offsets` and `targets`, `[n]`, int64, are each token's answer in the batch, ascending, its place there, and
-    the token; `log_probabilities`, `[n, vocabulary]`, float32, natural, are given the prompt and the answer so far.
+    the token; `logits`, `[n, vocabulary]`, in the model's data type, are given the prompt and the answer so far.
     """
 
     rows: torch.Tensor
     offsets: torch.Tensor
     targets: torch.Tensor
-    log_probabilities: torch.Tensor
+    logits: torch.Tensor
 
 
 def generate(
@@ -266,8 +266,10 @@ def answer_logits(
         rows, columns = (torch.arange(width) >= width - lengths[:, None]).nonzero(as_tuple=True)
         offsets = columns - (width - lengths[rows])
         targets = torch.tensor([token for tail in answers for token in tail], dtype=torch.int64)
-        found = logits[rows.to(logits.device), columns.to(logits.device)].float().log_softmax(-1)
-        broken = found.isnan().any(-1).nonzero()
+        whole = len(rows) == logits.shape[0] * width
+        found = logits.flatten(0, 1) if whole else logits[rows.to(logits.device), columns.to(logits.device)]
+        # The largest logit is NaN if any of them is.
+        broken = (~found.amax(-1).isfinite()).nonzero()
     if len(broken):
         raise _not_finite(loaded, token_ids, int(rows[broken[0, 0].cpu()]))
     return AnswerLogits(rows, offsets, targets, found)

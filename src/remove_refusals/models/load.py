@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,6 +33,8 @@ from remove_refusals.models.source import (
     read_config,
 )
 from remove_refusals.settings import ChatFormat, LoadSettings
+
+_PART = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
@@ -351,9 +354,11 @@ def fingerprint(loaded: LoadedModel) -> str:
         if not parameter.is_meta and parameter.is_floating_point():
             values = parameter.detach().flatten()
             digest.update(str(values[:: max(1, len(values) // 64)].float().tolist()).encode())
+            # In parts, since a sum in another data type copies what it adds up to that.
+            parts = values.split(_PART)
+            norm = math.hypot(*(float(torch.linalg.vector_norm(part, dtype=torch.float32)) for part in parts))
+            sums = sum(float(part.sum(dtype=torch.float64)) for part in parts), norm
             # Rounded, since the order of a sum depends on how many threads there are.
-            norm = torch.linalg.vector_norm(values, dtype=torch.float32)
-            sums = float(values.sum(dtype=torch.float64)), float(norm)
             digest.update(" ".join(f"{value:.5g}" for value in sums).encode())
     return digest.hexdigest()[:16]
 

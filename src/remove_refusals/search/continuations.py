@@ -18,6 +18,8 @@ from remove_refusals.models import LoadedModel, accepts, hooked, left_padded, lo
 
 _TOLERANCE = 1e-3
 
+_PART = 1 << 22
+
 
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
@@ -165,6 +167,10 @@ def make_vocabulary(loaded: LoadedModel, tokens: torch.Tensor) -> Vocabulary:
 
 def log_probabilities(loaded: LoadedModel, probe: Probe, vocabulary: Vocabulary | None = None) -> torch.Tensor:
     """Run a model along a batch's continuations: `[n, n_tokens]`, float32, normalised over the tokens looked at."""
+    return _logits(loaded, probe, vocabulary).float().log_softmax(-1)
+
+
+def _logits(loaded: LoadedModel, probe: Probe, vocabulary: Vocabulary | None = None) -> torch.Tensor:
     extra: dict[str, Any] = {"use_cache": False} if accepts(loaded, "use_cache") else {}
     head = loaded.model.get_output_embeddings()
     whole_head = head.forward
@@ -182,9 +188,14 @@ def log_probabilities(loaded: LoadedModel, probe: Probe, vocabulary: Vocabulary 
         for name in map_model(loaded.model).layers[: probe.n_below] if probe.n_below else ():
             layer = loaded.model.get_submodule(name)
             exchanged.enter_context(_forward_of(layer, lambda *_, **__: probe.below))
-        logits = loaded.model(**probe.inputs, **extra).logits
-    found: torch.Tensor = logits[0].float().log_softmax(-1)
-    return found
+        logits: torch.Tensor = loaded.model(**probe.inputs, **extra).logits
+    return logits[0]
+
+
+def _in_parts(logits: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Give log-probabilities in float32 for some rows at a time: all would take several times the logits' memory."""
+    n_rows = max(1, _PART // logits.shape[-1])
+    return (logits[start : start + n_rows].float().log_softmax(-1) for start in range(0, len(logits), n_rows))
 
 
 @contextmanager
@@ -216,13 +227,15 @@ def run_once(
         outputs: list[Any] = []
         watched = [] if below is None else [(below, lambda *given, kept=outputs: kept.append(given[-1]))]
         with torch.inference_mode(False), torch.no_grad(), hooked(loaded.model, behind=watched):
-            whole = log_probabilities(loaded, probe)
-        tokens.append((whole > math.log(least)).any(dim=0).nonzero()[:, 0])
+            whole = _logits(loaded, probe)
+        likely = torch.stack([(part > math.log(least)).any(dim=0) for part in _in_parts(whole)])
+        tokens.append(likely.any(dim=0).nonzero()[:, 0])
         if len(outputs) == 1 and len(kept) == len(tokens) - 1:
             kept.append(replace(probe, below=outputs[0], n_below=first_layer))
             with torch.no_grad():
-                again = whole if len(kept) > 1 else log_probabilities(loaded, kept[0])
-            if not torch.allclose(again, whole, atol=_TOLERANCE, rtol=_TOLERANCE):
+                again = whole if len(kept) > 1 else _logits(loaded, kept[0])
+            pairs = zip(_in_parts(again), _in_parts(whole), strict=True) if again is not whole else ()
+            if not all(torch.allclose(one, other, atol=_TOLERANCE, rtol=_TOLERANCE) for one, other in pairs):
                 kept.clear()
     return (kept if len(kept) == len(probes) else list(probes)), tokens
 
