@@ -63,7 +63,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--keep", action="store_true", help="keep the edited models")
     parser.add_argument("--page", nargs="+", type=Path, metavar="RECORDS", help="directories of records to write up")
     parser.add_argument("-o", "--output", type=Path)
-    parser.add_argument("--stage", choices=("make", "answer", "judge"), help=argparse.SUPPRESS)
+    parser.add_argument("--stage", choices=("make", "answer"), help=argparse.SUPPRESS)
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     options.arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -169,15 +169,19 @@ def recorded(options: argparse.Namespace, name: str) -> dict[str, Any]:
     """Go through a variant's stages and put its record together."""
     made = staged(options, "make", name) if name not in (BASE, *options.also) else None
     answered = staged(options, "answer", name)
-    scores = staged(options, "judge", name, again=True) if options.judge_again else answered
+    record = answered["record"]
+    if options.judge_again:
+        import results_stages
+
+        record = results_stages.scored(options, name, answered)
     more = {"made": made} if made is not None else {}
-    return scores["record"] | more | {"measured": answered["cost"]}
+    return record | more | {"measured": answered["cost"]}
 
 
-def staged(options: argparse.Namespace, stage: str, name: str, *, again: bool = False) -> dict[str, Any]:
+def staged(options: argparse.Namespace, stage: str, name: str) -> dict[str, Any]:
     """Give what a stage found and took, from its file if it is there."""
     path = options.directory / "private" / f"{name}.{stage}.json"
-    if path.exists() and not again:
+    if path.exists():
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return found
     found, cost = spawned(options, stage, name)

@@ -21,7 +21,7 @@ from remove_refusals.measure.statistics import (
     token_quantile,
 )
 from results import BASE, RUN
-from results_stages import Cost, Seconds, Variant
+from results_stages import Cost, Made, Seconds, Variant
 
 REFUSED, LECTURED, DEGENERATE, UNJUDGED = "refusal", "moralising", "degenerate", "unjudged"
 NOT_ANSWERED = (REFUSED, LECTURED)
@@ -217,6 +217,7 @@ def section(own: Measured) -> str:
     """Write one model up."""
     base = own.base
     how, machine = base.how, base.machine
+    answered = own.rate(base, "harmless", NOT_ANSWERED)
     sizes = ", ".join(
         f"{one.n} {part}" + (f" of {how.n_of[part]}" if how.n_of.get(part, one.n) != one.n else "")
         for part, one in base.sets.items()
@@ -228,10 +229,11 @@ def section(own: Measured) -> str:
         f"## {own.title}\n",
         filled(
             f"`{base.model}`{size}. Prompts: {sizes} ({', '.join(sorted(set(how.prompts.values())))}), of which the "
-            f"base answered {len(own.answered)} harmless ones. Answers of up to {how.max_new_tokens} tokens, the KL "
-            f"over up to {how.kl_tokens}. Judge: {how.judge}. {how.dtype} on {machine.device}; {machine.processor}, "
-            f"{machine.n_cores} cores, PyTorch with {machine.threads} of them, {machine.memory / 2**30:.0f} GiB; torch "
-            f"{machine.versions.get('torch')}, transformers {machine.versions.get('transformers')}. {why}"
+            f"base answered {answered.n - answered.count} harmless ones. Answers of up to {how.max_new_tokens} tokens, "
+            f"the KL over up to {how.kl_tokens}. Judge: {how.judge}. {how.dtype} on {machine.device}; "
+            f"{machine.processor}, {machine.n_cores} cores, PyTorch with {machine.threads} of them, "
+            f"{machine.memory / 2**30:.0f} GiB; torch {machine.versions.get('torch')}, transformers "
+            f"{machine.versions.get('transformers')}. {why}"
         ),
         recipes,
         refusals(own),
@@ -452,10 +454,11 @@ def _lost(own: Measured, variant: Variant, one: Comparison) -> str | None:
 
 
 def stages(measured: Sequence[Measured]) -> str:
-    """Write the table of seconds by stage."""
+    """Write the table of seconds by stage, of those stages that take any."""
     with_runs = [own for own in measured if own.runs]
     made = {own.title: [run.made for run in own.runs if run.made is not None] for own in with_runs}
-    steps = list(dict.fromkeys(step for runs in made.values() for run in runs for step in run.steps))
+    steps = {title: [_grouped(run) for run in runs] for title, runs in made.items()}
+    names = dict.fromkeys(name for runs in steps.values() for run in runs for name in run)
 
     def mean(found: Sequence[Seconds]) -> str:
         if not found:
@@ -463,13 +466,24 @@ def stages(measured: Sequence[Measured]) -> str:
         return said(statistics.mean(one.wall_s for one in found), statistics.mean(one.cpu_s for one in found))
 
     rows = [
-        [step, *(mean([run.steps[step] for run in runs if step in run.steps]) for runs in made.values())]
-        for step in steps
+        [name, *(mean([run[name] for run in runs if name in run]) for runs in steps.values())]
+        for name in names
+        if any(run[name].wall_s >= 0.05 for runs in steps.values() for run in runs if name in run)
     ]
     rows.append(["the whole process", *(mean([run.cost for run in runs]) for runs in made.values())])
     rows.append(["answers of the base", *(mean([own.base.measured]) for own in with_runs)])
     rows.append(["measuring the edited", *(mean([run.measured for run in own.runs]) for own in with_runs)])
     return table(["", *made], rows)
+
+
+def _grouped(made: Made) -> dict[str, Seconds]:
+    """Give the seconds by stage; to confirm is one, whichever candidates are."""
+    found: dict[str, Seconds] = {}
+    for step, took in made.steps.items():
+        name = "confirmation" if step.startswith("confirming") else step
+        before = found.get(name, Seconds(wall_s=0, cpu_s=0))
+        found[name] = Seconds(wall_s=before.wall_s + took.wall_s, cpu_s=before.cpu_s + took.cpu_s)
+    return found
 
 
 def on_devices(devices: Sequence[Device]) -> str:

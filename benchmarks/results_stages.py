@@ -1,4 +1,4 @@
-"""The stages of `results.py`, each in a process of its own: make a variant, let it answer, label its answers."""
+"""The stages of `results.py`, each in a process of its own: make a variant; let it answer, and label its answers."""
 
 import argparse
 import json
@@ -369,12 +369,6 @@ def shortened(distance: PromptDistance) -> dict[str, float]:
     numbers = {"first": distance.kl[0], "mean": sum(distance.kl) / n_tokens}
     numbers |= {"base_loss": distance.base_loss, "edited_loss": distance.edited_loss}
     return {name: float(f"{number:.5g}") for name, number in numbers.items()} | {"n_tokens": n_tokens}
-
-
-def judge(options: argparse.Namespace, name: str) -> dict[str, Any]:
-    """Label the answers that are there anew."""
-    path = options.directory / "private" / f"{name}.answer.json"
-    return {"record": scored(options, name, json.loads(path.read_text(encoding="utf-8")))}
 
 
 def scored(options: argparse.Namespace, name: str, found: Mapping[str, Any]) -> dict[str, Any]:
