@@ -217,8 +217,7 @@ def _saved(
     base = base_of(loaded)
     plan = base.plan(intervention, settings.edit)
     # The model itself is in memory beside this.
-    disk = DiskSettings(memory=1 << 28)
-    baked = write_baked(base, intervention, plan, directory, disk=disk, progress=progress)
+    baked = write_baked(base, intervention, plan, directory, disk=DiskSettings(memory=1 << 28), progress=progress)
     progress.begin("reading back")
     edited = None if settings.from_files else load_changed(loaded, base, plan, directory)
     if edited is None:

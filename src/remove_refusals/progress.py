@@ -14,15 +14,12 @@ OnProgress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Cost:
-    """What a stage took; memory is the most that the process had held when it ended, 0 where that is not known."""
+    """What a stage took, and the most bytes held up to its end: by the process, 0 if unknown, and on CUDA devices."""
 
     seconds: float = 0.0
     cpu_seconds: float = 0.0
-    """Of all cores together."""
     memory: int = 0
-    """In bytes, files that are mapped into it included."""
     gpu_memory: int = 0
-    """In bytes, of tensors on CUDA devices."""
 
 
 class Meter:
@@ -54,8 +51,7 @@ def peak_memory() -> tuple[int, int]:
     gpu = sum(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
     if sys.platform == "win32":
         return 0, gpu
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, gpu
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024), gpu
 
 
 @dataclass(frozen=True)

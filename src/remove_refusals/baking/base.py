@@ -165,17 +165,12 @@ class Base:
         if isinstance(held, torch.Tensor):
             return held
         places = cast("Mapping[str, Place]", self.stored)
-        block = find_block_tensor(name, places, self._fp8_block)
+        block = find_block_tensor(name, places, fp8_block(described(self.directory)))
         if block is None:
             return None if held is None else read_tensor(*held)
         (floats,) = block.floats(sys.maxsize)
         # Transformers turns MXFP4's experts round.
         return floats.mT.contiguous() if block.dtype == "MXFP4" else floats.squeeze(0)
-
-    @cached_property
-    def _fp8_block(self) -> tuple[int, int]:
-        """How many rows and columns of FP8 share a scale."""
-        return fp8_block(described(self.directory))
 
     def plan(self, intervention: Intervention, settings: EditSettings | None = None) -> EditPlan:
         """Resolve an intervention against it; an embedding that the files hold twice is edited as they hold it."""

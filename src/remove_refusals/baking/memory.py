@@ -66,7 +66,7 @@ def load_changed(loaded: LoadedModel, base: Base, plan: EditPlan, directory: Pat
     if loaded.is_offloaded or len(devices) > 1 or getattr(model.config, "quantization_config", None) is not None:
         return None
     saved = replace(base, directory=directory, converted=None)
-    # `deepcopy` takes from here what it is not to copy.
+    # What stands in the second argument is not copied.
     edited = copy.deepcopy(model, {id(value): value for value in (*model.parameters(), *model.buffers())})
     for entry in plan.entries:
         own = model.get_parameter(entry.parameter)

@@ -25,9 +25,6 @@ _MOST_ROWS = 12
 """With more candidates than this, only the front and what was confirmed are shown."""
 
 
-_LONGEST_STAGES = 5
-
-
 def say(*lines: str, style: str | None = None) -> None:
     """Print lines to standard output."""
     for line in lines:
@@ -150,7 +147,7 @@ def show_evaluation(evaluation: Evaluation, notes: tuple[str, ...]) -> None:
 def costs_in_words(costs: Mapping[str, Cost]) -> str:
     """Say in a line how long a job took and how much memory, and its longest stages."""
     whole = sum(cost.seconds for cost in costs.values())
-    longest = sorted(costs.items(), key=lambda one: -one[1].seconds)[:_LONGEST_STAGES]
+    longest = sorted(costs.items(), key=lambda one: -one[1].seconds)[:5]
     parts = ", ".join(f"{name} {_duration(cost.seconds)}" for name, cost in longest if cost.seconds > whole / 100)
     memory, gpu = (max((getattr(cost, of) for cost in costs.values()), default=0) for of in ("memory", "gpu_memory"))
     held = [f"{size / 1e9:.1f} GB of {kind}" for size, kind in ((memory, "memory"), (gpu, "GPU memory")) if size]
@@ -158,10 +155,9 @@ def costs_in_words(costs: Mapping[str, Cost]) -> str:
 
 
 def _duration(seconds: float) -> str:
-    hours, minutes = divmod(round(seconds) // 60, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {round(seconds) % 60} s" if minutes else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours = f"{minutes // 60} h {minutes % 60} min"
+    return hours if minutes >= 60 else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def show_calibration(calibration: Calibration, usage: object | None) -> None:

@@ -30,10 +30,8 @@ from remove_refusals.types import PromptSet
 
 Context = Callable[[], AbstractContextManager[object]]
 
-# How many logits of one model may be held at once, in float32 512 MB on a GPU and 128 MB elsewhere, and how many are
-# looked at together.
-_HELD, _HELD_ELSEWHERE = {"cuda": 2**27}, 2**25
-_COMPARED, _COMPARED_ELSEWHERE = {"cuda": 2**25}, 2**22
+# How many logits of one model may be held at once, in float32 512 MB on a GPU and 128 MB elsewhere; fewer are compared.
+_HELD, _HELD_ELSEWHERE, _COMPARED = {"cuda": 2**27}, 2**25, 2**22
 
 
 @dataclass(frozen=True)
@@ -188,8 +186,7 @@ def distances_along(
 
 def distances_between(base: AnswerLogits, edited: AnswerLogits, n: int) -> list[PromptDistance]:
     """Compare what two models predict along the same `n` answers."""
-    device = base.logits.device
-    n_rows = max(1, _COMPARED.get(device.type, _COMPARED_ELSEWHERE) // base.logits.shape[-1])
+    device, n_rows = base.logits.device, max(1, _COMPARED // base.logits.shape[-1])
     columns: tuple[list[float], list[float], list[float]] = ([], [], [])
     with torch.inference_mode():
         # Of all rows together the float32 numbers would take many times the memory of the logits.

@@ -34,8 +34,6 @@ from remove_refusals.models.source import (
 )
 from remove_refusals.settings import ChatFormat, LoadSettings
 
-_PART = 1 << 22
-
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
@@ -355,7 +353,7 @@ def fingerprint(loaded: LoadedModel) -> str:
             values = parameter.detach().flatten()
             digest.update(str(values[:: max(1, len(values) // 64)].float().tolist()).encode())
             # In parts, since a sum in another data type copies what it adds up to that.
-            parts = values.split(_PART)
+            parts = values.split(1 << 22)
             norm = math.hypot(*(float(torch.linalg.vector_norm(part, dtype=torch.float32)) for part in parts))
             sums = sum(float(part.sum(dtype=torch.float64)) for part in parts), norm
             # Rounded, since the order of a sum depends on how many threads there are.

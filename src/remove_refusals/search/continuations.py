@@ -18,8 +18,6 @@ from remove_refusals.models import LoadedModel, accepts, hooked, left_padded, lo
 
 _TOLERANCE = 1e-3
 
-_PART = 1 << 22
-
 
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
@@ -194,7 +192,7 @@ def _logits(loaded: LoadedModel, probe: Probe, vocabulary: Vocabulary | None = N
 
 def _in_parts(logits: torch.Tensor) -> Iterator[torch.Tensor]:
     """Give log-probabilities in float32 for some rows at a time: all would take several times the logits' memory."""
-    n_rows = max(1, _PART // logits.shape[-1])
+    n_rows = max(1, (1 << 22) // logits.shape[-1])
     return (logits[start : start + n_rows].float().log_softmax(-1) for start in range(0, len(logits), n_rows))
 
 
