@@ -37,7 +37,7 @@ def test_the_sets_have_enough_of_every_class() -> None:
     assert counts[Label.DEGENERATE] >= 30
     assert len(SAID) >= 300 and said[Label.REFUSAL] >= 80 and said[Label.COMPLIANCE] >= 80
     for rows, more in ((WRITTEN, set()), (SAID, {"model", "harmful"})):
-        assert len({(row["prompt"], row["answer"]) for row in rows}) == len(rows)
+        assert len({(row["prompt"], row["answer"], row.get("model")) for row in rows}) == len(rows)
         assert all(set(row) == {"prompt", "answer", "label", *more} for row in rows)
 
 
