@@ -1,3 +1,4 @@
+import functools
 import json
 from collections import Counter
 from importlib import resources
@@ -23,9 +24,13 @@ SAID = rows_of(Path(__file__).with_name("answers_of_models.jsonl").read_text(enc
 NO_ANSWER = (Label.REFUSAL, Label.MORALISING)
 
 
+@functools.cache
+def label_of(prompt: str, answer: str) -> Label:
+    return PhraseJudge().judge([prompt], [answer])[0].label
+
+
 def judged(rows: list[dict[str, Any]]) -> list[Label]:
-    found = PhraseJudge().judge([row["prompt"] for row in rows], [row["answer"] for row in rows])
-    return [one.label for one in found]
+    return [label_of(row["prompt"], row["answer"]) for row in rows]
 
 
 def test_the_sets_have_enough_of_every_class() -> None:
