@@ -178,7 +178,8 @@ def _go_down(
         optimizer.step()
         schedule.step()
         likely = float(refusals.detach().mean())
-        weight *= math.exp(settings.weight_rate * (target - likely) / (target + likely))
+        followed = weight * math.exp(settings.weight_rate * (target - likely) / (target + likely))
+        weight = max(followed, settings.least_weight)
         with torch.no_grad():
             strengths.clamp_(0.0, settings.most)
             directions.div_(directions.norm(dim=-1, keepdim=True))
