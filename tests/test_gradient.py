@@ -34,6 +34,7 @@ from remove_refusals.search.material import (
     damages,
     gather,
     learn_openings,
+    opening_as_refusals,
     refusal_probabilities,
     unlikelihood,
 )
@@ -80,6 +81,18 @@ class TestOpenings:
 
     def test_more(self) -> None:
         assert set(learn_openings([*learn_openings([(1, 2)]).prefixes, (3, 4)]).prefixes) == {(1, 2), (3, 4)}
+
+
+def test_a_refusal_that_opens_as_answers_do_teaches_no_opening(own: dict[str, Answered]) -> None:
+    """A model that begins to answer and then refuses would have every such beginning counted as a refusal."""
+    refused = own["harmful"].at(range(2))
+    late, early = (
+        answer.model_copy(update={"token_ids": ids})
+        for answer, ids in zip(refused.answers, [(7, 8), (5, 6)], strict=True)
+    )
+    refused = dataclasses.replace(refused, answers=(late, early))
+    kept = opening_as_refusals(refused, [(5, 6), (5, 9), (7, 8)], [(7, 1), (7, 2), (5, 3)])
+    assert kept.answers == (early,)
 
 
 def random_direction(d_model: int, seed: int = 0) -> torch.Tensor:

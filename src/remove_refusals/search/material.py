@@ -72,6 +72,18 @@ def learn_openings(refusals: Iterable[Sequence[int]], n_tokens: int = N_OPENING_
     return Openings(tuple(kept[:_MOST_OPENINGS]))
 
 
+def opening_as_refusals(
+    refused: Answered, refusals: Iterable[Sequence[int]], answers: Iterable[Sequence[int]]
+) -> Answered:
+    """Leave out refusals that open as answers do, and refuse only later: their openings would count answers as refused.
+
+    They are told by their first token, which then begins more answers than refusals.
+    """
+    often, seldom = (Counter(tokens[0] for tokens in part if len(tokens)) for part in (refusals, answers))
+    firsts = [answer.token_ids[:1] for answer in refused.answers]
+    return refused.at([index for index, first in enumerate(firsts) if first and often[first[0]] >= seldom[first[0]]])
+
+
 @dataclass(frozen=True, eq=False)
 class OwnAnswers:
     """A model, harmful prompts that it refused, harmless ones that it answered, and the tokens of other refusals."""
@@ -156,8 +168,10 @@ def _prepared(
 
 def with_new_refusals(checked: Answered, material: Material, settings: GradientSettings) -> tuple[Material, float]:
     """Let prompts that a candidate still refuses, and their openings, join what it is to unlearn; give their share."""
-    before, new = material.refused, checked.only(Label.REFUSAL)
-    share = len(new) / len(checked)
+    before, refused = material.refused, checked.only(Label.REFUSAL)
+    share = len(refused) / len(checked)
+    answered = [path for probe in material.damage_probes for path in probe.paths]
+    new = opening_as_refusals(refused, [answer.token_ids for answer in before.answers], answered)
     if not len(new):
         return material, share
     kept = before.at([index for index, ids in enumerate(before.token_ids) if ids not in new.token_ids])

@@ -15,7 +15,7 @@ from remove_refusals.search.candidates import Selection, by_rule
 from remove_refusals.search.confirming import Confirming, pick
 from remove_refusals.search.descent import descend, first_layer_that_counts
 from remove_refusals.search.layers import LayerRule, search_layers
-from remove_refusals.search.material import OwnAnswers, gather
+from remove_refusals.search.material import OwnAnswers, gather, opening_as_refusals
 from remove_refusals.settings import MAX_KL, LayerSettings, MeasureSettings, SelectSettings, Tied, published_name
 from remove_refusals.types import Activations, PromptSet
 
@@ -72,9 +72,13 @@ class BaseBehaviour:
     @property
     def own(self) -> OwnAnswers:
         """What the search runs on."""
-        # Where it refuses harmless prompts it may open in other ways.
-        more = [answer.token_ids for answer in self.harmless.only(Label.REFUSAL).answers]
         refused, answered = self.harmful.only(Label.REFUSAL), self.harmless.only(Label.COMPLIANCE)
+        firsts = [[answer.token_ids for answer in part.answers] for part in (refused, answered)]
+        opening = opening_as_refusals(refused, *firsts)
+        refused = opening if len(opening) >= _FEWEST else refused
+        # Where it refuses harmless prompts it may open in other ways.
+        false = opening_as_refusals(self.harmless.only(Label.REFUSAL), *firsts)
+        more = [answer.token_ids for answer in false.answers]
         return OwnAnswers(self.confirming.loaded, refused, answered, more, self.confirming.tied)
 
 
