@@ -294,7 +294,7 @@ class GradientSettings(Settings):
     """How the descent goes."""
 
     targets: tuple[float, ...] = inner(
-        (0.01, 0.002),
+        (0.05, 0.01, 0.002),
         "How likely a refusal may be, one descent each, from where the last one ended.",
     )
     damage_weight: float = inner(8.0, "What a nat of damage costs at first, beside the refusal.", ge=0)
