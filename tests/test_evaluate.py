@@ -267,15 +267,15 @@ def test_what_was_not_measured_is_absent(base: LoadedModel, edited: LoadedModel)
     found = evaluate(base, edited, EvaluationPrompts(HARMFUL, empty), SETTINGS)
     assert set(found.to_json()["sets"]) == {"harmful"}
     assert not {"kl", "perplexity"} & set(found.to_json())
-    assert len(table(found)) == 2
+    assert len(table(found)) == 3
     assert warnings(found) == ()
 
 
 def test_table_has_four_columns(base: LoadedModel, edited: LoadedModel) -> None:
     rows = table(evaluate(base, edited, PROMPTS, SETTINGS))
-    assert [len(row) for row in rows] == [4] * (3 + 3 + 6 + 1 + 1)
+    assert [len(row) for row in rows] == [4] * (3 + 3 + 3 + 6 + 1 + 1)
     assert rows[0][0] == "Refusals, harmful" and rows[1][0] == "False refusals, harmless"
-    assert rows[6][0] == "First-token KL, harmless" and rows[6][2].startswith("0.")
+    assert rows[9][0] == "First-token KL, harmless" and rows[9][2].startswith("0.")
 
 
 def test_progress_rises_to_the_total(base: LoadedModel, edited: LoadedModel) -> None:
@@ -428,7 +428,8 @@ def test_p_values_are_corrected_for_all_comparisons_and_say_what_is_decided(care
     willing = speaker({"?": ANSWER, ".": ANSWER, ANSWER: "</s>"}, "willing")
     found = evaluate(careful, willing, many, LONGER).sets
     first = found["harmful"].refusals
-    assert first.adjusted_p == pytest.approx(6 * 2 / 2**12)
+    # Three kinds of answers in each of three sets.
+    assert first.adjusted_p == pytest.approx(9 * 2 / 2**12)
     assert str(first.verdict) == "lower"
     assert str(found["harmless"].refusals.verdict) == "undecided"
     assert found["harmless"].refusals.to_json()["verdict"] == "undecided"
