@@ -65,8 +65,10 @@ class Float32Products(TorchFunctionMode):
             if first is not None and first.dtype in self.dtypes and first.device.type == "cpu" and "out" not in options:
                 if function is _functional.linear:
                     return _linear(*args, **options)
-                if function in _GROUPED and first.dim() == 2 and values[1].dim() == 3:
-                    return _grouped(*args, **options)
+                # With a bias or another type for the output it is computed as it is.
+                given = [value for value in values if value is not None]
+                if function in _GROUPED and len(given) == 3 and first.dim() == 2 and given[1].dim() == 3:
+                    return _grouped(*given)
                 if function not in _GROUPED:
                     return _Product.apply(function, first.dtype, tuple(options), *values)  # type: ignore[no-untyped-call]
         return function(*args, **options)
@@ -137,16 +139,16 @@ def _in_blocks(stream: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     return output
 
 
-def _grouped(input: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor, **options: Any) -> torch.Tensor:  # noqa: A002
+def _grouped(stream: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """Multiply each group of rows by its expert's matrix; no other expert is looked at."""
-    stops = offs.tolist()
+    stops = ends.tolist()
     parts = [
-        _linear(input[start:stop], weight[index].T)
+        _linear(stream[start:stop], weight[index].T)
         for index, (start, stop) in enumerate(zip([0, *stops], stops, strict=False))
         if start < stop
     ]
-    rest = input.shape[0] - (stops[-1] if stops else 0)
-    return torch.cat([*parts, input.new_zeros(rest, weight.shape[-1])])
+    rest = stream.shape[0] - (stops[-1] if stops else 0)
+    return torch.cat([*parts, stream.new_zeros(rest, weight.shape[-1])])
 
 
 def _called(function: Callable[..., Any], names: tuple[str, ...], values: Sequence[Any]) -> Any:
