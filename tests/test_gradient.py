@@ -237,12 +237,19 @@ def test_refusal_probability_is_the_sum_over_openings(loaded: LoadedModel, own: 
     assert by_hand > 0
 
 
-def test_a_margin_makes_an_unlikely_refusal_cost() -> None:
-    probabilities = torch.tensor([0.02, 0.5])
-    plain, more = unlikelihood(probabilities), unlikelihood(probabilities, margin=3.0)
-    torch.testing.assert_close(plain, -torch.log1p(-probabilities).mean())
-    odds = torch.exp(torch.tensor(3.0)) * probabilities / (1 - probabilities)
-    torch.testing.assert_close(more, torch.log1p(odds).mean())
+def test_the_first_token_may_count_for_a_share_of_the_damage(loaded: LoadedModel, own: dict[str, Answered]) -> None:
+    part = own["harmless"].only(Label.COMPLIANCE)
+    (probe,) = make_probes(loaded, part.token_ids, [answer.token_ids for answer in part.answers], 4, 16)
+    with torch.no_grad():
+        base = log_probabilities(loaded, probe)
+        with steered(loaded.model, {("mlp", 2): lambda: Steer(torch.tensor(1.0), random_direction(128))}):
+            found = log_probabilities(loaded, probe)
+    along, half, first = (damages(found, base, probe, share) for share in (0.0, 0.5, 1.0))
+    kl = torch.nn.functional.kl_div(found, base, reduction="none", log_target=True).sum(-1)
+    by_prompt = [kl[probe.rows == row] for row in range(len(probe))]
+    torch.testing.assert_close(along, torch.stack([values.mean() for values in by_prompt]), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(first, torch.stack([values[0] for values in by_prompt]), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(half, (along + first) / 2)
 
 
 def test_damage_is_zero_for_the_model_itself_and_positive_beside_it(

@@ -300,7 +300,6 @@ class GradientSettings(Settings):
     damage_weight: float = inner(8.0, "What a nat of damage costs at first, beside the refusal.", ge=0)
     least_weight: float = inner(1.0, "What it costs at least, where answers open as refusals do.", ge=0)
     weight_rate: float = inner(0.25, "How fast that rises where refusals are rarer than the target, or falls.", ge=0)
-    margin: float = inner(0.0, "By how much the log-odds of a refusal have to be below 0 before it hardly costs.", ge=0)
     n_steps: int = inner(32, "Steps of the first descent.", ge=1)
     n_more_steps: int = inner(12, "Steps of each further one.", ge=1)
     rate: float = inner(0.08, "Adam's learning rate for the strengths.", ge=0)

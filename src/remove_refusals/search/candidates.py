@@ -21,7 +21,7 @@ CANDIDATES = f"{DIRECTIONS}/candidates.safetensors"
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """One intervention: its mean probability of refusals, mean KL in nats, and what generation showed, if tried."""
+    """One intervention: its mean probability of refusals, mean damage in nats, and what generation showed, if tried."""
 
     name: str
     intervention: Intervention

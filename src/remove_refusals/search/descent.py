@@ -173,7 +173,7 @@ def _go_down(
         optimizer.zero_grad()
         with frozen(loaded, gradients=True), steered(loaded.model, steers):
             refusals, damage = material.refusals(harmful), material.damages(harmless).mean()
-            unlikelihood(refusals, settings.margin).backward()  # type: ignore[no-untyped-call]
+            unlikelihood(refusals).backward()  # type: ignore[no-untyped-call]
             (weight * damage).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()

@@ -27,6 +27,9 @@ N_OPENING_TOKENS = 6
 
 _MOST_OPENINGS = 24
 
+_FIRST_SHARE = 0.5
+"""How much of the damage that a descent sees is the first token's."""
+
 _LIKELY = 1e-3
 """The probability from which on a token is looked at."""
 
@@ -117,12 +120,13 @@ class Material:
         return refusal_probabilities(found, probe, self.openings, self.vocabulary)
 
     def damages(self, batch: int) -> torch.Tensor:
-        """Run a batch of harmless prompts: `[n_prompts]`, the KL along the answer to each, in nats."""
+        """Run a batch of harmless prompts: `[n_prompts]`, the KL along the answer to each and at its first token."""
         probe = self.damage_probes[batch]
-        return damages(log_probabilities(self.loaded, probe, self.vocabulary), self.base[batch], probe)
+        found = log_probabilities(self.loaded, probe, self.vocabulary)
+        return damages(found, self.base[batch], probe, _FIRST_SHARE)
 
     def score(self, steers: Mapping[SiteKey, Callable[[], Steer]]) -> tuple[float, float]:
-        """Run all of it: the mean probability of a refusal, and the mean KL in nats."""
+        """Run all of it: the mean probability of a refusal, and the mean damage in nats."""
         with frozen(self.loaded, gradients=False), steered(self.loaded.model, steers):
             refusals = torch.cat([self.refusals(batch) for batch in range(len(self.refusal_probes))])
             kls = torch.cat([self.damages(batch) for batch in range(len(self.damage_probes))])
@@ -212,22 +216,20 @@ def refusal_probabilities(
     return torch.stack(totals).clamp(max=1.0)
 
 
-def damages(log_probabilities: torch.Tensor, base: torch.Tensor, probe: Probe) -> torch.Tensor:
-    """Give `[n_prompts]`, in nats, the damage along each answer, of two `[n, n_tokens]`.
+def damages(
+    log_probabilities: torch.Tensor, base: torch.Tensor, probe: Probe, first_share: float = 0.0
+) -> torch.Tensor:
+    """Give `[n_prompts]`, in nats: the mean KL from the base over the tokens of each answer, of two `[n, n_tokens]`.
 
-    It is the mean of two KLs from the base: that of the first token, on which hangs what the answer becomes, and that
-    over all tokens.
+    With a share, that of the first token, on which hangs what the answer becomes, counts so much beside the mean.
     """
     kl = (base.exp() * (base - log_probabilities)).sum(dim=1)
     n = torch.bincount(probe.rows, minlength=len(probe))
     along = torch.zeros(len(probe), device=kl.device).index_add(0, probe.rows, kl) / n
-    return (kl[n.cumsum(0) - n] + along) / 2
+    return torch.lerp(along, kl[n.cumsum(0) - n], first_share)
 
 
-def unlikelihood(probabilities: torch.Tensor, margin: float = 0.0) -> torch.Tensor:
-    """The mean of `-log(1 - p)`: what it costs that a refusal is likely (Welleck et al. 2020, section 3).
-
-    With a margin the log-odds count as so much higher, so that a refusal has to be unlikely by far to cost nothing.
-    """
-    odds = torch.logit(probabilities, eps=1e-4)
-    return torch.nn.functional.softplus(odds + margin).mean()
+def unlikelihood(probabilities: torch.Tensor) -> torch.Tensor:
+    """The mean of `-log(1 - p)`: what it costs that a refusal is likely (Welleck et al. 2020, section 3)."""
+    surprise: torch.Tensor = -torch.log1p(-probabilities.clamp(1e-4, 1 - 1e-4))
+    return surprise.mean()
