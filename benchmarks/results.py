@@ -31,7 +31,10 @@ OWN = ("classic", "projected", "layer", "tpe")
 """What is made here beside `run`, with the first of the seeds."""
 
 TESTS = ("harmful-test", "harmless-test", "alarming-test")
-ASKED = tuple("model dtype device n_test max_new_tokens kl_tokens harmful_test harmless_test alarming_test".split())
+ASKED = (
+    *"model dtype measure_dtype device n_test max_new_tokens kl_tokens".split(),
+    *(name.replace("-", "_") for name in TESTS),
+)
 """The options that all variants of a directory share."""
 
 
@@ -46,7 +49,8 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--deadline", type=float, help="seconds after which no trial of tpe begins")
     parser.add_argument("--also", action="append", default=[], metavar="NAME=DIR", help="what another tool saved")
     parser.add_argument("--heretic-log", action="append", default=[], metavar="NAME=FILE", help="its driver's result")
-    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--dtype", default="auto", help="that variants are made in")
+    parser.add_argument("--measure-dtype", help="that they are measured in; by default the same")
     parser.add_argument("--device")
     parser.add_argument("--batch-size", type=int)
     for name in ("harmful", "harmless", *TESTS):

@@ -175,9 +175,10 @@ def recipe(name: str, options: argparse.Namespace) -> str:
     """Say in words how a variant is made."""
     if name in options.also:
         return "made by another tool"
+    made_in = f", in {options.dtype}" if options.measure_dtype not in (None, options.dtype) and name != BASE else ""
     if name.startswith(f"{RUN}-"):
-        return f"`run` with its defaults, seed {seed_of(name, options)}"
-    return {
+        return f"`run` with its defaults, seed {seed_of(name, options)}{made_in}"
+    said = {
         BASE: "the model as it came",
         "classic": "mean difference of 32 + 32 prompts at 60% of the depth, last token, taken out everywhere "
         "(`--select none`)",
@@ -188,6 +189,7 @@ def recipe(name: str, options: argparse.Namespace) -> str:
         "tpe": f"strengths by {options.trials} trials of a Parzen estimator, each counted by generation "
         "(`benchmarks/tpe.py`)",
     }[name]
+    return said + made_in
 
 
 def loading(options: argparse.Namespace) -> LoadSettings:
@@ -308,7 +310,9 @@ def answer(options: argparse.Namespace, name: str) -> dict[str, Any]:
     settings, private = measuring(options), options.directory / "private"
     prompts = measuring_prompts(settings)
     place = options.model if name == BASE else options.also.get(name, options.directory / "models" / name)
-    loaded = load_edited(str(place), options.model, loading(options), batch_size=options.batch_size)
+    # What rounding to bfloat16 adds to a KL would hide the smallest.
+    measured_in = loading(options).model_copy(update={"dtype": options.measure_dtype or options.dtype})
+    loaded = load_edited(str(place), options.model, measured_in, batch_size=options.batch_size)
     of_base = None if name == BASE else json.loads((private / f"{BASE}.answer.json").read_text(encoding="utf-8"))
     # As the base's tokenizer and chat template have it; another tool may have saved others.
     ids = (
@@ -328,7 +332,7 @@ def answer(options: argparse.Namespace, name: str) -> dict[str, Any]:
         distances = distances_from(loaded, ids["harmless"], along, options.kl_tokens, logits)
         found["along"] = dict(zip(prompts.harmless.ids, map(shortened, distances), strict=True))
         if settings.tasks:
-            base = load_model(options.model, loading(options), batch_size=options.batch_size)
+            base = load_model(options.model, measured_in, batch_size=options.batch_size)
             found["tasks"] = [task.to_json() for task in run_tasks(base, loaded, settings)]
     found["dtype"], found["device"] = str(loaded.model.dtype).removeprefix("torch."), str(loaded.device)
     return found | {"record": scored(options, name, found), "cost": device_memory()}
