@@ -12,6 +12,7 @@ from remove_refusals.measure.evaluate import evaluate, warnings
 from remove_refusals.measure.judges import JUDGED, Label
 from remove_refusals.measure.judges.calibration import Calibration, calibrate, load_answers, make_judge, measuring_judge
 from remove_refusals.measure.judges.phrases import PhraseJudge
+from remove_refusals.measure.match import answer_match, fits_badly
 from remove_refusals.measure.scores import Distance, Evaluation, PairedRate, RefusalsByLength, Response, read_rows
 from remove_refusals.measure.side_by_side import Damage, SideBySide, side_by_side
 from remove_refusals.measure.statistics import Estimate, Mean, Rate, TokenMean, Verdict, mean_with_interval, wilson_rate
@@ -35,9 +36,11 @@ __all__ = [
     "SideBySide",
     "TokenMean",
     "Verdict",
+    "answer_match",
     "calibrate",
     "distances_along",
     "evaluate",
+    "fits_badly",
     "kept_answers",
     "labelled",
     "load_answers",

@@ -179,9 +179,26 @@ def distances_along(
         return distances_between(of_base, of_edited, len(indices))
 
     lengths = [len(ids) + len(tail) for ids, tail in zip(token_ids, answer_ids, strict=True)]
-    held = _HELD.get(base.device.type, _HELD_ELSEWHERE)
-    most = min(max(1, held // (n_tokens * base.vocabulary_size)), first_batch_size(base))
-    return in_order(in_batches(base, lengths, measure, most=most, progress=progress))
+    return in_order(in_batches(base, lengths, measure, most=logits_at_once(base, n_tokens), progress=progress))
+
+
+def logits_at_once(loaded: LoadedModel, n_tokens: int) -> int:
+    """Pick for how many answers of so many tokens logits are held at once."""
+    held = _HELD.get(loaded.device.type, _HELD_ELSEWHERE)
+    return min(max(1, held // (n_tokens * loaded.vocabulary_size)), first_batch_size(loaded))
+
+
+def log_likelihoods(found: AnswerLogits, n: int) -> list[float]:
+    """Give the log-probability of each of `n` answers in nats, summed over the tokens that were looked at."""
+    n_rows, sums = max(1, _COMPARED // found.logits.shape[-1]), torch.zeros(n, dtype=torch.float64)
+    for start in range(0, len(found.rows), n_rows):
+        part = slice(start, start + n_rows)
+        logits = found.logits[part].float()
+        targets = found.targets[part].to(logits.device)[:, None]
+        along = logits.gather(1, targets)[:, 0] - logits.logsumexp(-1)
+        sums.index_add_(0, found.rows[part], along.double().cpu())
+    totals: list[float] = sums.tolist()
+    return totals
 
 
 def distances_between(base: AnswerLogits, edited: AnswerLogits, n: int) -> list[PromptDistance]:
