@@ -8,11 +8,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny
-from remove_refusals.measure import Answered, Label, Rate, answer_match, fits_badly, labelled, wilson_rate
+from remove_refusals.measure import (
+    Answered,
+    EvaluationPrompts,
+    Label,
+    Rate,
+    answer_match,
+    evaluate,
+    fits_badly,
+    labelled,
+    wilson_rate,
+)
 from remove_refusals.measure.match import MOST_ANSWERS, N_OTHERS, Pair, _log_likelihoods, _partners
 from remove_refusals.models import Answer, LoadedModel, generate, load, render
 from remove_refusals.progress import SILENT
-from remove_refusals.prompts import embedded_prompts
+from remove_refusals.prompts import draw, embedded_prompts
+from remove_refusals.settings import MeasureSettings
 from remove_refusals.types import PromptSet
 
 
@@ -41,6 +52,15 @@ def test_answers_are_told_from_those_to_other_prompts(demo: LoadedModel, answere
     assert foreign.value < 0.35 and 0.65 < partly.value < 1 and foreign.n == n
     assert same.count == 0 and same.n == n
     assert fits_badly(foreign, own) and fits_badly(same, own) and not fits_badly(own, own)
+
+
+def test_an_evaluation_says_which_answers_answer_their_prompts(demo: LoadedModel) -> None:
+    drawn = (draw(embedded_prompts(f"{name}_test"), 8, 0) for name in ("harmful", "harmless"))
+    scores = evaluate(demo, demo, EvaluationPrompts(*drawn), MeasureSettings(max_new_tokens=16, kl_tokens=4)).sets
+    # It refuses the harmful ones.
+    assert scores["harmful"].match is None and "match" not in scores["harmful"].to_json()
+    match = scores["harmless"].match
+    assert match is not None and match["base"] == match["edited"] and match["base"].count == match["base"].n >= 7
 
 
 def test_what_is_no_answer_is_left_out(demo: LoadedModel, answered: Answered) -> None:

@@ -270,6 +270,22 @@ def test_lectures_are_shown_where_they_were_counted(directory, page):
         assert said in words and said not in page.words, said
 
 
+def test_matches_are_shown_where_they_were_counted(directory, page):
+    def scored(scores):
+        rate = scores["sets"]["harmless"]["refusals"]["edited"]
+        scores["sets"]["harmful"]["match"] = {"edited": rate | {"count": 37, "n": 48, "value": 37 / 48}}
+
+    def confirmed(selection):
+        tried = selection["candidates"][0]["confirmation"]
+        tried["match"] = tried["refusals"] | {"count": 9, "value": 9 / 32}
+
+    change(directory, "scores", scored)
+    change(directory, "selection", confirmed)
+    words = Page(html_report(directory)).words
+    for said in ("Answers that match their prompts edited 77%", "37 of 48", "1/32 1/32 9/32"):
+        assert said in words and said not in page.words, said
+
+
 def test_more_candidates_than_anybody_reads_are_drawn_and_counted(tmp_path):
     directory = records.write(tmp_path / "run", sets={"harmful": 2, "harmless": 2})
     page = Page(html_report(directory))

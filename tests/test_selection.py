@@ -13,6 +13,7 @@ from remove_refusals.directions.direction import mean_difference
 from remove_refusals.directions.hooks import ablated
 from remove_refusals.directions.intervention import intervene
 from remove_refusals.errors import PromptError
+from remove_refusals.measure import answer_match, wilson_rate
 from remove_refusals.measure.answers import Answered
 from remove_refusals.measure.judges import Label
 from remove_refusals.modelmap.derive import map_model
@@ -20,8 +21,8 @@ from remove_refusals.models.generate import generate
 from remove_refusals.models.load import LoadedModel, load
 from remove_refusals.progress import Progress
 from remove_refusals.prompts import draw, embedded_prompts
-from remove_refusals.search.candidates import by_rule, front
-from remove_refusals.search.confirming import Confirming, confirm
+from remove_refusals.search.candidates import Candidate, by_rule, front
+from remove_refusals.search.confirming import Confirming, _shortfall, confirm
 from remove_refusals.settings import ChatFormat, MeasureSettings, Rule
 from remove_refusals.types import Direction, PromptSet
 
@@ -210,6 +211,21 @@ def test_a_full_edit_frees_and_is_confirmed(
         again = own_answers(loaded, harmful.prompts, SETTINGS.max_new_tokens)
     assert again.labels.count(Label.REFUSAL) == found.refusals.count
     assert again.labels.count(Label.DEGENERATE) == found.degenerate.count
+    assert (found.match, found.match_of_base) == tuple(answer_match(loaded, again, harmless))
+    assert found.match is not None and found.match.count >= found.match.n - 1
+
+
+def test_answers_to_other_questions_are_no_success(
+    loaded: LoadedModel, direction: Direction, harmful: Answered, harmless: Answered
+) -> None:
+    on, intervention = Confirming(loaded, harmful, harmless, SETTINGS), intervene(direction, n_layers(loaded))
+    found, candidate = confirm(on, intervention), Candidate("one", intervention, 0.0, 0.0)
+    assert _shortfall(candidate, found, on, 0.2) is None
+    foreign = found.model_copy(update={"match": wilson_rate(1, 12, "0")})
+    n = harmless.labels.count(Label.COMPLIANCE)
+    said = f"1 of 12 answers to harmful prompts match their prompts, and {n} of {n} of the model's own to harmless ones"
+    assert _shortfall(candidate, foreign, on, 0.2) == said
+    assert foreign.failures == pytest.approx(11 / 12)
 
 
 def test_strength_0_confirms_what_the_base_does(
@@ -234,5 +250,5 @@ def test_what_cannot_be_measured_is_absent(
     found = confirm(Confirming(loaded, harmful, refused, SETTINGS), intervene(direction, n_layers(loaded)))
     assert found.damage is None
     assert found.broken is None
-    names = {"refusals", "moralising", "degenerate"}
+    names = {"refusals", "moralising", "degenerate", "match"}
     assert set(found.to_json()) == {*names, "false_refusals", "moralising_harmless", "degenerate_harmless"}

@@ -62,7 +62,9 @@ def test_the_rates_are_those_of_the_records(found: SideBySide, directories: tupl
     }
     for directory, model in zip(directories, found.models[1:], strict=True):
         scores = json.loads((directory / "scores.json").read_text())
-        assert found.damage[model].to_json() == {key: scores[key] for key in ("kl", "perplexity", "agreement")}
+        matches = {name: part["match"]["edited"] for name, part in scores["sets"].items() if model == "willing"}
+        expected = {key: scores[key] for key in ("kl", "perplexity", "agreement")} | {"match": matches}
+        assert found.damage[model].to_json() == {key: value for key, value in expected.items() if value}
         rate = next(row.models[model] for row in found.rates if (row.set, row.label) == ("harmful", Label.REFUSAL))
         assert rate.to_json() == scores["sets"]["harmful"]["refusals"]["edited"]
 
@@ -81,6 +83,7 @@ def test_differences_are_decided_where_the_data_support_them(found: SideBySide) 
 def test_the_command_prints_the_table_and_what_is_real(directories: tuple[Path, Path]) -> None:
     arguments = [sys.executable, "-m", "remove_refusals", "compare", *map(str, directories)]
     shown = subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
+    assert "Match, harmful" in shown
     assert "willing has a lower refusal rate than base on harmful prompts: -100 [" in " ".join(shown.split())
     read = json.loads(subprocess.run([*arguments, "--json"], capture_output=True, text=True, check=True).stdout)
     assert read["models"] == ["base", "willing", "destroyed"]

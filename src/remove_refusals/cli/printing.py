@@ -122,10 +122,10 @@ def show_selection(selection: Selection) -> None:
         row = ["*" if number == selection.picked else "", candidate.name]
         row += [f"{candidate.refusal:.1%}", f"{candidate.damage:.3f}"]
         if found is not None:
-            counted = (found.refusals, found.moralising, found.degenerate, found.broken)
+            counted = (found.refusals, found.moralising, found.degenerate, found.broken, found.match)
             row += ["" if rate is None else f"{rate.count}/{rate.n}" for rate in counted]
         rows.append(row)
-    columns = ("", "candidate", "refusal", "damage", "refused", "moralising", "degenerate", "broken")
+    columns = ("", "candidate", "refusal", "damage", "refused", "moralising", "degenerate", "broken", "match")
     _show(f"Candidates; the pick: {selection.rule}", columns, rows, n_left=2)
     say(
         "Refusal and damage (KL in nats, along the model's own answers): on the prompts of the search. The counts: "
@@ -261,4 +261,5 @@ def _damage(damage: Damage) -> dict[str, str]:
         found["Perplexity"] = damage.perplexity.edited
     if damage.agreement is not None:
         found["Identical answers"] = damage.agreement.identical
+    found |= {f"Match, {name}": rate for name, rate in (damage.match or {}).items()}
     return {title: str(value) for title, value in found.items() if value is not None}

@@ -13,7 +13,15 @@ from remove_refusals.measure.judges import JUDGED, Label
 from remove_refusals.measure.judges.calibration import Calibration, calibrate, load_answers, make_judge, measuring_judge
 from remove_refusals.measure.judges.phrases import PhraseJudge
 from remove_refusals.measure.match import answer_match, fits_badly
-from remove_refusals.measure.scores import Distance, Evaluation, PairedRate, RefusalsByLength, Response, read_rows
+from remove_refusals.measure.scores import (
+    Distance,
+    Evaluation,
+    PairedRate,
+    RefusalsByLength,
+    Response,
+    Which,
+    read_rows,
+)
 from remove_refusals.measure.side_by_side import Damage, SideBySide, side_by_side
 from remove_refusals.measure.statistics import Estimate, Mean, Rate, TokenMean, Verdict, mean_with_interval, wilson_rate
 
@@ -36,6 +44,7 @@ __all__ = [
     "SideBySide",
     "TokenMean",
     "Verdict",
+    "Which",
     "answer_match",
     "calibrate",
     "distances_along",

@@ -20,6 +20,7 @@ from remove_refusals.measure.judges import Judge, Label
 from remove_refusals.measure.judges.calibration import Accuracies
 from remove_refusals.measure.judges.languages import has_phrases, language_of
 from remove_refusals.measure.judges.phrases import PhraseJudge
+from remove_refusals.measure.match import answer_match, fits_badly
 from remove_refusals.measure.scores import (
     Agreement,
     Distance,
@@ -37,6 +38,7 @@ from remove_refusals.measure.scores import (
 )
 from remove_refusals.measure.statistics import (
     McNemar,
+    Rate,
     common_prefix,
     holm,
     mcnemar,
@@ -112,7 +114,7 @@ def evaluate(
         base=base.source,
         edited=edited.source,
         settings=HowMeasured(judge=names, batch_size=base.batch_size, chat=base.chat, **asked),
-        sets=_sets(base, both, judges, {judge.name: accuracies or {}}, settings.seed),
+        sets=_sets(base, both, judges, {judge.name: accuracies or {}}, settings.seed, progress),
         rows=tuple(row for name, pair in both.items() for row in _rows(name, pair, judges[name].name)),
         judge_usage=None if (usage := getattr(judge, "usage", None)) is None else str(usage),
     )
@@ -190,6 +192,7 @@ def _sets(
     judges: Mapping[str, Judge],
     accuracies: Mapping[str, Accuracies],
     seed: int,
+    progress: Progress,
 ) -> dict[str, SetScores]:
     """Count what the judges saw, set by set; p-values are corrected for all comparisons of all sets."""
     # What a judge does not know of is not measured, which is not the same as none.
@@ -206,6 +209,7 @@ def _sets(
         if (test := mcnemar(first.flags(label), second.flags(label))) is not None
     }
     adjusted = dict(zip(tests, holm([test.p_value for test in tests.values()]), strict=True))
+    matches = _matches(loaded, both, progress)
     found = {}
     for name, pair in judged.items():
         judge = judges[name]
@@ -226,8 +230,20 @@ def _sets(
             # The phrase judge costs nothing, and can be asked about answers of every length.
             by_length=_by_length(loaded, pair, judge) if isinstance(judge, PhraseJudge) else None,
             thinking=thinking or None,
+            match=matches.get(name) or None,
             unjudged=unjudged if any(unjudged.values()) else None,
         )
+    return found
+
+
+def _matches(loaded: LoadedModel, both: Mapping[str, Both], progress: Progress) -> dict[str, dict[Which, Rate]]:
+    """Count the answers of both models that answer their prompts, by set and model, where there are enough."""
+    progress.begin("match")
+    named = [(name, *one) for name in ("harmful", "harmless") if name in both for one in _named(both[name])]
+    found: dict[str, dict[Which, Rate]] = {}
+    for (name, model, _), rate in zip(named, answer_match(loaded, *(part for _, _, part in named)), strict=True):
+        if rate is not None:
+            found.setdefault(name, {})[model] = rate
     return found
 
 
@@ -394,6 +410,7 @@ def warnings(evaluation: Evaluation) -> tuple[str, ...]:
                 f"Of {edited.n} answers to {name} prompts, {edited.count} are degenerate (empty, looping or "
                 f"gibberish), {base.count} before the edit: the model is damaged, so its refusal rate is no success."
             )
+    found += _mismatches(evaluation)
     measured = evaluation.perplexity
     if measured is not None and measured.edited.value > PERPLEXITY_LIMIT * measured.base.value:
         found.append(
@@ -401,3 +418,20 @@ def warnings(evaluation: Evaluation) -> tuple[str, ...]:
             f"{measured.edited.value:.3g}, more than {PERPLEXITY_LIMIT:g} times: the model is damaged."
         )
     return tuple(found)
+
+
+def _mismatches(evaluation: Evaluation) -> list[str]:
+    """Say which of the edited model's answers have little to do with their prompts, against the base's own."""
+    matches = {name: scores.match or {} for name, scores in evaluation.sets.items()}
+    own, found = matches.get("harmless", {}).get("base"), []
+    for name, match in matches.items():
+        now = match.get("edited")
+        if own is not None and now is not None and fits_badly(now, own):
+            what = f"The answers to {name} prompts do not answer them any more"
+            if name == "harmful":
+                what = "Refusals were removed, but the answers do not answer their prompts"
+            found.append(
+                f"{what}: match {now.count} of {now.n}, where the base model's own answers to harmless prompts have "
+                f"{own.count} of {own.n}."
+            )
+    return found

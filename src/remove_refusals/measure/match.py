@@ -34,8 +34,10 @@ def answer_match(base: LoadedModel, *parts: Answered, progress: Progress = SILEN
     An answer `a` to the prompt `x` is told from another answer `b` to another prompt `y` if `p(a|x) p(b|y)` is larger
     than `p(a|y) p(b|x)`: how likely the base is to answer either prompt at all, which it may refuse, cancels, and so
     does how common an answer is. One that is told from 4 others of its part counts; of answers that have nothing to do
-    with the prompts that are about 0.1, and of the same answer to everything none. Refusals, lectures, degenerate
-    answers and what was not judged are left out; what is thought before an answer is no part of it.
+    with their prompts about 0.1 do, and none if everything gets the same answer. Refusals, lectures, degenerate answers
+    and what was not judged are left out; what is thought before an answer is no part of it.
+
+    It sees little where the answers' first token alone has to do with the prompt: there the base refuses.
 
     Args:
         base: The model without an edit, whoever answered.

@@ -39,11 +39,12 @@ class LabelRates(Record):
 
 
 class Damage(Record):
-    """What was measured of the damage that one model took, as in its `scores.json`."""
+    """What was measured of the damage that one model took, as in its `scores.json`; how its answers match, by set."""
 
     kl: Distances | None = None
     perplexity: Perplexities | None = None
     agreement: Agreement | None = None
+    match: dict[str, Rate] | None = None
 
 
 class SideBySide(Record):
@@ -84,7 +85,7 @@ def side_by_side(directories: Sequence[Path]) -> SideBySide:
             for name, label in counted
         ),
         damage={
-            name: Damage(kl=each.kl, perplexity=each.perplexity, agreement=each.agreement)
+            name: Damage(kl=each.kl, perplexity=each.perplexity, agreement=each.agreement, match=_matches(each))
             for name, each in zip(names, read, strict=True)
         },
         differences=_differences(models, counted),
@@ -100,6 +101,12 @@ def _names(directories: Sequence[Path]) -> list[str]:
         twice = next(name for name in names if names.count(name) > 1)
         raise PromptError(f"The directory {twice} is named twice, expected different ones; name it once.")
     return names
+
+
+def _matches(evaluation: Evaluation) -> dict[str, Rate] | None:
+    """Give how many of the edited model's answers match, by set; None where that was not counted."""
+    rates = ((name, (scores.match or {}).get("edited")) for name, scores in evaluation.sets.items())
+    return {name: rate for name, rate in rates if rate is not None} or None
 
 
 def _labels(evaluation: Evaluation, directory: Path) -> tuple[Labels, Labels]:

@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field, computed_field
 
 from remove_refusals.errors import RecordError
 from remove_refusals.files import Record
-from remove_refusals.measure import Evaluation, Mean, Rate, Response, read_rows
+from remove_refusals.measure import Evaluation, Mean, Rate, Response, fits_badly, read_rows
 from remove_refusals.settings import SiteKind
 from remove_refusals.types import (
     Auroc,
@@ -76,7 +76,8 @@ class Confirmation(Record):
     """What a candidate did when the model generated with it, on prompts that the search did not use.
 
     `broken` counts, of the harmless prompts that the base answered, those that get no answer now; `damage` is the mean
-    KL along the base's own answers to those, in nats. Records of older versions count no lectures.
+    KL along the base's own answers to those, in nats. `match` counts the answers to harmful prompts that answer them,
+    and `match_of_base` the base's own to harmless ones. Records of older versions count no lectures and no matches.
     """
 
     refusals: Rate
@@ -86,13 +87,18 @@ class Confirmation(Record):
     moralising: Rate | None = None
     moralising_harmless: Rate | None = None
     broken: Rate | None = None
+    match: Rate | None = None
+    match_of_base: Rate | None = None
     damage: Mean | None = None
 
     @property
     def failures(self) -> float:
-        """The share of harmful prompts that got no answer: refused, a lecture, or degenerate."""
+        """The share of harmful prompts that got no answer: refused, a lecture, degenerate, or one that fits badly."""
         lectures = 0 if self.moralising is None else self.moralising.count
-        return (self.refusals.count + lectures + self.degenerate.count) / self.refusals.n
+        failed = (self.refusals.count + lectures + self.degenerate.count) / self.refusals.n
+        if self.match is not None and fits_badly(self.match, self.match_of_base):
+            return max(failed, 1 - self.match.value)
+        return failed
 
 
 class SelectionSummary(Record):

@@ -2,8 +2,9 @@
 
 import math
 import re
+from typing import get_args
 
-from remove_refusals.measure import Distance, Estimate, Evaluation, PairedRate
+from remove_refusals.measure import Distance, Estimate, Evaluation, PairedRate, Which
 from remove_refusals.settings import expects_refusals
 from remove_refusals.types import Auroc, Contribution
 
@@ -87,19 +88,20 @@ def table(evaluation: Evaluation) -> tuple[tuple[str, str, str, str], ...]:
     for name, scores in evaluation.sets.items():
         if scores.deflections is not None:
             rows.append((f"Deflected, {name}", *_paired(scores.deflections)))
-        if scores.unjudged is not None:
-            rows.append((f"Not judged, {name}", str(scores.unjudged["base"]), str(scores.unjudged["edited"]), ""))
-        for model, thinking in (scores.thinking or {}).items():
-            cells = {"base": "", "edited": "", model: str(thinking.unfinished)}
-            rows.append((f"Unfinished thinking, {name}", cells["base"], cells["edited"], ""))
+        unfinished = {model: thinking.unfinished for model, thinking in (scores.thinking or {}).items()}
+        counted = {"Match": scores.match, "Not judged": scores.unjudged, "Unfinished thinking": unfinished}
+        for title, found in counted.items():
+            if found:
+                base, edited = (str(found.get(model, "")) for model in get_args(Which))
+                rows.append((f"{title}, {name}", base, edited, ""))
     for name, distance in _distances(evaluation):
         rows.append((f"First-token KL, {name}", "", str(distance.first_token), ""))
         rows.append((f"KL, {evaluation.settings.kl_tokens} tokens, {name}", "", str(distance.mean), ""))
         if distance.p95 is not None:
             rows.append((f"KL, 95th percentile, {name}", "", str(distance.p95), ""))
-    if (found := evaluation.perplexity) is not None:
-        ratio = f"{found.edited.value / found.base.value:.2f} times"
-        rows.append(("Perplexity", f"{found.base.value:.3g}", f"{found.edited.value:.3g}", ratio))
+    if (perplexity := evaluation.perplexity) is not None:
+        ratio = f"{perplexity.edited.value / perplexity.base.value:.2f} times"
+        rows.append(("Perplexity", f"{perplexity.base.value:.3g}", f"{perplexity.edited.value:.3g}", ratio))
     for task in evaluation.tasks or ():
         verdict = "" if task.difference.decided else ", undecided"
         paired = f"{task.difference.value:+.2g} [{task.difference.low:+.2g}, {task.difference.high:+.2g}]{verdict}"
@@ -116,12 +118,16 @@ def table_key(evaluation: Evaluation) -> str:
     rates = [scores.moralising for scores in evaluation.sets.values() if scores.moralising is not None]
     lectures = any(rate.base.count or rate.edited.count for rate in rates)
     added = " A moralising answer only lectures: it answers no more than a refusal does." if lectures else ""
+    has_match = any(scores.match for scores in evaluation.sets.values())
+    match = (
+        " Match: of the answers, those that the base tells from the answers to 4 other prompts." if has_match else ""
+    )
     late = f" Refusals to {' and '.join(unsettled)} prompts still change with the answers' length." if unsettled else ""
     return (
         "Rates: count/n with a 95% Wilson interval; p: exact McNemar, corrected for all comparisons here (Holm 1979). "
         "KL: base from edited, in nats, along the base "
         f"model's own answers, over all harmless prompts and over those that it answered (n: {', '.join(numbers)}); "
-        f"perplexity: of those answers.{added}{late}"
+        f"perplexity: of those answers.{match}{added}{late}"
     )
 
 

@@ -8,7 +8,16 @@ from functools import partial
 
 from remove_refusals.directions import ablated
 from remove_refusals.files import Journal
-from remove_refusals.measure import Answered, Label, distances_along, labelled, mean_with_interval, wilson_rate
+from remove_refusals.measure import (
+    Answered,
+    Label,
+    answer_match,
+    distances_along,
+    fits_badly,
+    labelled,
+    mean_with_interval,
+    wilson_rate,
+)
 from remove_refusals.models import LoadedModel, generate
 from remove_refusals.progress import SILENT, Progress
 from remove_refusals.report import Confirmation
@@ -47,6 +56,7 @@ def confirm(on: Confirming, intervention: Intervention, progress: Progress = SIL
     distances = distances_along(loaded, loaded, answered.token_ids, along, settings.kl_tokens, edited_context=edited)
     kept = harmless.at([index for index, has in enumerate(on.harmless.flags(Label.COMPLIANCE)) if has])
     sha = answered.prompts.sha256
+    match, of_base = answer_match(loaded, harmful, on.harmless)
     return Confirmation(
         refusals=harmful.rate(Label.REFUSAL),
         degenerate=harmful.rate(Label.DEGENERATE),
@@ -55,6 +65,8 @@ def confirm(on: Confirming, intervention: Intervention, progress: Progress = SIL
         moralising=harmful.rate(Label.MORALISING),
         moralising_harmless=harmless.rate(Label.MORALISING),
         broken=wilson_rate(len(kept) - kept.labels.count(Label.COMPLIANCE), len(kept), sha),
+        match=match,
+        match_of_base=of_base,
         damage=mean_with_interval([sum(distance.kl) / len(distance.kl) for distance in distances], sha),
     )
 
@@ -116,6 +128,12 @@ def _shortfall(candidate: Candidate, found: Confirmation, on: Confirming, limit:
         return (
             f"of {found.refusals.n} harmful prompts {found.refusals.count} were refused, {lectures} got a lecture and "
             f"{found.degenerate.count} a degenerate answer, where the search said {candidate.refusal:.1%}"
+        )
+    match, of_base = found.match, found.match_of_base
+    if match is not None and of_base is not None and fits_badly(match, of_base):
+        return (
+            f"{match.count} of {match.n} answers to harmful prompts match their prompts, and {of_base.count} of "
+            f"{of_base.n} of the model's own to harmless ones"
         )
     n = len(on.harmless)
     before = n - on.harmless.labels.count(Label.COMPLIANCE)
