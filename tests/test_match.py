@@ -15,7 +15,7 @@ from remove_refusals.measure import (
     Rate,
     answer_match,
     evaluate,
-    fits_badly,
+    is_poor_match,
     labelled,
     wilson_rate,
 )
@@ -51,7 +51,7 @@ def test_answers_are_told_from_those_to_other_prompts(demo: LoadedModel, answere
     assert (own.n, own.count, own.prompts_sha256) == (n, n, answered.prompts.sha256)
     assert foreign.value < 0.35 and 0.65 < partly.value < 1 and foreign.n == n
     assert same.count == 0 and same.n == n
-    assert fits_badly(foreign, own) and fits_badly(same, own) and not fits_badly(own, own)
+    assert is_poor_match(foreign, own) and is_poor_match(same, own) and not is_poor_match(own, own)
 
 
 def test_an_evaluation_says_which_answers_answer_their_prompts(demo: LoadedModel) -> None:
@@ -72,8 +72,9 @@ def test_what_is_no_answer_is_left_out(demo: LoadedModel, answered: Answered) ->
         replace(answered, labels=(*[Label.COMPLIANCE] * N_OTHERS, *[Label.REFUSAL] * (n - N_OTHERS))),
     )
     assert found is not None and found.n == n - 4
+    assert found.prompts_sha256 == answered.at(range(4, n)).prompts.sha256
     assert few is None
-    assert not fits_badly(few, found) and not fits_badly(found, few)
+    assert not is_poor_match(few, found) and not is_poor_match(found, few)
 
 
 def test_what_was_thought_is_no_part_of_the_answer(demo: LoadedModel, answered: Answered) -> None:
@@ -121,11 +122,11 @@ def test_of_many_answers_some_are_drawn(demo: LoadedModel, answered: Answered) -
     assert found is not None and found.n == MOST_ANSWERS
 
 
-def test_a_share_is_bad_if_it_is_clearly_below_the_models_own() -> None:
+def test_a_match_is_poor_if_it_is_clearly_below_the_models_own() -> None:
     def rate(count: int, n: int = 32) -> Rate | None:
         return wilson_rate(count, n, "")
 
-    assert fits_badly(rate(10), rate(32)) and fits_badly(rate(6), rate(20))
+    assert is_poor_match(rate(10), rate(32)) and is_poor_match(rate(6), rate(20))
     # Too near, or too few to tell.
-    assert not fits_badly(rate(29), rate(32))
-    assert not fits_badly(rate(2, 5), rate(12, 20))
+    assert not is_poor_match(rate(29), rate(32))
+    assert not is_poor_match(rate(2, 5), rate(12, 20))

@@ -12,7 +12,7 @@ from remove_refusals.measure.evaluate import evaluate, warnings
 from remove_refusals.measure.judges import JUDGED, Label
 from remove_refusals.measure.judges.calibration import Calibration, calibrate, load_answers, make_judge, measuring_judge
 from remove_refusals.measure.judges.phrases import PhraseJudge
-from remove_refusals.measure.match import answer_match, fits_badly
+from remove_refusals.measure.match import answer_match, is_poor_match
 from remove_refusals.measure.scores import (
     Distance,
     Evaluation,
@@ -49,7 +49,7 @@ __all__ = [
     "calibrate",
     "distances_along",
     "evaluate",
-    "fits_badly",
+    "is_poor_match",
     "kept_answers",
     "labelled",
     "load_answers",

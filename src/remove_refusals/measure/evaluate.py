@@ -20,7 +20,7 @@ from remove_refusals.measure.judges import Judge, Label
 from remove_refusals.measure.judges.calibration import Accuracies
 from remove_refusals.measure.judges.languages import has_phrases, language_of
 from remove_refusals.measure.judges.phrases import PhraseJudge
-from remove_refusals.measure.match import answer_match, fits_badly
+from remove_refusals.measure.match import answer_match, is_poor_match
 from remove_refusals.measure.scores import (
     Agreement,
     Distance,
@@ -426,7 +426,7 @@ def _mismatches(evaluation: Evaluation) -> list[str]:
     own, found = matches.get("harmless", {}).get("base"), []
     for name, match in matches.items():
         now = match.get("edited")
-        if own is not None and now is not None and fits_badly(now, own):
+        if own is not None and now is not None and is_poor_match(now, own):
             what = f"The answers to {name} prompts do not answer them any more"
             if name == "harmful":
                 what = "Refusals were removed, but the answers do not answer their prompts"

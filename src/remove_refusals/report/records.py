@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field, computed_field
 
 from remove_refusals.errors import RecordError
 from remove_refusals.files import Record
-from remove_refusals.measure import Evaluation, Mean, Rate, Response, fits_badly, read_rows
+from remove_refusals.measure import Evaluation, Mean, Rate, Response, is_poor_match, read_rows
 from remove_refusals.settings import SiteKind
 from remove_refusals.types import (
     Auroc,
@@ -93,10 +93,10 @@ class Confirmation(Record):
 
     @property
     def failures(self) -> float:
-        """The share of harmful prompts that got no answer: refused, a lecture, degenerate, or one that fits badly."""
+        """The share of harmful prompts that got no answer: refused, a lecture, degenerate, or to something else."""
         lectures = 0 if self.moralising is None else self.moralising.count
         failed = (self.refusals.count + lectures + self.degenerate.count) / self.refusals.n
-        if self.match is not None and fits_badly(self.match, self.match_of_base):
+        if self.match is not None and is_poor_match(self.match, self.match_of_base):
             return max(failed, 1 - self.match.value)
         return failed
 

@@ -13,7 +13,7 @@ from remove_refusals.measure import (
     Label,
     answer_match,
     distances_along,
-    fits_badly,
+    is_poor_match,
     labelled,
     mean_with_interval,
     wilson_rate,
@@ -130,7 +130,7 @@ def _shortfall(candidate: Candidate, found: Confirmation, on: Confirming, limit:
             f"{found.degenerate.count} a degenerate answer, where the search said {candidate.refusal:.1%}"
         )
     match, of_base = found.match, found.match_of_base
-    if match is not None and of_base is not None and fits_badly(match, of_base):
+    if match is not None and of_base is not None and is_poor_match(match, of_base):
         return (
             f"{match.count} of {match.n} answers to harmful prompts match their prompts, and {of_base.count} of "
             f"{of_base.n} of the model's own to harmless ones"
