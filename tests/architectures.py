@@ -27,7 +27,7 @@ from remove_refusals.directions.intervention import intervene
 from remove_refusals.errors import ArchitectureError
 from remove_refusals.modelmap.derive import map_model
 from remove_refusals.modelmap.knowledge import first_of_width
-from remove_refusals.modelmap.types import ModelMap
+from remove_refusals.modelmap.types import Mixture, ModelMap
 from remove_refusals.report.records import Certificate
 from remove_refusals.settings import DiskSettings
 from remove_refusals.types import Direction, DirectionOrigin, Intervention
@@ -211,6 +211,9 @@ def towers(model: PreTrainedModel, model_map: ModelMap) -> frozenset[str]:
     return frozenset(name for name in names if _TOWER.search(name))
 
 
+NO_MIXTURE = Mixture(0, "", 0, ())
+
+
 def row(found: Entry) -> str:
     """A model type's line in docs/architectures.md."""
     layers, writers, notes = "", "", found.reason
@@ -219,12 +222,18 @@ def row(found: Entry) -> str:
         written = [writer for site in found.model_map.sites for writer in site.writers]
         writers = str(len(written))
         kinds = {step.kind for writer in written for step in writer.steps}
+        mixtures = found.model_map.mixtures
+        fused = any(
+            len(writer.shape) == 3 for site in found.model_map.sites if site.kind == "mlp" for writer in site.writers
+        )
         marks = [
             text
             for text, holds in (
                 ("tied embeddings", found.model_map.tied),
                 ("gains behind writers", "gain" in kinds),
                 ("a convolution behind writers", "taps" in kinds),
+                ("single experts", bool(mixtures) and all(mixture.writers for mixture in mixtures)),
+                ("experts as one", fused and not all(mixture.writers for mixture in mixtures or [NO_MIXTURE])),
                 (f"{len(found.model_map.unused)} parameters unused", bool(found.model_map.unused)),
             )
             if holds
@@ -260,6 +269,10 @@ Made by `python tests/architectures.py`; `tests/test_architectures.py` verifies 
 - *hooks only*: the residual stream itself passes through something that no edit of a writer can undo. Hooks on the
   stream leave no component; a weight edit has to be asked for with `--allow-leak`, and its leak is measured.
 - *refused*: the model is not edited, for the reason given.
+
+Of mixtures with *single experts* each token's experts are read where the model runs them, and each expert can have a
+strength of its own, with hooks and in files alike. Those with *experts as one* are edited with one strength for all
+experts of a layer.
 
 The number of writers is that of the tiny model, which has four layers in most cases.
 

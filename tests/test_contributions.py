@@ -10,7 +10,12 @@ from scipy.stats import ttest_ind
 import tiny
 import zoo
 from remove_refusals.directions.activations import collect_activations
-from remove_refusals.directions.attribution import expert_choices, site_contributions, writer_shares
+from remove_refusals.directions.attribution import (
+    expert_choices,
+    routing_interchange,
+    site_contributions,
+    writer_shares,
+)
 from remove_refusals.directions.direction import mean_difference
 from remove_refusals.modelmap.derive import map_model
 from remove_refusals.models.load import LoadedModel, load
@@ -97,7 +102,8 @@ def test_nothing_stays_on_the_model():
     loaded = build("mixtral")
     direction = found_on(loaded)
     site_contributions(loaded, HARMFUL, HARMLESS, direction)
-    expert_choices(loaded, HARMFUL, HARMLESS)
+    expert_choices(loaded, HARMFUL, HARMLESS, direction)
+    routing_interchange(loaded, HARMFUL, HARMLESS, direction)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in loaded.model.modules())
 
 
@@ -136,7 +142,7 @@ def test_a_writer_orthogonal_to_the_direction_has_no_share_and_a_parallel_one_al
 @pytest.mark.parametrize("model_type", [name for name in ("mixtral", "qwen3_moe", "olmoe") if name in zoo.MODEL_TYPES])
 def test_routers_are_found_and_choices_counted(model_type):
     loaded = build(model_type)
-    choices = expert_choices(dataclasses.replace(loaded, batch_size=3), HARMFUL, HARMLESS)
+    choices = expert_choices(dataclasses.replace(loaded, batch_size=3), HARMFUL, HARMLESS, found_on(loaded))
     config = loaded.model.config
     n_chosen = config.num_experts_per_tok
     layers = {choice.layer for choice in choices}
@@ -157,9 +163,39 @@ def test_routers_are_found_and_choices_counted(model_type):
     assert [choice.harmful for choice in choices if choice.layer == first] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("model_type", [name for name in ("mixtral", "deepseek_v3") if name in zoo.MODEL_TYPES])
+def test_what_experts_write_adds_up_to_what_their_module_gives(model_type):
+    loaded = build(model_type)
+    direction, model_map = found_on(loaded), map_model(loaded.model)
+    written = {mixture.layer: [] for mixture in model_map.mixtures}
+    for mixture in model_map.mixtures:
+        loaded.model.get_submodule(mixture.module).register_forward_hook(
+            lambda module, args, output, into=written[mixture.layer]: into.append(output.reshape(-1, zoo.D_MODEL)[-1])
+        )
+    choices = expert_choices(dataclasses.replace(loaded, batch_size=1), HARMFUL, HARMLESS, direction)
+    n = len(HARMFUL)
+    for layer, outputs in written.items():
+        # A batch is one prompt, the longest first.
+        along = torch.stack(outputs[: n + len(HARMLESS)]) @ direction.basis[:, 0]
+        total = sum(choice.contribution for choice in choices if choice.layer == layer)
+        assert total == pytest.approx(float(along[:n].mean() - along[n:].mean()), rel=1e-3, abs=1e-5)
+
+
+def test_the_exchange_of_experts_is_none_between_equal_prompts():
+    loaded = build("mixtral")
+    direction, same = found_on(loaded, layer=4), PromptSet("same", HARMFUL.prompts[:1] * 3, "test")
+    found = routing_interchange(loaded, same, HARMLESS, direction)
+    assert [each.layer for each in found] == [*range(zoo.N_LAYERS), None]
+    for each in found:
+        assert each.share.low <= each.share.value <= each.share.high and each.n == 3
+        assert each.share.value != 0 and each.control.value == pytest.approx(0, abs=1e-5)
+
+
 def test_a_dense_model_has_no_choices():
     loaded = build("llama")
-    assert expert_choices(loaded, HARMFUL, HARMLESS) == ()
+    direction = found_on(loaded)
+    assert expert_choices(loaded, HARMFUL, HARMLESS, direction) == ()
+    assert routing_interchange(loaded, HARMFUL, HARMLESS, direction) == ()
 
 
 def test_in_the_demo_model_the_contributions_make_the_refusal():

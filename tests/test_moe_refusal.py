@@ -79,5 +79,5 @@ def test_what_writes_the_refusal_are_experts(organism, direction):
     assert total["mlp"] > abs(total["attn"]) and total["mlp"] > 0
     shares = writer_shares(organism.loaded, direction)
     assert max(shares, key=lambda share: share.value).expert is not None
-    choices = expert_choices(organism.loaded, *parts)
+    choices = expert_choices(organism.loaded, *parts, direction)
     assert len(choices) == 2 * 4 and max(abs(choice.harmful - choice.harmless) for choice in choices) > 0.1

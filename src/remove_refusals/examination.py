@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -19,6 +19,7 @@ from remove_refusals.directions import (
     expert_choices,
     intervene,
     mean_difference,
+    routing_interchange,
     separation,
     site_contributions,
     writer_shares,
@@ -30,6 +31,7 @@ from remove_refusals.measure import Evaluation, evaluate, measuring_prompts
 from remove_refusals.modelmap import DiskTensor, map_model, skeleton_of, stored_names
 from remove_refusals.models import (
     FLOAT_DTYPES,
+    LoadedModel,
     Place,
     checkpoint_tensors,
     find_block_tensor,
@@ -144,7 +146,7 @@ def _examine(settings: RunSettings, *, answers: bool, progress: Progress) -> Exa
         ),
         contributions=site_contributions(loaded, harmful, harmless, direction, position=parts[0].position),
         writer_shares=writer_shares(loaded, direction),
-        expert_choices=expert_choices(loaded, harmful, harmless, position=parts[0].position),
+        **_of_experts(loaded, activations, parts[0].position),
         versions=versions(),
     )
     if not answers:
@@ -153,6 +155,19 @@ def _examine(settings: RunSettings, *, answers: bool, progress: Progress) -> Exa
     evaluation = evaluate(loaded, loaded, prompts, settings.measure, edited_context=without, progress=progress)
     names = {"base": name, "edited": f"{name} without one direction"}
     return Examination(analysis, direction, evaluation.model_copy(update=names))
+
+
+def _of_experts(loaded: LoadedModel, activations: tuple[Activations, Activations], position: int) -> dict[str, Any]:
+    """Look at single experts along the difference behind the last layer, where all that they write has come to."""
+    model_map = map_model(loaded.model)
+    if not model_map.mixtures:
+        return {"expert_choices": (), "interchange": ()}
+    behind_all = mean_difference(*activations, layer=model_map.n_layers, position=position)
+    looked_at = loaded, activations[0].prompts, activations[1].prompts, behind_all
+    return {
+        "expert_choices": expert_choices(*looked_at, position=position),
+        "interchange": routing_interchange(*looked_at, position=position),
+    }
 
 
 def _direction(activations: Sequence[Activations], separated: Separation) -> Direction:
@@ -194,6 +209,8 @@ class InspectedWriter(Record):
 class Inspection(Record):
     """What an edit of a model would touch, and why it may not be exact; `sites` counts them by kind.
 
+    `experts` says how many routed experts each layer has whose choice can be read; each can have a strength of its own
+    where `experts_alone` holds, which is None without any.
     Tensors of the files that are `unexplained` are none of the model's, and no edit changes them.
     """
 
@@ -206,6 +223,8 @@ class Inspection(Record):
     unused: tuple[str, ...]
     tied: bool
     sites: dict[SiteKind, int]
+    experts: dict[int, int]
+    experts_alone: bool | None = None
     writers: tuple[InspectedWriter, ...]
     unexplained: tuple[str, ...]
 
@@ -247,6 +266,8 @@ def inspect(source: str, *, revision: str | None = None, trust_remote_code: bool
         unused=model_map.unused,
         tied=model_map.tied,
         sites=dict(Counter(site.kind for site in model_map.sites)),
+        experts={mixture.layer: mixture.n_experts for mixture in model_map.mixtures},
+        experts_alone=all(mixture.writers for mixture in model_map.mixtures) if model_map.mixtures else None,
         writers=tuple(writers),
         unexplained=base.names.unexplained if at_hand else (),
     )

@@ -42,6 +42,10 @@ def orthonormal_basis(vectors: torch.Tensor) -> torch.Tensor:
     return signed.to(torch.float32)
 
 
+Share = tuple[torch.Tensor | None, float]
+"""What is taken out: a basis `[d_model, k]`, or None for all that is written, and how much of it."""
+
+
 @dataclass(frozen=True)
 class ChannelStep:
     """One linear step between a writer's output and the residual stream, acting on each channel.
@@ -123,25 +127,40 @@ def low_rank(
 
 
 def project_out(
-    tensor: torch.Tensor, basis: torch.Tensor, strength: float, axis: int = -1, variant: Variant = "plain"
+    tensor: torch.Tensor,
+    basis: torch.Tensor,
+    strength: float,
+    axis: int = -1,
+    variant: Variant = "plain",
+    first: Sequence[Share] = (),
 ) -> torch.Tensor:
     """Give a contiguous copy of a tensor after `project_out_in_place`."""
     out = tensor.detach().clone(memory_format=torch.contiguous_format)
-    project_out_in_place(out, basis, strength, axis, variant)
+    project_out_in_place(out, basis, strength, axis, variant, first)
     return out
 
 
 def project_out_in_place(
-    tensor: torch.Tensor, basis: torch.Tensor, strength: float, axis: int = -1, variant: Variant = "plain"
+    tensor: torch.Tensor,
+    basis: torch.Tensor,
+    strength: float,
+    axis: int = -1,
+    variant: Variant = "plain",
+    first: Sequence[Share] = (),
 ) -> None:
     """Take a share of a subspace out of a tensor along its axis of width d_model: `W - s Q (Qᵀ W)`.
 
     The tensor is contiguous, of any floating-point dtype, and may be any part of a larger one that has the axis whole.
-    `norm-preserving` scales what each single input writes back to its old norm, which adds nothing along `basis`.
+    `norm-preserving` scales what each single input writes back to its old norm, which adds nothing along `basis`. What
+    is taken out `first`, as of one expert, is so before the same rounding.
     """
-    if strength == 0 or tensor.numel() == 0:
+    wanted = [share for share in (*first, (basis, strength)) if share[1] != 0]
+    if not wanted or tensor.numel() == 0:
         return
-    columns = [column.reshape(1, -1, 1) for column in basis.to(tensor.device).unbind(1)]
+    shares = [
+        (None if one is None else [column.reshape(1, -1, 1) for column in one.to(tensor.device).unbind(1)], share)
+        for one, share in wanted
+    ]
     # All blocks use the same memory: the system would clear new memory page by page, which costs more than arithmetic.
     room: torch.Tensor | None = None
     for block in blocks(tensor, axis % tensor.dim()):
@@ -149,11 +168,13 @@ def project_out_in_place(
             room = torch.empty(2, block.numel(), dtype=torch.float32, device=block.device)
         values, product = room[:, : block.numel()].view(2, *block.shape)
         if block.dtype == torch.float32 and block.is_contiguous():
-            _project(block, product, columns, strength, variant)
-            continue
-        values.copy_(block)
-        _project(values, product, columns, strength, variant)
-        block.copy_(values)
+            values = block
+        else:
+            values.copy_(block)
+        for columns, share in shares:
+            _project(values, product, columns, share, variant)
+        if values is not block:
+            block.copy_(values)
 
 
 def blocks(tensor: torch.Tensor, axis: int) -> Iterator[torch.Tensor]:
@@ -177,9 +198,16 @@ def whole_blocks(shape: Sequence[int], axis: int, numbers: int) -> int:
 
 
 def _project(
-    values: torch.Tensor, product: torch.Tensor, columns: Sequence[torch.Tensor], strength: float, variant: Variant
+    values: torch.Tensor,
+    product: torch.Tensor,
+    columns: Sequence[torch.Tensor] | None,
+    strength: float,
+    variant: Variant,
 ) -> None:
     """The formula for `[outer, d_model, inner]` in float32, in place; `product` is room of the same shape."""
+    if columns is None:
+        values.mul_(1.0 - strength)
+        return
     before = tree_sum(values * values).sqrt_() if variant == "norm-preserving" else None
     components = [strength * tree_sum(torch.mul(values, column, out=product)) for column in columns]
     for column, component in zip(columns, components, strict=True):

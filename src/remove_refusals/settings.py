@@ -142,10 +142,12 @@ Tied = Literal["auto", "untie", "both"]
 get a tensor for it; `both` edits them as one, which takes the direction out of what the unembedding reads as well.
 `auto` is `both` where servers know no unembedding of its own for the model type, else `untie`."""
 
-SiteKind = Literal["embedding", "attn", "mlp"]
-"""A place where something is added to the residual stream; `attn` also stands for the mixer in its place."""
+SiteKind = Literal["embedding", "attn", "mlp", "expert"]
+"""A place where something is added to the residual stream; `attn` also stands for the mixer in its place, and `expert`
+is one routed expert of a mixture."""
 
 SITE_KINDS: tuple[SiteKind, ...] = ("embedding", "attn", "mlp")
+"""The kinds that a direction is taken out of; an expert is edited by itself where somebody says so."""
 
 Variant = Literal["plain", "norm-preserving"]
 """What else an edit does to a tensor; see `project_out`."""

@@ -129,7 +129,7 @@ class TiedChoice(Record):
 
 
 class SiteEdit(Record):
-    """How much of which direction is taken out at the sites of one kind in one layer."""
+    """How much of which direction is taken out at the sites of one kind in one layer, or of one expert's output."""
 
     # What `selection.json` once called it.
     kind: SiteKind = Field(validation_alias=AliasChoices("kind", "site"))
@@ -139,11 +139,20 @@ class SiteEdit(Record):
     """The share of the component: 0 leaves the site alone, 1 takes out all of it."""
     direction: int = 0
     """The index into `Intervention.directions`."""
+    expert: int | None = None
+    """Which one, for the kind `expert` alone."""
+    whole: bool | None = None
+    """True for an expert that is silenced: of all that it writes the share is taken out, along no direction."""
+
+    @property
+    def place(self) -> tuple[SiteKind, int | None, int | None]:
+        """What an intervention edits at most once: kind, layer and expert."""
+        return self.kind, self.layer, self.expert
 
 
 @dataclass(frozen=True, eq=False)
 class Intervention:
-    """The model-independent choice, at most one edit per kind and layer; sites without one are left alone."""
+    """The model-independent choice, at most one edit per kind, layer and expert; sites without one are left alone."""
 
     directions: tuple[Direction, ...]
     edits: tuple[SiteEdit, ...]
@@ -251,7 +260,11 @@ class WriterShare(Record):
 
 
 class ExpertChoice(Record):
-    """How often a router ranks an expert among those that a token goes through, by its logits alone."""
+    """How often a token goes through an expert, and what that writes along a direction.
+
+    The contribution is the mean of the expert's weight times its output along the direction on harmful prompts, less
+    that on harmless ones; with its 95% interval (Welch 1947).
+    """
 
     layer: int
     expert: int
@@ -260,3 +273,27 @@ class ExpertChoice(Record):
     harmless: float
     n_harmful: int
     n_harmless: int
+    contribution: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+class Share(Record):
+    """A mean of shares over pairs of prompts with its 95% interval (Student's t)."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Interchange(Record):
+    """What of a difference along a direction goes where harmful prompts get the experts of harmless ones.
+
+    1 is all of it. The control gets those of other harmful prompts.
+    """
+
+    layer: int | None = None
+    """None for all layers with experts at once."""
+    share: Share
+    control: Share
+    n: int

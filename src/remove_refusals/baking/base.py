@@ -362,7 +362,8 @@ def described(directory: Path | None) -> dict[str, Any]:
 def load_intervention(directory: Path) -> Intervention:
     """Read the intervention that a directory was made with, which can be resolved against the same base again."""
     record = AblationRecord.read(directory / "ablation.json", error=DirectionError)
-    return Intervention(load_directions(directory), record.intervention)
+    # What only silences experts may have no direction.
+    return Intervention(load_directions(directory) if record.directions else (), record.intervention)
 
 
 def check_not_source(output: Path, model: str, revision: str | None = None) -> None:

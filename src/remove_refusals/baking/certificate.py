@@ -5,7 +5,7 @@ a unit in the last place of each number.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from remove_refusals.formula import blocks, project_out_in_place, whole_blocks
 from remove_refusals.models import (
     BlockTensor,
     Place,
+    TensorEntry,
     checkpoint_tensors,
     find_block_tensor,
     float_dtype,
@@ -152,10 +153,17 @@ def _pairs(
         if edit.block is not None and edit.tensor is edit.block.scales[1]:
             # Numbers and scales are one tensor here.
             continue
+        held = after.get(name)
+        if held is not None and edit.block is None:
+            held = _like_part(before[name], held, edit.tensor)
+        if edit.entry.is_empty:
+            if held is not None and not same_bytes((path, edit.tensor), held):
+                problems.append(f"An expert in '{name}' is not to be edited and its bytes differ from the base's.")
+            continue
         original: Readable = edit.block or PlainTensor((path, edit.tensor), edit.axis)
         saved: Readable | None
         if edit.block is None:
-            saved = PlainTensor(after[name], edit.axis) if name in after else None
+            saved = None if held is None else PlainTensor(held, edit.axis)
         else:
             saved = find_block_tensor(name, after, shared)
         if saved is None:
@@ -165,6 +173,15 @@ def _pairs(
         else:
             pairs.append(_Pair(edit.entry, name, original, saved))
     return pairs, planned
+
+
+def _like_part(whole: Place, saved: Place, part: TensorEntry) -> Place:
+    """Give the place in a saved tensor of what is a part of the original."""
+    path, entry = saved
+    if (entry.dtype, entry.shape) != (whole[1].dtype, whole[1].shape):
+        return saved
+    start = entry.start + part.start - whole[1].start
+    return path, replace(part, start=start, stop=start + part.stop - part.start)
 
 
 def _writer(pair: _Pair, variant: Variant, memory: int) -> WriterCertificate:
@@ -178,10 +195,11 @@ def _writer(pair: _Pair, variant: Variant, memory: int) -> WriterCertificate:
     return WriterCertificate(
         name=pair.name,
         parameter=entry.parameter,
-        kind=entry.kind,
+        kind=entry.kind if entry.part is None else "expert",
         layer=entry.layer,
+        expert=None if entry.part is None else entry.part.expert,
         dtype=saved.dtype,
-        strength=entry.strength,
+        strength=entry.strength if entry.part is None else entry.part.strength,
         share_left=(found.after / found.before) ** 0.5 if found.before else 0.0,
         error=found.error**0.5,
         allowed=rounding + arithmetic,
@@ -223,6 +241,7 @@ def _sum_of_squares(tensor: torch.Tensor) -> float:
 def deviation(original: Readable, saved: Readable, entry: PlanEntry, variant: Variant, memory: int) -> Deviation:
     """Measure a saved tensor in float32 against what its plan makes of the original, of the same shape."""
     found, room = Deviation(), _Room()
+    basis = entry.basis if entry.part is None else entry.part.basis
     # Both are cut alike, whatever their data types.
     pair_bytes = sum(tensor.itemsize for tensor in (original, saved) if isinstance(tensor, PlainTensor))
     numbers = max(memory - _SCRATCH_BYTES, memory // 2) // max(1, pair_bytes)
@@ -234,13 +253,13 @@ def deviation(original: Readable, saved: Readable, entry: PlanEntry, variant: Va
         for block, twin in zip(blocks(base.contiguous(), 1), blocks(values.contiguous(), 1), strict=True):
             first, second = room.floats(block, 0), room.floats(twin, 1)
             found.add(
-                before=_components(first, entry.basis),
-                after=_components(second, entry.basis),
+                before=_components(first, basis),
+                after=_components(second, basis),
                 original=first,
                 saved=second,
             )
             planned = room.floats(first, 2)
-            project_out_in_place(planned, entry.basis, entry.strength, 1, variant)
+            project_out_in_place(planned, entry.basis, entry.strength, 1, variant, entry.first)
             found.add(planned=planned, error=second.sub_(planned))
         if isinstance(original, BlockTensor):
             found.add(requantised=original.fresh(base) - base)
@@ -262,8 +281,10 @@ class _Room:
         return self._rows[index][: block.numel()].view(block.shape).copy_(block)
 
 
-def _components(values: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
-    """Give `QᵀW` of `[outer, d_model, inner]`, with k numbers for each input."""
+def _components(values: torch.Tensor, basis: torch.Tensor | None) -> torch.Tensor:
+    """Give `QᵀW` of `[outer, d_model, inner]`, with k numbers for each input; of a silenced expert all of it."""
+    if basis is None:
+        return values
     if values.shape[2] == 1:
         return values.view(values.shape[:2]) @ basis
     return torch.matmul(basis.T, values)

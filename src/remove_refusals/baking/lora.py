@@ -101,7 +101,7 @@ def peft_adapter(base: Base, plan: EditPlan, dtype: torch.dtype = torch.float32)
     for entry in plan.entries:
         tensor, target = base.tensor(entry.parameter), targets[entry.parameter]
         if target == "bias":
-            edited = formula.project_out(tensor.float(), entry.basis, entry.strength, entry.axis)
+            edited = entry.edited(tensor.float())
             # Within a module that PEFT wraps it lies one level down.
             module, _, leaf = entry.parameter.rpartition(".")
             stored = {f"{PREFIX}{module}.base_layer.{leaf}" if module in holders else PREFIX + entry.parameter: edited}
@@ -249,7 +249,37 @@ def low_rank(entry: PlanEntry, tensor: torch.Tensor) -> LowRank:
             f"Tensor '{entry.parameter}' of shape {entry.shape} is edited along axis {entry.axis}, expected a matrix "
             "or one for each expert; leave its site out or save the edited weights instead."
         )
-    return LowRank(*formula.low_rank(tensor, entry.basis, entry.strength, axis))
+    shared = LowRank(*formula.low_rank(tensor, entry.basis, entry.strength, axis))
+    return _with_experts(entry, tensor, shared) if entry.parts else shared
+
+
+def _with_experts(entry: PlanEntry, tensor: torch.Tensor, shared: LowRank) -> LowRank:
+    """Give experts that are edited in a way of their own factors of their own; what is silenced is of full rank."""
+    if tensor.dim() != 3:
+        raise ArchitectureError(
+            f"Parameter '{entry.parameter}' of shape {entry.shape} holds all experts in one matrix, expected one "
+            "matrix for each, since an adapter has no other place for a single one; save the edited weights instead."
+        )
+    own = {part.expert: part for part in entry.parts}
+    pairs = []
+    for expert, values in enumerate(tensor.detach().to(torch.float32)):
+        left, right = (factor if factor.dim() == 2 else factor[expert] for factor in (shared.left, shared.right))
+        if (part := own.get(expert)) is not None:
+            change = entry.of_expert(expert).edited(values.unsqueeze(0))[0] - values
+            if part.basis is None:
+                rows, columns = change.shape
+                left, right = (torch.eye(rows), change) if rows <= columns else (change, torch.eye(columns))
+            else:
+                span = torch.linalg.qr(torch.cat([part.basis, entry.basis], dim=1)).Q
+                along_rows = entry.axis % tensor.dim() == 1
+                left, right = (span, span.T @ change) if along_rows else (change @ span, span.T)
+        pairs.append((left, right))
+    rank = max(left.shape[1] for left, _ in pairs)
+    pad = torch.nn.functional.pad
+    return LowRank(
+        torch.stack([pad(left, (0, rank - left.shape[1])) for left, _ in pairs]),
+        torch.stack([pad(right, (0, 0, 0, rank - right.shape[0])) for _, right in pairs]),
+    )
 
 
 def check_low_rank(plan: EditPlan, *, with_biases: bool = False) -> None:

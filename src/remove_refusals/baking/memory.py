@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from remove_refusals.baking.base import Base, has_weights
 from remove_refusals.directions import EditPlan, PlanEntry, resolve
 from remove_refusals.errors import CheckpointError, ModelError, OutputError, require_package
-from remove_refusals.formula import project_out
 from remove_refusals.modelmap import map_model
 from remove_refusals.models import LoadedModel, load_model
 from remove_refusals.settings import ChatFormat, EditSettings, LoadSettings
@@ -32,7 +31,7 @@ def bake_in_place(
     with torch.no_grad():
         for entry in plan.entries:
             parameter = model.get_parameter(entry.parameter)
-            parameter.copy_(project_out(parameter, entry.basis, entry.strength, entry.axis, plan.variant))
+            parameter.copy_(entry.edited(parameter, plan.variant))
     return plan
 
 

@@ -7,9 +7,9 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,12 +106,14 @@ def fingerprint(path: Path) -> Fingerprint:
 class FilePlan:
     """What happens to one weight file of the base: edits by the tensors' names in the file, and new tensors.
 
+    A tensor has several where its experts are edited each in its own way.
+
     `copies` names new tensors by the one behind which each lies, and says whether it gets that one's edited bytes.
     """
 
     header: ShardHeader
     fingerprint: Fingerprint
-    edits: Mapping[str, TensorEdit]
+    edits: Mapping[str, Sequence[TensorEdit]]
     copies: Mapping[str, Mapping[str, bool]]
 
     @property
@@ -188,15 +190,17 @@ class _Writer:
             self.read(0, file.data_start)
             done, self.place = file.data_start, len(header)
         for tensor in file.header.tensors:
-            edit, copies = file.edits.get(tensor.name), file.copies.get(tensor.name, {})
-            if edit is None and not copies:
+            edits, copies = file.edits.get(tensor.name, ()), file.copies.get(tensor.name, {})
+            if not edits and not copies:
                 continue
             self.copy(done, tensor.start)
             for number, edited in enumerate((True, *copies.values())):
-                if edit is not None and edited:
+                done = tensor.start
+                for edit in edits if edited else ():
+                    self.copy(done, edit.tensor.start, hashed=number == 0)
                     self.edit(edit, file.header.path, hashed=number == 0)
-                else:
-                    self.copy(tensor.start, tensor.stop, hashed=number == 0)
+                    done = edit.tensor.stop
+                self.copy(done, tensor.stop, hashed=number == 0)
             done = tensor.stop
         self.copy(done, file.fingerprint[0])
 
@@ -238,7 +242,7 @@ class _Writer:
                 self.room = torch.empty(part.run * part.runs, dtype=torch.uint8)
             seen = self.digest.update if hashed and in_order else None
             values = read_slice(self.source, tensor.start, part, dtype, room=self.room, seen=seen)
-            project_out_in_place(values, entry.basis, entry.strength, 1, self.variant)
+            project_out_in_place(values, entry.basis, entry.strength, 1, self.variant, entry.first)
             write_slice(self.target, self.place, part, values)
         self.place += tensor.stop - tensor.start
 
@@ -289,6 +293,9 @@ class StreamPlan:
         for entry in self.plan.entries:
             fields = (entry.parameter, entry.strength, [(t.name, t.axis) for t in entry.on_disk])
             digest.update(repr(fields).encode() + entry.basis.numpy().tobytes())
+            for part in entry.parts:
+                own = b"" if part.basis is None else part.basis.numpy().tobytes()
+                digest.update(repr((part.expert, part.strength)).encode() + own)
         digest.update(repr((self.plan.variant, sorted(self.added.items(), key=str))).encode())
         base = {file.name: list(file.fingerprint) for file in self.files}
         return {"plan": digest.hexdigest(), "base": base, "version": versions().get("remove-refusals", "unknown")}
@@ -395,7 +402,11 @@ def _check_room(left: list[FilePlan], directory: Path) -> None:
     free = shutil.disk_usage(directory).free
     needed = sum(file.size for file in left)
     if needed > free and _can_clone(left[0].header.path, directory):
-        edited = (sum(e.tensor.stop - e.tensor.start for e in file.edits.values()) for file in left if not file.copies)
+        edited = (
+            sum(edit.tensor.stop - edit.tensor.start for edits in file.edits.values() for edit in edits)
+            for file in left
+            if not file.copies
+        )
         needed = sum(edited) + sum(file.size for file in left if file.copies)
     if needed > free:
         raise OutputError(
@@ -421,9 +432,11 @@ def plan_files(base: Base, plan: EditPlan) -> StreamPlan:
     headers = {path: read_header(path) for path in checkpoint_files(base.weights)}
     prints = {path: fingerprint(path) for path in headers}
     stored = {tensor.name: (path, tensor) for path, header in headers.items() for tensor in header.tensors}
-    edits: dict[Path, dict[str, TensorEdit]] = {path: {} for path in headers}
+    edits: dict[Path, dict[str, dict[int, TensorEdit]]] = {path: {} for path in headers}
     for _, path, edit in planned_edits(base.files, plan, stored):
-        known = edits[path].setdefault(edit.tensor.name, edit)
+        if edit.entry.is_empty:
+            continue
+        known = edits[path].setdefault(edit.tensor.name, {}).setdefault(edit.tensor.start, edit)
         if known is not edit and not _same(known, edit):
             raise CheckpointError(
                 f"The tensor {edit.tensor.name} holds '{known.entry.parameter}' and '{edit.entry.parameter}', which "
@@ -436,50 +449,94 @@ def plan_files(base: Base, plan: EditPlan) -> StreamPlan:
     files = []
     for path, header in headers.items():
         behind = {tensor.name: copies[tensor.name] for tensor in header.tensors if tensor.name in copies}
-        files.append(FilePlan(header, prints[path], edits[path], behind))
+        ordered = {name: [one for _, one in sorted(found.items())] for name, found in edits[path].items()}
+        files.append(FilePlan(header, prints[path], ordered, behind))
     return StreamPlan(base, plan, tuple(files), added)
 
 
 def planned_edits(
     directory: Path, plan: EditPlan, stored: Mapping[str, Place]
 ) -> Iterator[tuple[str, Path, TensorEdit]]:
-    """Find the tensors that a plan edits in a checkpoint: the name that the plan knows, the file, and the edit."""
+    """Find the tensors that a plan edits in a checkpoint: the name that the plan knows, the file, and the edit.
+
+    Where experts in one tensor are edited each in its own way, every expert is one, also where nothing is edited.
+    """
+    for entry in plan.entries:
+        for name, path, edit in _edits_of(entry, directory, stored):
+            if not entry.parts:
+                yield name, path, edit
+                continue
+            place = [disk.name for disk in entry.on_disk].index(name)
+            for expert in range(entry.n_experts) if len(entry.on_disk) == 1 else (place,):
+                own = _of_expert(edit, expert, path)
+                if not own.entry.is_empty or own.tensor is not edit.tensor:
+                    yield name, path, own
+
+
+def _of_expert(edit: TensorEdit, expert: int, path: Path) -> TensorEdit:
+    """Give the part of an edit that is one expert's, in a tensor that holds it alone, or all of them."""
+    tensor, entry = edit.tensor, edit.entry
+    if edit.block is not None:
+        raise CheckpointError(
+            f"The tensor {tensor.name} of {path.name} is quantised ({edit.block.dtype}), expected floating-point "
+            "numbers for a strength of one expert; use an unquantised checkpoint, or leave the experts alone."
+        )
+    if len(entry.on_disk) == entry.n_experts:
+        return replace(edit, entry=entry.of_expert(expert))
+    if edit.axis == 0 or tensor.shape[0] != entry.shape[0] or len(entry.on_disk) > 1:
+        raise CheckpointError(
+            f"The tensor {tensor.name} of {path.name} has shape {tensor.shape}, expected {entry.n_experts} experts of "
+            f"'{entry.parameter}' one behind the other along its first axis; save it with `save_pretrained` first."
+        )
+    size = (tensor.stop - tensor.start) // entry.n_experts
+    own = replace(
+        tensor,
+        shape=(tensor.shape[0] // entry.n_experts, *tensor.shape[1:]),
+        start=tensor.start + expert * size,
+        stop=tensor.start + (expert + 1) * size,
+    )
+    return replace(edit, tensor=own, entry=entry.of_expert(expert))
+
+
+def _edits_of(entry: PlanEntry, directory: Path, stored: Mapping[str, Place]) -> Iterator[tuple[str, Path, TensorEdit]]:
+    """Find the tensors that hold what an entry of a plan edits, each with the edit of all of it."""
     config = described(directory)
     shared = fp8_block(config)
-    for entry in plan.entries:
-        blocks = {tensor.name: find_block_tensor(tensor.name, stored, shared) for tensor in entry.on_disk}
-        missing = [name for name, block in blocks.items() if block is None and name not in stored]
-        if missing or not entry.on_disk:
-            what = f"no tensor {missing[0]}" if missing else "no tensor that is known to hold it"
-            quantised = quantisation(config)
-            found = f" (the format is {quantised.get('quant_method')})" if quantised else ""
+    blocks = {tensor.name: find_block_tensor(tensor.name, stored, shared) for tensor in entry.on_disk}
+    missing = [name for name, block in blocks.items() if block is None and name not in stored]
+    if missing or not entry.on_disk:
+        what = f"no tensor {missing[0]}" if missing else "no tensor that is known to hold it"
+        quantised = quantisation(config)
+        found = f" (the format is {quantised.get('quant_method')})" if quantised else ""
+        raise CheckpointError(
+            f"The checkpoint {directory} has {what}, expected the one that holds '{entry.parameter}', which is to "
+            f"be edited{found}; use an unquantised checkpoint as `save_pretrained` writes it."
+        )
+    rank, width = entry.basis.shape[1], entry.basis.shape[0]
+    for disk in entry.on_disk:
+        block = blocks[disk.name]
+        if block is not None and not entry.parts and (block.shape[1] != width or rank != 1):
             raise CheckpointError(
-                f"The checkpoint {directory} has {what}, expected the one that holds '{entry.parameter}', which is to "
-                f"be edited{found}; use an unquantised checkpoint as `save_pretrained` writes it."
+                f"The tensor {block.names[0]} is stored as {block.dtype} with width {block.shape[1]}, and the "
+                f"edit has rank {rank} and width {width}, expected the same width and rank 1; use an unquantised "
+                "checkpoint."
             )
-        rank, width = entry.basis.shape[1], entry.basis.shape[0]
-        for disk in entry.on_disk:
-            block = blocks[disk.name]
-            if block is not None and (block.shape[1] != width or rank != 1):
-                raise CheckpointError(
-                    f"The tensor {block.names[0]} is stored as {block.dtype} with width {block.shape[1]}, and the "
-                    f"edit has rank {rank} and width {width}, expected the same width and rank 1; use an unquantised "
-                    "checkpoint."
-                )
-            if block is not None:
-                for path, tensor in (block.weights, block.scales):
-                    yield disk.name, path, TensorEdit(tensor, 1, entry, block)
-                continue
-            path, tensor = stored[disk.name]
-            float_dtype(path, tensor)
-            if disk.axis >= len(tensor.shape) or tensor.shape[disk.axis] != width:
-                raise CheckpointError(
-                    f"The tensor {tensor.name} of {path.name} has shape {tensor.shape}, expected axis {disk.axis} of "
-                    f"width {width}; check that config.json and weights belong together."
-                )
-            yield disk.name, path, TensorEdit(tensor, disk.axis, entry)
+        if block is not None:
+            for path, tensor in (block.weights, block.scales):
+                yield disk.name, path, TensorEdit(tensor, 1, entry, block)
+            continue
+        path, tensor = stored[disk.name]
+        float_dtype(path, tensor)
+        if disk.axis >= len(tensor.shape) or tensor.shape[disk.axis] != width:
+            raise CheckpointError(
+                f"The tensor {tensor.name} of {path.name} has shape {tensor.shape}, expected axis {disk.axis} of "
+                f"width {width}; check that config.json and weights belong together."
+            )
+        yield disk.name, path, TensorEdit(tensor, disk.axis, entry)
 
 
 def _same(first: TensorEdit, second: TensorEdit) -> bool:
     one, other = first.entry, second.entry
+    if one.part is not None or other.part is not None:
+        return False
     return first.axis == second.axis and one.strength == other.strength and torch.equal(one.basis, other.basis)

@@ -207,6 +207,10 @@ def show_map(found: Inspection) -> None:
     _show(f"{found.model_type}: {found.n_layers} layers, d_model {found.d_model}", columns, rows, n_left=len(columns))
     meaning = "weights and hooks" if found.verdict == "exact" else "no weight edit is exact"
     say(f"Verdict: {found.verdict} ({meaning}).", *(f"  {part}" for part in (*found.leaks, *found.unhooked)))
+    if found.experts:
+        layers, most = len(found.experts), max(found.experts.values())
+        how = "can have strengths" if found.experts_alone else "can have no strengths"
+        say(f"Routed experts: up to {most} in each of {layers} layers; they {how} of their own.")
     if found.unused:
         say(f"Left, since their modules take no part in the forward pass: {', '.join(found.unused)}.")
     if found.unexplained:

@@ -1,7 +1,12 @@
 """From prompts to a direction, from a direction to what is taken out where, and what a direction is made of."""
 
 from remove_refusals.directions.activations import collect_activations, collect_both, measure_boundaries, project_tokens
-from remove_refusals.directions.attribution import expert_choices, site_contributions, writer_shares
+from remove_refusals.directions.attribution import (
+    expert_choices,
+    routing_interchange,
+    site_contributions,
+    writer_shares,
+)
 from remove_refusals.directions.direction import (
     FoundDirection,
     direction_from_vectors,
@@ -56,6 +61,7 @@ __all__ = [
     "middle_direction",
     "project_tokens",
     "resolve",
+    "routing_interchange",
     "save_direction",
     "save_directions",
     "separation",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from remove_refusals.errors import ArchitectureError, DirectionError
-from remove_refusals.modelmap import ModelMap, first_of_width, map_model
+from remove_refusals.modelmap import ModelMap, Routing, first_of_width, map_model, routing_of
 from remove_refusals.models import LoadedModel, accepts, hooked, in_batches, left_padded, render
 from remove_refusals.progress import SILENT, Progress
 from remove_refusals.types import Activations, Direction, PromptSet
@@ -76,7 +76,7 @@ def collect_activations(
 
     def run(indices: Sequence[int]) -> torch.Tensor:
         with torch.inference_mode(), _residual_stream(loaded, positions, depth, stop=stop) as found:
-            _run_decoder(loaded, [token_ids[index] for index in indices])
+            run_decoder(loaded, [token_ids[index] for index in indices])
         return torch.stack([found[index].to("cpu", torch.float32) for index in range(depth + 1)], dim=2)
 
     # Where weights come from the disk, one pass serves all prompts.
@@ -111,7 +111,7 @@ def token_states(loaded: LoadedModel, token_ids: Sequence[int], layer: int) -> t
     positions = tuple(range(-len(token_ids), 0))
     _check_places([token_ids], positions or (-1,), layer, map_model(loaded.model))
     with torch.inference_mode(), _residual_stream(loaded, positions, layer) as found:
-        _run_decoder(loaded, [token_ids])
+        run_decoder(loaded, [token_ids])
     return found[layer][0].to("cpu", torch.float32)
 
 
@@ -132,7 +132,7 @@ def _check_places(
         )
 
 
-def _run_decoder(loaded: LoadedModel, token_ids: Sequence[Sequence[int]]) -> None:
+def run_decoder(loaded: LoadedModel, token_ids: Sequence[Sequence[int]]) -> None:
     """Run prompts through the decoder for what hooks see of it, padded on the left, without head and cache."""
     decoder = getattr(loaded.model, loaded.model.base_model_prefix, loaded.model)
     extra = {"use_cache": False} if accepts(loaded, "use_cache") else {}
@@ -148,7 +148,7 @@ def _runs_each_layer_once(loaded: LoadedModel, token_ids: Sequence[Sequence[int]
         calls.append(name)
 
     with torch.inference_mode(), hooked(loaded.model, before=[(name, partial(note, name)) for name in layers]):
-        _run_decoder(loaded, [min(token_ids, key=len)])
+        run_decoder(loaded, [min(token_ids, key=len)])
     return calls == list(layers)
 
 
@@ -157,7 +157,7 @@ def measure_boundaries(loaded: LoadedModel, direction: Direction) -> tuple[float
     tokens = [(7 * index + 3) % min(loaded.vocabulary_size, 1000) for index in range(_N_PROBE_TOKENS)]
     n_layers = map_model(loaded.model).n_layers
     with torch.inference_mode(), _residual_stream(loaded, range(-_N_PROBE_TOKENS, 0), n_layers) as found:
-        _run_decoder(loaded, [tokens])
+        run_decoder(loaded, [tokens])
     shares = []
     for index in range(n_layers + 1):
         h = found[index].to(torch.float32)
@@ -175,8 +175,19 @@ class Tap:
     measure: Callable[[torch.Tensor], torch.Tensor]
 
 
+@dataclass(frozen=True)
+class ExpertsTap:
+    """What is measured of an experts module: from what it is told of the tokens at a position to `[batch, …]`.
+
+    `measure` is also given the module's own way to run, which no hook sees.
+    """
+
+    module: str
+    measure: Callable[[Routing, Callable[..., Any]], torch.Tensor]
+
+
 def collect_at(
-    loaded: LoadedModel, prompts: PromptSet, taps: Mapping[Any, Tap], position: int
+    loaded: LoadedModel, prompts: PromptSet, taps: Mapping[Any, Tap | ExpertsTap], position: int
 ) -> dict[Any, torch.Tensor]:
     """Run prompts through the decoder and measure at modules, at one token: `[n_prompts, …]`, float32, on the CPU.
 
@@ -187,18 +198,28 @@ def collect_at(
     found: dict[Any, torch.Tensor] = {}
 
     def measure(key: Any, n_prompts: int, module: torch.nn.Module, *given: Any) -> None:
-        stream = first_of_width(given[:2] if taps[key].on_input else given[-1], d_model)
+        tap = taps[key]
+        if isinstance(tap, ExpertsTap):
+            if (routing := routing_of(given[:2], d_model)) is not None:
+                tokens = torch.arange(len(routing.chosen), device=routing.chosen.device)
+                rows = tokens.reshape(n_prompts, -1)[:, position]
+                found[key] = tap.measure(routing.at(rows), module.forward).to("cpu", torch.float32)
+            return
+        stream = first_of_width(given[:2] if tap.on_input else given[-1], d_model)
         if stream is not None:
             # Some mixtures of experts run all tokens in one row.
             states = stream.reshape(n_prompts, -1, d_model)[:, position]
-            found[key] = taps[key].measure(states.to(torch.float32)).to("cpu")
+            found[key] = tap.measure(states.to(torch.float32)).to("cpu")
 
     def run(indices: Sequence[int]) -> dict[Any, torch.Tensor]:
         found.clear()
-        hooks = [(tap.on_input, (tap.module, partial(measure, key, len(indices)))) for key, tap in taps.items()]
+        hooks = [
+            (isinstance(tap, ExpertsTap) or tap.on_input, (tap.module, partial(measure, key, len(indices))))
+            for key, tap in taps.items()
+        ]
         before, behind = ([hook for on_input, hook in hooks if on_input is side] for side in (True, False))
         with torch.inference_mode(), hooked(loaded.model, before=before, behind=behind):
-            _run_decoder(loaded, [token_ids[index] for index in indices])
+            run_decoder(loaded, [token_ids[index] for index in indices])
         return dict(found)
 
     whole: dict[Any, torch.Tensor] = {}

@@ -1,18 +1,28 @@
-"""Where a direction comes from: what the embedding, attention and the MLP of each layer add along it."""
+"""Where a direction comes from: what sites and single experts add along it, and whether the routers decide."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from scipy.stats import ttest_ind
+from scipy.stats import ttest_1samp, ttest_ind
 
-from remove_refusals.directions.activations import Tap, collect_at
+from remove_refusals.directions.activations import ExpertsTap, Tap, collect_at, run_decoder
 from remove_refusals.formula import pull_back
-from remove_refusals.modelmap import ModelMap, Site, Writer, map_model
-from remove_refusals.models import LoadedModel
+from remove_refusals.modelmap import ModelMap, Routing, Site, Writer, first_of_width, map_model, routing_of
+from remove_refusals.models import LoadedModel, hooked, in_batches, render
 from remove_refusals.settings import SiteKind
-from remove_refusals.types import Contribution, Contributions, Direction, ExpertChoice, PromptSet, WriterShare
+from remove_refusals.types import (
+    Contribution,
+    Contributions,
+    Direction,
+    ExpertChoice,
+    Interchange,
+    PromptSet,
+    Share,
+    WriterShare,
+)
 
 _MULTIPLIER_TOLERANCE = 0.02
 """How far what a layer adds may be off its sites' outputs times one number: beyond the rounding of bfloat16."""
@@ -73,16 +83,18 @@ def _of_layer(layer: int, found: Sequence[Mapping[Any, torch.Tensor]], stream: S
 
 
 def _contribution(kind: SiteKind, layer: int | None, harmful: torch.Tensor, harmless: torch.Tensor) -> Contribution:
+    value, low, high = _difference(harmful, harmless)
+    return Contribution(site=kind, layer=layer, value=value, low=low, high=high)
+
+
+def _difference(harmful: torch.Tensor, harmless: torch.Tensor) -> tuple[float, float, float]:
+    """Give the difference of two means with the ends of its interval."""
     low = high = value = float(harmful.mean() - harmless.mean())
     # Where it is the same number in every prompt, there is nothing that an interval could be of.
     if float(harmful.std()) + float(harmless.std()) >= 1e-6 * (float(harmful.abs().max()) + 1e-30):
         interval = ttest_ind(harmful.numpy(), harmless.numpy(), equal_var=False).confidence_interval()
         low, high = float(interval.low), float(interval.high)
-    return Contribution(site=kind, layer=layer, value=value, low=low, high=high)
-
-
-_TOP_K = ("num_experts_per_tok", "moe_topk", "num_experts_per_token", "moe_k", "top_k")
-"""What configurations call the number of experts that a token goes through."""
+    return value, low, high
 
 
 def writer_shares(loaded: LoadedModel, direction: Direction) -> tuple[WriterShare, ...]:
@@ -121,58 +133,136 @@ def _expert(writer: Writer) -> int | None:
 
 
 def expert_choices(
-    loaded: LoadedModel, harmful: PromptSet, harmless: PromptSet, *, position: int = -1
+    loaded: LoadedModel, harmful: PromptSet, harmless: PromptSet, direction: Direction, *, position: int = -1
 ) -> tuple[ExpertChoice, ...]:
-    """Measure which experts the routers rank first at one token, on harmful and on harmless prompts.
+    """Measure which experts one token goes through, and what each of them writes along a direction.
 
-    A router is the one matrix of a layer with a row for each expert; for layers where it is not found there is none.
+    It is read where the experts are run, behind all that selects them: biases, groups and normalisation. An expert
+    writes its weight times its output, and nothing where it is not chosen.
     """
-    config = loaded.model.config.get_text_config()
-    n_chosen = next((value for name in _TOP_K if isinstance(value := getattr(config, name, None), int)), None)
-    taps = {layer: _router_tap(loaded, name) for layer, name in _routers(loaded).items()}
-    if n_chosen is None or not taps:
-        return ()
+    model_map = map_model(loaded.model)
+    taps: dict[Any, ExpertsTap] = {}
+    for mixture in model_map.mixtures:
+        steps = mixture.writers[0].steps if mixture.writers else ()
+        basis = pull_back(direction.basis, steps, loaded.model.get_parameter)
+        taps[mixture.layer] = ExpertsTap(mixture.module, partial(_written_by_each, mixture.n_experts, basis[:, 0]))
     sides = [collect_at(loaded, part, taps, position) for part in (harmful, harmless)]
     choices = []
-    for layer in taps:
-        rates = []
-        for side in sides:
-            chosen = side[layer].topk(min(n_chosen, side[layer].shape[1])).indices
-            rates.append(torch.zeros_like(side[layer]).scatter_(1, chosen, 1.0).mean(dim=0).tolist())
-        numbers = {"n_harmful": len(harmful), "n_harmless": len(harmless)}
-        choices += [
-            ExpertChoice(layer=layer, expert=expert, harmful=first, harmless=second, **numbers)
-            for expert, (first, second) in enumerate(zip(*rates, strict=True))
-        ]
+    for layer in taps if taps and all(sides) else ():
+        rates = [side[layer][:, :, 0].mean(dim=0).tolist() for side in sides]
+        for expert, (first, second) in enumerate(zip(*rates, strict=True)):
+            written = [side[layer][:, expert, 1].double() for side in sides]
+            value, low, high = _difference(*written)
+            choices.append(
+                ExpertChoice(
+                    layer=layer,
+                    expert=expert,
+                    harmful=first,
+                    harmless=second,
+                    n_harmful=len(harmful),
+                    n_harmless=len(harmless),
+                    contribution=value,
+                    low=low,
+                    high=high,
+                )
+            )
     return tuple(choices)
 
 
-def _routers(loaded: LoadedModel) -> dict[int, str]:
-    """The name of each layer's one matrix `[n_experts, d_model]` that writes nothing."""
-    model_map, routers = map_model(loaded.model), {}
-    for layer, name in enumerate(model_map.layers):
-        writers = [writer for site in model_map.sites if site.layer == layer for writer in site.writers]
-        fused = [writer.shape[0] for writer in writers if len(writer.shape) == 3]
-        single = {index for writer in writers if (index := _expert(writer)) is not None}
-        n_experts = fused[0] if fused else len(single)
-        own = {writer.parameter for writer in writers}
-        found = [
-            f"{name}.{inner}"
-            for inner, value in loaded.model.get_submodule(name).named_parameters()
-            if tuple(value.shape) == (n_experts, model_map.d_model) and f"{name}.{inner}" not in own
-        ]
-        if n_experts > 1 and len(found) == 1:
-            routers[layer] = found[0]
-    return routers
+def _written_by_each(n_experts: int, unit: torch.Tensor, routing: Routing, run: Callable[..., Any]) -> torch.Tensor:
+    """Give `[n_tokens, n_experts, 2]`: whether each expert is chosen, and what it writes along a direction."""
+    chosen = routing.chosen.clamp(max=n_experts).to(torch.int64)
+    found = torch.zeros(len(chosen), n_experts + 1, 2, device=chosen.device)
+    for place in range(chosen.shape[1]):
+        alone = routing.weights * (torch.arange(chosen.shape[1], device=chosen.device) == place)
+        along = routing.written(run, routing.chosen, alone).to(torch.float32) @ unit.to(chosen.device)
+        # Some routers name experts without a weight where they choose fewer than the most.
+        used = (routing.weights[:, place] != 0).to(torch.float32)
+        column = chosen[:, place, None, None].expand(-1, 1, 2)
+        found.scatter_add_(1, column, torch.stack([used, along], dim=-1).unsqueeze(1))
+    return found[:, :n_experts]
 
 
-def _router_tap(loaded: LoadedModel, parameter: str) -> Tap:
-    weight = loaded.model.get_parameter(parameter).detach()
-    owner = parameter.rpartition(".")[0]
-    bias = getattr(loaded.model.get_submodule(owner), "bias", None)
+MOST_PAIRS = 32
+"""So many pairs of prompts say whether the choice of experts decides."""
 
-    def logits(states: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = states @ weight.to(states).T
-        return found if bias is None else found + bias.detach().to(found)
 
-    return Tap(owner, True, logits)
+def routing_interchange(
+    loaded: LoadedModel, harmful: PromptSet, harmless: PromptSet, direction: Direction, *, position: int = -1
+) -> tuple[Interchange, ...]:
+    """Measure how much of a difference along a direction goes where harmful prompts get harmless prompts' experts.
+
+    Token by token from the end, a harmful prompt gets the experts and weights of a harmless one: in one layer after
+    another, and in all of them. The control gets those of another harmful prompt. What is measured is the stream behind
+    the last layer, as a share of the difference of the two sets' means there. It is the interchange intervention of
+    Geiger et al. 2021 (arXiv 2106.02997), with the routers' choice as what is interchanged.
+    """
+    model_map = map_model(loaded.model)
+    layers: list[tuple[int, ...]] = [(mixture.layer,) for mixture in model_map.mixtures]
+    n = min(len(harmful), len(harmless), MOST_PAIRS)
+    if not layers or n < 2:
+        return ()
+    layers += [tuple(layer for (layer,) in layers)] if len(layers) > 1 else []
+    ids = [render(loaded, part.prompts[:n]) for part in (harmful, harmless)]
+    unit = direction.basis[:, 0]
+
+    def behind(donors: Sequence[Sequence[int]], which: tuple[int, ...]) -> torch.Tensor:
+        """Give `[n, 2]`: along the direction, the harmful prompts with the donors' experts, and the donors."""
+        values = torch.empty(n, 2, dtype=torch.float64)
+
+        def run(rows: Sequence[int]) -> torch.Tensor:
+            both = [ids[0][row] for row in rows] + [donors[row] for row in rows]
+            changes = [
+                (mixture.module, partial(_with_donors, list(map(len, both)), model_map.d_model))
+                for mixture in model_map.mixtures
+                if mixture.layer in which
+            ]
+            seen: list[torch.Tensor] = []
+
+            def look(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+                stream = first_of_width(output, model_map.d_model)
+                assert stream is not None
+                seen.append(stream.reshape(len(both), -1, model_map.d_model)[:, position].to(torch.float32))
+
+            last = [(model_map.layers[-1], look)]
+            with torch.inference_mode(), hooked(loaded.model, before=changes, behind=last):
+                run_decoder(loaded, both)
+            return (seen[-1] @ unit.to(seen[-1].device)).reshape(2, -1).T.to("cpu", torch.float64)
+
+        lengths = [max(len(one), len(other)) for one, other in zip(ids[0], donors, strict=True)]
+        for rows, part in in_batches(loaded, lengths, run):
+            values[list(rows)] = part
+        return values
+
+    others = [*ids[0][1:], ids[0][0]]
+    base = behind(ids[1], ())
+    whole = float(base[:, 0].mean() - base[:, 1].mean())
+    found = []
+    for which in layers:
+        shares = [(base[:, 0] - behind(donors, which)[:, 0]) / (whole or 1.0) for donors in (ids[1], others)]
+        share, control = (_mean(one) for one in shares)
+        found.append(Interchange(layer=which[0] if len(which) == 1 else None, share=share, control=control, n=n))
+    return tuple(found)
+
+
+def _with_donors(lengths: Sequence[int], d_model: int, module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
+    """Give each prompt of the first half of a batch, from its end on, the experts of its donor in the second."""
+    routing = routing_of((args, kwargs), d_model)
+    if routing is None:
+        return None
+    shape = (len(lengths), -1, routing.chosen.shape[1])
+    chosen, weights = routing.chosen.reshape(shape).clone(), routing.weights.reshape(shape).clone()
+    n = len(lengths) // 2
+    for row in range(n):
+        shared = min(lengths[row], lengths[n + row])
+        for values in (chosen, weights):
+            values[row, -shared:] = values[n + row, -shared:]
+    return routing.arguments(routing.states, chosen.reshape_as(routing.chosen), weights.reshape_as(routing.weights))
+
+
+def _mean(values: torch.Tensor) -> Share:
+    low = high = value = float(values.mean())
+    if float(values.std()) >= 1e-9:
+        interval = ttest_1samp(values.numpy(), 0.0).confidence_interval()
+        low, high = float(interval.low), float(interval.high)
+    return Share(value=value, low=low, high=high)

@@ -18,9 +18,19 @@ from remove_refusals.directions.intervention import Taken, as_intervention
 from remove_refusals.directions.plan import tied_choice
 from remove_refusals.errors import ArchitectureError
 from remove_refusals.formula import project_out, pull_back, pulled_back, taken_out
-from remove_refusals.modelmap import HookPoint, ModelMap, Site, Writer, first_of_width, map_model
+from remove_refusals.modelmap import (
+    HookPoint,
+    ModelMap,
+    Routing,
+    Site,
+    Writer,
+    first_of_width,
+    map_model,
+    routing_of,
+)
 from remove_refusals.models import LoadedModel, hooked
 from remove_refusals.settings import SiteKind, Tied
+from remove_refusals.types import Intervention, SiteEdit
 
 Placement = Literal["writers", "residual"]
 """Where a norm lies between a writer and the residual stream: `writers` acts before it, as an edit of the weights does;
@@ -55,11 +65,12 @@ def ablated(
     model = model.model if isinstance(model, LoadedModel) else model
     model_map = map_model(model)
     intervention = as_intervention(what, model_map)
-    edits = {(edit.kind, edit.layer): edit for edit in intervention.edits if edit.strength != 0}
+    wanted = [edit for edit in intervention.edits if edit.strength != 0]
+    edits: dict[SiteKey, SiteEdit] = {(edit.kind, edit.layer): edit for edit in wanted if edit.expert is None}
     changes, edited = [], {}
-    for point, wanted in _points(model, edits, tied, placement).items():
-        edit = wanted[0]
-        if any((other.strength, other.direction) != (edit.strength, edit.direction) for other in wanted):
+    for point, sharing in _points(model, edits, tied, placement).items():
+        edit = sharing[0]
+        if any((other.strength, other.direction) != (edit.strength, edit.direction) for other in sharing):
             raise ArchitectureError(
                 f"Module '{point.module}' writes to the residual stream at two sites that want two different "
                 "edits, expected one edit per module; use the same strength and direction for both."
@@ -72,8 +83,71 @@ def ablated(
             basis = pull_back(basis, point.steps, model.get_parameter)
             # Moved to each device once, and not at every run.
             changes.append((point, partial(_taken_out, cache(basis.to), edit.strength)))
-    with _standing_in(model, edited), _changing(model, changes):
+    # What an expert writes is changed before what its site writes.
+    with _experts_changed(model, intervention), _standing_in(model, edited), _changing(model, changes):
         yield
+
+
+@contextmanager
+def _experts_changed(model: PreTrainedModel, intervention: Intervention) -> Iterator[None]:
+    """Take what is wanted out of what single experts write, at the module that is told each token's experts."""
+    model_map = map_model(model)
+    before, behind = [], []
+    for mixture in model_map.mixtures:
+        edits = [one for one in intervention.edits if one.expert is not None and one.layer == mixture.layer]
+        # An index beyond the experts is no expert's.
+        kept, taken = torch.ones(mixture.n_experts + 1), dict[int, torch.Tensor]()
+        for edit in edits:
+            assert edit.expert is not None
+            if edit.whole:
+                kept[edit.expert] -= edit.strength
+            elif edit.strength != 0:
+                taken.setdefault(edit.direction, torch.zeros_like(kept))[edit.expert] = edit.strength
+        if not bool((kept == 1).all()):
+            before.append((mixture.module, partial(_silenced, model_map.d_model, kept)))
+        for number, shares in taken.items():
+            basis = pull_back(intervention.directions[number].basis, mixture.writers[0].steps, model.get_parameter)
+            behind.append((mixture.module, partial(_taken_out_of_experts, model_map.d_model, basis, shares)))
+    with hooked(model, before=before, behind=behind):
+        yield
+
+
+def _routing(d_model: int, args: Any, kwargs: Any) -> Routing:
+    found = routing_of((args, kwargs), d_model)
+    if found is None:
+        raise ArchitectureError(
+            "A mixture's module was run without the experts of each token, expected what it was told when the model "
+            "was mapped; report this model type."
+        )
+    return found
+
+
+def _of_chosen(values: torch.Tensor, routing: Routing) -> torch.Tensor:
+    """Give for each token's experts their values, `[n_tokens, n_chosen]`."""
+    known = values.to(routing.weights)
+    return known[routing.chosen.clamp(max=len(known) - 1)]
+
+
+def _silenced(d_model: int, kept: torch.Tensor, module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
+    routing = _routing(d_model, args, kwargs)
+    weights = routing.weights * _of_chosen(kept, routing)
+    return routing.arguments(routing.states, routing.chosen, weights)
+
+
+def _taken_out_of_experts(
+    d_model: int,
+    basis: torch.Tensor,
+    shares: torch.Tensor,
+    module: torch.nn.Module,
+    args: Any,
+    kwargs: Any,
+    output: torch.Tensor,
+) -> torch.Tensor:
+    routing = _routing(d_model, args, kwargs)
+    part = routing.written(module.forward, routing.chosen, routing.weights * _of_chosen(shares, routing))
+    along = part.to(torch.float32) - taken_out(part.to(torch.float32), basis, 1.0)
+    changed: torch.Tensor = (output.to(torch.float32) - along.reshape(output.shape)).to(output.dtype)
+    return changed
 
 
 def _taken_out(basis_on: Callable[[torch.device], torch.Tensor], strength: float, stream: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from remove_refusals.directions.direction import direction_from_vectors
-from remove_refusals.errors import DirectionError
+from remove_refusals.errors import ArchitectureError, DirectionError
 from remove_refusals.modelmap import ModelMap, map_model
 from remove_refusals.models import LoadedModel
 from remove_refusals.settings import SITE_KINDS, EditSettings, SiteKind
@@ -87,12 +87,14 @@ def intervene(
     edits = [
         edit.model_copy(update={"strength": strength * edit.strength})
         for edit in whole.edits
-        if edit.kind in wanted and (first == 0 if edit.layer is None else first <= edit.layer <= last)
+        if (edit.kind in wanted or edit.expert is not None)
+        and (first == 0 if edit.layer is None else first <= edit.layer <= last)
     ]
-    used = sorted({edit.direction for edit in edits}) or [0]
+    # What a silenced expert was found along stays, so that records can say it.
+    used = sorted({edit.direction for edit in edits if whole.directions}) or list(range(min(1, len(whole.directions))))
     return Intervention(
         tuple(whole.directions[number] for number in used),
-        tuple(edit.model_copy(update={"direction": used.index(edit.direction)}) for edit in edits),
+        tuple(edit.model_copy(update={"direction": used.index(edit.direction)}) if used else edit for edit in edits),
     )
 
 
@@ -128,12 +130,30 @@ def check_fit(intervention: Intervention, model_map: ModelMap) -> None:
                 f"The intervention edits layer {edit.layer}, expected one of the model's layers "
                 f"0-{model_map.n_layers - 1}; use an intervention that was made for this model."
             )
-        if not 0 <= edit.direction < len(intervention.directions) or (edit.kind, edit.layer) in seen:
+        if edit.kind == "expert":
+            _check_expert(edit, model_map)
+        known = edit.whole or 0 <= edit.direction < len(intervention.directions)
+        if not known or edit.place in seen:
             raise DirectionError(
                 f"The intervention edits site {edit.kind} of layer {edit.layer} twice or with a direction that it "
                 f"does not have ({edit.direction}), expected each site once; leave one of the edits out."
             )
-        seen.add((edit.kind, edit.layer))
+        seen.add(edit.place)
+
+
+def _check_expert(edit: SiteEdit, model_map: ModelMap) -> None:
+    mixture = next((one for one in model_map.mixtures if one.layer == edit.layer), None)
+    if mixture is None or not mixture.writers:
+        raise ArchitectureError(
+            f"Layer {edit.layer} of model type '{model_map.model_type}' has no routed experts whose output can be told "
+            "apart and scaled, expected a module that is given each token's experts and their weights; leave the "
+            "experts alone."
+        )
+    if edit.expert is None or not 0 <= edit.expert < mixture.n_experts:
+        raise DirectionError(
+            f"The intervention edits expert {edit.expert} of layer {edit.layer}, expected one of its experts "
+            f"0-{mixture.n_experts - 1}; use an intervention that was made for this model."
+        )
 
 
 def middle_direction(intervention: Intervention, n_layers: int) -> tuple[Direction, int]:

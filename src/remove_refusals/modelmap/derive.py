@@ -9,7 +9,7 @@ import inspect
 import json
 import re
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,7 +21,7 @@ from remove_refusals.errors import ArchitectureError
 from remove_refusals.modelmap.knowledge import Term, Terms
 from remove_refusals.modelmap.skeleton import skeleton
 from remove_refusals.modelmap.trace import ModuleCall, Trace, trace_forward
-from remove_refusals.modelmap.types import HookPoint, ModelMap, Site, Writer
+from remove_refusals.modelmap.types import HookPoint, Mixture, ModelMap, Site, Writer
 from remove_refusals.settings import SiteKind
 
 # The kind of a site changes nothing but which strength applies to it, so names may decide it.
@@ -154,6 +154,7 @@ class _Derivation:
         segments = self._segments()
         leaks = [leak for segment in segments for leak in segment.leaks]
         beside = [f"'{name}' writes to a stream beside the one that the layers hand on." for name in self._unseen()]
+        sites = tuple(site for segment in segments for site in self._sites(segment))
         first = self._weight_of(self.model.get_input_embeddings())
         last = self._weight_of(self.model.get_output_embeddings())
         return ModelMap(
@@ -161,7 +162,7 @@ class _Derivation:
             d_model=self.d_model,
             n_layers=len(self.layers),
             layers=self.layers,
-            sites=tuple(site for segment in segments for site in self._sites(segment)),
+            sites=sites,
             input_embedding=first or "",
             unembedding=last,
             tied=first is not None and first == last,
@@ -169,6 +170,7 @@ class _Derivation:
             unhooked=tuple(dict.fromkeys(beside)),
             unused=self._unused(),
             used_elsewhere=self.trace.used_elsewhere,
+            mixtures=self._mixtures(sites),
             text_type=str(self.model.config.get_text_config(decoder=True).model_type),
         )
 
@@ -368,6 +370,28 @@ class _Derivation:
             for name in (term.source, *siblings):
                 writers.append(Writer(name, term.axis, shape, term.steps))
         return tuple(writers)
+
+    def _mixtures(self, sites: Sequence[Site]) -> tuple[Mixture, ...]:
+        """The modules that are told which experts each token goes through, with what these write."""
+        found = []
+        routed = dict.fromkeys(call.module for call in self.trace.calls if call.routed)
+        for layer, name in enumerate(self.layers):
+            inside = [writer for site in sites if site.layer == layer for writer in site.writers]
+            for module in (one for one in routed if one.startswith(name + ".")):
+                writers = [one for one in inside if one.parameter.startswith(module + ".")]
+                fused = (one.shape[0] for one in writers if len(one.shape) == 3 and one.axis)
+                n_experts = next(fused, getattr(self.model.get_submodule(module), "num_experts", 0))
+                if not n_experts:
+                    continue
+                # Behind a norm of its own an expert writes as much as before, whatever its weights are scaled by.
+                editable = all(
+                    one.axis
+                    and one.shape[0] % n_experts == 0
+                    and not any((step.parameter or "").startswith(module + ".") for step in one.steps)
+                    for one in writers
+                )
+                found.append(Mixture(layer, module, n_experts, tuple(writers) if editable else ()))
+        return tuple(found)
 
     def _unseen(self) -> list[str]:
         """The layers' parameters that reach the unembedding by a second stream, beside the one that was followed."""

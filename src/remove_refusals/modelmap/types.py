@@ -54,11 +54,26 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """A layer's routed experts: the module that is told which experts each token goes through, and with what weights.
+
+    Each of the `writers` holds one expert behind the other along its first axis; there are none where a strength of
+    one expert cannot be put into them.
+    """
+
+    layer: int
+    module: str
+    n_experts: int
+    writers: tuple[Writer, ...]
+
+
+@dataclass(frozen=True)
 class ModelMap:
     """A model's sites and writers, the embedding first, then in the order of the layers, which are module names.
 
     Attributes:
         leaks: Why a weight edit cannot be exact, one sentence each; `unhooked` says it of hooks.
+        mixtures: The layers with routed experts.
         text_type: The type of the language model inside, where `model_type` is that of one with towers.
         unused: Parameters of the layers with an axis of width d_model that take no part in the forward pass.
         used_elsewhere: Parameters that are used while their module is not called, too: changing its output misses that.
@@ -76,6 +91,7 @@ class ModelMap:
     unhooked: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     used_elsewhere: frozenset[str] = frozenset()
+    mixtures: tuple[Mixture, ...] = ()
     text_type: str = ""
 
     @property

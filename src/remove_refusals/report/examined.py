@@ -7,7 +7,14 @@ from remove_refusals.report.charts import Chart, Heat, Point, Scale, Series, int
 from remove_refusals.report.records import AnalysisRecord
 from remove_refusals.report.sections import site_bars
 from remove_refusals.report.words import estimate, number, percent
-from remove_refusals.types import Contribution, Contributions, ExpertChoice, LayerSeparation, WriterShare
+from remove_refusals.types import (
+    Contribution,
+    Contributions,
+    ExpertChoice,
+    Interchange,
+    LayerSeparation,
+    WriterShare,
+)
 
 MOST_COSINES = 50
 """A table of more rows and columns nobody reads; the record has them all."""
@@ -142,6 +149,25 @@ def share_picture(shares: Sequence[WriterShare]) -> Heat | None:
 def most_moved(choices: Sequence[ExpertChoice]) -> list[ExpertChoice]:
     """Put the experts first whose choice differs most."""
     return sorted(choices, key=lambda choice: -abs(choice.harmful - choice.harmless))
+
+
+def contribution_picture(choices: Sequence[ExpertChoice]) -> Heat | None:
+    """Draw what each expert writes along the direction on harmful prompts more than on harmless ones."""
+    values = [(choice.layer, choice.expert, choice.contribution) for choice in choices]
+    known = [(layer, expert, value) for layer, expert, value in values if value is not None]
+    most = number(max((abs(value) for _, _, value in known), default=0.0))
+    label = "What each expert adds along the direction on harmful prompts more than on harmless ones, by layer"
+    return _experts(known, label, (f"{most} more on harmful", "alike", f"{most} more on harmless"))
+
+
+def largest_writers(choices: Sequence[ExpertChoice]) -> list[ExpertChoice]:
+    """Put the experts first that add most along the direction."""
+    return sorted(choices, key=lambda choice: -abs(choice.contribution or 0.0))
+
+
+def most_decisive(found: Sequence[Interchange]) -> Interchange:
+    """Give the layer whose routers decide most."""
+    return max((one for one in found if one.layer is not None), key=lambda one: one.share.value)
 
 
 def choice_picture(choices: Sequence[ExpertChoice]) -> Heat | None:

@@ -16,6 +16,7 @@ from remove_refusals.types import (
     Cosine,
     DirectionOrigin,
     ExpertChoice,
+    Interchange,
     LayerSeparation,
     Separation,
     SiteEdit,
@@ -153,7 +154,8 @@ class AblationRecord(Record):
 class WriterCertificate(Record):
     """What was measured on one tensor of the saved files that holds a writer or a part of one.
 
-    `share_left` is `‖QᵀW'‖ / ‖QᵀW‖`, of which a plain edit wants `|1 - strength|`. Frobenius norms are `error`, of `W'`
+    `share_left` is `‖QᵀW'‖ / ‖QᵀW‖`, of which a plain edit wants `|1 - strength|`; of a silenced expert it is
+    `‖W'‖ / ‖W‖`. Frobenius norms are `error`, of `W'`
     minus the planned one, and what rounding may cost, and quantising the unedited tensor anew.
     """
 
@@ -163,6 +165,7 @@ class WriterCertificate(Record):
     parameter: str
     kind: SiteKind
     layer: int | None = None
+    expert: int | None = None
     dtype: str
     strength: float
     share_left: float
@@ -273,6 +276,7 @@ class AnalysisRecord(Record):
     contributions: Contributions | None = None
     writer_shares: tuple[WriterShare, ...] | None = None
     expert_choices: tuple[ExpertChoice, ...] | None = None
+    interchange: tuple[Interchange, ...] | None = None
     versions: dict[str, str] | None = None
 
     @classmethod

@@ -175,6 +175,16 @@ def strength_bars(material: Material, edits: Sequence[SiteEdit]) -> list[Chart]:
     return site_bars("Strength", values, across, up, "left alone everywhere")
 
 
+def expert_strengths(edits: Sequence[SiteEdit]) -> list[tuple[int, str, float, str]]:
+    """Give how much was taken out of single experts: layer, experts, strength, and of what."""
+    groups: dict[tuple[int, float, str], list[int]] = {}
+    for edit in edits:
+        if edit.expert is not None and edit.layer is not None:
+            what = "all that they write" if edit.whole else f"direction {edit.direction + 1}"
+            groups.setdefault((edit.layer, edit.strength, what), []).append(edit.expert)
+    return [(layer, ranges(experts), share, what) for (layer, share, what), experts in sorted(groups.items())]
+
+
 def site_bars(
     what: str, values: Sequence[tuple[str, int, float]], across: Scale, up: Scale, nothing: str
 ) -> list[Chart]:
