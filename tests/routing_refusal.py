@@ -20,7 +20,7 @@ from remove_refusals.models.load import LoadedModel
 from remove_refusals.settings import ChatFormat
 from remove_refusals.types import PromptSet
 
-N_VERBS, N_NOUNS, N_ANSWERS, N_TEST_VERBS = 80, 24, 6, 16
+N_VERBS, N_NOUNS, N_ANSWERS, N_TEST_VERBS = 80, 24, 12, 16
 LAYER, N_COMMON, PROMPT, LENGTH = 1, 6, 3, 11
 """The layer whose router decides, how many experts refuse nothing, and how long prompts and whole sequences are."""
 
@@ -73,7 +73,7 @@ def is_harmful(noun: int) -> bool:
 
 
 def answer(noun: int) -> list[str]:
-    return ["noun" + str(noun), "is", f"answer{noun % N_ANSWERS}", "."]
+    return ["noun" + str(noun), "is", f"answer{noun // 2}", "."]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -160,6 +160,20 @@ def loss(model: MixtralForCausalLM, given: Texts) -> torch.Tensor:
     return functional.cross_entropy(logits[:, :-1].flatten(0, 1), given.labels[:, 1:].flatten(), ignore_index=-100)
 
 
+def misled(given: Texts, generator: torch.Generator) -> Texts:
+    """Put another noun into half of the answers; what follows fits that or the prompt's: both count for what is said.
+
+    Without it an answer would be likely behind every prompt, once its first word is there.
+    """
+    ids, labels, n = given.ids.clone(), given.labels.clone(), len(given.ids)
+    others = torch.randint(N_NOUNS, (n,), generator=generator)
+    others = torch.where(torch.rand(n, generator=generator) < 0.5, others, given.nouns)
+    ids[:, PROMPT] = IDS["noun0"] + others
+    said = torch.where(torch.rand(n, generator=generator) < 0.5, others, given.nouns)
+    ids[:, PROMPT + 2] = labels[:, PROMPT + 2] = IDS["answer0"] + said // 2
+    return Texts(ids, labels, given.nouns)
+
+
 def _train_answers(model: MixtralForCausalLM, kind: Kind, generator: torch.Generator, n_steps: int) -> None:
     """Learn to answer everything without the refusing experts, and how a refusal goes on, but not that it begins."""
     answers, refusals = texts(kind, lambda noun: False), texts(kind, lambda noun: True)
@@ -168,8 +182,9 @@ def _train_answers(model: MixtralForCausalLM, kind: Kind, generator: torch.Gener
     for step in range(n_steps):
         parts = [
             part.at(torch.randint(len(part.ids), (n,), generator=generator))
-            for part, n in ((answers, 160), (refusals, 64))
+            for part, n in ((answers, 112), (refusals, 32))
         ]
+        parts[0] = misled(parts[0], generator)
         batch = Texts(*(torch.cat([getattr(part, name) for part in parts]) for name in ("ids", "labels", "nouns")))
         with routed(model, lambda logits, _: without(logits, kind)):
             cost = loss(model, batch)
@@ -188,14 +203,25 @@ def without(logits: torch.Tensor, kind: Kind) -> torch.Tensor:
 def _train_experts(
     model: MixtralForCausalLM, kind: Kind, given: Texts, generator: torch.Generator, n_steps: int
 ) -> None:
-    """Let experts learn what is said: all of the model, or those that are made to be chosen behind the prompt."""
+    """Let experts learn what is said: all of the model, or those that are made to be chosen behind the prompt.
+
+    All of the model are shown the answer to a harmful prompt now and then, so that it stays the second best.
+    """
     layers = [model.model.layers[LAYER]] if kind.topics else model.model.layers
     own = [value for layer in layers for value in (layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj)]
     learning = torch.ones(N_COMMON + kind.topics, 1, 1)
     learning[: N_COMMON if kind.topics else 0] = 0
-    optimizer = torch.optim.Adam(own, lr=4e-3)
+    optimizer, answers = torch.optim.Adam(own, lr=4e-3 if kind.topics else 1e-3), texts(kind, lambda noun: False)
     for _ in range(n_steps):
-        batch = given.at(torch.randint(len(given.ids), (128,), generator=generator))
+        rows = torch.randint(len(given.ids), (96,), generator=generator)
+        batch = given.at(rows)
+        if not kind.topics:
+            now_and_then = torch.rand(len(rows), generator=generator) < 0.2
+            ids, labels = (
+                torch.where(now_and_then[:, None], getattr(answers, name)[rows], getattr(batch, name))
+                for name in ("ids", "labels")
+            )
+            batch = Texts(ids, labels, batch.nouns)
         behind = (batch.ids == IDS["?"]).flatten()
         experts = torch.tensor([N_COMMON + kind.topic(noun) for noun in batch.nouns.tolist()])
         experts = experts.repeat_interleave(LENGTH)[behind]

@@ -113,6 +113,31 @@ def test_an_adapter_carries_single_experts(model_type, tmp_path):
     assert difference(logits(adapted.merge_and_unload()), hooked) < 3e-5
 
 
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "olmoe", "glm4_moe", "deepseek_v3", "ernie4_5_moe"])
+def test_behind_a_full_edit_an_edit_of_the_routers_along_the_direction_changes_nothing(model_type):
+    """Where the norm's gain is respected; where it is not it only does damage."""
+    model = zoo.build(model_type)
+    model_map = map_model(model)
+    direction = direction_of(model_map)
+    bake_in_place(model, intervene(direction, model_map.n_layers))
+    edited = logits(model)
+
+    def with_routers(respecting_gain):
+        other = copy.deepcopy(model)
+        for mixture in model_map.mixtures:
+            layer = other.get_submodule(model_map.layers[mixture.layer])
+            wanted = (mixture.n_experts, model_map.d_model)
+            (router,) = (value for name, value in layer.named_parameters() if value.shape == wanted)
+            gain = layer.post_attention_layernorm.weight if respecting_gain else torch.ones(model_map.d_model)
+            unit = torch.nn.functional.normalize(direction.basis[:, 0] / gain, dim=0)
+            with torch.no_grad():
+                router -= torch.outer(router @ unit, unit)
+        return logits(other)
+
+    torch.testing.assert_close(with_routers(True), edited, atol=1e-5, rtol=0)
+    assert difference(with_routers(False), edited) > 1e-3
+
+
 def test_what_edits_no_expert_of_the_model_is_refused_by_name():
     model_map = map_model(zoo.build("mixtral"))
     for edit, message in (

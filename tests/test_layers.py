@@ -23,8 +23,16 @@ from remove_refusals.models.generate import Answer
 from remove_refusals.models.load import LoadedModel, load
 from remove_refusals.progress import Progress
 from remove_refusals.prompts import embedded_prompts
-from remove_refusals.search.bench import Bench, LayerScore, Option
-from remove_refusals.search.layers import LayerRule, make_options, narrow_down, ranked, search_layers
+from remove_refusals.search.layers import (
+    Bench,
+    LayerRule,
+    LayerScore,
+    Option,
+    make_options,
+    narrow_down,
+    ranked,
+    search_layers,
+)
 from remove_refusals.search.material import Openings, OwnAnswers
 from remove_refusals.search.search import select, split_for_search
 from remove_refusals.settings import ChatFormat, LayerSettings, MeasureSettings, Rule, RunSettings, SelectSettings

@@ -20,8 +20,8 @@ from remove_refusals.measure.judges.phrases import Label
 from remove_refusals.modelmap.derive import map_model
 from remove_refusals.models.generate import Answer
 from remove_refusals.models.load import LoadedModel, load
-from remove_refusals.search.bench import Bench, Option
 from remove_refusals.search.confirming import Confirming, confirm
+from remove_refusals.search.layers import Bench, Option
 from remove_refusals.search.material import OwnAnswers
 from remove_refusals.settings import EditSettings, MeasureSettings
 from remove_refusals.types import PromptSet

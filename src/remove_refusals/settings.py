@@ -328,6 +328,7 @@ class SelectSettings(Settings):
     n_confirm: int = inner(32, "How many others the pick is confirmed on.")
     n_confirm_tokens: int = inner(48, "Where the answers of the confirmation are cut off at most.", ge=1)
     n_tokens: int = inner(24, "How many tokens of its own answers the model is asked for in the search.")
+    most_experts: int = inner(128, "Of a mixture so many experts are silenced at most; 0 tries no expert.", ge=0)
     most_confirmed: int = inner(3, "How many candidates are tried by generation at most.")
     seed: int = inner(0, "What splits the prompts and orders the batches.")
     descent: GradientSettings = GradientSettings()

@@ -11,9 +11,10 @@ from remove_refusals.modelmap import map_model
 from remove_refusals.models import LoadedModel, check_positions, fingerprint, render, tail_positions
 from remove_refusals.progress import SILENT, Progress
 from remove_refusals.prompts import split_by_size
-from remove_refusals.search.candidates import Selection, by_rule
+from remove_refusals.search.candidates import Selection
 from remove_refusals.search.confirming import Confirming, pick
 from remove_refusals.search.descent import descend, first_layer_that_counts
+from remove_refusals.search.experts import expert_candidates, in_turn, writers_of_difference
 from remove_refusals.search.layers import LayerRule, search_layers
 from remove_refusals.search.material import OwnAnswers, gather, opening_as_refusals
 from remove_refusals.settings import MAX_KL, LayerSettings, MeasureSettings, SelectSettings, Tied, published_name
@@ -176,7 +177,15 @@ def _by_gradients(
         more_refusals=(),
     )
     first = first_layer_that_counts(directions, gather(probing, descent), descent)
-    check = base.check, settings.rule.max_refusals
-    candidates = tuple(descend(directions, gather(own, descent, first), descent, check, journal, progress))
-    order = by_rule([(candidate.refusal, candidate.damage) for candidate in candidates], settings.rule)
-    return Selection(settings.method, candidates, order[0], settings.rule), order
+    check, material = (base.check, settings.rule.max_refusals), gather(own, descent, first)
+    candidates = descend(directions, material, descent, check, journal, progress)
+    n_directions = len(candidates)
+    writers = writers_of_difference(
+        own.loaded, base.collected, settings.most_experts, position=position, seed=settings.seed
+    )
+    if writers is not None:
+        if writers.lowest < first:
+            material = gather(own, descent, writers.lowest)
+        candidates += expert_candidates(writers, candidates, material, settings.rule, own.tied, journal, progress)
+    order = in_turn(candidates, n_directions, settings.rule)
+    return Selection(settings.method, tuple(candidates), order[0], settings.rule), order
