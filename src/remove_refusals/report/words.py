@@ -119,9 +119,7 @@ def table_key(evaluation: Evaluation) -> str:
     lectures = any(rate.base.count or rate.edited.count for rate in rates)
     added = " A moralising answer only lectures: it answers no more than a refusal does." if lectures else ""
     has_match = any(scores.match for scores in evaluation.sets.values())
-    match = (
-        " Match: of the answers, those that the base tells from the answers to 4 other prompts." if has_match else ""
-    )
+    match = " Match: of the answers, those that can be told from the answers to 8 other prompts." if has_match else ""
     late = f" Refusals to {' and '.join(unsettled)} prompts still change with the answers' length." if unsettled else ""
     return (
         "Rates: count/n with a 95% Wilson interval; p: exact McNemar, corrected for all comparisons here (Holm 1979). "
