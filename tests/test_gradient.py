@@ -31,12 +31,13 @@ from remove_refusals.search.continuations import (
 from remove_refusals.search.material import (
     Openings,
     OwnAnswers,
+    by_opening,
     damages,
     gather,
     learn_openings,
-    opening_as_refusals,
     refusal_probabilities,
     unlikelihood,
+    with_declined,
 )
 from remove_refusals.search.search import select, split_for_search
 from remove_refusals.settings import GradientSettings, MeasureSettings, Rule, SelectSettings
@@ -83,16 +84,36 @@ class TestOpenings:
         assert set(learn_openings([*learn_openings([(1, 2)]).prefixes, (3, 4)]).prefixes) == {(1, 2), (3, 4)}
 
 
-def test_a_refusal_that_opens_as_answers_do_teaches_no_opening(own: dict[str, Answered]) -> None:
+def test_what_declines_late_teaches_no_opening(own: dict[str, Answered]) -> None:
     """A model that begins to answer and then refuses would have every such beginning counted as a refusal."""
-    refused = own["harmful"].at(range(2))
-    late, early = (
-        answer.model_copy(update={"token_ids": ids})
-        for answer, ids in zip(refused.answers, [(7, 8), (5, 6)], strict=True)
-    )
-    refused = dataclasses.replace(refused, answers=(late, early))
-    kept = opening_as_refusals(refused, [(5, 6), (5, 9), (7, 8)], [(7, 1), (7, 2), (5, 3)])
-    assert kept.answers == (early,)
+    answers = own["harmful"].at(range(4)).answers
+    paths = [(7, 8), (5, 6), (9, 9), ()]
+    made = tuple(answer.model_copy(update={"token_ids": ids}) for answer, ids in zip(answers, paths, strict=True))
+    labels = (Label.REFUSAL, Label.REFUSAL, Label.MORALISING, Label.REFUSAL)
+    declined = dataclasses.replace(own["harmful"].at(range(4)), answers=made, labels=labels)
+    opening, late = by_opening(declined, [(5, 6), (5, 9), (7, 8)], [(7, 1), (7, 2), (5, 3)])
+    assert opening.answers == (made[1],)
+    assert late.answers == (made[0], made[2])
+
+
+def test_what_is_still_declined_joins_and_what_declines_late_is_followed_farther(
+    loaded: LoadedModel, own: dict[str, Answered]
+) -> None:
+    settings = GradientSettings(batch_size=4)
+    refused, answered = own["harmful"].only(Label.REFUSAL), own["harmless"].only(Label.COMPLIANCE)
+    material = gather(OwnAnswers(loaded, refused.at(range(4)), answered.at(range(4))), settings)
+    long = refused.answers[5].model_copy(update={"token_ids": tuple(range(20, 44))})
+    checked = refused.at([4, 5, 6])
+    labels = (Label.REFUSAL, Label.MORALISING, Label.COMPLIANCE)
+    checked = dataclasses.replace(checked, answers=(checked.answers[0], long, checked.answers[2]), labels=labels)
+    more, share = with_declined(checked, material, settings)
+    assert share == 2 / 3
+    assert (len(more.refused), len(more.late)) == (5, 1)
+    paths = [path for probe in more.refusal_probes for path in probe.paths]
+    assert (tuple(range(20, 36)) in paths) and sorted(map(len, paths))[:-1] == [6] * 5
+    assert not any(prefix[0] == 20 for prefix in more.openings.prefixes)
+    again, _ = with_declined(checked, more, settings)
+    assert (len(again.refused), len(again.late)) == (5, 1)
 
 
 def random_direction(d_model: int, seed: int = 0) -> torch.Tensor:

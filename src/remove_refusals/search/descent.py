@@ -18,7 +18,7 @@ from remove_refusals.models import Answer, LoadedModel, generate, render
 from remove_refusals.progress import Progress
 from remove_refusals.search.candidates import Candidate
 from remove_refusals.search.continuations import frozen
-from remove_refusals.search.material import Material, unlikelihood, with_new_refusals
+from remove_refusals.search.material import Material, unlikelihood, with_declined
 from remove_refusals.settings import SITE_KINDS, GradientSettings, SiteKind
 from remove_refusals.types import Direction, DirectionOrigin, Intervention, PromptSet, SiteEdit
 
@@ -97,9 +97,9 @@ def descend(
 ) -> list[Candidate]:
     """Search by gradients from one direction for each layer, found in the stream behind it: once for each target.
 
-    After each descent the model answers prompts that the descent did not see; those that it refuses join the next. No
-    further one is made where hardly any is refused, if there is a limit. The refusal of a candidate is the probability
-    of the model's own refusals, or the share of these prompts that it refused, whichever is greater.
+    After each descent the model answers prompts that the descent did not see; those that it declines join the next. No
+    further one is made where hardly any is declined, if there is a limit. The refusal of a candidate is the probability
+    of the model's own refusals, or the share of these prompts that it declined, whichever is greater.
     """
     prompts, most_refusals = check
     token_ids = render(material.loaded, prompts.prompts)
@@ -123,7 +123,7 @@ def descend(
         strengths, vectors = torch.tensor(found.strengths), torch.tensor(found.directions)
         device = material.loaded.device
         steering = replace(steering, strengths=strengths.to(device), directions=vectors.to(device), weight=found.weight)
-        material, share = with_new_refusals(labelled(prompts, token_ids, found.answers), material, settings)
+        material, share = with_declined(labelled(prompts, token_ids, found.answers), material, settings)
         refusal, damage = material.score(steering.steers())
         name = f"descent {number + 1}, to refusals of {target:g}"
         candidates.append(Candidate(name, steering.intervention(settings), max(refusal, share), damage))

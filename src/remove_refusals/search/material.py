@@ -25,6 +25,9 @@ from remove_refusals.types import PromptSet
 N_OPENING_TOKENS = 6
 """How many tokens of a refusal are looked at: enough that hardly another answer begins with them."""
 
+_N_LATE_TOKENS = 16
+"""How many tokens of an answer are looked at that declines without opening as refusals do."""
+
 _MOST_OPENINGS = 24
 
 _FIRST_SHARE = 0.5
@@ -75,27 +78,38 @@ def learn_openings(refusals: Iterable[Sequence[int]], n_tokens: int = N_OPENING_
     return Openings(tuple(kept[:_MOST_OPENINGS]))
 
 
-def opening_as_refusals(
-    refused: Answered, refusals: Iterable[Sequence[int]], answers: Iterable[Sequence[int]]
-) -> Answered:
-    """Leave out refusals that open as answers do, and refuse only later: their openings would count answers as refused.
+def by_opening(
+    declined: Answered, refusals: Iterable[Sequence[int]], answers: Iterable[Sequence[int]]
+) -> tuple[Answered, Answered]:
+    """Part refusals from what declines later: lectures, and refusals that open as answers do.
 
-    They are told by their first token, which then begins more answers than refusals.
+    The opening of a late one would count answers as refused. Such refusals are told by their first token, which then
+    begins more answers than refusals.
     """
     often, seldom = (Counter(tokens[0] for tokens in part if len(tokens)) for part in (refusals, answers))
-    firsts = [answer.token_ids[:1] for answer in refused.answers]
-    return refused.at([index for index, first in enumerate(firsts) if first and often[first[0]] >= seldom[first[0]]])
+    opening: list[int] = []
+    late: list[int] = []
+    for index, (answer, label) in enumerate(zip(declined.answers, declined.labels, strict=True)):
+        if answer.token_ids:
+            first = answer.token_ids[0]
+            early = label is Label.REFUSAL and often[first] >= seldom[first]
+            (opening if early else late).append(index)
+    return declined.at(opening), declined.at(late)
 
 
 @dataclass(frozen=True, eq=False)
 class OwnAnswers:
-    """A model, harmful prompts that it refused, harmless ones that it answered, and the tokens of other refusals."""
+    """A model, harmful prompts that it refused, harmless ones that it answered, and the tokens of other refusals.
+
+    Beside them the harmful prompts that it declined late, which only a descent looks at.
+    """
 
     loaded: LoadedModel
     refused: Answered
     answered: Answered
     more_refusals: Sequence[Sequence[int]] = ()
     tied: Tied = "auto"
+    late: Answered | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +118,8 @@ class Material:
 
     loaded: LoadedModel
     refused: Answered
+    late: Answered
+    """Harmful prompts with answers that decline, but do not open as refusals do."""
     openings: Openings
     refusal_probes: tuple[Probe, ...]
     damage_probes: tuple[Probe, ...]
@@ -144,12 +160,13 @@ def gather(own: OwnAnswers, settings: GradientSettings, first_layer: int = 0) ->
         harmless, tokens = run_once(loaded, found, first_layer, _LIKELY)
         tokens += [probe.targets for probe in harmless]
     openings = learn_openings([*(answer.token_ids for answer in own.refused.answers), *own.more_refusals])
-    return _prepared(loaded, own.refused, openings, harmless, tokens, settings, first_layer, packed=packed)
+    declined = own.refused, own.refused.at([]) if own.late is None else own.late
+    return _prepared(loaded, declined, openings, harmless, tokens, settings, first_layer, packed=packed)
 
 
 def _prepared(
     loaded: LoadedModel,
-    refused: Answered,
+    declined: tuple[Answered, Answered],
     openings: Openings,
     harmless: Sequence[Probe],
     tokens: Sequence[torch.Tensor],
@@ -158,37 +175,46 @@ def _prepared(
     *,
     packed: bool,
 ) -> Material:
-    """Make batches of refused prompts; take the head's rows for all tokens that are looked at; run the base model."""
-    paths, n, seed = [answer.token_ids for answer in refused.answers], settings.batch_size, settings.seed
-    found = make_probes(loaded, refused.token_ids, paths, N_OPENING_TOKENS, n, packed=packed, seed=seed)
+    """Make batches of declined prompts; take the head's rows for all tokens that are looked at; run the base model."""
+    lengths, n, seed = (N_OPENING_TOKENS, _N_LATE_TOKENS), settings.batch_size, settings.seed
+    paths = [answer.token_ids[:most] for part, most in zip(declined, lengths, strict=True) for answer in part.answers]
+    ids = [one for part in declined for one in part.token_ids]
+    found = make_probes(loaded, ids, paths, max(lengths), n, packed=packed, seed=seed)
     named = [torch.tensor(prefix, device=loaded.device) for prefix in openings.prefixes]
     with frozen(loaded, gradients=False):
         harmful, likely = run_once(loaded, found, first_layer, _LIKELY)
         named += [*likely, *(probe.targets for probe in harmful)]
         vocabulary = make_vocabulary(loaded, torch.cat([*tokens, *named]))
         base = tuple(log_probabilities(loaded, probe, vocabulary) for probe in harmless)
-    return Material(loaded, refused, openings, tuple(harmful), tuple(harmless), base, vocabulary, first_layer, packed)
+    return Material(loaded, *declined, openings, tuple(harmful), tuple(harmless), base, vocabulary, first_layer, packed)
 
 
-def with_new_refusals(checked: Answered, material: Material, settings: GradientSettings) -> tuple[Material, float]:
-    """Let prompts that a candidate still refuses, and their openings, join what it is to unlearn; give their share."""
-    before, refused = material.refused, checked.only(Label.REFUSAL)
-    share = len(refused) / len(checked)
+def with_declined(checked: Answered, material: Material, settings: GradientSettings) -> tuple[Material, float]:
+    """Let prompts that a candidate still declines, and how it does, join what it is to unlearn; give their share."""
+    before = material.refused, material.late
+    declined = checked.at([at for at, label in enumerate(checked.labels) if label in (Label.REFUSAL, Label.MORALISING)])
     answered = [path for probe in material.damage_probes for path in probe.paths]
-    new = opening_as_refusals(refused, [answer.token_ids for answer in before.answers], answered)
-    if not len(new):
+    parts = by_opening(declined, [answer.token_ids for answer in material.refused.answers], answered)
+    new = {ids for part in parts for ids in part.token_ids}
+    share = len(declined) / len(checked)
+    if not new:
         return material, share
-    kept = before.at([index for index, ids in enumerate(before.token_ids) if ids not in new.token_ids])
-    refused = Answered(
-        PromptSet(before.prompts.name, kept.prompts.prompts + new.prompts.prompts, before.prompts.source),
-        kept.token_ids + new.token_ids,
-        kept.answers + new.answers,
-        kept.labels + new.labels,
-    )
-    openings = learn_openings([*material.openings.prefixes, *(answer.token_ids for answer in new.answers)])
+
+    def joined(old: Answered, more: Answered) -> Answered:
+        kept = old.at([index for index, ids in enumerate(old.token_ids) if ids not in new])
+        return Answered(
+            PromptSet(old.prompts.name, kept.prompts.prompts + more.prompts.prompts, old.prompts.source),
+            kept.token_ids + more.token_ids,
+            kept.answers + more.answers,
+            kept.labels + more.labels,
+        )
+
+    refused, late = (joined(old, more) for old, more in zip(before, parts, strict=True))
+    openings = learn_openings([*material.openings.prefixes, *(answer.token_ids for answer in parts[0].answers)])
     tokens, first = [material.vocabulary.tokens], material.first_layer
     harmless, packed = material.damage_probes, material.packed
-    return _prepared(material.loaded, refused, openings, harmless, tokens, settings, first, packed=packed), share
+    found = _prepared(material.loaded, (refused, late), openings, harmless, tokens, settings, first, packed=packed)
+    return found, share
 
 
 def refusal_probabilities(

@@ -16,7 +16,7 @@ from remove_refusals.search.confirming import Confirming, pick
 from remove_refusals.search.descent import descend, first_layer_that_counts
 from remove_refusals.search.experts import expert_candidates, in_turn, writers_of_difference
 from remove_refusals.search.layers import LayerRule, search_layers
-from remove_refusals.search.material import OwnAnswers, gather, opening_as_refusals
+from remove_refusals.search.material import OwnAnswers, by_opening, gather
 from remove_refusals.settings import MAX_KL, LayerSettings, MeasureSettings, SelectSettings, Tied, published_name
 from remove_refusals.types import Activations, PromptSet
 
@@ -73,14 +73,17 @@ class BaseBehaviour:
     @property
     def own(self) -> OwnAnswers:
         """What the search runs on."""
-        refused, answered = self.harmful.only(Label.REFUSAL), self.harmless.only(Label.COMPLIANCE)
+        answered, labels = self.harmless.only(Label.COMPLIANCE), self.harmful.labels
+        declined = self.harmful.at([at for at, one in enumerate(labels) if one in (Label.REFUSAL, Label.MORALISING)])
+        refused = self.harmful.only(Label.REFUSAL)
         firsts = [[answer.token_ids for answer in part.answers] for part in (refused, answered)]
-        opening = opening_as_refusals(refused, *firsts)
-        refused = opening if len(opening) >= _FEWEST else refused
+        opening, late = by_opening(declined, *firsts)
+        if len(opening) < _FEWEST:
+            opening, late = refused, self.harmful.only(Label.MORALISING)
         # Where it refuses harmless prompts it may open in other ways.
-        false = opening_as_refusals(self.harmless.only(Label.REFUSAL), *firsts)
+        false = by_opening(self.harmless.only(Label.REFUSAL), *firsts)[0]
         more = [answer.token_ids for answer in false.answers]
-        return OwnAnswers(self.confirming.loaded, refused, answered, more, self.confirming.tied)
+        return OwnAnswers(self.confirming.loaded, opening, answered, more, self.confirming.tied, late)
 
 
 def select(
@@ -175,6 +178,7 @@ def _by_gradients(
         refused=own.refused.at(range(min(n, len(own.refused)))),
         answered=own.answered.at(range(min(n, len(own.answered)))),
         more_refusals=(),
+        late=None,
     )
     first = first_layer_that_counts(directions, gather(probing, descent), descent)
     check, material = (base.check, settings.rule.max_refusals), gather(own, descent, first)
