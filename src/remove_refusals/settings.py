@@ -296,7 +296,7 @@ class GradientSettings(Settings):
     """How the descent goes."""
 
     targets: tuple[float, ...] = inner(
-        (0.02, 0.005, 0.001),
+        (0.01, 0.002),
         "How likely a refusal may be, one descent each, from where the last one ended.",
     )
     damage_weight: float = inner(8.0, "What a nat of damage costs at first, beside the refusal.", ge=0)
@@ -305,7 +305,7 @@ class GradientSettings(Settings):
     n_steps: int = inner(32, "Steps of the first descent.", ge=1)
     n_more_steps: int = inner(12, "Steps of each further one.", ge=1)
     rate: float = inner(0.08, "Adam's learning rate for the strengths.", ge=0)
-    direction_rate: float = inner(0.1, "Its rate for a unit direction, as a length; 0 leaves directions alone.", ge=0)
+    direction_rate: float = inner(0.03, "Its rate for a unit direction, as a length; 0 leaves directions alone.", ge=0)
     batch_size: int = inner(16, "Harmful prompts, and harmless ones, for each step.", ge=1)
     kl_tokens: int = inner(8, "How many tokens of each answer the damage goes along.", ge=1)
     start: float = inner(0.5, "The strength to begin with.", ge=0)
