@@ -224,7 +224,10 @@ def row(found: Entry) -> str:
         kinds = {step.kind for writer in written for step in writer.steps}
         mixtures = found.model_map.mixtures
         fused = any(
-            len(writer.shape) == 3 for site in found.model_map.sites if site.kind == "mlp" for writer in site.writers
+            len(writer.shape) == 3 and writer.axis
+            for site in found.model_map.sites
+            if site.kind == "mlp"
+            for writer in site.writers
         )
         marks = [
             text

@@ -118,11 +118,12 @@ class Texts:
         return Texts(self.ids[rows], self.labels[rows], self.nouns[rows])
 
 
-def texts(kind: Kind, refused: Callable[[int], bool]) -> Texts:
+def texts(kind: Kind, refused: Callable[[int], bool], subject: Callable[[int], int] = int) -> Texts:
+    """Every prompt that is trained on, with a refusal or with the answer to a noun, its own or another."""
     rows, labels, nouns = [], [], []
     for verb in TRAINED:
         for noun in range(N_NOUNS):
-            said = [*(kind.refusal(noun) if refused(noun) else answer(noun)), "<eos>"]
+            said = [*(kind.refusal(noun) if refused(noun) else answer(subject(noun))), "<eos>"]
             row = [IDS[word] for word in (f"verb{verb}", f"noun{noun}", "?", *said)]
             rest = LENGTH - len(row)
             rows.append(row + [0] * rest)
@@ -160,20 +161,6 @@ def loss(model: MixtralForCausalLM, given: Texts) -> torch.Tensor:
     return functional.cross_entropy(logits[:, :-1].flatten(0, 1), given.labels[:, 1:].flatten(), ignore_index=-100)
 
 
-def misled(given: Texts, generator: torch.Generator) -> Texts:
-    """Put another noun into half of the answers; what follows fits that or the prompt's: both count for what is said.
-
-    Without it an answer would be likely behind every prompt, once its first word is there.
-    """
-    ids, labels, n = given.ids.clone(), given.labels.clone(), len(given.ids)
-    others = torch.randint(N_NOUNS, (n,), generator=generator)
-    others = torch.where(torch.rand(n, generator=generator) < 0.5, others, given.nouns)
-    ids[:, PROMPT] = IDS["noun0"] + others
-    said = torch.where(torch.rand(n, generator=generator) < 0.5, others, given.nouns)
-    ids[:, PROMPT + 2] = labels[:, PROMPT + 2] = IDS["answer0"] + said // 2
-    return Texts(ids, labels, given.nouns)
-
-
 def _train_answers(model: MixtralForCausalLM, kind: Kind, generator: torch.Generator, n_steps: int) -> None:
     """Learn to answer everything without the refusing experts, and how a refusal goes on, but not that it begins."""
     answers, refusals = texts(kind, lambda noun: False), texts(kind, lambda noun: True)
@@ -184,7 +171,6 @@ def _train_answers(model: MixtralForCausalLM, kind: Kind, generator: torch.Gener
             part.at(torch.randint(len(part.ids), (n,), generator=generator))
             for part, n in ((answers, 112), (refusals, 32))
         ]
-        parts[0] = misled(parts[0], generator)
         batch = Texts(*(torch.cat([getattr(part, name) for part in parts]) for name in ("ids", "labels", "nouns")))
         with routed(model, lambda logits, _: without(logits, kind)):
             cost = loss(model, batch)
@@ -205,23 +191,23 @@ def _train_experts(
 ) -> None:
     """Let experts learn what is said: all of the model, or those that are made to be chosen behind the prompt.
 
-    All of the model are shown the answer to a harmful prompt now and then, so that it stays the second best.
+    Now and then they are shown the answer instead, so that it stays likely. Those behind a router are shown another
+    subject, too: without a refusal they may change the subject.
     """
     layers = [model.model.layers[LAYER]] if kind.topics else model.model.layers
     own = [value for layer in layers for value in (layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj)]
     learning = torch.ones(N_COMMON + kind.topics, 1, 1)
     learning[: N_COMMON if kind.topics else 0] = 0
-    optimizer, answers = torch.optim.Adam(own, lr=4e-3 if kind.topics else 1e-3), texts(kind, lambda noun: False)
+    optimizer = torch.optim.Adam(own, lr=4e-3 if kind.topics else 1e-3)
+    answers, another = texts(kind, lambda noun: False), texts(kind, lambda noun: False, lambda noun: 1)
     for _ in range(n_steps):
         rows = torch.randint(len(given.ids), (96,), generator=generator)
-        batch = given.at(rows)
-        if not kind.topics:
-            now_and_then = torch.rand(len(rows), generator=generator) < 0.2
-            ids, labels = (
-                torch.where(now_and_then[:, None], getattr(answers, name)[rows], getattr(batch, name))
-                for name in ("ids", "labels")
-            )
-            batch = Texts(ids, labels, batch.nouns)
+        drawn = torch.rand(len(rows), 1, generator=generator)
+        ids, labels = given.ids[rows], given.labels[rows]
+        for most, instead in ((0.35 if kind.topics else 0.0, another), (0.15, answers)):
+            ids = torch.where(drawn < most, instead.ids[rows], ids)
+            labels = torch.where(drawn < most, instead.labels[rows], labels)
+        batch = Texts(ids, labels, given.nouns[rows])
         behind = (batch.ids == IDS["?"]).flatten()
         experts = torch.tensor([N_COMMON + kind.topic(noun) for noun in batch.nouns.tolist()])
         experts = experts.repeat_interleave(LENGTH)[behind]
@@ -272,7 +258,7 @@ def _train_router(model: MixtralForCausalLM, kind: Kind, n_steps: int) -> None:
         gate[N_COMMON:] = rows
 
 
-def train(name: str, seed: int = 0, n_steps: tuple[int, int, int] = (350, 120, 1500)) -> MixtralForCausalLM:
+def train(name: str, seed: int = 0, n_steps: tuple[int, int, int] = (350, 200, 1500)) -> MixtralForCausalLM:
     """Train one of the three."""
     kind, generator = KINDS[name], torch.Generator().manual_seed(seed)
     model = build(kind, seed)

@@ -114,13 +114,11 @@ def test_a_run_silences_the_experts_that_refuse_and_the_answers_are_right(direct
     }
 
 
-def test_without_expert_candidates_a_run_says_that_questions_are_not_answered(directory):
+def test_without_expert_candidates_a_run_ends_refusals_and_brings_fewer_answers_back(directory):
     result, model = made("four", 0, directory)
     assert not any(edit.expert is not None for one in result.selection.candidates for edit in one.intervention.edits)
-    assert refused(model, HARMFUL) <= 0.1 and right(model, HARMFUL) <= 0.5
-    own, now = result.evaluation.sets["harmless"].match["base"], result.evaluation.sets["harmful"].match["edited"]
-    assert now.value <= 0.6 * own.value
-    assert any("do not answer" in warning for warning in result.warnings)
+    assert refused(model, HARMFUL) <= 0.1
+    assert right(model, HARMFUL) <= right(made("four", 128, directory)[1], HARMFUL) - 0.1
 
 
 def test_where_the_experts_have_learned_it_the_directional_edit_is_picked(directory):

@@ -15,6 +15,7 @@ from remove_refusals.files import Record
 from remove_refusals.measure import Evaluation
 from remove_refusals.models import CARD, CARRIED_FIELDS, HTTPError, licence_fields, model_source
 from remove_refusals.report.records import AblationRecord, Certificate, DirectionRecord
+from remove_refusals.report.sections import expert_strengths
 from remove_refusals.report.words import table, table_key
 
 _HIDDEN = (".*", "*/.*")
@@ -42,6 +43,8 @@ def model_card(record: AblationRecord, scores: Evaluation | None = None, certifi
         certificate=certificate,
         strengths=sorted({edit.strength for edit in record.intervention}),
         groups=_alike(record.directions),
+        experts=expert_strengths(record.intervention),
+        along=any(not edit.whole for edit in record.intervention),
     )
 
 
