@@ -19,6 +19,9 @@ from remove_refusals.types import Activations, ExpertChoice, Intervention, SiteE
 _COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 """So many experts are silenced at once."""
 
+_MORE = 2
+"""So many counts are tried beyond the first with hardly any refusal: answers may still be about something else."""
+
 
 @dataclass(frozen=True, eq=False)
 class Writers:
@@ -94,10 +97,14 @@ def expert_candidates(
         return candidate
 
     limit = rule.max_refusals
+    enough = 0
     for n in counts:
         alone = tried(f"{n} expert{'s' * (n > 1)} silenced", writers.silenced(n))
-        if limit is not None and alone.refusal <= limit:
-            return found
+        enough += limit is not None and alone.refusal <= limit
+        if enough > _MORE:
+            break
+    if enough:
+        return found
     best = min(found, key=lambda candidate: (candidate.refusal, candidate.damage))
     n_layers = map_model(material.loaded.model).n_layers
     for candidate in descended:
