@@ -211,7 +211,7 @@ def test_a_full_edit_frees_and_is_confirmed(
         again = own_answers(loaded, harmful.prompts, SETTINGS.max_new_tokens)
     assert again.labels.count(Label.REFUSAL) == found.refusals.count
     assert again.labels.count(Label.DEGENERATE) == found.degenerate.count
-    assert (found.match, found.match_of_base) == tuple(answer_match(loaded, again, harmless))
+    assert (found.match, found.match_of_base) == tuple(answer_match(loaded, again, harmless, by_words=True))
     assert found.match is not None and found.match.count >= found.match.n - 1
 
 

@@ -12,7 +12,7 @@ from remove_refusals.measure.evaluate import evaluate, warnings
 from remove_refusals.measure.judges import JUDGED, Label
 from remove_refusals.measure.judges.calibration import Calibration, calibrate, load_answers, make_judge, measuring_judge
 from remove_refusals.measure.judges.phrases import PhraseJudge
-from remove_refusals.measure.match import answer_match, is_poor_match
+from remove_refusals.measure.match import POOR_MATCH, answer_match, is_poor_match
 from remove_refusals.measure.scores import (
     Distance,
     Evaluation,
@@ -27,6 +27,7 @@ from remove_refusals.measure.statistics import Estimate, Mean, Rate, TokenMean, 
 
 __all__ = [
     "JUDGED",
+    "POOR_MATCH",
     "Answered",
     "Calibration",
     "Damage",

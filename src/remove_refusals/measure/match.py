@@ -21,7 +21,7 @@ MOST_TOKENS = 24
 MOST_ANSWERS = 64
 """Of more answers to a set so many are drawn."""
 
-POOR = 0.75
+POOR_MATCH = 0.75
 """Below this share of the base model's own match on harmless prompts a match is poor."""
 
 _ANSWERS = (Label.COMPLIANCE, Label.DEFLECTION)
@@ -34,7 +34,9 @@ Pair = tuple[tuple[int, ...], tuple[int, ...]]
 """A rendered prompt and the beginning of an answer, in tokens."""
 
 
-def answer_match(base: LoadedModel, *parts: Answered, progress: Progress = SILENT) -> list[Rate | None]:
+def answer_match(
+    base: LoadedModel, *parts: Answered, by_words: bool = False, progress: Progress = SILENT
+) -> list[Rate | None]:
     """Count, of each part's answers, those that can be told apart as the answers to their own prompts.
 
     An answer `a` to the prompt `x` is told from the one to another prompt `y` if `s(a, x) - s(a, y)` is larger than the
@@ -51,6 +53,7 @@ def answer_match(base: LoadedModel, *parts: Answered, progress: Progress = SILEN
     Args:
         base: The model without an edit, whoever answered.
         parts: Prompt sets with the answers of one model to each.
+        by_words: Whether to leave it at the words, which run no model and count too few.
         progress: Told how many likelihoods are done.
 
     Returns:
@@ -67,7 +70,7 @@ def answer_match(base: LoadedModel, *parts: Answered, progress: Progress = SILEN
         one
         for comparisons, flags in zip(compared, told, strict=True)
         for one, flag in zip(comparisons, flags, strict=True)
-        if not flag
+        if not (flag or by_words)
     ]
     groups = ([own, *others] for own, others in left)
     needed = dict.fromkeys((one[0], other[1]) for group in groups for one in group for other in group)
@@ -75,7 +78,8 @@ def answer_match(base: LoadedModel, *parts: Answered, progress: Progress = SILEN
     found = []
     for part, answers, comparisons, flags in zip(parts, drawn, compared, told, strict=True):
         count = sum(
-            flag or _is_told(*one, likelihoods.__getitem__) for one, flag in zip(comparisons, flags, strict=True)
+            flag or (not by_words and _is_told(*one, likelihoods.__getitem__))
+            for one, flag in zip(comparisons, flags, strict=True)
         )
         sha = part.at(sorted(answers)).prompts.sha256
         found.append(wilson_rate(count, len(answers), sha) if len(answers) > N_OTHERS else None)
@@ -86,7 +90,7 @@ def is_poor_match(found: Rate | None, own: Rate | None) -> bool:
     """Tell whether answers match their prompts clearly worse than the base model's own match harmless prompts."""
     if found is None or own is None:
         return False
-    return found.value < POOR * own.value and found.high < own.low
+    return found.value < POOR_MATCH * own.value and found.high < own.low
 
 
 def _answers(base: LoadedModel, part: Answered) -> dict[int, Pair]:

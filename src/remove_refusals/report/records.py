@@ -78,7 +78,8 @@ class Confirmation(Record):
 
     `broken` counts, of the harmless prompts that the base answered, those that get no answer now; `damage` is the mean
     KL along the base's own answers to those, in nats. `match` counts the answers to harmful prompts that answer them,
-    and `match_of_base` the base's own to harmless ones. Records of older versions count no lectures and no matches.
+    and `match_of_base` the base's own to harmless ones, by words alone where these tell of enough. Records of older
+    versions count no lectures and no matches.
     """
 
     refusals: Rate

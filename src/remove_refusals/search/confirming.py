@@ -9,6 +9,7 @@ from functools import partial
 from remove_refusals.directions import ablated
 from remove_refusals.files import Journal
 from remove_refusals.measure import (
+    POOR_MATCH,
     Answered,
     Label,
     answer_match,
@@ -56,7 +57,10 @@ def confirm(on: Confirming, intervention: Intervention, progress: Progress = SIL
     distances = distances_along(loaded, loaded, answered.token_ids, along, settings.kl_tokens, edited_context=edited)
     kept = harmless.at([index for index, has in enumerate(on.harmless.flags(Label.COMPLIANCE)) if has])
     sha = answered.prompts.sha256
-    match, of_base = answer_match(loaded, harmful, on.harmless)
+    match, of_base = answer_match(loaded, harmful, on.harmless, by_words=True)
+    if match is not None and match.value < POOR_MATCH:
+        # Likelihoods cost as much as a descent, and only where words tell of few answers can they change the verdict.
+        match, of_base = answer_match(loaded, harmful, on.harmless)
     return Confirmation(
         refusals=harmful.rate(Label.REFUSAL),
         degenerate=harmful.rate(Label.DEGENERATE),
