@@ -76,7 +76,7 @@ def test_a_process_killed_anywhere_is_resumed_to_the_same_bytes(large):
         assert whole_hashes(output) == expected, number
         assert not unfinished.exists()
         shutil.rmtree(output)
-    assert killed > 10 and resumed > 5
+    assert killed > 5 and resumed > 2
     assert whole_hashes(large / "base") == source
 
 
