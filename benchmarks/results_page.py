@@ -499,7 +499,9 @@ def on_devices(devices: Sequence[Device]) -> str:
             scores.append(f"KL at the first token {kl.first_token}, along answers {kl.mean}")
         text.append(
             f"- `{one.model}`, {one.dtype}, on {one.machine.device}: {digits(one.cost.wall_s)} s by the clock "
-            f"({steps}); peak memory {memory(one.cost, None)}; {'; '.join(scores)}.\n"
+            f"({steps}); peak memory {memory(one.cost, None)}; {'; '.join(scores)}."
+            + (f" It said: {' '.join(one.warnings)}" if one.warnings else "")
+            + "\n"
         )
     return "".join(text)
 
