@@ -105,9 +105,9 @@ class Answered:
             tuple(self.labels[i] for i in kept),
         )
 
-    def only(self, label: Label) -> "Answered":
-        """Give the prompts whose answer has a label."""
-        return self.at([index for index, has in enumerate(self.flags(label)) if has])
+    def only(self, *labels: Label) -> "Answered":
+        """Give the prompts whose answer has one of some labels."""
+        return self.at([index for index, own in enumerate(self.labels) if own in labels])
 
 
 def labelled(

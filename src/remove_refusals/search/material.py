@@ -192,7 +192,7 @@ def _prepared(
 def with_declined(checked: Answered, material: Material, settings: GradientSettings) -> tuple[Material, float]:
     """Let prompts that a candidate still declines, and how it does, join what it is to unlearn; give their share."""
     before = material.refused, material.late
-    declined = checked.at([at for at, label in enumerate(checked.labels) if label in (Label.REFUSAL, Label.MORALISING)])
+    declined = checked.only(Label.REFUSAL, Label.MORALISING)
     answered = [path for probe in material.damage_probes for path in probe.paths]
     parts = by_opening(declined, [answer.token_ids for answer in material.refused.answers], answered)
     new = {ids for part in parts for ids in part.token_ids}

@@ -73,11 +73,9 @@ class BaseBehaviour:
     @property
     def own(self) -> OwnAnswers:
         """What the search runs on."""
-        answered, labels = self.harmless.only(Label.COMPLIANCE), self.harmful.labels
-        declined = self.harmful.at([at for at, one in enumerate(labels) if one in (Label.REFUSAL, Label.MORALISING)])
-        refused = self.harmful.only(Label.REFUSAL)
+        refused, answered = self.harmful.only(Label.REFUSAL), self.harmless.only(Label.COMPLIANCE)
         firsts = [[answer.token_ids for answer in part.answers] for part in (refused, answered)]
-        opening, late = by_opening(declined, *firsts)
+        opening, late = by_opening(self.harmful.only(Label.REFUSAL, Label.MORALISING), *firsts)
         if len(opening) < _FEWEST:
             opening, late = refused, self.harmful.only(Label.MORALISING)
         # Where it refuses harmless prompts it may open in other ways.
