@@ -129,7 +129,7 @@ def show_selection(selection: Selection) -> None:
     _show(f"Candidates; the pick: {selection.rule}", columns, rows, n_left=2)
     say(
         "Refusal and damage (KL in nats, along the model's own answers): on the prompts of the search. The counts: "
-        "generated, on others.",
+        "generated, on others; matches are told by words alone where these tell of enough.",
         *(f"Note: {note}" for note in selection.notes),
     )
 
