@@ -29,6 +29,8 @@ from remove_refusals.measure.scores import (
     TaskScore,
     Thinking,
     read_rows,
+    table,
+    table_key,
 )
 from remove_refusals.measure.statistics import (
     JudgeAccuracy,
@@ -45,7 +47,6 @@ from remove_refusals.models.chat_template import render
 from remove_refusals.models.generate import generate
 from remove_refusals.models.load import LoadedModel
 from remove_refusals.progress import Progress
-from remove_refusals.report.words import table, table_key
 from remove_refusals.settings import ChatFormat, MeasureSettings
 from remove_refusals.types import PromptSet
 

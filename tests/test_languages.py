@@ -16,10 +16,10 @@ from remove_refusals.measure.judges import Judgement, Label
 from remove_refusals.measure.judges.calibration import LabelledAnswer, LabelledAnswers, calibrate, make_judge
 from remove_refusals.measure.judges.languages import language_of, refuses_in
 from remove_refusals.measure.judges.phrases import PhraseJudge, judge_phrases
+from remove_refusals.measure.scores import table
 from remove_refusals.measure.side_by_side import side_by_side
 from remove_refusals.models import LoadedModel
 from remove_refusals.prompts import check_disjoint, embedded_prompts
-from remove_refusals.report.words import table
 from remove_refusals.settings import Language, MeasureSettings
 from remove_refusals.types import PromptSet
 

@@ -22,11 +22,11 @@ from remove_refusals.measure import EvaluationPrompts, evaluate, make_judge
 from remove_refusals.measure.answers import measuring_prompts
 from remove_refusals.measure.judges import Judgement, Label
 from remove_refusals.measure.judges.grader import GradingJudge
+from remove_refusals.measure.scores import table
 from remove_refusals.models import LoadedModel
 from remove_refusals.pipeline import _located
 from remove_refusals.prompts import prompts_from
 from remove_refusals.report.sections import rate_name
-from remove_refusals.report.words import table
 from remove_refusals.settings import MeasureSettings, PromptSource, RunSettings
 from remove_refusals.types import PromptSet
 

@@ -15,10 +15,10 @@ from rich.table import Table
 from remove_refusals.cli.command import StageLog, current, write_log
 from remove_refusals.directions import EditPlan
 from remove_refusals.examination import Inspection
-from remove_refusals.measure import JUDGED, Calibration, Damage, Evaluation, SideBySide, Verdict
+from remove_refusals.measure import JUDGED, Calibration, Damage, Evaluation, SideBySide, Verdict, table, table_key
 from remove_refusals.modelmap import ModelMap
 from remove_refusals.progress import Cost, Progress
-from remove_refusals.report import Certificate, table, table_key
+from remove_refusals.report import Certificate
 from remove_refusals.search import Selection
 
 _MOST_ROWS = 12

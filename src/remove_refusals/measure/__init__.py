@@ -21,6 +21,8 @@ from remove_refusals.measure.scores import (
     Response,
     Which,
     read_rows,
+    table,
+    table_key,
 )
 from remove_refusals.measure.side_by_side import Damage, SideBySide, side_by_side
 from remove_refusals.measure.statistics import Estimate, Mean, Rate, TokenMean, Verdict, mean_with_interval, wilson_rate
@@ -60,6 +62,8 @@ __all__ = [
     "measuring_prompts",
     "read_rows",
     "side_by_side",
+    "table",
+    "table_key",
     "warnings",
     "wilson_rate",
 ]

@@ -20,7 +20,6 @@ from remove_refusals.report.records import (
     SelectionSummary,
     WriterCertificate,
 )
-from remove_refusals.report.words import table, table_key
 
 __all__ = [
     "AblationRecord",
@@ -42,7 +41,5 @@ __all__ = [
     "adapter_card",
     "model_card",
     "push",
-    "table",
-    "table_key",
     "write_html_report",
 ]

@@ -12,11 +12,10 @@ from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defin
 
 from remove_refusals.errors import HubError
 from remove_refusals.files import Record
-from remove_refusals.measure import Evaluation
+from remove_refusals.measure import Evaluation, table, table_key
 from remove_refusals.models import CARD, CARRIED_FIELDS, HTTPError, licence_fields, model_source
 from remove_refusals.report.records import AblationRecord, Certificate, DirectionRecord
 from remove_refusals.report.sections import expert_strengths
-from remove_refusals.report.words import table, table_key
 
 _HIDDEN = (".*", "*/.*")
 

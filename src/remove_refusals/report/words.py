@@ -2,10 +2,8 @@
 
 import math
 import re
-from typing import get_args
 
-from remove_refusals.measure import Distance, Estimate, Evaluation, PairedRate, Which
-from remove_refusals.settings import expects_refusals
+from remove_refusals.measure import Estimate
 from remove_refusals.types import Auroc, Contribution
 
 _WIDE_ENDS = "\u3002\uff01\uff1f"
@@ -75,70 +73,3 @@ def first_sentence(text: str) -> tuple[str, int]:
     found = _SENTENCE.match(line)
     sentence = (found[0] if found else line)[:_CUT_AFTER]
     return sentence, len(whole) - len(sentence)
-
-
-def table(evaluation: Evaluation) -> tuple[tuple[str, str, str, str], ...]:
-    """Give rows of text, which `table_key` explains: what was measured, base, edited, and how the two compare."""
-    rows: list[tuple[str, str, str, str]] = []
-    for kind in ("refusals", "moralising", "degenerate"):
-        for name, scores in evaluation.sets.items():
-            false = "false " if kind == "refusals" and not expects_refusals(name) else ""
-            if (rates := getattr(scores, kind)) is not None:
-                rows.append((f"{false}{kind}, {name}".capitalize(), *_paired(rates)))
-    for name, scores in evaluation.sets.items():
-        if scores.deflections is not None:
-            rows.append((f"Deflected, {name}", *_paired(scores.deflections)))
-        unfinished = {model: thinking.unfinished for model, thinking in (scores.thinking or {}).items()}
-        counted = {"Match": scores.match, "Not judged": scores.unjudged, "Unfinished thinking": unfinished}
-        for title, found in counted.items():
-            if found:
-                base, edited = (str(found.get(model, "")) for model in get_args(Which))
-                rows.append((f"{title}, {name}", base, edited, ""))
-    for name, distance in _distances(evaluation):
-        rows.append((f"First-token KL, {name}", "", str(distance.first_token), ""))
-        rows.append((f"KL, {evaluation.settings.kl_tokens} tokens, {name}", "", str(distance.mean), ""))
-        if distance.p95 is not None:
-            rows.append((f"KL, 95th percentile, {name}", "", str(distance.p95), ""))
-    if (perplexity := evaluation.perplexity) is not None:
-        ratio = f"{perplexity.edited.value / perplexity.base.value:.2f} times"
-        rows.append(("Perplexity", f"{perplexity.base.value:.3g}", f"{perplexity.edited.value:.3g}", ratio))
-    for task in evaluation.tasks or ():
-        verdict = "" if task.difference.decided else ", undecided"
-        paired = f"{task.difference.value:+.2g} [{task.difference.low:+.2g}, {task.difference.high:+.2g}]{verdict}"
-        rows.append((f"{task.task}, {task.metric}", f"{task.base.value:.3g}", f"{task.edited.value:.3g}", paired))
-    if evaluation.agreement is not None:
-        rows.append(("Identical answers, answered", "", str(evaluation.agreement.identical), ""))
-    return tuple(rows)
-
-
-def table_key(evaluation: Evaluation) -> str:
-    """Explain the rows of `table` in a few sentences."""
-    numbers = [f"{name} {distance.first_token.n}" for name, distance in _distances(evaluation)]
-    unsettled = [name for name, scores in evaluation.sets.items() if scores.by_length and not scores.by_length.stable]
-    rates = [scores.moralising for scores in evaluation.sets.values() if scores.moralising is not None]
-    lectures = any(rate.base.count or rate.edited.count for rate in rates)
-    added = " A moralising answer only lectures: it answers no more than a refusal does." if lectures else ""
-    has_match = any(scores.match for scores in evaluation.sets.values())
-    match = " Match: of the answers, those that can be told from the answers to 8 other prompts." if has_match else ""
-    late = f" Refusals to {' and '.join(unsettled)} prompts still change with the answers' length." if unsettled else ""
-    return (
-        "Rates: count/n with a 95% Wilson interval; p: exact McNemar, corrected for all comparisons here (Holm 1979). "
-        "KL: base from edited, in nats, along the base "
-        f"model's own answers, over all harmless prompts and over those that it answered (n: {', '.join(numbers)}); "
-        f"perplexity: of those answers.{match}{added}{late}"
-    )
-
-
-def _distances(evaluation: Evaluation) -> list[tuple[str, Distance]]:
-    kl = evaluation.kl
-    parts = () if kl is None else (("harmless", kl.harmless), ("answered", kl.harmless_answered))
-    return [(name, part) for name, part in parts if part is not None]
-
-
-def _paired(rates: PairedRate) -> tuple[str, str, str]:
-    p_value = rates.mcnemar.p_value if rates.adjusted_p is None else rates.adjusted_p
-    said = f"{rates.verdict}, {p_value:.1g}"
-    cells = {"base": str(rates.base), "edited": str(rates.edited)}
-    for model, corrected in (rates.corrected or {}).items():
-        cells[model] += f", corrected {corrected}"
-    return cells["base"], cells["edited"], said
