@@ -137,3 +137,17 @@ class TestCosts:
         costs = {name: Cost(one, one, 2_500_000_000) for name, one in zip("ab", seconds, strict=True)}
         assert costs_in_words(costs) == words
         assert "memory and 8.0 GB of GPU memory:" in costs_in_words({"a": Cost(1, 1, 10**9, 8 * 10**9)})
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [({}, "0"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "")]
+)
+def test_threads_do_not_wait_by_spinning_unless_that_is_asked_for(given: dict[str, str], expected: str) -> None:
+    script = (
+        "import atexit, os; from remove_refusals.cli import main; "
+        "atexit.register(lambda: print('spins', os.environ.get('GOMP_SPINCOUNT', ''))); main()"
+    )
+    inherited = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    call = [sys.executable, "-c", script, "--help"]
+    found = subprocess.run(call, env=inherited | given, capture_output=True, text=True, check=True)
+    assert found.stdout.rstrip().endswith(f"spins {expected}".rstrip())
