@@ -5,20 +5,28 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
+import subprocess
+import sys
+import urllib.request
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import Command
+from remove_refusals.cli.talk import free_port
 from remove_refusals.cli.web import Controls, Page, Source, command_line, front_drawing, strip
 from remove_refusals.directions.activations import collect_activations, project_tokens, token_states
-from remove_refusals.directions.direction import mean_difference
+from remove_refusals.directions.direction import direction_from_vectors, mean_difference
 from remove_refusals.directions.hooks import ablated
 from remove_refusals.directions.intervention import intervene, middle_direction
+from remove_refusals.directions.saved import save_direction
 from remove_refusals.modelmap.derive import map_model
 from remove_refusals.modelmap.types import ModelMap
 from remove_refusals.models.chat_template import render
@@ -160,9 +168,44 @@ def served(page: Page) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    blocks = web_page.serve(page, port=port, wait=False)
+    blocks = web_page.serve(page, port=port)
     yield f"http://127.0.0.1:{port}/"
     blocks.close()
+
+
+def test_the_address_is_said_once_the_page_is_up_and_ctrl_c_ends_it(tmp_path: Path, loaded: LoadedModel) -> None:
+    pytest.importorskip("gradio")
+    vector = torch.ones(loaded.model.config.hidden_size)
+    save_direction(direction_from_vectors(vector), tmp_path / "d.safetensors")
+    words = [sys.executable, "-m", "remove_refusals", "ui", "demo", "--direction", str(tmp_path / "d.safetensors")]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        said = process.stdout.readline()
+        found = re.fullmatch(r"Serving on (http://127\.0\.0\.1:\d+/); Ctrl-C ends it\.\n", said)
+        assert found is not None, (said, process.communicate())
+        with urllib.request.urlopen(found[1]) as response:
+            assert response.status == 200
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=120) == ("Stopped serving.\n", "")
+        assert process.returncode == 0
+
+
+def test_a_port_that_is_taken_is_said_before_anything_is_read(command: Command) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        found = command("ui", "no-such-model", "--direction", "no-such-file", "--port", port)
+    assert found.code == 2 and found.out == ""
+    assert f"127.0.0.1:{port} (Address already in use), expected" in found.err
+
+
+def test_the_first_port_that_is_free_is_taken() -> None:
+    with socket.socket() as taken:
+        port = free_port("127.0.0.1", None)
+        taken.bind(("127.0.0.1", port))
+        taken.listen()
+        assert free_port("127.0.0.1", None) > port
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")

@@ -1,6 +1,8 @@
 """Commands that let a model answer, and the talk in the terminal: as it is, with the direction taken out, or both."""
 
 import contextlib
+import errno
+import socket
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, get_args
 from typer import Option
 
 from remove_refusals.cli.command import DirectionFile, Force, ModelArgument, takes, to
-from remove_refusals.errors import DirectionError, RemoveRefusalsError
+from remove_refusals.errors import ConfigurationError, DirectionError, ModelError, RemoveRefusalsError, require_package
 
 if TYPE_CHECKING:
     from remove_refusals.models import LoadedModel
@@ -223,6 +225,9 @@ def ui(
     port: Annotated[int | None, Option(min=1, max=65535, help="The port; the first free one from 7860 on.")] = None,
 ) -> None:
     """A web page with both answers side by side, and how far each token lies along the direction."""
+    port = free_port(host, port)
+    require_package("gradio", "ui", "the command ui", ModelError)
+
     from remove_refusals.cli import printing, web
     from remove_refusals.models import load_model
     from remove_refusals.report import SelectionRecord
@@ -241,8 +246,41 @@ def ui(
         None if found is None else found.candidates[found.picked].name,
         settings.measure.max_new_tokens,
     )
-    printing.say(f"Serving on http://{host}:{port or 'the first free port from 7860 on'}; Ctrl-C ends it.")
-    web.serve(page, host=host, port=port)
+    blocks = web.serve(page, host=host, port=port)
+    others = " and on this machine's other addresses" if host in ("0.0.0.0", "::") else ""
+    printing.finish({}, f"Serving on {blocks.local_url}{others}; Ctrl-C ends it.")
+    try:
+        blocks.server.thread.join()
+    except KeyboardInterrupt:
+        printing.say("Stopped serving.")
+    finally:
+        blocks.close(verbose=False)
+
+
+_PORTS = range(7860, 7960)
+
+
+def free_port(host: str, port: int | None) -> int:
+    """Find a port that can be listened on, by default the first from 7860 on; nothing is loaded for that."""
+    for number in _PORTS if port is None else (port,):
+        try:
+            # Gradio wants the port of this machine's own address too.
+            for name in dict.fromkeys((host, "127.0.0.1")):
+                family, kind, protocol, _, address = socket.getaddrinfo(name, number, type=socket.SOCK_STREAM)[0]
+                with socket.socket(family, kind, protocol) as tried:
+                    tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    tried.bind(address)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE and port is None:
+                continue
+            raise ConfigurationError(
+                f"The page cannot be served on {host}:{number} ({error.strerror}), expected an address of this machine "
+                "and a port that is free; pass another --port or --host, or leave both out."
+            ) from error
+        return number
+    raise ConfigurationError(
+        f"The ports {_PORTS[0]} to {_PORTS[-1]} are all taken, expected one that is free; pass another --port."
+    )
 
 
 def _given(direction: Path | None, run: Path | None, candidate: str | None) -> "tuple[Direction, ...] | Intervention":

@@ -204,23 +204,29 @@ def _ask(
         yield "", *found
 
 
-def serve(page: Page, *, host: str = LOOPBACK, port: int | None = None, wait: bool = True) -> Any:
-    """Serve the page until Ctrl-C, to this machine alone by default, on the first free port from 7860 on."""
+def serve(page: Page, *, host: str = LOOPBACK, port: int | None = None) -> Any:
+    """Serve the page beside what goes on, to this machine alone by default, on the first free port from 7860 on."""
     blocks = build_page(page)
     import gradio
 
     # Fonts by name: those of Gradio's own themes would be asked of a server far away.
     theme = gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     private: dict[str, Any] = {"share": False, "enable_monitoring": False, "ssr_mode": False, "footer_links": []}
-    blocks.queue().launch(
-        server_name=host,
-        server_port=port,
-        quiet=True,
-        prevent_thread_lock=not wait,
-        theme=theme,
-        css=_data("web.css"),
-        **private,
-    )
+    try:
+        blocks.queue().launch(
+            server_name=host,
+            server_port=port,
+            quiet=True,
+            prevent_thread_lock=True,
+            theme=theme,
+            css=_data("web.css"),
+            **private,
+        )
+    except OSError as error:
+        raise ModelError(
+            f"The page did not start on {host}:{port} within seconds, expected a free port and a machine with time for "
+            "it; try again, or pass another --port."
+        ) from error
     return blocks
 
 
