@@ -6,14 +6,16 @@ What a model's map consists of is in `modelmap/types.py`; an edit plan is in `di
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 from pydantic import AliasChoices, Field, PlainSerializer
 
 from remove_refusals.errors import DirectionError
 from remove_refusals.files import Record
 from remove_refusals.settings import SiteKind, Tied
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class PromptSet:
 class Activations:
     """Hidden states of the residual stream at chosen token positions."""
 
-    hidden: torch.Tensor
+    hidden: "torch.Tensor"
     """`[n_prompts, n_positions, n_layers + 1, d_model]`, float32, on the CPU. Index `i` of the third axis is the stream
     before layer `i`, and the last one that behind the last layer that was looked at, before any final norm."""
     positions: tuple[int, ...]
@@ -91,10 +93,12 @@ class DirectionOrigin(Record):
 class Direction:
     """A checked orthonormal basis, `[d_model, k]` in float32 on the CPU, of the subspace to be taken out."""
 
-    basis: torch.Tensor
+    basis: "torch.Tensor"
     origin: DirectionOrigin
 
     def __post_init__(self) -> None:
+        import torch
+
         basis = self.basis
         if basis.dim() != 2 or basis.dtype != torch.float32 or not 0 < basis.shape[1] <= basis.shape[0]:
             raise DirectionError(

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -13,13 +13,15 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from remove_refusals.cli.command import StageLog, current, write_log
-from remove_refusals.directions import EditPlan
-from remove_refusals.examination import Inspection
-from remove_refusals.measure import JUDGED, Calibration, Damage, Evaluation, SideBySide, Verdict, table, table_key
-from remove_refusals.modelmap import ModelMap
 from remove_refusals.progress import Cost, Progress
-from remove_refusals.report import Certificate
-from remove_refusals.search import Selection
+
+if TYPE_CHECKING:
+    from remove_refusals.directions import EditPlan
+    from remove_refusals.examination import Inspection
+    from remove_refusals.measure import Calibration, Damage, Evaluation, SideBySide
+    from remove_refusals.modelmap import ModelMap
+    from remove_refusals.report import Certificate
+    from remove_refusals.search import Selection
 
 _MOST_ROWS = 12
 """With more candidates than this, only the front and what was confirmed are shown."""
@@ -95,7 +97,7 @@ def transfers() -> Iterator[None]:
             enable_progress_bars()
 
 
-def show_plan(plan: EditPlan, model_map: ModelMap) -> None:
+def show_plan(plan: "EditPlan", model_map: "ModelMap") -> None:
     """Say how many tensors were edited at which kinds of site, and what was left."""
     counts: dict[str, int] = {}
     for entry in plan.entries:
@@ -105,14 +107,14 @@ def show_plan(plan: EditPlan, model_map: ModelMap) -> None:
     show_tied(plan)
 
 
-def show_tied(plan: EditPlan) -> None:
+def show_tied(plan: "EditPlan") -> None:
     """Say what became of an embedding that is also the unembedding, if it was edited."""
     if plan.tied is not None:
         how = "it was untied first, so the unembedding is unchanged" if plan.untie else "both are one tensor still"
         say(f"The embedding is tied to the unembedding: {how} (--tied {plan.tied.asked}; {plan.tied.why}).")
 
 
-def show_selection(selection: Selection) -> None:
+def show_selection(selection: "Selection") -> None:
     """Print every candidate of a search with its scores, and the pick."""
     rows = []
     for number, candidate in enumerate(selection.candidates):
@@ -134,8 +136,10 @@ def show_selection(selection: Selection) -> None:
     )
 
 
-def show_evaluation(evaluation: Evaluation, notes: tuple[str, ...]) -> None:
+def show_evaluation(evaluation: "Evaluation", notes: tuple[str, ...]) -> None:
     """Print the scores of base and edited model side by side, and what should be said of them."""
+    from remove_refusals.measure import table, table_key
+
     columns = ("", "base", "edited", "verdict, p")
     _show("Base and edited model on the same prompts", columns, table(evaluation))
     say(table_key(evaluation))
@@ -160,8 +164,10 @@ def _duration(seconds: float) -> str:
     return hours if minutes >= 60 else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def show_calibration(calibration: Calibration, usage: object | None) -> None:
+def show_calibration(calibration: "Calibration", usage: object | None) -> None:
     """Print what a judge says of answers with known labels, how often it is right, and what asking it has cost."""
+    from remove_refusals.measure import JUDGED
+
     counted = [
         (str(true), *(str(row[label]) for label in JUDGED))
         for true, row in calibration.confusion.items()
@@ -195,7 +201,7 @@ def finish(data: object, last: str | None = None, show: Callable[[], None] | Non
         say(last)
 
 
-def show_map(found: Inspection) -> None:
+def show_map(found: "Inspection") -> None:
     """Print a model's map as a table, with its verdict and what would be left."""
     rows = []
     for row in found.writers:
@@ -218,7 +224,7 @@ def show_map(found: Inspection) -> None:
         say(f"Left, since the model has no place for them: {first}{f' and {more} more tensors' if more > 0 else ''}.")
 
 
-def show_certificate(certificate: Certificate) -> None:
+def show_certificate(certificate: "Certificate") -> None:
     """Print what was measured on the saved files."""
     say(*(f"Failed: {problem}" for problem in certificate.problems))
     worst = certificate.worst
@@ -233,8 +239,10 @@ def show_certificate(certificate: Certificate) -> None:
     say("Certificate passed." if certificate.passed else "Certificate failed.")
 
 
-def show_side_by_side(found: SideBySide) -> None:
+def show_side_by_side(found: "SideBySide") -> None:
     """Print a column for each model, and the differences that the data support."""
+    from remove_refusals.measure import Verdict
+
     rows = [
         [f"{row.label}, {row.set}".capitalize(), *(str(row.models[one]) for one in found.models)] for row in found.rates
     ]
@@ -255,7 +263,7 @@ def show_side_by_side(found: SideBySide) -> None:
     )
 
 
-def _damage(damage: Damage) -> dict[str, str]:
+def _damage(damage: "Damage") -> dict[str, str]:
     """Give what is shown of the damage, by its title."""
     found: dict[str, object] = {}
     if damage.kl is not None and damage.kl.harmless_answered is not None:

@@ -1,31 +1,52 @@
 """The room measure."""
 
-from remove_refusals.measure.answers import (
-    Answered,
-    EvaluationPrompts,
-    distances_along,
-    kept_answers,
-    labelled,
-    measuring_prompts,
-)
-from remove_refusals.measure.evaluate import evaluate, warnings
-from remove_refusals.measure.judges import JUDGED, Label
-from remove_refusals.measure.judges.calibration import Calibration, calibrate, load_answers, make_judge, measuring_judge
-from remove_refusals.measure.judges.phrases import PhraseJudge
-from remove_refusals.measure.match import POOR_MATCH, answer_match, is_poor_match
-from remove_refusals.measure.scores import (
-    Distance,
-    Evaluation,
-    PairedRate,
-    RefusalsByLength,
-    Response,
-    Which,
-    read_rows,
-    table,
-    table_key,
-)
-from remove_refusals.measure.side_by_side import Damage, SideBySide, side_by_side
-from remove_refusals.measure.statistics import Estimate, Mean, Rate, TokenMean, Verdict, mean_with_interval, wilson_rate
+from typing import TYPE_CHECKING
+
+from remove_refusals import lazy_face
+
+if TYPE_CHECKING:
+    from remove_refusals.measure.answers import (
+        Answered,
+        EvaluationPrompts,
+        distances_along,
+        kept_answers,
+        labelled,
+        measuring_prompts,
+    )
+    from remove_refusals.measure.evaluate import evaluate, warnings
+    from remove_refusals.measure.judges import JUDGED, Label
+    from remove_refusals.measure.judges.calibration import (
+        Calibration,
+        calibrate,
+        load_answers,
+        make_judge,
+        measuring_judge,
+    )
+    from remove_refusals.measure.judges.phrases import PhraseJudge
+    from remove_refusals.measure.match import answer_match
+    from remove_refusals.measure.scores import (
+        Distance,
+        Evaluation,
+        PairedRate,
+        RefusalsByLength,
+        Response,
+        Which,
+        read_rows,
+        table,
+        table_key,
+    )
+    from remove_refusals.measure.side_by_side import Damage, SideBySide, side_by_side
+    from remove_refusals.measure.statistics import (
+        POOR_MATCH,
+        Estimate,
+        Mean,
+        Rate,
+        TokenMean,
+        Verdict,
+        is_poor_match,
+        mean_with_interval,
+        wilson_rate,
+    )
 
 __all__ = [
     "JUDGED",
@@ -67,3 +88,5 @@ __all__ = [
     "warnings",
     "wilson_rate",
 ]
+
+lazy_face(__name__)

@@ -20,7 +20,7 @@ from remove_refusals.measure.judges import Judge, Label
 from remove_refusals.measure.judges.calibration import Accuracies
 from remove_refusals.measure.judges.languages import has_phrases, language_of
 from remove_refusals.measure.judges.phrases import PhraseJudge
-from remove_refusals.measure.match import answer_match, is_poor_match
+from remove_refusals.measure.match import answer_match
 from remove_refusals.measure.scores import (
     Agreement,
     Distance,
@@ -41,6 +41,7 @@ from remove_refusals.measure.statistics import (
     Rate,
     common_prefix,
     holm,
+    is_poor_match,
     mcnemar,
     mean_with_interval,
     means_by_token,

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from pydantic import Field
-from scipy.stats import binomtest, bootstrap, permutation_test
 
 from remove_refusals.errors import JudgeError, NumericalError
 from remove_refusals.files import Record
@@ -26,6 +25,9 @@ _FEWEST_PAIRS = 6
 """With five pairs even an unanimous sign test has p = 0.0625: fewer than six can decide nothing."""
 _Z = 1.959963984540054
 """The 97.5% quantile of the normal distribution."""
+
+POOR_MATCH = 0.75
+"""Below this share of the base model's own match on harmless prompts a match is poor."""
 
 
 class Estimate(Record):
@@ -147,10 +149,19 @@ def wilson_rate(count: int, n: int, prompts_sha256: str) -> Rate | None:
     """Compute a rate with its Wilson score interval (Wilson 1927); None of no prompts."""
     if n == 0:
         return None
+    from scipy.stats import binomtest
+
     interval = binomtest(count, n).proportion_ci(confidence_level=0.95, method="wilson")
     # At 0 and n the bound is exact, and rounding must not put the rate outside of its interval.
     low, high = min(float(interval.low), count / n), max(float(interval.high), count / n)
     return Rate(value=count / n, low=low, high=high, n=n, count=count, prompts_sha256=prompts_sha256)
+
+
+def is_poor_match(found: Rate | None, own: Rate | None) -> bool:
+    """Tell whether answers match their prompts clearly worse than the base model's own match harmless prompts."""
+    if found is None or own is None:
+        return False
+    return found.value < POOR_MATCH * own.value and found.high < own.low
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> McNemar | None:
@@ -161,6 +172,8 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> McNemar | None:
     only_first = sum(a and not b for a, b in pairs)
     only_second = sum(b and not a for a, b in pairs)
     apart = only_first + only_second
+    from scipy.stats import binomtest
+
     p_value = float(binomtest(only_first, apart, 0.5).pvalue) if apart else 1.0
     return McNemar(only_first=only_first, only_second=only_second, p_value=p_value, n=len(pairs))
 
@@ -249,6 +262,8 @@ def paired_difference(first: Sequence[float], second: Sequence[float], *, seed: 
     if not first:
         return None
     differences = _finite(second) - _finite(first)
+    from scipy.stats import permutation_test
+
     found, p_value = _bootstrap(np.mean, differences, seed=seed), 1.0
     if len(differences) > 1:
         options: dict[str, Any] = {"permutation_type": "samples", "n_resamples": N_RESAMPLES, "batch": _BATCH}
@@ -359,6 +374,8 @@ def _finite(values: Sequence[float]) -> npt.NDArray[np.float64]:
 
 def _bootstrap(statistic: Callable[..., Any], *samples: npt.NDArray[Any], seed: int) -> dict[str, Any]:
     """Give the fields of an `Estimate` with the percentile interval over prompts; the samples belong together."""
+    from scipy.stats import bootstrap
+
     n, value = len(samples[0]), float(statistic(*samples, axis=0))
     low = high = value
     if n > 1:

@@ -1,25 +1,30 @@
 """The room report."""
 
-from remove_refusals.report.card import adapter_card, model_card, push
-from remove_refusals.report.page import write_html_report
-from remove_refusals.report.records import (
-    AblationRecord,
-    AdapterRecord,
-    AnalysisRecord,
-    BaseRecord,
-    CandidateRecord,
-    Certificate,
-    Confirmation,
-    DirectionRecord,
-    LeakRecord,
-    LookedAtDirection,
-    PlanRecord,
-    PositionRecord,
-    PromptsRecord,
-    SelectionRecord,
-    SelectionSummary,
-    WriterCertificate,
-)
+from typing import TYPE_CHECKING
+
+from remove_refusals import lazy_face
+
+if TYPE_CHECKING:
+    from remove_refusals.report.card import adapter_card, model_card, push
+    from remove_refusals.report.page import write_html_report
+    from remove_refusals.report.records import (
+        AblationRecord,
+        AdapterRecord,
+        AnalysisRecord,
+        BaseRecord,
+        CandidateRecord,
+        Certificate,
+        Confirmation,
+        DirectionRecord,
+        LeakRecord,
+        LookedAtDirection,
+        PlanRecord,
+        PositionRecord,
+        PromptsRecord,
+        SelectionRecord,
+        SelectionSummary,
+        WriterCertificate,
+    )
 
 __all__ = [
     "AblationRecord",
@@ -43,3 +48,5 @@ __all__ = [
     "push",
     "write_html_report",
 ]
+
+lazy_face(__name__)
