@@ -23,10 +23,7 @@ The types are Activations, Direction, Intervention, LoadedModel, PromptSet, RunS
 name is imported when it is first used.
 """
 
-import ast
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -93,27 +90,6 @@ __all__ = [
     "separation",
     "write_html_report",
 ]
-
-
-def lazy_face(room: str) -> None:
-    """Let a room import each name of its face when it is first used; what it imports for type checkers says whence."""
-    face = sys.modules[room]
-    found = ast.walk(ast.parse(face.__spec__.loader.get_source(room)))  # type: ignore[union-attr]
-    parts = [node for node in found if isinstance(node, ast.ImportFrom) and str(node.module).startswith(f"{room}.")]
-    home = {alias.name: str(node.module) for node in parts for alias in node.names}
-
-    class Face(ModuleType):
-        def __getattr__(self, name: str) -> Any:
-            if name not in home:
-                raise AttributeError(f"module {room!r} has no attribute {name!r}")
-            return self.__dict__.setdefault(name, getattr(import_module(home[name]), name))
-
-        def __setattr__(self, name: str, value: Any) -> None:
-            # Python puts a file that is imported into its room, where it would hide a function of the same name.
-            if name not in home or not isinstance(value, ModuleType):
-                super().__setattr__(name, value)
-
-    face.__class__ = Face
 
 
 def __getattr__(name: str) -> Any:

@@ -4,7 +4,10 @@ Every message is one sentence: what was found (with its name and value), what wa
 The command turns any of these into that sentence on standard error and `exit_code`, without a traceback.
 """
 
+import ast
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 
@@ -82,3 +85,24 @@ def require_package(
         wanted = ".".join(map(str, at_least))
         raise error(f"The package {package} is of version {module.__version__}, at least {wanted} {remedy}")
     return module
+
+
+def lazy_face(room: str) -> None:
+    """Let a room import each name of its face when it is first used; what it imports for type checkers says whence."""
+    face = sys.modules[room]
+    found = ast.walk(ast.parse(face.__spec__.loader.get_source(room)))  # type: ignore[union-attr]
+    parts = [node for node in found if isinstance(node, ast.ImportFrom) and str(node.module).startswith(f"{room}.")]
+    home = {alias.name: str(node.module) for node in parts for alias in node.names}
+
+    class Face(ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            if name not in home:
+                raise AttributeError(f"module {room!r} has no attribute {name!r}")
+            return self.__dict__.setdefault(name, getattr(import_module(home[name]), name))
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            # Python puts a file that is imported into its room, where it would hide a function of the same name.
+            if name not in home or not isinstance(value, ModuleType):
+                super().__setattr__(name, value)
+
+    face.__class__ = Face

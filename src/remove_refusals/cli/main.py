@@ -103,8 +103,8 @@ def main() -> None:
     gc.set_threshold(50_000, 20, 20)
     # Transformers remarks on each kernel that is not installed, which says nothing of the job.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # OpenMP's threads wait for each other by spinning: with other work on the machine a run took 15 times as long. GNU's
-    # library reads this when torch loads it.
+    # OpenMP's threads wait for each other by spinning: with other work on the machine a run took 15 times as long.
+    # GNU's library reads this when torch loads it.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "0")
     app()

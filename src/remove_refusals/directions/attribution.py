@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from scipy.stats import ttest_1samp, ttest_ind
 
 from remove_refusals.directions.activations import ExpertsTap, Tap, collect_at, run_decoder
 from remove_refusals.formula import pull_back
@@ -92,6 +91,8 @@ def _difference(harmful: torch.Tensor, harmless: torch.Tensor) -> tuple[float, f
     low = high = value = float(harmful.mean() - harmless.mean())
     # Where it is the same number in every prompt, there is nothing that an interval could be of.
     if float(harmful.std()) + float(harmless.std()) >= 1e-6 * (float(harmful.abs().max()) + 1e-30):
+        from scipy.stats import ttest_ind
+
         interval = ttest_ind(harmful.numpy(), harmless.numpy(), equal_var=False).confidence_interval()
         low, high = float(interval.low), float(interval.high)
     return value, low, high
@@ -263,6 +264,8 @@ def _with_donors(lengths: Sequence[int], d_model: int, module: torch.nn.Module, 
 def _mean(values: torch.Tensor) -> Share:
     low = high = value = float(values.mean())
     if float(values.std()) >= 1e-9:
+        from scipy.stats import ttest_1samp
+
         interval = ttest_1samp(values.numpy(), 0.0).confidence_interval()
         low, high = float(interval.low), float(interval.high)
     return Share(value=value, low=low, high=high)

@@ -5,8 +5,6 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.optimize import brentq
-from scipy.stats import norm, rankdata
 
 from remove_refusals.directions.activations import collect_both
 from remove_refusals.directions.direction import difference_of_means, hidden_at, largest_coordinate_share
@@ -136,6 +134,8 @@ def _cosines(differences: Sequence[torch.Tensor], same: Sequence[bool]) -> tuple
 
 def auroc(positive: Sequence[float] | Array, negative: Sequence[float] | Array) -> float:
     """Compute by ranks (Mann and Whitney 1947) how often positive scores are above negative ones, ties counted half."""
+    from scipy.stats import rankdata
+
     m, n = len(positive), len(negative)
     ranks = rankdata(np.concatenate([positive, negative]))
     return float((ranks[:m].sum() - m * (m + 1) / 2) / (m * n))
@@ -147,6 +147,9 @@ def auroc_interval(value: float, sizes: Sequence[tuple[int, int]]) -> tuple[floa
     The variance is that of Hanley and McNeil (1982) with both sizes' excess replaced by their mean. `value` is the mean
     over independent groups, weighed by their pairs; `sizes` are their numbers of positive and negative scores.
     """
+    from scipy.optimize import brentq
+    from scipy.stats import norm
+
     pairs = sum(m * n for m, n in sizes)
     square = float(norm.ppf(0.975)) ** 2
 

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from remove_refusals import lazy_face
+from remove_refusals.errors import lazy_face
 
 if TYPE_CHECKING:
     from remove_refusals.measure.answers import (
