@@ -1,9 +1,12 @@
 """A journal keeps what is done: under the same inputs it is found again, and a killed search goes on."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -125,6 +128,41 @@ def test_a_killed_search_goes_on_with_the_stage_that_it_died_in(
         assert (one.basis == other.basis).all()
     names = [json.loads(line)["name"] for line in (tmp_path / STAGES).read_text().splitlines()]
     assert len(names) == len(set(names)) > done
+
+
+@pytest.mark.parametrize(
+    ("at", "note"), [(3, "Descent 1 goes on at step 4 of 8."), (10, "Descent 2 goes on at step 3 of 4.")]
+)
+def test_a_killed_descent_goes_on_at_its_step(
+    loaded: LoadedModel, prompts: SearchPrompts, undisturbed: Selection, tmp_path: Path, at: int, note: str
+) -> None:
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)
+        answers = MeasureSettings(max_new_tokens=24)
+
+        def die(stage: str, done: int, total: int) -> None:
+            if (stage, done) == ("descent", at):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        select(loaded, prompts, SETTINGS, answers, journal=Journal(tmp_path), progress=Progress(die))
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert len(list(tmp_path.glob("*.unfinished"))) == 1
+    steps: list[int] = []
+    notes: list[str] = []
+
+    def report(stage: str, done: int, total: int) -> None:
+        steps.extend([done] if stage == "descent" else [])
+
+    answers = MeasureSettings(max_new_tokens=24)
+    told = Progress(report, notes.append)
+    found = select(loaded, prompts, SETTINGS, answers, journal=Journal(tmp_path), progress=told)
+    assert (steps[0], notes) == (at + 1, [note])
+    assert found.record() == undisturbed.record()
+    for one, other in zip(found.intervention.directions, undisturbed.intervention.directions, strict=True):
+        assert (one.basis == other.basis).all()
+    assert not list(tmp_path.glob("*.unfinished"))
 
 
 def test_a_finished_search_runs_nothing_again(loaded: LoadedModel, prompts: SearchPrompts, tmp_path: Path) -> None:

@@ -453,9 +453,14 @@ class Journal:
     directory nothing is kept.
     """
 
-    def __init__(self, directory: Path | None = None, context: str = "") -> None:
-        """Open the journal in a directory, which is made with the first result; None keeps nothing."""
-        self.directory, self.context = directory, context
+    def __init__(
+        self, directory: Path | None = None, context: str = "", on_found: Callable[[str], None] | None = None
+    ) -> None:
+        """Open the journal in a directory, which is made with the first result; None keeps nothing.
+
+        `on_found` is told the name of each result that need not be computed again.
+        """
+        self.directory, self.context, self._on_found = directory, context, on_found
         self._log = None if directory is None else Log(directory / STAGES)
         try:
             self._kept = {entry["key"]: entry["value"] for entry in (self._log.entries if self._log else ())}
@@ -490,12 +495,21 @@ class Journal:
         """
         if self._log is None:
             return compute()
-        content = json.dumps([self.context, name, inputs], ensure_ascii=False)
-        key = hashlib.sha256(content.encode()).hexdigest()
+        key = self._key(name, inputs)
         if key in self._kept:
+            if self._on_found is not None:
+                self._on_found(name)
             return unpack(self._kept[key])
         found = compute()
         value = pack(found)
         self._log.append({"key": key, "name": name, "value": value})
         self._kept[key] = value
         return found
+
+    def unfinished(self, name: str, inputs: object) -> Path | None:
+        """Give a file for what is done so far of a result that takes long; None where nothing is kept."""
+        return None if self.directory is None else self.directory / f"{self._key(name, inputs)[:16]}.unfinished"
+
+    def _key(self, name: str, inputs: object) -> str:
+        content = json.dumps([self.context, name, inputs], ensure_ascii=False)
+        return hashlib.sha256(content.encode()).hexdigest()

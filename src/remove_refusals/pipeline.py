@@ -128,7 +128,8 @@ def run(
     progress = replace(progress, meter=meter)
     with atomic_directory(target, force=force) as directory:
         try:
-            result = _run_into(directory, target.name, settings, direction_file, Journal(journal), progress)
+            kept = Journal(journal, on_found=lambda name: progress.note(f"Done before, and kept: {name}."))
+            result = _run_into(directory, target.name, settings, direction_file, kept, progress)
         except RemoveRefusalsError:
             # It would end in the same way again.
             shutil.rmtree(journal, ignore_errors=True)

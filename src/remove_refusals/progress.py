@@ -63,6 +63,7 @@ class Progress:
     """
 
     on_progress: OnProgress | None = None
+    on_note: Callable[[str], None] | None = None
     name: str = ""
     total: int = 0
     before: int = 0
@@ -81,6 +82,11 @@ class Progress:
     def after(self, n_done: int) -> "Progress":
         """Give the progress of a part of the stage that begins when so many further steps are done."""
         return replace(self, before=self.before + n_done)
+
+    def note(self, text: str) -> None:
+        """Tell something that whoever waits should know, in a sentence."""
+        if self.on_note is not None:
+            self.on_note(text)
 
     def done(self, n_done: int) -> None:
         """Tell that so many steps of this part are done."""

@@ -7,11 +7,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
+from pathlib import Path
 
 import torch
 
 from remove_refusals.directions import SiteKey, Steer, direction_from_vectors, steered
-from remove_refusals.files import Journal, Record
+from remove_refusals.files import Journal, Record, atomic_file
 from remove_refusals.measure import labelled
 from remove_refusals.modelmap import map_model
 from remove_refusals.models import Answer, LoadedModel, generate, render
@@ -113,13 +115,12 @@ def descend(
     lengths = [settings.n_steps] + [settings.n_more_steps] * (len(settings.targets) - 1)
     progress = progress.stage("descent", sum(lengths))
     for number, target in enumerate(settings.targets):
-        found = journal.remember(
-            f"descent {number + 1}",
-            inputs,
-            partial(_go_down, steering, material, settings, number, token_ids, progress.after(sum(lengths[:number]))),
-            Reached.to_json,
-            Reached.model_validate,
-        )
+        name, told = f"descent {number + 1}", progress.after(sum(lengths[:number]))
+        file = journal.unfinished(name, inputs)
+        compute = partial(_go_down, steering, material, settings, number, token_ids, file, told)
+        found = journal.remember(name, inputs, compute, Reached.to_json, Reached.model_validate)
+        if file is not None:
+            file.unlink(missing_ok=True)
         strengths, vectors = torch.tensor(found.strengths), torch.tensor(found.directions)
         device = material.loaded.device
         steering = replace(steering, strengths=strengths.to(device), directions=vectors.to(device), weight=found.weight)
@@ -143,55 +144,99 @@ def _orders(material: Material, seed: int) -> Iterator[tuple[int, int]]:
     return zip(endless(len(material.refusal_probes)), endless(len(material.damage_probes)), strict=False)
 
 
+class _Descent:
+    """Adam on strengths and directions, the rate falling to a tenth along the second half; it can be kept half-way.
+
+    Of the strengths and directions the mean over the last quarter is what it gives: a batch is a few prompts only.
+    """
+
+    def __init__(self, steering: Steering, settings: GradientSettings, n_steps: int) -> None:
+        self.n_steps, self._n_averaged, self._most = n_steps, max(1, n_steps // 4), settings.most
+        strengths, directions = steering.strengths.clone().requires_grad_(), steering.directions.clone()
+        groups = [{"params": [strengths], "lr": settings.rate}]
+        if settings.direction_rate > 0:
+            each = settings.direction_rate / directions.shape[1] ** 0.5
+            groups.append({"params": [directions.requires_grad_()], "lr": each})
+        self.optimizer = torch.optim.Adam(groups, betas=(0.8, 0.95))
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: min(1.0, 2.0 - 1.9 * (step + 1) / n_steps)
+        )
+        self.now = replace(steering, strengths=strengths, directions=directions)
+        self.step, self.weight = 0, steering.weight
+        self._means = [torch.zeros_like(strengths), torch.zeros_like(directions)]
+
+    def go(self, weight: float) -> None:
+        """Make the step that the gradients say; the next one has this weight."""
+        strengths, directions = self.now.strengths, self.now.directions
+        self.optimizer.step()
+        self._schedule.step()
+        self.weight = weight
+        with torch.no_grad():
+            strengths.clamp_(0.0, self._most)
+            directions.div_(directions.norm(dim=-1, keepdim=True))
+            if self.step >= self.n_steps - self._n_averaged:
+                pairs = zip(self._means, (strengths, directions), strict=True)
+                self._means = [mean + now / self._n_averaged for mean, now in pairs]
+        self.step += 1
+
+    def reached(self) -> Steering:
+        """Give the mean of where it was in the end."""
+        strengths, directions = self._means
+        return replace(self.now, strengths=strengths, directions=directions / directions.norm(dim=-1, keepdim=True))
+
+    def keep(self, file: Path) -> None:
+        """Write down all that the next steps depend on, over what was there."""
+        own = {"step": self.step, "weight": self.weight, "means": self._means}
+        now = [self.now.strengths.detach(), self.now.directions.detach()]
+        state = own | {"now": now, "optimizer": self.optimizer.state_dict(), "schedule": self._schedule.state_dict()}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(file, force=True) as staging:
+            torch.save(state, staging)
+
+    def go_on(self, file: Path) -> None:
+        """Go on from what was written down; the same steps follow."""
+        state = torch.load(file, map_location=self.now.strengths.device, weights_only=True)
+        self.step, self.weight, self._means = state["step"], state["weight"], state["means"]
+        with torch.no_grad():
+            for tensor, kept in zip((self.now.strengths, self.now.directions), state["now"], strict=True):
+                tensor.copy_(kept)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
+
+
 def _go_down(
     steering: Steering,
     material: Material,
     settings: GradientSettings,
     number: int,
     check: Sequence[Sequence[int]],
+    file: Path | None,
     progress: Progress,
 ) -> Reached:
-    """Go down, the rate falling to a tenth along the second half, and let the model say its first words there.
-
-    Of the strengths and directions the mean over the last quarter is kept: a batch is a few prompts only.
-    """
+    """Go down, each step kept in a file if there is one, and let the model say its first words there."""
     loaded, target = material.loaded, settings.targets[number]
-    n_steps = settings.n_more_steps if number else settings.n_steps
-    strengths, directions = steering.strengths.clone().requires_grad_(), steering.directions.clone()
-    groups = [{"params": [strengths], "lr": settings.rate}]
-    if settings.direction_rate > 0:
-        each = settings.direction_rate / directions.shape[1] ** 0.5
-        groups.append({"params": [directions.requires_grad_()], "lr": each})
-    optimizer = torch.optim.Adam(groups, betas=(0.8, 0.95))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, 2.0 - 1.9 * (step + 1) / n_steps))
-    orders = _orders(material, settings.seed + number)
-    steers = replace(steering, strengths=strengths, directions=directions).steers()
-    weight, kept = steering.weight, [torch.zeros_like(strengths), torch.zeros_like(directions)]
-    n_kept = max(1, n_steps // 4)
-    for step in range(n_steps):
-        harmful, harmless = next(orders)
-        optimizer.zero_grad()
+    descent = _Descent(steering, settings, settings.n_more_steps if number else settings.n_steps)
+    if file is not None and file.is_file():
+        descent.go_on(file)
+        progress.note(f"Descent {number + 1} goes on at step {descent.step + 1} of {descent.n_steps}.")
+    orders, steers = _orders(material, settings.seed + number), descent.now.steers()
+    for harmful, harmless in islice(orders, descent.step, descent.n_steps):
+        descent.optimizer.zero_grad()
         with frozen(loaded, gradients=True), steered(loaded.model, steers):
             refusals, damage = material.refusals(harmful), material.damages(harmless).mean()
             unlikelihood(refusals).backward()  # type: ignore[no-untyped-call]
-            (weight * damage).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        schedule.step()
+            (descent.weight * damage).backward()  # type: ignore[no-untyped-call]
         likely = float(refusals.detach().mean())
-        followed = weight * math.exp(settings.weight_rate * (target - likely) / (target + likely))
-        weight = max(followed, settings.least_weight)
-        with torch.no_grad():
-            strengths.clamp_(0.0, settings.most)
-            directions.div_(directions.norm(dim=-1, keepdim=True))
-            if step >= n_steps - n_kept:
-                kept = [mean + now / n_kept for mean, now in zip(kept, (strengths, directions), strict=True)]
-        progress.done(step + 1)
-    reached = replace(steering, strengths=kept[0], directions=kept[1] / kept[1].norm(dim=-1, keepdim=True))
+        followed = descent.weight * math.exp(settings.weight_rate * (target - likely) / (target + likely))
+        descent.go(max(followed, settings.least_weight))
+        if file is not None:
+            descent.keep(file)
+        progress.done(descent.step)
+    reached = descent.reached()
     with torch.no_grad(), steered(loaded.model, reached.steers()):
         answers = generate(loaded, check, max_new_tokens=settings.n_check_tokens)
-    return Reached(
-        strengths=reached.strengths.tolist(), directions=reached.directions.tolist(), weight=weight, answers=answers
-    )
+    strengths, directions = reached.strengths.tolist(), reached.directions.tolist()
+    return Reached(strengths=strengths, directions=directions, weight=descent.weight, answers=answers)
 
 
 def first_layer_that_counts(directions: Sequence[Direction], material: Material, settings: GradientSettings) -> int:
