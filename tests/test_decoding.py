@@ -9,10 +9,21 @@ from transformers import PreTrainedModel
 
 import tiny
 import zoo
+from remove_refusals.directions import collect_activations
 from remove_refusals.errors import NumericalError
+from remove_refusals.models import render
 from remove_refusals.models.batches import hooked, left_padded
-from remove_refusals.models.generate import _begin, _end_token_ids, _finite, _run, _run_generate, generate
+from remove_refusals.models.generate import (
+    _end_token_ids,
+    _finite,
+    _run,
+    _run_generate,
+    answer_logits,
+    begin,
+    generate,
+)
 from remove_refusals.models.load import LoadedModel
+from remove_refusals.types import PromptSet
 
 BEGINNING = [7, 11, 23, 42, 31, 9]
 ROWS = [BEGINNING + [(17 * index + 5 * n) % 90 + 5 for index in range(n)] for n in (2, 7, 1, 4, 9)]
@@ -43,7 +54,7 @@ def test_answers_and_logits_are_those_of_the_plain_way(model_type: str) -> None:
     loaded.model.generation_config.eos_token_id = sorted(
         {row[min(step, len(row) - 1)] for row, step in zip(first, (2, 5, 3, 8, 1), strict=True)}
     )
-    begun = _begin(loaded, ROWS, 12)
+    begun = begin(loaded, ROWS, 12)
     assert begun is not None
     assert begun.n_tokens == len(BEGINNING)
     sizes = []
@@ -60,22 +71,41 @@ def test_answers_and_logits_are_those_of_the_plain_way(model_type: str) -> None:
         sum(len(row) > step for row in found) for step in range(1, max(map(len, found)))
     ]
     with torch.inference_mode():
-        logits, _ = _run(loaded, *begun.continued(loaded, ROWS))
+        logits, _ = _run(loaded, *begun.rest(loaded, ROWS))
         whole = loaded.model(**left_padded(loaded, ROWS)).logits[:, -1]
     torch.testing.assert_close(logits, whole, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", [*SHARED, "falcon_h1", "git"])
+def test_a_beginning_that_is_run_once_changes_neither_logits_nor_states(
+    model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = loaded_model(zoo.build(model_type, **({"sliding_window": 200} if model_type in WINDOWED else {})))
+    prompts = PromptSet("harmless", tuple(f"How do I bake bread of {n}?" for n in ("rye", "wheat", "maize and oats")), "own")
+    rows, answers = render(loaded, prompts.prompts), [[9, 14, 3], [8], [30, 31, 32, 33]]
+
+    def measured() -> tuple[torch.Tensor, torch.Tensor]:
+        logits = answer_logits(loaded, rows, answers, 4).logits
+        return logits, collect_activations(loaded, prompts, positions=(-2, -1)).hidden
+
+    begun, first = begin(loaded, rows, 4), measured()
+    assert (begun is not None and begun.n_tokens > 4) is (model_type in SHARED)
+    monkeypatch.setattr(sys.modules["remove_refusals.models.generate"], "_LEAST_SHARED", 10**6)
+    for found, expected in zip(first, measured(), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("model_type", ["falcon_h1", "qwen3_next", "mamba", "bloom", "git"])
 def test_models_that_cannot_go_on_from_a_cache_go_the_plain_way(model_type: str) -> None:
     loaded = loaded_model(zoo.build(model_type))
-    assert _begin(loaded, ROWS, 6) is None
+    assert begin(loaded, ROWS, 6) is None
     assert [list(answer.token_ids) for answer in generate(loaded, ROWS, max_new_tokens=6)] == plain(loaded, ROWS, 6)
 
 
 @pytest.mark.parametrize("model_type", WINDOWED)
 def test_a_window_that_an_answer_outgrows_has_no_padding_in_it(model_type: str) -> None:
     loaded = loaded_model(zoo.build(model_type, sliding_window=16))
-    begun = _begin(loaded, ROWS, 12)
+    begun = begin(loaded, ROWS, 12)
     assert begun is not None
     assert begun.n_tokens == 0
     assert [list(answer.token_ids) for answer in generate(loaded, ROWS, max_new_tokens=12)] == plain(loaded, ROWS, 12)
@@ -89,7 +119,7 @@ def test_an_adapter_is_looked_through() -> None:
             if "lora_B" in name:
                 parameter.normal_()
     loaded = loaded_model(model)
-    assert _begin(loaded, ROWS, 8) is not None
+    assert begin(loaded, ROWS, 8) is not None
     found = [list(answer.token_ids) for answer in generate(loaded, ROWS, max_new_tokens=8)]
     assert found == plain(loaded_model(model.merge_and_unload()), ROWS, 8)
 

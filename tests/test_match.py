@@ -96,7 +96,7 @@ def test_what_was_thought_is_no_part_of_the_answer(demo: LoadedModel, answered: 
 def test_the_likelihood_is_that_of_one_plain_pass() -> None:
     loaded = LoadedModel(tiny.llama(), tiny.tokenizer(), "tiny", batch_size=3)
     pairs: list[Pair] = [((5, 9, 20), (7, 8)), ((6,), (30, 31, 32, 2)), ((40, 41, 42, 43), (11,)), ((6, 7), (2,))]
-    for (prompt, answer), found in zip(pairs, _log_likelihoods(loaded, pairs, SILENT), strict=True):
+    for (prompt, answer), found in zip(pairs, _log_likelihoods(loaded, pairs, SILENT).values(), strict=True):
         with torch.no_grad():
             logits = loaded.model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
         along = logits.log_softmax(-1)[range(len(answer)), list(answer)]

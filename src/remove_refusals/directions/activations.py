@@ -10,7 +10,7 @@ import torch
 
 from remove_refusals.errors import ArchitectureError, DirectionError
 from remove_refusals.modelmap import ModelMap, Routing, first_of_width, map_model, routing_of
-from remove_refusals.models import LoadedModel, accepts, hooked, in_batches, left_padded, render
+from remove_refusals.models import Beginning, LoadedModel, begin, continued, hooked, in_batches, render
 from remove_refusals.progress import SILENT, Progress
 from remove_refusals.types import Activations, Direction, PromptSet
 
@@ -73,10 +73,11 @@ def collect_activations(
     stop = depth < model_map.n_layers and bool(token_ids) and not loaded.is_offloaded
     stop = stop and _runs_each_layer_once(loaded, token_ids)
     hidden = torch.empty(len(token_ids), len(positions), depth + 1, model_map.d_model)
+    begun = _begin_before(loaded, token_ids, min(positions))
 
     def run(indices: Sequence[int]) -> torch.Tensor:
         with torch.inference_mode(), _residual_stream(loaded, positions, depth, stop=stop) as found:
-            run_decoder(loaded, [token_ids[index] for index in indices])
+            run_decoder(loaded, [token_ids[index] for index in indices], begun)
         return torch.stack([found[index].to("cpu", torch.float32) for index in range(depth + 1)], dim=2)
 
     # Where weights come from the disk, one pass serves all prompts.
@@ -132,11 +133,17 @@ def _check_places(
         )
 
 
-def run_decoder(loaded: LoadedModel, token_ids: Sequence[Sequence[int]]) -> None:
-    """Run prompts through the decoder for what hooks see of it, padded on the left, without head and cache."""
+def run_decoder(loaded: LoadedModel, token_ids: Sequence[Sequence[int]], begun: Beginning | None = None) -> None:
+    """Run prompts, or what follows their beginning, through the decoder for what hooks see of it, without the head."""
     decoder = getattr(loaded.model, loaded.model.base_model_prefix, loaded.model)
-    extra = {"use_cache": False} if accepts(loaded, "use_cache") else {}
-    decoder(**left_padded(loaded, token_ids), **extra)
+    decoder(**continued(loaded, token_ids, begun))
+
+
+def _begin_before(loaded: LoadedModel, token_ids: Sequence[Sequence[int]], position: int) -> Beginning | None:
+    """Run what prompts begin with, if none of it lies at a position, from the end, or behind it."""
+    begun = begin(loaded, token_ids)
+    shortest = min((len(ids) for ids in token_ids), default=0)
+    return begun if begun is not None and begun.n_tokens <= shortest + position else None
 
 
 def _runs_each_layer_once(loaded: LoadedModel, token_ids: Sequence[Sequence[int]]) -> bool:
@@ -211,6 +218,8 @@ def collect_at(
             states = stream.reshape(n_prompts, -1, d_model)[:, position]
             found[key] = tap.measure(states.to(torch.float32)).to("cpu")
 
+    begun = _begin_before(loaded, token_ids, position)
+
     def run(indices: Sequence[int]) -> dict[Any, torch.Tensor]:
         found.clear()
         hooks = [
@@ -219,7 +228,7 @@ def collect_at(
         ]
         before, behind = ([hook for on_input, hook in hooks if on_input is side] for side in (True, False))
         with torch.inference_mode(), hooked(loaded.model, before=before, behind=behind):
-            run_decoder(loaded, [token_ids[index] for index in indices])
+            run_decoder(loaded, [token_ids[index] for index in indices], begun)
         return dict(found)
 
     whole: dict[Any, torch.Tensor] = {}

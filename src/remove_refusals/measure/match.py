@@ -5,6 +5,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from statistics import fmean
+from typing import Any
 
 from remove_refusals.measure.answers import Answered, log_likelihoods, logits_at_once
 from remove_refusals.measure.judges import Label
@@ -14,6 +15,9 @@ from remove_refusals.progress import SILENT, Progress
 
 N_OTHERS = 8
 """With so many other prompts of its set an answer is compared."""
+
+_N_THIRDS = 3
+"""What other answers get is a mean over so many likelihoods; each takes a pass for each of the prompts."""
 
 MOST_TOKENS = 24
 """So much of an answer is looked at."""
@@ -59,7 +63,7 @@ def answer_match(
     drawn = [_answers(base, part) for part in parts]
     compared = [_compared(list(answers.values())) for answers in drawn]
     told = [
-        [_is_told(own, others, score) for own, others in comparisons]
+        [_is_told(own, others, others, score) for own, others in comparisons]
         for comparisons in compared
         for score in [_in_common(comparisons)]
     ]
@@ -69,14 +73,14 @@ def answer_match(
         for one, flag in zip(comparisons, flags, strict=True)
         if not (flag or by_words)
     ]
-    groups = ([own, *others] for own, others in left)
-    needed = dict.fromkeys((one[0], other[1]) for group in groups for one in group for other in group)
-    likelihoods = dict(zip(needed, _log_likelihoods(base, list(needed), progress), strict=True))
+    groups = (([own, *others], [own, *others[:_N_THIRDS]]) for own, others in left)
+    needed = dict.fromkeys((one[0], other[1]) for group, few in groups for one in group for other in few)
+    likelihoods = _log_likelihoods(base, list(needed), progress)
     found = []
     for part, answers, comparisons, flags in zip(parts, drawn, compared, told, strict=True):
         count = sum(
-            flag or (not by_words and _is_told(*one, likelihoods.__getitem__))
-            for one, flag in zip(comparisons, flags, strict=True)
+            flag or (not by_words and _is_told(own, others, others[:_N_THIRDS], likelihoods.__getitem__))
+            for (own, others), flag in zip(comparisons, flags, strict=True)
         )
         sha = part.at(sorted(answers)).prompts.sha256
         found.append(wilson_rate(count, len(answers), sha) if len(answers) > N_OTHERS else None)
@@ -107,12 +111,12 @@ def _compared(pairs: Sequence[Pair]) -> list[Comparison]:
     return [(pairs[at], [pairs[other] for other in others]) for at, others in enumerate(_partners(pairs))]
 
 
-def _is_told(own: Pair, others: Sequence[Pair], score: Callable[[Pair], float]) -> bool:
+def _is_told(own: Pair, others: Sequence[Pair], thirds: Sequence[Pair], score: Callable[[Pair], float]) -> bool:
     def preference(answer: Pair, other: Pair) -> float:
         return score((own[0], answer[1])) - score((other[0], answer[1]))
 
     return len(others) == N_OTHERS and all(
-        preference(own, other) > fmean(preference(third, other) for third in others if third is not other) + _TIE
+        preference(own, other) > fmean(preference(third, other) for third in thirds if third is not other) + _TIE
         for other in others
     )
 
@@ -139,13 +143,21 @@ def _partners(pairs: Sequence[Pair]) -> list[list[int]]:
     return [others[:N_OTHERS] for others in found]
 
 
-def _log_likelihoods(base: LoadedModel, pairs: Sequence[Pair], progress: Progress) -> list[float]:
-    """Give the base model's log-probability of each answer, in nats, given the prompt."""
+def _log_likelihoods(base: LoadedModel, pairs: Sequence[Pair], progress: Progress) -> dict[Pair, float]:
+    """Give the base model's log-probability of each answer, in nats, given the prompt, which is run once for all."""
     n_tokens = max((len(answer) for _, answer in pairs), default=1)
+    by_prompt: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+    for prompt, answer in pairs:
+        by_prompt.setdefault(prompt, []).append(answer)
+    found: dict[Pair, float] = {}
+    for prompt, answers in by_prompt.items():
 
-    def run(indices: Sequence[int]) -> list[float]:
-        prompts, answers = zip(*(pairs[index] for index in indices), strict=True)
-        return log_likelihoods(answer_logits(base, prompts, answers, n_tokens), len(indices))
+        def run(indices: Sequence[int], prompt: Sequence[int] = prompt, answers: Any = answers) -> list[float]:
+            these = [answers[index] for index in indices]
+            return log_likelihoods(answer_logits(base, [prompt] * len(these), these, n_tokens), len(these))
 
-    lengths = [len(prompt) + len(answer) for prompt, answer in pairs]
-    return in_order(in_batches(base, lengths, run, most=logits_at_once(base, n_tokens), progress=progress))
+        most = logits_at_once(base, n_tokens)
+        told = progress.after(len(found))
+        sums = in_order(in_batches(base, [len(answer) for answer in answers], run, most=most, progress=told))
+        found.update(zip(((prompt, answer) for answer in answers), sums, strict=True))
+    return found

@@ -35,7 +35,16 @@ from remove_refusals.models.checkpoint import (
     write_from,
     write_slice,
 )
-from remove_refusals.models.generate import Answer, AnswerLogits, answer_logits, generate, stream
+from remove_refusals.models.generate import (
+    Answer,
+    AnswerLogits,
+    Beginning,
+    answer_logits,
+    begin,
+    continued,
+    generate,
+    stream,
+)
 from remove_refusals.models.load import LoadedModel, fingerprint, load, load_model, pick_device, saved_dtype
 from remove_refusals.models.quantised import (
     BYTES_PER_NUMBER,
@@ -76,6 +85,7 @@ __all__ = [
     "UNWANTED",
     "Answer",
     "AnswerLogits",
+    "Beginning",
     "BlockTensor",
     "HTTPError",
     "LoadedModel",
@@ -85,12 +95,14 @@ __all__ = [
     "TensorSlice",
     "accepts",
     "answer_logits",
+    "begin",
     "cached_commit",
     "check_complete",
     "check_editable",
     "check_positions",
     "checkpoint_files",
     "checkpoint_tensors",
+    "continued",
     "explained",
     "file_hashes",
     "find_block_tensor",

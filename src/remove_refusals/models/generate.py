@@ -71,7 +71,7 @@ def generate(
     """Continue rendered prompts greedily; of the model's own generation settings only the end tokens apply."""
     check_prompts(loaded, token_ids, max_new_tokens)
     ends = _end_token_ids(loaded)
-    held = unless_out_of_memory(lambda rows: _begin(loaded, rows, max_new_tokens), token_ids)
+    held = unless_out_of_memory(lambda rows: begin(loaded, rows, max_new_tokens), token_ids)
     begun = None if held is None else held[0]
     decode = _run_generate if begun is None else functools.partial(_decode, begun)
 
@@ -91,13 +91,13 @@ def generate(
 
 
 @dataclass(frozen=True, eq=False)
-class _Beginning:
-    """The tokens that all prompts of a call begin with, and what attention keeps of them, for one row."""
+class Beginning:
+    """The tokens that all prompts of a call begin with, maybe none, and what attention keeps of them, for one row."""
 
     n_tokens: int
     cache: Any
 
-    def continued(self, loaded: LoadedModel, token_ids: Sequence[Sequence[int]]) -> tuple[dict[str, torch.Tensor], Any]:
+    def rest(self, loaded: LoadedModel, token_ids: Sequence[Sequence[int]]) -> tuple[dict[str, torch.Tensor], Any]:
         """Give the arguments of `forward` for the rest of the prompts, and a cache for as many rows."""
         inputs, cache = left_padded(loaded, [ids[self.n_tokens :] for ids in token_ids]), copy.deepcopy(self.cache)
         if self.n_tokens:
@@ -108,8 +108,11 @@ class _Beginning:
         return inputs, cache
 
 
-def _begin(loaded: LoadedModel, token_ids: Sequence[Sequence[int]], n_new_tokens: int) -> _Beginning | None:
-    """Run what prompts begin with, where that saves work; None where it is not exact to go on from a cache."""
+def begin(loaded: LoadedModel, token_ids: Sequence[Sequence[int]], n_new_tokens: int = 0) -> Beginning | None:
+    """Run what prompts begin with, where that saves work; None where it is not exact to go on from a cache.
+
+    The last token of a prompt is never part of it, so that what a model says behind a prompt can be read off the rest.
+    """
     takes_all = accepts(loaded, "position_ids") and accepts(loaded, "use_cache")
     errors, tolerated = _ERRORS.setdefault(base_model(loaded), {}), 1e-3 if loaded.model.dtype == torch.float32 else 0.1
     known = any(error > tolerated for error in errors.values())
@@ -119,7 +122,7 @@ def _begin(loaded: LoadedModel, token_ids: Sequence[Sequence[int]], n_new_tokens
     columns = enumerate(zip(*token_ids, strict=False))
     n = next((index for index, column in columns if len(set(column)) > 1), len(shortest))
     n = min(n, len(shortest) - 1)
-    begun = _Beginning(0, None)
+    begun = Beginning(0, None)
     with torch.inference_mode(), contiguous_head(loaded):
         if n * (len(token_ids) - 1) >= _LEAST_SHARED:
             _, cache = _run(loaded, left_padded(loaded, [longest[:n]]))
@@ -129,14 +132,24 @@ def _begin(loaded: LoadedModel, token_ids: Sequence[Sequence[int]], n_new_tokens
             # Padding lies between the beginning and the rest, where a window over the last tokens would count it.
             windows = [getattr(layer, "sliding_window", None) for layer in cache.layers]
             if all(window is None or len(longest) + n_new_tokens <= window for window in windows):
-                begun = _Beginning(n, cache)
+                begun = Beginning(n, cache)
         if not errors.get(begun.n_tokens > 0, math.nan) >= 0:
             looked_at = min((row for row in token_ids if len(row) > n + 1), key=len, default=longest)
             errors[begun.n_tokens > 0] = _error(loaded, begun, looked_at)
     return begun if errors[begun.n_tokens > 0] <= tolerated else None
 
 
-def _batch_size(loaded: LoadedModel, begun: _Beginning | None, n_tokens: int) -> int:
+def continued(
+    loaded: LoadedModel, token_ids: Sequence[Sequence[int]], begun: Beginning | None
+) -> dict[str, torch.Tensor | Any]:
+    """Give the arguments of `forward` for one pass over prompts: what they begin with comes from a cache, if it can."""
+    if begun is None or not begun.n_tokens:
+        return {**left_padded(loaded, token_ids), **({"use_cache": False} if accepts(loaded, "use_cache") else {})}
+    inputs, cache = begun.rest(loaded, token_ids)
+    return {**inputs, "use_cache": True, _cache_name(loaded): cache}
+
+
+def _batch_size(loaded: LoadedModel, begun: Beginning | None, n_tokens: int) -> int:
     """Pick how many prompts, of so many tokens with their answers, to generate for at once."""
     if loaded.batch_size or begun is None or not begun.n_tokens or loaded.device.type not in ("cpu", "cuda"):
         return first_batch_size(loaded)
@@ -150,15 +163,19 @@ def _batch_size(loaded: LoadedModel, begun: _Beginning | None, n_tokens: int) ->
     return min(64, max(1, int(get_max_memory()["cpu"]) // 2 // row))
 
 
-def _error(loaded: LoadedModel, begun: _Beginning, prompt: Sequence[int]) -> float:
+def _error(loaded: LoadedModel, begun: Beginning, prompt: Sequence[int]) -> float:
     """Measure how far a padded pass from a cache and a step from there are from a pass without a cache."""
     rows = [prompt, prompt[: begun.n_tokens + 1]]
-    inputs, cache = begun.continued(loaded, rows)
-    _, cache = _run(loaded, inputs, cache)
-    if not _is_of_attention(cache):
-        return math.inf
+    inputs, cache = begun.rest(loaded, rows)
     again = torch.tensor([prompt[-1]] * 2, device=loaded.device)
-    found, _ = _run(loaded, _step(inputs, again), cache)
+    try:
+        _, cache = _run(loaded, inputs, cache)
+        if not _is_of_attention(cache):
+            return math.inf
+        found, _ = _run(loaded, _step(inputs, again), cache)
+    except IndexError:
+        # A model that runs its layers again may keep more than its cache has layers for.
+        return math.inf
     whole, _ = _run(loaded, left_padded(loaded, [[*row, prompt[-1]] for row in rows]))
     return float((found - whole).std() / whole.std())
 
@@ -171,11 +188,15 @@ def _is_of_attention(cache: Any) -> bool:
 
 def _run(loaded: LoadedModel, inputs: dict[str, torch.Tensor], cache: Any = None) -> tuple[torch.Tensor, Any]:
     """Run tokens behind what a cache holds; give the last logits, float32, and the cache with the tokens in it."""
-    # Its name depends on the version of Transformers.
-    name = "cache" if accepts(loaded, "cache") else "past_key_values"
+    name = _cache_name(loaded)
     extra = {"logits_to_keep": 1} if accepts(loaded, "logits_to_keep") else {}
     output = loaded.model(**inputs, use_cache=True, **extra, **({} if cache is None else {name: cache}))
     return output.logits[:, -1].float(), getattr(output, name, None)
+
+
+def _cache_name(loaded: LoadedModel) -> str:
+    # It depends on the version of Transformers.
+    return "cache" if accepts(loaded, "cache") else "past_key_values"
 
 
 def _step(inputs: dict[str, torch.Tensor], tokens: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -186,7 +207,7 @@ def _step(inputs: dict[str, torch.Tensor], tokens: torch.Tensor) -> dict[str, to
 
 
 def _decode(
-    begun: _Beginning,
+    begun: Beginning,
     loaded: LoadedModel,
     token_ids: Sequence[Sequence[int]],
     n_new_tokens: int,
@@ -197,7 +218,7 @@ def _decode(
     answers: list[list[int]] = [[] for _ in token_ids]
     running = list(range(len(token_ids)))
     with torch.inference_mode(), contiguous_head(loaded):
-        inputs, cache = begun.continued(loaded, token_ids)
+        inputs, cache = begun.rest(loaded, token_ids)
         while True:
             logits, cache = _run(loaded, inputs, cache)
             check(logits, running)
@@ -255,19 +276,20 @@ def answer_logits(
     """
     check_prompts(loaded, token_ids, n_tokens)
     answers = [list(ids[:n_tokens]) for ids in answer_ids]
-    inputs = left_padded(loaded, [[*ids, *tail[:-1]] for ids, tail in zip(token_ids, answers, strict=True)])
+    whole = [[*ids, *tail[:-1]] for ids, tail in zip(token_ids, answers, strict=True)]
     width = max(1, *(len(tail) for tail in answers), 1)
-    wanted = {"use_cache": False, "logits_to_keep": width}
-    extra = {name: value for name, value in wanted.items() if accepts(loaded, name)}
+    extra = {"logits_to_keep": width} if accepts(loaded, "logits_to_keep") else {}
+    begun = begin(loaded, token_ids, width)
     with torch.inference_mode(), contiguous_head(loaded):
+        inputs = continued(loaded, whole, begun)
         logits = loaded.model(**inputs, **extra).logits[:, -width:]
         # All sequences end at the last column, so an answer of m tokens is predicted by the last m of them.
         lengths = torch.tensor([len(tail) for tail in answers])
         rows, columns = (torch.arange(width) >= width - lengths[:, None]).nonzero(as_tuple=True)
         offsets = columns - (width - lengths[rows])
         targets = torch.tensor([token for tail in answers for token in tail], dtype=torch.int64)
-        whole = len(rows) == logits.shape[0] * width
-        found = logits.flatten(0, 1) if whole else logits[rows.to(logits.device), columns.to(logits.device)]
+        full = len(rows) == logits.shape[0] * width
+        found = logits.flatten(0, 1) if full else logits[rows.to(logits.device), columns.to(logits.device)]
         # The largest logit is NaN if any of them is.
         broken = (~found.amax(-1).isfinite()).nonzero()
     if len(broken):
