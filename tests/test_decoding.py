@@ -81,7 +81,8 @@ def test_a_beginning_that_is_run_once_changes_neither_logits_nor_states(
     model_type: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = loaded_model(zoo.build(model_type, **({"sliding_window": 200} if model_type in WINDOWED else {})))
-    prompts = PromptSet("harmless", tuple(f"How do I bake bread of {n}?" for n in ("rye", "wheat", "maize and oats")), "own")
+    kinds = ("rye", "wheat", "maize and oats")
+    prompts = PromptSet("harmless", tuple(f"How do I bake bread of {kind}?" for kind in kinds), "own")
     rows, answers = render(loaded, prompts.prompts), [[9, 14, 3], [8], [30, 31, 32, 33]]
 
     def measured() -> tuple[torch.Tensor, torch.Tensor]:
