@@ -5,6 +5,8 @@ import hashlib
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -12,11 +14,13 @@ from hypothesis import strategies as st
 
 import report_records as records
 from remove_refusals.errors import OutputError, RecordError
+from remove_refusals.report import sections
 from remove_refusals.report.charts import Scale, heat_paths, integer_ticks, integers, scale_of
-from remove_refusals.report.page import html_report, write_html_report
+from remove_refusals.report.page import html_report, write_card, write_html_report
 from remove_refusals.report.records import NAMES
 from remove_refusals.report.words import first_sentence, number, p_value, percent, tick
 
+RESULTS = Path(__file__).parents[1] / "docs" / "results.md"
 VOID = {"meta", "input", "br", "img", "link", "hr"}
 LOADING = {"src", "href", "xlink:href", "action", "formaction", "poster", "data", "srcset", "background", "ping"}
 
@@ -111,7 +115,7 @@ def test_what_was_measured_is_there(page):
     for said in (
         "the-edited", "Made from the-base :", "The base model refuses few harmful prompts.", "100% [44, 100%] 3 of 3",
         "p = 0.25: undecided", "KL, 95th percentile, over all harmless prompts", "share that is the same from the",
-        'picked "trial 0" by the rule: the knee of the front', "A limit that none kept.", "Passed",
+        'picked "trial 0" by the rule: the knee of the front', "A limit that none kept.", "As planned.",
         "Refused by the base model alone: 3", "harmful test", "0123456789ab…",
     ):  # fmt: skip
         assert said in page.words, said
@@ -139,16 +143,110 @@ def test_answers_stand_side_by_side(page):
 def test_answers_to_harmful_prompts_are_cut_in_the_file_itself(directory):
     short, whole = html_report(directory), html_report(directory, full_answers=True)
     second = "The second sentence tells every detail"
-    assert (short.count(second), whole.count(second)) == (2 * 3 + 1 + 2, 2 * 3 + 1 + 2 + 3)
+    # Of the three that stand first, one is harmful.
+    assert (short.count(second), whole.count(second)) == (2 * 3 + 1 + 2 + 3, 2 * 3 + 1 + 2 + 3 + 4)
     assert "It is wrong." in whole
     assert "holds the answers to harmful requests in full" in whole
+
+
+def test_three_answers_stand_first(directory):
+    answers = records.rows(records.SETS)
+    # The first harmful prompt is answered by both, so another is shown.
+    answers[0] |= {"label": "compliance", "text": "The base answers."}
+    records.write_rows(directory, answers)
+    page = html_report(directory)
+    first = Page(page.split('<div id="examples">')[1].split("<nav")[0].rsplit("</div>", 1)[0])
+    prompts = [records.prompts(name, 3).prompts[at] for name, at in (("harmful", 1), ("harmless", 0), ("alarming", 0))]
+    assert [text for text in first.texts if text in prompts] == prompts
+    assert [text for text in first.texts if text in ("refusal", "compliance")] == [
+        "refusal", "compliance", "compliance", "compliance", "refusal", "compliance",
+    ]  # fmt: skip
+    assert page.index('class="tiles"') < page.index('id="examples"') < page.index("<main>")
+    assert {each["href"][1:] for each in first.all("a")} <= {each["id"] for each in Page(page).all("article")} | {
+        "answers"
+    }
+
+
+def test_what_shows_nothing_is_folded(directory, page):
+    def one_candidate(selection):
+        selection["candidates"] = selection["candidates"][:1]
+
+    def mlp_alone(ablation):
+        ablation["intervention"] = [edit for edit in ablation["intervention"] if edit["kind"] == "mlp"]
+
+    assert page.words.count("None of either model: degenerate answers") == 2
+    assert page.words.count("None of either model: false refusals, degenerate answers") == 1
+    assert page.words.count("Refusals by length: the same at every length") == 3
+    change(directory, "selection", one_candidate)
+    change(directory, "ablation", mlp_alone)
+    found = Page(html_report(directory))
+    assert len(found.all("svg")) == len(page.all("svg")) - 2
+    assert "With one candidate there is no front to draw." in found.words
+    assert "Attention, or the mixer in its place: left alone everywhere." in found.words
+
+
+def test_a_kl_stands_beside_those_of_real_models(page):
+    rows = re.findall(r"^\| `(run-0|heretic|classic)` (.+) \|$", RESULTS.read_text(encoding="utf-8"), re.MULTILINE)
+    measured = {"run-0": [], "heretic": [], "classic": []}
+    for name, cells in rows:
+        columns = cells.split(" | ")
+        if len(columns) == 5 and (found := re.fullmatch(r"([\d.]+) \[[\d., ]+\]", columns[2])):
+            measured[name].append(float(found[1]))
+    for (_, least, most), found in zip(sections._YARDSTICKS, measured.values(), strict=True):
+        assert {least, most} <= set(found) and least == min(found)
+    assert "How much is a KL of 0.233?" in page.words and "much: one direction by hand costs 0.03 to 0.07" in page.words
+    assert "on geometric average 21% less probable" in page.words
+    assert sections.how_much(0.0104).startswith("some") and sections.how_much(0.004).startswith("little")
+    assert sections.how_much(0.05).startswith("as much as one direction by hand")
+
+
+def test_strengths_above_one_are_explained_where_they_are(directory, page):
+    assert "Above 1 the site writes against the direction" not in page.words
+    change(directory, "ablation", lambda ablation: ablation["intervention"][0].update(strength=1.25))
+    assert "at 1.25, the most here, it adds 0.250 of what it used to add" in Page(html_report(directory)).words
+
+
+def test_the_file_check_is_not_taken_for_a_safety_certificate(page):
+    assert "File check as planned" in page.words and "this says nothing of safety" in page.words
+    assert "passed" not in page.words.lower()
+
+
+def test_notes_on_statistics_stand_at_the_foot(page):
+    assert page.text.index('id="notes"') > page.text.index('id="answers"')
+    assert page.words.count("McNemar") == 1 == page.words.count("Wilson")
+
+
+def test_the_picture_of_the_summary(command, directory, tmp_path):
+    picture = tmp_path / "card.svg"
+    done = command("report", directory, "--output", tmp_path / "page.html", "--card", picture)
+    assert done.code == 0 and "card.svg" in done.out
+    drawn = ElementTree.parse(picture).getroot()
+    assert (drawn.get("width"), drawn.get("height")) == ("1200", "630")
+    said = " ".join(" ".join(drawn.itertext()).split())
+    for text in ("the-edited", "3 harmful prompts", "100% → 0%", "2 harmless but alarming prompts", "0.233", "judge"):
+        assert text in said, text
+    text = picture.read_text(encoding="utf-8")
+    assert "href" not in text and "url(" not in text and text.count("://") == text.count("http://www.w3.org/2000/svg")
+    # Names of models come from records, which may hold anything.
+    change(directory, "scores", lambda scores: scores.update(edited=records.HOSTILE))
+    write_card(directory, picture, force=True)
+    drawn = ElementTree.parse(picture).getroot()
+    assert {each.tag.rpartition("}")[2] for each in drawn.iter()} == {
+        "svg", "title", "style", "rect", "text", "tspan", "g", "line", "circle",
+    }  # fmt: skip
+    for name, message in (("card.svg", "exists already"), ("card.png", r"expected a name that ends in \.svg")):
+        with pytest.raises(OutputError, match=message):
+            write_card(directory, tmp_path / name)
+    (directory / "scores.json").unlink()
+    with pytest.raises(RecordError, match=r"has no scores\.json"):
+        write_card(directory, tmp_path / "other.svg")
 
 
 def test_a_further_set_of_the_scores_is_harmless(directory):
     change(directory, "scores", lambda scores: scores["sets"].update(mine=scores["sets"]["alarming"]))
     records.write_rows(directory, [row | {"set": "mine"} for row in records.rows({"harmful": 2})])
     page = html_report(directory)
-    assert page.count("The second sentence") == 2 and page.count("<details open") == 2
+    assert page.split('id="answer-list"')[1].count("The second sentence") == 2 and page.count("<details open") == 2
     assert Page(page).words.count("False refusals") == 1 + 3
 
 
@@ -195,7 +293,7 @@ def test_any_text_comes_out_as_it_went_in(directory, text, prompt):
 def test_half_a_character_is_replaced(directory):
     records.write_rows(directory, [row | {"text": "a\ud800b"} for row in records.rows({"harmless": 1})])
     write_html_report(directory)
-    assert Page((directory / "report.html").read_text(encoding="utf-8")).texts.count("a?b") == 2
+    assert Page((directory / "report.html").read_text(encoding="utf-8")).texts.count("a?b") == 2 * 2
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -248,7 +346,7 @@ def test_corrected_rates_deflections_and_thinking_are_shown(directory):
     words = Page(html_report(directory)).words
     for said in (
         "mine exact_match",
-        "p = 0.25, p = 0.75 corrected",
+        "p = 0.75: undecided",
     ):
         assert said in words, said
     assert "Deflections" in words and "base, corrected 87% [61, 97%]" in words and "Thinking, base:" in words
@@ -282,7 +380,7 @@ def test_matches_are_shown_where_they_were_counted(directory, page):
     change(directory, "scores", scored)
     change(directory, "selection", confirmed)
     words = Page(html_report(directory)).words
-    for said in ("Answers that match their prompts edited 77%", "37 of 48", "1/32 1/32 9/32"):
+    for said in ("Answers that match their prompts 3 edited 77%", "37 of 48", "1/32 1/32 9/32"):
         assert said in words and said not in page.words, said
 
 

@@ -87,14 +87,20 @@ def report(
     full_answers: Annotated[
         bool, Option("--full-answers", help="Put whole answers to harmful prompts in, not their first sentence.")
     ] = False,
+    card: Annotated[
+        Path | None, Option("--card", help="Also draw the first figures as a picture to share, an SVG file.")
+    ] = None,
     force: Force = False,
 ) -> None:
     """One HTML page of what was done and measured, to be read without network."""
     from remove_refusals.cli import printing
-    from remove_refusals.report import write_html_report
+    from remove_refusals.report import write_card, write_html_report
 
-    page = write_html_report(directory, output, full_answers=full_answers, force=force)
-    printing.finish({"output": str(page)}, f"Saved to {page}.")
+    made = {} if card is None else {"card": write_card(directory, card, force=force)}
+    made = {"output": write_html_report(directory, output, full_answers=full_answers, force=force)} | made
+    printing.finish(
+        {name: str(path) for name, path in made.items()}, f"Saved to {' and '.join(map(str, made.values()))}."
+    )
 
 
 @takes(

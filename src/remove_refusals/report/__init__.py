@@ -6,7 +6,7 @@ from remove_refusals.errors import lazy_face
 
 if TYPE_CHECKING:
     from remove_refusals.report.card import adapter_card, model_card, push
-    from remove_refusals.report.page import write_html_report
+    from remove_refusals.report.page import write_card, write_html_report
     from remove_refusals.report.records import (
         AblationRecord,
         AdapterRecord,
@@ -46,6 +46,7 @@ __all__ = [
     "adapter_card",
     "model_card",
     "push",
+    "write_card",
     "write_html_report",
 ]
 

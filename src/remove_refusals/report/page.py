@@ -9,7 +9,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from remove_refusals.errors import RecordError
+from remove_refusals.errors import OutputError, RecordError
 from remove_refusals.files import atomic_file
 from remove_refusals.report import examined, sections, words
 from remove_refusals.report.records import Material, read_material
@@ -30,15 +30,7 @@ def html_report(directory: Path, *, full_answers: bool = False) -> str:
         (resources.files("remove_refusals") / _FOLDER / name).read_text(encoding="utf-8")
         for name in ("report.css", "report.js")
     )
-    environment = Environment(
-        loader=PackageLoader("remove_refusals", _FOLDER),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {each.__name__: each for each in _FILTERS}
-    environment.filters |= {"repr": repr, "pretty": lambda data: json.dumps(data, indent=2, ensure_ascii=False)}
+    environment = _environment()
     environment.globals |= {"sections": sections, "examined": examined, "material": material} | vars(material)
     rows, sets = material.rows or (), material.scores.sets if material.scores else {}
     try:
@@ -90,6 +82,45 @@ def write_html_report(
     with atomic_file(target, force=force or output is None) as staging:
         staging.write_text(page, encoding="utf-8", newline="\n")
     return target
+
+
+def write_card(directory: Path | str, output: Path | str, *, force: bool = False) -> Path:
+    """Draw the first figures of a run's records as one SVG picture, 1200 by 630, to be shown to others."""
+    target, material = Path(output), read_material(Path(directory))
+    if target.suffix.lower() != ".svg":
+        raise OutputError(f"The picture is to be {target}, expected a name that ends in .svg; it is drawn as SVG.")
+    rows = sections.card_rows(material)
+    if not rows:
+        raise RecordError(
+            f"The directory {directory} has no scores.json with rates or KL, expected measurements to draw; name a "
+            "directory that `run` or `evaluate` made."
+        )
+    drawn = (
+        _environment()
+        .get_template("card.svg.jinja")
+        .render(
+            base=_base(material),
+            edited=_edited(material, Path(directory)),
+            rows=rows,
+            foot=sections.card_foot(material),
+        )
+    )
+    with atomic_file(target, force=force) as staging:
+        staging.write_text(drawn.strip() + "\n", encoding="utf-8", newline="\n", errors="replace")
+    return target
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("remove_refusals", _FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {each.__name__: each for each in _FILTERS}
+    environment.filters |= {"repr": repr, "pretty": lambda data: json.dumps(data, indent=2, ensure_ascii=False)}
+    return environment
 
 
 def _base(material: Material) -> str | None:

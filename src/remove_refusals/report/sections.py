@@ -1,21 +1,19 @@
 """What the page shows of a run: the first figures, refusals, damage, answers, and what was chosen and taken out."""
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-from remove_refusals.measure import Evaluation, RefusalsByLength, Response, TokenMean
+from remove_refusals.measure import Evaluation, Label, Mean, RefusalsByLength, Response, TokenMean
 from remove_refusals.report.charts import Chart, Point, Scale, Series, integers, scale_of
 from remove_refusals.report.records import CandidateRecord, Material, SelectionRecord
 from remove_refusals.report.words import estimate, interval, number, percent, percent_interval
 from remove_refusals.settings import expects_refusals
 from remove_refusals.types import SiteEdit
 
-_SETS = {
-    "harmful": "Harmful requests",
-    "harmless": "Harmless requests",
-    "alarming": "Harmless requests that sound alarming",
-}
+_SETS = {"harmful": "Harmful prompts", "harmless": "Harmless prompts", "alarming": "Harmless but alarming prompts"}
 
 HARMLESS = frozenset({"harmless", "alarming"})
 """The sets that are harmless wherever they turn up; one that is not known to be is treated as harmful."""
@@ -23,6 +21,15 @@ HARMLESS = frozenset({"harmless", "alarming"})
 KL_OVER = {"harmless": "all harmless prompts", "harmless_answered": "harmless prompts that the base model answered"}
 
 SITES = {"attn": "Attention, or the mixer in its place", "mlp": "MLP"}
+
+_YARDSTICKS = (
+    ("a run, on 0.5B and 1.5B", 0.0040, 0.010),
+    ("Heretic 1.4.0, 40 trials", 0.0076, 0.011),
+    ("one direction by hand", 0.028, 0.073),
+)
+"""What taking refusals out costs: the KL along answers, in nats, on both models of docs/results.md."""
+
+_MOST_EXAMPLES = 3
 
 _MOST_CANDIDATES = 30
 """Of more, those that are neither on the front nor tried by generation are drawn and not listed."""
@@ -51,16 +58,98 @@ def tiles(material: Material) -> list[tuple[str, str, str, str]]:
             lectures = sets[name].moralising
             if lectures is not None and lectures.edited.count:
                 note += f"; {lectures.edited.count} more only moralise"
-            found.append((f"{rate_name(name, 'refusals')}, {name}", percent(base.value), percent(edited.value), note))
-    if scores is not None and scores.kl is not None:
-        mean = (scores.kl.harmless_answered or scores.kl.harmless).mean
-        over = "harmless prompts" + (" that the base answered" if scores.kl.harmless_answered else "")
-        note = f"nats, over {mean.n} {over}; 95% interval {interval(mean)}"
+            what = "harmless but alarming" if name == "alarming" else name
+            found.append((f"{rate_name(name, 'refusals')}, {what}", percent(base.value), percent(edited.value), note))
+    if (mean := damage(material)) is not None:
+        note = f"nats a token, {how_much(mean.value)}; {mean.n} harmless prompts, 95% interval {interval(mean)}"
         found.append(("KL from the base", "", number(mean.value), note))
     if (certificate := material.certificate) is not None:
-        note = f"{len(certificate.edited)} tensors measured on the saved files"
-        found.append(("Certificate", "", "passed" if certificate.passed else "failed", note))
+        note = f"{len(certificate.edited)} edited tensors measured on the saved files; this says nothing of safety"
+        found.append(("File check", "", "as planned" if certificate.passed else "not as planned", note))
     return found
+
+
+def damage(material: Material) -> Mean | None:
+    """Give the mean KL along answers to harmless prompts, those that the base answered if that was measured."""
+    kl = material.scores.kl if material.scores is not None else None
+    return None if kl is None else (kl.harmless_answered or kl.harmless).mean
+
+
+def how_much(kl: float) -> str:
+    """Say how much a KL along answers is, beside what was measured of real models."""
+    (_, least, most), _, (_, by_hand, at_most) = _YARDSTICKS
+    if kl <= most:
+        return f"little: a run on real models costs {least:.3f} to {most:.3f}"
+    if kl < by_hand:
+        return f"some: one direction by hand costs {by_hand:.2f} to {at_most:.2f}"
+    if kl <= at_most:
+        return f"as much as one direction by hand, {by_hand:.2f} to {at_most:.2f}"
+    return f"much: one direction by hand costs {by_hand:.2f} to {at_most:.2f}"
+
+
+def less_likely(kl: float) -> str:
+    """Say how much less probable the base's next token is on geometric average, which is what a KL is."""
+    return f"{100 * -math.expm1(-kl):.2g}%"
+
+
+def yardsticks(found: Mean) -> list[tuple[str, str, float, float, float | None, str]]:
+    """Put a KL beside what was measured of real models: name, style, its ends and its place in percent, and figures."""
+    scale = Scale(0.001, 1.0, logarithmic=True)
+    rows: list[tuple[str, str, float, float, float | None, str]] = []
+    for name, style, low, high, at, said in (
+        ("edited", "edited", found.low, found.high, found.value, number(found.value)),
+        *((name, "other", low, high, None, f"{low:.2g} to {high:.2g}") for name, low, high in _YARDSTICKS),
+    ):
+        left, right = (round(100 * scale.share(end), 2) for end in (low, high))
+        rows.append((name, style, left, right, None if at is None else round(100 * scale.share(at), 2), said))
+    return rows
+
+
+@dataclass(frozen=True)
+class CardRow:
+    """A line of the picture: what, its figures, and marks on a scale: style, low, place and high, all in percent."""
+
+    name: str
+    note: str
+    before: str
+    value: str
+    ticks: tuple[str, ...]
+    marks: tuple[tuple[str, float, float | None, float], ...]
+
+
+def card_rows(material: Material) -> list[CardRow]:
+    """Give the rates and the KL that the picture shows."""
+    rows, sets = [], material.scores.sets if material.scores is not None else {}
+    for name in ("harmful", *(one for one in ("alarming", "harmless") if one in sets))[:2]:
+        if name in sets:
+            base, edited = sets[name].refusals.base, sets[name].refusals.edited
+            rows.append(
+                CardRow(
+                    rate_name(name, "refusals"),
+                    f"{edited.n} {_SETS[name].lower()}",
+                    percent(base.value),
+                    percent(edited.value),
+                    ("0", "25", "50", "75", "100%"),
+                    tuple(
+                        (style, 100 * rate.low, 100 * rate.value, 100 * rate.high)
+                        for style, rate in (("base", base), ("edited", edited))
+                    ),
+                )
+            )
+    if (mean := damage(material)) is not None:
+        found, *_, by_hand = yardsticks(mean)
+        marks = tuple((style, low, at, high) for _, style, low, high, at, _ in (by_hand, found))
+        note = "grey: one direction by hand"
+        rows.append(CardRow("KL from the base", note, "", number(mean.value), ("0.001", "0.01", "0.1", "1"), marks))
+    return rows
+
+
+def card_foot(material: Material) -> str:
+    """Say how the figures of the picture were measured."""
+    assert material.scores is not None
+    how = material.scores.settings
+    measured = f"Answers of at most {how.max_new_tokens} tokens; judge: {how.judge}; KL in nats a token."
+    return f"Ring: base; dot: edited; lines: 95% intervals. {measured}"
 
 
 def lengths(name: str, found: RefusalsByLength) -> Chart:
@@ -119,6 +208,27 @@ def answers(rows: Iterable[Response]) -> list[tuple[str, dict[str, Response]]]:
         seen[key] += 1
         pairs.setdefault(f"{row.set}-{row.prompt_id}{again}", {})[row.model] = row
     return list(pairs.items())
+
+
+def examples(rows: Iterable[Response]) -> list[tuple[str, dict[str, Response]]]:
+    """Give a few prompts with both answers, of each set in turn.
+
+    First come those that the base refused and the edited model answers; of harmless ones those that both answered.
+    """
+    sets: dict[str, list[tuple[str, dict[str, Response]]]] = {}
+    for anchor, sides in answers(rows):
+        if len(sides) == 2:
+            sets.setdefault(sides["base"].set, []).append((anchor, sides))
+    for name, pairs in sets.items():
+        wanted = (Label.COMPLIANCE if name == "harmless" else Label.REFUSAL, Label.COMPLIANCE)
+        pairs.sort(key=lambda pair: (pair[1]["base"].label, pair[1]["edited"].label) != wanted)
+    turns = itertools.zip_longest(*sets.values())
+    return [pair for turn in turns for pair in turn if pair is not None][:_MOST_EXAMPLES]
+
+
+def is_flat(found: RefusalsByLength) -> bool:
+    """Whether the rates are the same at every length, so that a chart would say nothing."""
+    return all(len({rate.value for rate in rates}) == 1 for rates in (found.base, found.edited))
 
 
 def candidates(selection: SelectionRecord) -> Chart:
