@@ -39,8 +39,8 @@ _SCRATCH_BYTES = 16 << 20
 
 _ROW = 4096
 
-# More would not be quicker: tables of indices and floats come to many times a quantised number's own size.
-_QUANTISED_NUMBERS = 1 << 21
+# A quantised tensor is computed with in strips; what is read at once is as much as needs few reads.
+_QUANTISED_NUMBERS = 1 << 24
 
 
 @dataclass(frozen=True)

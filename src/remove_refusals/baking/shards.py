@@ -29,7 +29,6 @@ from remove_refusals.models import (
     Place,
     ShardHeader,
     TensorEntry,
-    TensorSlice,
     checkpoint_files,
     find_block_tensor,
     float_dtype,
@@ -254,22 +253,30 @@ class _Writer:
         parts = block.parts(self.memory // BYTES_PER_NUMBER)
         with opened(block.weights[0]) as weights, opened(block.scales[0]) as scales:
 
-            def edited(part: tuple[TensorSlice, TensorSlice]) -> tuple[torch.Tensor, torch.Tensor]:
-                self.heed()
-                values, stored = block.read((weights, scales), part)
-                values = values.contiguous()
-                project_out_in_place(values, entry.basis, entry.strength, 1, self.variant)
-                return values, stored
+            def strips(read: tuple[torch.Tensor, torch.Tensor]) -> Iterator[tuple[torch.Tensor, ...]]:
+                """Give views of bytes and scales that were read, each with the floats that are wanted there."""
+                for raw, stored in block.strips(*read):
+                    self.heed()
+                    values = block.values(raw, stored)
+                    project_out_in_place(values, entry.basis, entry.strength, 1, self.variant)
+                    yield raw, stored, values
 
             raised: torch.Tensor | None = None
             for part in parts if block.wide else ():
-                values, stored = edited(part)
-                raised = block.fitting(values, stored if raised is None else raised)
-            # Scales of whole rows are the same in every part.
-            for part in parts[: 1 if block.wide and index else None]:
-                values, stored = edited(part)
-                written = block.rounded(values, stored if raised is None else raised, entry.basis[:, 0])[index]
-                write_slice(self.target, self.place, part[index], written)
+                for _, stored, values in strips(block.read((weights, scales), part)):
+                    raised = block.fitting(values, stored if raised is None else raised)
+            if raised is not None and index:
+                # Scales of whole rows are the same in every part.
+                write_slice(self.target, self.place, parts[0][1], raised)
+                parts = []
+            for part in parts:
+                read = block.read((weights, scales), part)
+                for raw, stored, values in strips(read):
+                    fitting = block.fitting(values, stored) if raised is None else raised
+                    (stored if index else raw).copy_(
+                        fitting if index else block.rounded(values, fitting, entry.basis[:, 0])
+                    )
+                write_slice(self.target, self.place, part[index], read[index])
         self.place += tensor.stop - tensor.start
 
     def heed(self) -> None:

@@ -53,8 +53,20 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # Parts in which whole rows are looked through for their largest numbers.
 _WIDE_PART = 1 << 21
 
-BYTES_PER_NUMBER = 128
-"""What rounding holds for each number of a slice, generously."""
+# How many numbers are computed with at once, and rounded at once, so that they stay in a core's cache.
+_STRIP, _ROUNDED_AT_ONCE = 1 << 18, 1 << 17
+
+# How often the costs are halved, and how many around the last are then brought into order: few inputs have more there.
+_HALVINGS, _CLOSE = 17, (32, 512)
+
+# Less than this share of what is needed is not yet enough, however the sum was rounded.
+_SURELY = 1 - 1e-5
+
+_EXPONENT = 0x7F800000
+"""The bits of a float32 that are its power of two."""
+
+BYTES_PER_NUMBER = 8
+"""What is held for each number of a part, generously."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +124,11 @@ class BlockTensor:
             positive = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32)
         return torch.cat((-positive.flip(0)[:-1], positive))
 
+    @property
+    def _share(self) -> int:
+        """How many numbers lie in a byte."""
+        return 1 if self.fp8 else 2
+
     def parts(self, numbers: int) -> list[tuple[TensorSlice, TensorSlice]]:
         """Cut weights and scales alike, into whole blocks of at most so many numbers, or one column of blocks."""
         outer, d_model, n = self.shape
@@ -119,34 +136,67 @@ class BlockTensor:
             count = math.prod(self.scales[1].shape)
             whole = TensorSlice((1, count, 1), 0, count * self.scale_dtype.itemsize)
             return [(part, whole) for part in tensor_slices((outer, d_model, n), 1, 1, numbers)]
-        scales, wide, share = self.scales[1].shape[-2:], self.block[1], 1 if self.fp8 else 2
+        scales, wide = self.scales[1].shape[-2:], self.block[1]
         columns = max(1, numbers // (d_model * wide))
-        first = tensor_slices((outer, d_model, n // share), 1, 1, columns * d_model * wide // share)
+        first = tensor_slices((outer, d_model, n // self._share), 1, 1, columns * d_model * wide // self._share)
         second = tensor_slices((outer, *scales), 1, self.scale_dtype.itemsize, columns * scales[0])
         return list(zip(first, second, strict=True))
 
     def read(self, files: tuple[int, int], part: tuple[TensorSlice, TensorSlice]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Read one of `parts` from both files: floats `[outer, d_model, n]`, float32, and the scales as stored."""
+        """Read one of `parts` from both files: the bytes of the numbers, uint8, and the scales, both as stored."""
         raw = read_slice(files[0], self.weights[1].start, part[0], torch.uint8)
-        scales = read_slice(files[1], self.scales[1].start, part[1], self.scale_dtype)
-        codes = raw if self.fp8 else torch.stack((raw & 15, raw >> 4), dim=-1).flatten(-2)
-        index = codes.to(torch.int32)
-        if self.dtype != "INT4 in groups":
-            # Sign and magnitude.
-            top, size = len(self.grid) // 2, index & (self._sign - 1)
-            if int(size.max()) > top:
-                raise CheckpointError(
-                    f"The tensor {self.weights[1].name} holds NaN, expected finite numbers; download the checkpoint "
-                    "again."
-                )
-            index = torch.where(index >= self._sign, top - size, top + size)
-        values = self.grid[index]
-        return values * self.expand(scales, values.shape), scales
+        return raw, read_slice(files[1], self.scales[1].start, part[1], self.scale_dtype)
 
-    @property
-    def _sign(self) -> int:
-        """The bit of a code that is its sign."""
-        return 128 if self.fp8 else len(_E2M1)
+    def strips(self, raw: torch.Tensor, scales: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Cut what `read` gave into views of whole blocks that are few enough to be computed with in a core's cache."""
+        outer, d_model, n = raw.shape[0], raw.shape[1], raw.shape[2] * self._share
+        block = min(self.block[1], n)
+        whole = _STRIP // max(1, d_model * block)
+        width = max(1, whole) * block if not self.wide else max(1, _STRIP // d_model)
+        group = max(1, whole // -(-n // block)) if width >= n else 1
+        for index in range(0, outer, group):
+            for left in range(0, n, width):
+                right = min(n, left + width)
+                numbers = raw[index : index + group, :, left // self._share : right // self._share]
+                if self.wide:
+                    yield numbers, scales
+                else:
+                    yield numbers, scales[index : index + group, :, left // block : -(-right // block)]
+
+    def values(self, raw: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """Give what bytes and scales stand for: floats `[outer, d_model, n]`, float32, contiguous."""
+        numbers = self._numbers(raw)
+        return numbers.mul_(self.expand(scales, numbers.shape))
+
+    def _numbers(self, raw: torch.Tensor) -> torch.Tensor:
+        """Give numbers as the format has them, before they are scaled."""
+        numbers = self._of_byte.to(raw.device).index_select(0, raw.reshape(-1).to(torch.int32)).view(torch.float32)
+        if math.isnan(float(numbers.sum())):
+            raise CheckpointError(
+                f"The tensor {self.weights[1].name} holds NaN, expected finite numbers; download the checkpoint again."
+            )
+        return numbers.view(*raw.shape[:-1], -1)
+
+    @cached_property
+    def _of_byte(self) -> torch.Tensor:
+        """The number of each byte, or the two as one of eight bytes; minus nothing is nothing."""
+        if self.fp8:
+            return torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).to(torch.float32) + 0.0
+        codes = torch.arange(16)
+        of_code = codes - 8.0 if self.dtype == "INT4 in groups" else torch.tensor([*_E2M1, *(-one for one in _E2M1)])
+        pairs = torch.stack((of_code.repeat(16), of_code.repeat_interleave(16)), dim=1) + 0.0
+        return pairs.view(torch.int64).flatten()
+
+    def _codes(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Give the code of each of the format's numbers, uint8."""
+        if self.dtype == "INT4 in groups":
+            return (numbers + 8).to(torch.uint8)
+        if self.fp8:
+            return (numbers + 0.0).to(torch.float8_e4m3fn).view(torch.uint8)
+        # Three lines that meet where the distance between numbers doubles.
+        size = numbers.abs()
+        size = torch.minimum(torch.minimum(2 * size, size + 2), size / 2 + 4)
+        return (size + 8 * (numbers < 0)).to(torch.uint8)
 
     def _block_in(self, shape: torch.Size) -> tuple[int, int]:
         """How many rows and columns of a part share a scale."""
@@ -155,65 +205,88 @@ class BlockTensor:
     def _factors(self, scales: torch.Tensor) -> torch.Tensor:
         """Give what numbers are multiplied by, float32."""
         if self.dtype == "MXFP4":
-            return torch.ldexp(torch.ones(scales.shape), scales.to(torch.int32) - 127)
+            return torch.ldexp(torch.ones(scales.shape, device=scales.device), scales.to(torch.int32) - 127)
         return scales.to(torch.float32) * self.factor / self.divisor
 
     def expand(self, scales: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         """Give each number its scale, float32."""
         rows, columns = self._block_in(shape)
-        spread = self._factors(scales).repeat_interleave(columns, dim=2)
-        return spread.repeat_interleave(rows, dim=1)[:, : shape[1], : shape[2]] if rows > 1 else spread
+        factors = self._factors(scales)
+        outer, tall, wide = factors.shape
+        spread = factors.view(outer, tall, 1, wide, 1).expand(-1, -1, rows, -1, columns)
+        return spread.reshape(outer, tall * rows, wide * columns)[:, : shape[1], : shape[2]]
 
     def floats(self, numbers: int) -> Iterator[torch.Tensor]:
-        """Read the tensor part by part: `[outer, d_model, n]`, float32."""
+        """Read the tensor strip by strip: `[outer, d_model, n]`, float32."""
         with opened(self.weights[0]) as weights, opened(self.scales[0]) as scales:
             for part in self.parts(numbers):
-                yield self.read((weights, scales), part)[0]
+                for strip in self.strips(*self.read((weights, scales), part)):
+                    yield self.values(*strip)
 
-    def rounded(
-        self, target: torch.Tensor, scales: torch.Tensor, column: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Round floats `[outer, d_model, n]` to the format; give the bytes of the numbers, and the scales.
+    def rounded(self, target: torch.Tensor, scales: torch.Tensor, column: torch.Tensor | None) -> torch.Tensor:
+        """Round floats `[outer, d_model, n]` to the format with scales that are `fitting`; give the bytes.
 
-        A block keeps its scale unless a number no longer fits, so that what an edit leaves alone keeps its bits. What
-        each input writes along the column, `[d_model]`, is kept; None rounds each number to the nearest.
+        What each input writes along the column, `[d_model]`, is kept; None rounds each number to the nearest.
         """
-        scales = self.fitting(target, scales)
-        scale = self.expand(scales, target.shape)
-        wanted = torch.where(scale > 0, target / scale, 0).clamp_(self.grid[0], self.grid[-1])
-        upper = torch.bucketize(wanted, self.grid, out_int32=True).clamp_(max=len(self.grid) - 1)
-        lower = (upper - 1).clamp_(min=0)
-        up = self.grid[upper] - wanted <= wanted - self.grid[lower]
-        nearest, other = torch.where(up, upper, lower), torch.where(up, lower, upper)
-        if column is not None:
-            error = self.grid[nearest] * scale - target
-            step = (self.grid[other] - self.grid[nearest]) * scale
-            nearest = torch.where(_turned(error, step, column.reshape(1, -1, 1)), other, nearest)
-        if self.dtype != "INT4 in groups":
-            signed = nearest - len(self.grid) // 2
-            nearest = torch.where(signed < 0, self._sign - signed, signed)
-        codes = nearest.to(torch.uint8)
-        if not self.fp8:
-            codes = codes[..., 0::2] | (codes[..., 1::2] << 4)
-        return codes.contiguous(), scales.contiguous()
+        # One input's numbers lie together: sums and choices are made among them.
+        target, scale = (one.mT.contiguous() for one in (target, self.expand(scales, target.shape)))
+        parts = []
+        at_once = max(1, _ROUNDED_AT_ONCE // (target.shape[0] * target.shape[2]))
+        for left in range(0, target.shape[1], at_once):
+            wanted, shared = target[:, left : left + at_once], scale[:, left : left + at_once]
+            nearest, step = self._neighbours(wanted, shared)
+            if column is not None:
+                error = (nearest * shared).sub_(wanted)
+                turned = _turned(error.flatten(0, 1), (step * shared).flatten(0, 1), column.reshape(1, -1))
+                nearest.addcmul_(step, turned.view(step.shape))
+            parts.append(self._codes(nearest))
+        codes = torch.cat(parts, dim=1).mT.contiguous()
+        return codes if self.fp8 else codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+    def _neighbours(self, target: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give the nearest number of the format, before it is scaled, and how far from it the other neighbour lies."""
+        wanted = target / scale
+        if not bool((scale > 0).all()):
+            wanted = torch.where(scale > 0, wanted, 0)
+        wanted.clamp_(float(self.grid[0]), float(self.grid[-1]))
+        gap = self._gap(wanted)
+        upper = (wanted / gap).ceil_().mul_(gap)
+        lower = (upper - gap).clamp_(min=float(self.grid[0]))
+        # Multiplied, since `where` takes as long as ten of these.
+        up = (upper - wanted <= wanted - lower).to(torch.float32)
+        gap = upper.sub_(lower)
+        return lower.addcmul_(gap, up), up.mul_(-2).add_(1).mul_(gap)
+
+    def _gap(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Give how far the number of the format that is not below lies from the one before it."""
+        if self.dtype == "INT4 in groups":
+            return torch.ones_like(numbers)
+        bits = numbers.view(torch.int32)
+        # Of what is above zero the one before lies towards zero: a power of two counts as the smaller numbers.
+        bits = (bits - bits.clamp(0, 1)).bitwise_and_(_EXPONENT)
+        digits, least = (3, -6) if self.fp8 else (1, 0)
+        return bits.view(torch.float32).clamp_(min=2.0**least).mul_(2.0**-digits)
 
     def fitting(self, target: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """Raise the scales of blocks whose largest number no longer fits."""
+        """Raise the scales of blocks whose largest number no longer fits.
+
+        A block keeps its scale otherwise, so that what an edit leaves alone keeps its bits.
+        """
         rows, columns = self._block_in(target.shape)
         down, right = -target.shape[1] % rows, -target.shape[2] % columns
-        padded = torch.nn.functional.pad(target, (0, right, 0, down))
+        padded = torch.nn.functional.pad(target, (0, right, 0, down)) if down or right else target
         outer, tall, wide = padded.shape
         blocks = padded.view(outer, tall // rows, rows, wide // columns, columns)
         # Half a step beyond the last number still rounds to it; a new scale would move every number of the block.
         half = float(self.grid[-1] - self.grid[-2]) / 2
         beyond = half if self.dtype == "INT4 in groups" else 0.0
-        largest = torch.maximum(
-            blocks.amax((2, 4)) / (self.grid[-1] + beyond), blocks.amin((2, 4)) / (self.grid[0] - beyond)
-        )
+        # One axis after the other is many times as quick as both at once.
+        most, least = (blocks.amax(2), blocks.amin(2)) if rows > 1 else (blocks.squeeze(2), blocks.squeeze(2))
+        largest = torch.maximum(most.amax(-1) / (self.grid[-1] + beyond), least.amin(-1) / (self.grid[0] - beyond))
         if self.dtype == "MXFP4":
-            needed = torch.frexp(largest).exponent + 127
+            mantissa, exponent = torch.frexp(largest)
             # A power of two is its own scale.
-            needed = needed - (torch.frexp(largest).mantissa == 0.5).to(torch.int32)
+            needed = exponent + 127 - (mantissa == 0.5).to(torch.int32)
             return torch.maximum(scales.to(torch.int32), needed * (largest > 0)).clamp_(0, 254).to(torch.uint8)
         known = self._factors(scales)
         reach = known * (1 + (half - beyond) / float(self.grid[-1]))
@@ -235,34 +308,73 @@ class BlockTensor:
         """Quantise floats anew, each block with the scale that its largest number needs, and give them as floats."""
         scales = self._anew if self.wide else self.fitting(values, torch.zeros(1, dtype=self.scale_dtype))
         scale = self.expand(scales, values.shape)
-        wanted = torch.where(scale > 0, values / scale, 0)
-        middles = (self.grid[1:] + self.grid[:-1]) / 2
-        return self.grid[torch.bucketize(wanted, middles)] * scale
+        return self._neighbours(values, scale)[0].mul_(scale)
 
     def squared_steps(self, numbers: int) -> float:
         """Sum the squares of the distance between each number and the next larger one that the format has."""
         total = 0.0
         with opened(self.weights[0]) as weights, opened(self.scales[0]) as scales:
             for part in self.parts(numbers):
-                values, stored = self.read((weights, scales), part)
-                scale = self.expand(stored, values.shape)
-                size = torch.where(scale > 0, values.abs() / scale, 0)
-                index = torch.bucketize(size, self.grid, out_int32=True).clamp_(max=len(self.grid) - 2)
-                total += float(((self.grid[index + 1] - self.grid[index]) * scale).to(torch.float64).square().sum())
+                for raw, stored in self.strips(*self.read((weights, scales), part)):
+                    # Below zero the number before lies away from it.
+                    steps = self._gap(-self._numbers(raw).abs())
+                    steps.mul_(self.expand(stored, steps.shape))
+                    total += float(torch.linalg.vector_norm(steps, dim=1).to(torch.float64).square().sum())
         return total
 
 
 def _turned(error: torch.Tensor, step: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
-    """Choose which numbers go to their other neighbour so that the errors of each input cancel along a direction."""
-    needed = -tree_sum(column * error)
-    gain = column * step
-    useful = gain * needed.sign() > 0
-    size = torch.where(useful, gain.abs(), 0)
-    cost = torch.where(useful, step * (step + 2 * error) / size, torch.inf)
-    order = cost.argsort(dim=1, stable=True)
-    size = size.gather(1, order)
-    chosen = (size.cumsum(1) - size / 2 <= needed.abs()) & (size > 0)
-    return torch.zeros_like(chosen).scatter_(1, order, chosen)
+    """Choose which numbers go to their other neighbour so that the errors of each input cancel along a direction.
+
+    Both are `[n_inputs, d_model]`, the column `[1, d_model]`; gives ones and zeros. Those come first that add the least
+    error for what they take out, then the earlier. Halving finds a cost up to which all are needed, so that only the
+    few around the last one have to be brought into order.
+    """
+    needed = -tree_sum((column * error).unsqueeze(-1)).squeeze(-1)
+    # What would take out nothing has no size, and costs endlessly much or no number.
+    size = (column * step).mul_(needed.sign()).clamp_(min=0).abs_()
+    cost = error.mul_(2).add_(step).mul_(step).clamp_(min=0).div_(size)
+    needed.abs_()
+    low = torch.zeros_like(needed, dtype=torch.int32)
+    high, least, turned = torch.full_like(low, _EXPONENT), torch.full_like(needed, -1), torch.empty_like(cost)
+    for _ in range(_HALVINGS):
+        # Positive floats are in the order of their bits.
+        middle = low + ((high - low) >> 1)
+        floats = middle.view(torch.float32)
+        below = turned.copy_(cost).le_(floats).mul_(size).sum(1, keepdim=True) < needed * _SURELY
+        low, high, least = (
+            torch.where(below, middle, low),
+            torch.where(below, high, middle),
+            least.where(~below, floats),
+        )
+    turned.copy_(cost).le_(least)
+    begun = (turned * size).sum(1, keepdim=True, dtype=torch.float64)
+    cost.div_(1 - turned)
+    known: tuple[torch.Tensor, ...] = cost, size, needed, begun
+    rows = torch.arange(len(cost), device=cost.device)
+    for count in (*_CLOSE, cost.shape[1]):
+        more, unsure = _next(min(count, cost.shape[1]), known)
+        turned.index_add_(0, rows, more)
+        if not bool(unsure.any()):
+            break
+        known, rows = tuple(one[unsure] for one in known), rows[unsure]
+    return turned
+
+
+def _next(count: int, known: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose among the cheapest, of equal ones the first; none of the inputs for which more have to be looked at."""
+    cost, size, needed, begun = known
+    close = cost.topk(count, dim=1, largest=False, sorted=False).indices.sort(dim=1).values
+    costs, order = cost.gather(1, close).sort(dim=1, stable=True)
+    order = close.gather(1, order)
+    sizes = size.gather(1, order).mul_(costs < torch.inf)
+    reached = (begun + sizes.cumsum(1, dtype=torch.float64)).to(torch.float32)
+    chosen = (reached - sizes / 2 <= needed) & (sizes > 0)
+    # The first that stays where it is must be cheaper than whatever was not looked at.
+    left, dearest = costs.masked_fill(chosen | (sizes == 0), torch.inf).amin(1), costs[:, -1]
+    unsure = (left >= dearest) & (dearest < torch.inf) & (count < cost.shape[1])
+    chosen &= ~unsure.unsqueeze(1)
+    return torch.zeros_like(cost).scatter_(1, order, chosen.to(cost.dtype)), unsure
 
 
 def _rounded_up(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
