@@ -2,6 +2,7 @@
 
 import html
 import json
+import math
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import Command
+from remove_refusals.cli import web
 from remove_refusals.cli.talk import free_port
 from remove_refusals.cli.web import Controls, Page, Source, command_line, front_drawing, strip
 from remove_refusals.directions.activations import collect_activations, project_tokens, token_states
@@ -27,11 +30,13 @@ from remove_refusals.directions.direction import direction_from_vectors, mean_di
 from remove_refusals.directions.hooks import ablated
 from remove_refusals.directions.intervention import intervene, middle_direction
 from remove_refusals.directions.saved import save_direction
+from remove_refusals.errors import OutputError
 from remove_refusals.modelmap.derive import map_model
 from remove_refusals.modelmap.types import ModelMap
 from remove_refusals.models.chat_template import render
 from remove_refusals.models.generate import generate
 from remove_refusals.models.load import LoadedModel, load
+from remove_refusals.progress import Progress
 from remove_refusals.prompts import draw, embedded_prompts
 from remove_refusals.report.records import CandidateRecord
 from remove_refusals.settings import SITE_KINDS
@@ -107,8 +112,34 @@ def test_colour_is_the_share_of_the_largest_projection() -> None:
 
 def test_the_drawing_offers_what_can_be_tried(page: Page) -> None:
     drawing = front_drawing(page.candidates, tuple(page.tried), "two")
-    assert re.findall(r'data-candidate="([^"]*)"', drawing) == ["one &quot;half&quot;", "two"]
-    assert drawing.count('class="chosen"') == 1 and drawing.count('class="other"') == 1
+    assert re.findall(r'<g class="\w+" data-candidate="([^"]*)"', drawing) == ["one &quot;half&quot;", "two"]
+    assert drawing.count('<g class="chosen"') == 1 and drawing.count('class="other"') == 1
+    shown = Texts()
+    shown.feed(drawing)
+    # Ticks on both axes, and each that can be tried by its number and its name.
+    assert all(part in shown.text for part in ("50%", "0.01", "0.02", 'one "half": 40.0% refused', "two: 0.0% refused"))
+    assert shown.tags.count("li") == 2
+
+
+MEASURED = st.tuples(st.floats(0, 1), st.floats(1e-4, 2))
+
+
+@given(measured=st.lists(MEASURED, min_size=2, max_size=8), n_kept=st.integers(0, 8))
+@settings(deadline=None)
+def test_no_point_of_the_drawing_lies_on_another(measured: list[tuple[float, float]], n_kept: int) -> None:
+    candidates = [
+        CandidateRecord(name=f"number {at}", refusal=refusal, damage=damage, strengths=())
+        for at, (refusal, damage) in enumerate(measured)
+    ]
+    kept = [candidate.name for candidate in candidates[:n_kept]]
+    drawing = front_drawing(candidates, kept, None)
+    points = re.findall(r'cx="([\d.]+)%" cy="([\d.]+)" r="(\d+)"', drawing)
+    assert len(points) == len(measured)
+    # On a phone the drawing is about 300 pixels wide.
+    places = [(3 * float(x), float(y), int(r)) for x, y, r in points]
+    for at, (x, y, r) in enumerate(places):
+        for other_x, other_y, other_r in places[:at]:
+            assert math.hypot(x - other_x, y - other_y) > r + other_r
 
 
 def test_the_command_line_says_what_is_not_the_default(model_map: ModelMap) -> None:
@@ -126,23 +157,81 @@ def test_both_answer_as_they_do_elsewhere(loaded: LoadedModel, model_map: ModelM
     plain = generate(loaded, ids, max_new_tokens=24)[0].text
     with ablated(loaded.model, page.intervention):
         edited = generate(loaded, ids, max_new_tokens=24)[0].text
-    steps = list(page.answers(PROMPT, [], [], controls(model_map)))
-    original, changed, first, second = steps[-1]
-    assert [part["content"] for part in original] == [PROMPT, plain]
-    assert [part["content"] for part in changed] == [PROMPT, edited]
+    steps = list(page.answers(PROMPT, ([], []), controls(model_map)))
+    last = steps[-1]
+    assert [[part["content"] for part in talk] for talk in last.talks] == [[PROMPT, plain], [PROMPT, edited]]
     assert plain != edited and len(steps) > 5
-    assert "strip" in first and "strip" in second and not any(step[2] or step[3] for step in steps[:-1])
+    assert all("strip" in part and "scale" in part for part in last.strips)
+    assert not any(step.strips[0] or step.strips[1] for step in steps[:-1])
+    for note, label in zip(last.notes, ("refused", "answered"), strict=True):
+        assert re.fullmatch(rf'<span class="label \w+">{label}</span> \d+ tokens, \d+ a second', note)
     # At strength 0, or with a candidate that takes nothing out, both are the same.
     for nothing in (controls(model_map, 0.0), controls(model_map, 1.0, 'one "half"')):
-        one, other, *_ = list(page.answers(PROMPT, [], [], nothing))[-1]
+        one, other = list(page.answers(PROMPT, ([], []), nothing))[-1].talks
         assert one == other
 
 
-def test_what_was_said_before_counts(loaded: LoadedModel, model_map: ModelMap, page: Page) -> None:
-    first = list(page.answers("Say hello.", [], [], controls(model_map)))[-1]
-    second = list(page.answers(PROMPT, first[0], first[1], controls(model_map)))[-1]
+def test_what_was_said_before_counts(model_map: ModelMap, page: Page) -> None:
+    first = list(page.answers("Say hello.", ([], []), controls(model_map)))[-1].talks
+    second = list(page.answers(PROMPT, first, controls(model_map)))[-1].talks
     assert [part["role"] for part in second[0]] == ["user", "assistant"] * 2
     assert second[0][:2] == first[0]
+
+
+def test_a_system_message_and_a_temperature_change_the_answers(
+    loaded: LoadedModel, model_map: ModelMap, page: Page
+) -> None:
+    plain = list(page.answers(PROMPT, ([], []), controls(model_map)))[-1].talks
+    told = replace(controls(model_map), system_prompt="Answer in Latin.")
+    with_system = replace(loaded, chat=loaded.chat.model_copy(update={"system_prompt": "Answer in Latin."}))
+    expected = generate(with_system, render(with_system, [PROMPT]), max_new_tokens=24)[0].text
+    assert list(page.answers(PROMPT, ([], []), told))[-1].talks[0][-1]["content"] == expected
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        drawn.append(list(page.answers(PROMPT, ([], []), replace(controls(model_map), temperature=1.8)))[-1].talks)
+    assert drawn[0] == drawn[1] != plain
+
+
+def test_an_answer_can_be_given_again_and_exported(model_map: ModelMap, page: Page) -> None:
+    pytest.importorskip("gradio")
+    values = (1.0, 0, model_map.n_layers - 1, list(SITE_KINDS), None, 0.0, "")
+    *_, (_, *first, _, _, _, _, rows) = web._ask(page, PROMPT, [], [], [], *values)
+    weak = (0.0, *values[1:])
+    *_, (typed, base, edited, *_, again) = web._ask_again(page, "typed", *first, rows, *weak)
+    assert typed == "typed" and base == first[0] and edited == first[0] != first[1]
+    kept = [json.loads(line) for line in web._as_jsonl(again).splitlines()]
+    assert [(row["side"], row["prompt"]) for row in kept] == [("base", PROMPT), ("edited", PROMPT)]
+    assert kept[1]["answer"] == base[1]["content"] and kept[1]["strength"] == 0 and "strength" not in kept[0]
+    # An answer that was stopped may be the base's alone.
+    *_, (_, base, edited, *_, whole) = web._ask_again(page, "", first[0], [], rows[:1], *values)
+    assert [base, edited] == first and whole == rows
+
+
+def test_what_is_set_is_saved(loaded: LoadedModel, model_map: ModelMap, page: Page, tmp_path: Path) -> None:
+    stages = []
+    told = Progress(lambda name, done, total: stages.append(name))
+    now = controls(model_map, 0.5)
+    said = page.save(now, str(tmp_path / "edited"), as_lora=False, progress=told)
+    assert "the files hold the edit as planned" in said and stages
+    saved = load(tmp_path / "edited")
+    with ablated(loaded, page.made(now)):
+        expected = generate(loaded, render(loaded, [PROMPT]), max_new_tokens=24)[0].text
+    assert generate(saved, render(saved, [PROMPT]), max_new_tokens=24)[0].text == expected
+    pytest.importorskip("peft")
+    assert "a LoRA of" in page.save(now, str(tmp_path / "lora"), as_lora=True)
+    assert (tmp_path / "lora" / "adapter_model.safetensors").is_file()
+    with pytest.raises(OutputError, match="exists already"):
+        page.save(now, str(tmp_path / "edited"), as_lora=False)
+    with pytest.raises(OutputError, match="The directory is missing"):
+        page.save(now, " ", as_lora=True)
+
+
+@pytest.mark.parametrize("may_save", [True, False])
+def test_files_are_written_for_this_machine_alone(page: Page, may_save: bool) -> None:
+    pytest.importorskip("gradio")
+    parts = web.build_page(page, may_save=may_save).get_config_file()["components"]
+    assert may_save == any(part["props"].get("elem_id") == "saving" for part in parts)
 
 
 def test_projections_are_those_of_the_collected_stream(
@@ -209,13 +298,15 @@ def test_the_first_port_that_is_free_is_taken() -> None:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
-@pytest.mark.parametrize("width", [1280, 390])
-def test_the_page_in_a_browser(served: str, page: Page, model_map: ModelMap, width: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 844)])
+def test_the_page_in_a_browser(
+    served: str, page: Page, model_map: ModelMap, width: int, height: int, tmp_path: Path
+) -> None:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=300_000)
-        tab = browser.new_page(viewport={"width": width, "height": 900})
+        tab = browser.new_page(viewport={"width": width, "height": height})
         tab.set_default_timeout(120_000)
         asked: set[str] = set()
         problems: list[str] = []
@@ -223,18 +314,35 @@ def test_the_page_in_a_browser(served: str, page: Page, model_map: ModelMap, wid
         tab.on("pageerror", lambda error: problems.append(str(error)))
         tab.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
         tab.goto(served)
-        tab.fill("#message textarea", PROMPT)
+        tab.locator("#examples button").first.click()
+        tab.wait_for_function("document.querySelector('#message textarea').value")
+        example = tab.input_value("#message textarea")
+        assert [example] == web._examples()[0]
         tab.click("#send")
         tab.wait_for_selector(".strip >> nth=1")
         said = tab.inner_text("body")
-        wanted = list(page.answers(PROMPT, [], [], controls(model_map)))[-1]
-        for history in wanted[:2]:
+        wanted = list(page.answers(example, ([], []), controls(model_map)))[-1]
+        for history in wanted.talks:
             assert " ".join(history[-1]["content"].split()) in " ".join(said.split())
-        tab.locator("#front circle[data-candidate]").first.click()
+        # Both answers, what they are, and the message are on the screen at once.
+        for place in (".talk >> nth=0", ".talk >> nth=1", ".note >> nth=0", ".note >> nth=1", "#message", "#send"):
+            box = tab.locator(place).bounding_box()
+            assert box and box["y"] >= 0 and box["y"] + box["height"] <= height, place
+        if width > 1000:
+            with tab.expect_download() as download:
+                tab.click("#export")
+            rows = [json.loads(line) for line in download.value.path().read_text(encoding="utf-8").splitlines()]
+            assert [row["side"] for row in rows] == ["base", "edited"]
+            tab.click("#saving button")
+            tab.fill("#saving textarea, #saving input[type=text]", str(tmp_path / "saved"))
+            tab.click("#save")
+            tab.wait_for_function("document.querySelector('#saved').innerText.includes('as planned')")
+            assert (tmp_path / "saved" / "certificate.json").is_file()
+        tab.locator("#front g[data-candidate]").first.click()
         tab.wait_for_function("document.querySelector('#command textarea').value.includes('--candidate')")
         assert "half" in tab.input_value("#command textarea")
         assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
         browser.close()
     assert problems == []
-    assert all(address.startswith(served) for address in asked), json.dumps(sorted(asked))
+    assert all(address.startswith(served) or address.startswith("blob:") for address in asked), sorted(asked)
     assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"

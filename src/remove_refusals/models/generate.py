@@ -237,8 +237,13 @@ def _decode(
             inputs = _step(inputs, tokens)
 
 
-def stream(loaded: LoadedModel, token_ids: Sequence[int], *, max_new_tokens: int = 512) -> Generator[str]:
-    """Continue one prompt greedily, piece by piece, as far as the model can; nothing else may run it meanwhile."""
+def stream(
+    loaded: LoadedModel, token_ids: Sequence[int], *, max_new_tokens: int = 512, temperature: float = 0.0
+) -> Generator[str]:
+    """Continue one prompt, piece by piece, as far as the model can; nothing else may run it meanwhile.
+
+    At temperature 0 it is greedy; else tokens are drawn with PyTorch's random numbers, from all of the vocabulary.
+    """
     check_prompts(loaded, [token_ids], 1)
     n_tokens = min(max_new_tokens, (n_positions(loaded) or max_new_tokens + len(token_ids)) - len(token_ids))
     stop = threading.Event()
@@ -247,6 +252,7 @@ def stream(loaded: LoadedModel, token_ids: Sequence[int], *, max_new_tokens: int
         # Nobody may listen any more.
         "stopping_criteria": [lambda ids, scores, **_: torch.full((1,), stop.is_set(), device=ids.device)],
         "streamer": streamer,
+        "temperature": temperature,
     }
 
     def run() -> None:
@@ -302,9 +308,11 @@ def _run_generate(
     token_ids: Sequence[Sequence[int]],
     max_new_tokens: int,
     check: Callable[..., None],
+    *,
+    temperature: float = 0.0,
     **watched: Any,
 ) -> list[list[int]]:
-    """Run the model's own `generate` greedily; return the answers, filled up with padding."""
+    """Run the model's own `generate`, greedily at temperature 0; return the answers, filled up with padding."""
     inputs = left_padded(loaded, token_ids)
     rows = range(len(token_ids))
 
@@ -312,9 +320,11 @@ def _run_generate(
         check(scores, rows)
         return scores
 
+    drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    how = drawn if temperature else {"do_sample": False}
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
-        do_sample=False,
+        **how,
         eos_token_id=sorted(_end_token_ids(loaded)) or None,
         pad_token_id=loaded.pad_token_id,
         bos_token_id=loaded.model.generation_config.bos_token_id,

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
         SelectionSummary,
         WriterCertificate,
     )
+    from remove_refusals.report.sections import front_scales
+    from remove_refusals.report.words import tick
 
 __all__ = [
     "AblationRecord",
@@ -44,8 +46,10 @@ __all__ = [
     "SelectionSummary",
     "WriterCertificate",
     "adapter_card",
+    "front_scales",
     "model_card",
     "push",
+    "tick",
     "write_card",
     "write_html_report",
 ]

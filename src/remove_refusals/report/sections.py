@@ -235,11 +235,9 @@ def candidates(selection: SelectionRecord) -> Chart:
     """Draw the front of refusals and damage."""
     entries = selection.candidates
     others = tuple(_candidate(entry, "ring") for at, entry in enumerate(entries) if at not in selection.front)
-    damages, refusals = [entry.damage for entry in entries], [entry.refusal for entry in entries]
     return Chart(
         "Every candidate of the search: refusals against damage; the front joins those that no other beats",
-        scale_of(damages, from_zero=min(damages) < 0.5 * max(damages), may_be_logarithmic=True),
-        scale_of(refusals, may_be_logarithmic=max(refusals) < 0.05),
+        *front_scales(entries),
         "refusals",
         "damage: KL in nats on the prompts of the search",
         (
@@ -249,6 +247,15 @@ def candidates(selection: SelectionRecord) -> Chart:
         ),
         whole=False,
         up=lambda value: f"{100 * value:g}%",
+    )
+
+
+def front_scales(entries: Sequence[CandidateRecord]) -> tuple[Scale, Scale]:
+    """Choose the scales of damage and refusals that hold all candidates."""
+    damages, refusals = [entry.damage for entry in entries], [entry.refusal for entry in entries]
+    return (
+        scale_of(damages, from_zero=min(damages) < 0.5 * max(damages), may_be_logarithmic=True),
+        scale_of(refusals, may_be_logarithmic=max(refusals) < 0.05),
     )
 
 
