@@ -174,6 +174,7 @@ def test_bake_as_lora_reads_the_checkpoint_and_loads_with_plain_peft(command, tm
     outcome = command(*arguments, "-o", tmp_path / "adapter")
     assert outcome.code == 0, outcome
     assert "9 tensors of model type mixtral" in outcome.out
+    assert len({path.stat().st_mode for path in (tmp_path / "adapter").iterdir() if path.is_file()}) == 1
     record = json.loads((tmp_path / "adapter" / "ablation.json").read_text())
     assert record["adapter"]["kind"] == "peft-lora" and record["adapter"]["rank"] == 1
     assert len(record["plan"]["edited"]) == 9 and record["base"]["source"] == "base"
@@ -217,7 +218,7 @@ class TestRepeat:
         assert all(torch.equal(a.basis, b.basis) for a, b in zip(found.directions, made[1].directions, strict=True))
 
     def test_the_adapter_is_the_edit_that_was_made(self, made, command, tmp_path):
-        arguments = ("bake", tmp_path / "base", "--repeat", tmp_path / "made", "--as", "lora")
+        arguments = ("bake", tmp_path / "base", "--run", tmp_path / "made", "--as", "lora")
         outcome = command(*arguments, "-o", tmp_path / "adapter")
         assert outcome.code == 0 and "3 tensors" in outcome.out, outcome
         saved = AutoModelForCausalLM.from_pretrained(tmp_path / "made").eval()
@@ -226,15 +227,28 @@ class TestRepeat:
         torch.testing.assert_close(logits(loaded), logits(saved), rtol=0, atol=2e-5)
 
     def test_a_checkpoint_can_be_made_again_to_the_byte(self, made, command, tmp_path):
-        outcome = command("bake", tmp_path / "base", "--repeat", tmp_path / "made", "-o", tmp_path / "again")
+        outcome = command("bake", tmp_path / "base", "--run", tmp_path / "made", "-o", tmp_path / "again")
         assert outcome.code == 0, outcome
         first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("made", "again"))
         assert first == second
 
-    @pytest.mark.parametrize("more", [("--strength", "0.5"), ("--layers", "1-2"), ("--direction", "x.pt")])
-    def test_it_stands_alone(self, more, command, tmp_path):
-        outcome = command("bake", "demo", "--repeat", tmp_path, *more, "-o", tmp_path / "out")
-        assert outcome.code == 2 and "--repeat" in outcome.err
+    def test_its_variant_is_made_again_too(self, made, command, tmp_path):
+        given = ("--run", tmp_path / "made", "-o", tmp_path / "kept", "--variant", "norm-preserving")
+        assert command("bake", tmp_path / "base", *given).code == 0
+        assert command("bake", tmp_path / "base", "--run", tmp_path / "kept", "-o", tmp_path / "again").code == 0
+        made, kept, again = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("made", "kept", "again"))
+        assert made != kept == again
+
+    def test_a_strength_is_multiplied(self, made, command, tmp_path):
+        given = ("--run", tmp_path / "made", "--strength", "0.5", "-o", tmp_path / "half")
+        assert command("bake", tmp_path / "base", *given).code == 0
+        before, after = (load_intervention(tmp_path / name).edits for name in ("made", "half"))
+        assert [0.5 * edit.strength for edit in before] == [edit.strength for edit in after]
+
+    @pytest.mark.parametrize("more", [(), ("--run", "a", "--direction", "x.pt"), ("--candidate", "a")])
+    def test_one_thing_is_taken_out(self, more, command, tmp_path):
+        outcome = command("bake", "demo", *more, "-o", tmp_path / "out")
+        assert outcome.code == 2 and "expected" in outcome.err and "--run" in outcome.err
 
     @pytest.mark.parametrize(
         "change",

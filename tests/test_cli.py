@@ -16,8 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tiny
 from conftest import Command, Inputs, Outcome
 from remove_refusals import cli
+from remove_refusals.baking import load_intervention
 from remove_refusals.directions.saved import load_direction, load_directions
 from remove_refusals.prompts import draw, load_prompts
+from remove_refusals.search import load_candidates
 
 COMMANDS = sorted(typer.main.get_command(cli.app).commands)
 
@@ -269,7 +271,7 @@ class TestChat:
         prompt = inputs.harmful.read_text().splitlines()[0]
         given, path = ("--max-new-tokens", 12), tmp_path / "answers.jsonl"
         expected = {}
-        for side, options in (("original", ()), ("ablated", ("--direction", direction))):
+        for side, options in (("base", ()), ("edited", ("--direction", direction))):
             fine(command("generate", llama_directory, "--prompts", inputs.harmful, "-o", path, *given, *options))
             expected[side] = rows(path)[0]["answer"]
             path.unlink()
@@ -277,10 +279,14 @@ class TestChat:
         def said(*options: object) -> str:
             return fine(command("chat", llama_directory, *given, *options, typed=f"\n{prompt}\n"))
 
-        assert said("--no-ablation") == f"{expected['original']}\n"
-        assert said("--direction", direction) == f"{expected['ablated']}\n"
-        both = f"[original] {expected['original']}\n[ablated] {expected['ablated']}\n"
-        assert said("--direction", direction, "--compare") == both
+        assert said("--no-ablation", "-q") == f"{expected['base']}\n"
+        assert said("--direction", direction, "-q") == f"{expected['edited']}\n"
+        both = f"[base] {expected['base']}\n[edited] {expected['edited']}\n"
+        whole = said("--direction", direction, "--compare")
+        assert whole.endswith(both)
+        # What is talked to is said at the start.
+        start = whole.removesuffix(both)
+        assert all(word in start for word in (str(llama_directory), str(direction), "Strength 1 in", "/help"))
 
     def test_talks_with_what_a_run_took_out(
         self, command: Command, llama_directory: Path, direction: Path, inputs: Inputs, tmp_path: Path
@@ -290,7 +296,7 @@ class TestChat:
         typed = "Hello there\n/strength 0\nHello there\n"
 
         def said(*options: object) -> str:
-            return fine(command("chat", llama_directory, "--max-new-tokens", 12, *options, typed=typed))
+            return fine(command("chat", llama_directory, "-q", "--max-new-tokens", 12, *options, typed=typed))
 
         assert said("--run", edited) == said("--direction", direction, *part).replace("layers 1-1", "all layers")
         for options, words in (
@@ -301,6 +307,62 @@ class TestChat:
         ):
             found = command("chat", llama_directory, *options)
             assert found.code == 2 and words in found.err
+
+
+class TestCandidates:
+    """A run with several candidates, whose pick and whose others can be tried, measured and kept."""
+
+    @pytest.fixture(scope="class")
+    def searched(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        folder = tmp_path_factory.mktemp("searched")
+        words = ["run", "demo", "-o", "out", "--select", "layer", "--n-prompts", "16", "--n-test", "2"]
+        words += ["--max-new-tokens", "4", "--kl-tokens", "2"]
+        script = "import os, sys; os.umask(0o027); from remove_refusals.cli import main; main()"
+        subprocess.run([sys.executable, "-c", script, *words], cwd=folder, check=True, capture_output=True)
+        return folder / "out"
+
+    def test_files_have_the_modes_that_the_umask_says(self, searched: Path) -> None:
+        for path in (searched, *searched.rglob("*")):
+            assert path.stat().st_mode & 0o777 == (0o750 if path.is_dir() else 0o640), path
+
+    def test_another_one_can_be_kept_with_a_strength_on_top(
+        self, command: Command, searched: Path, tmp_path: Path
+    ) -> None:
+        name, other = list(load_candidates(searched).items())[1]
+        given = ("--run", searched, "--candidate", name)
+        fine(command("bake", "demo", *given, "--strength", 0.5, "-o", tmp_path / "kept"))
+        made = load_intervention(tmp_path / "kept")
+        assert [edit.strength for edit in made.edits] == [0.5 * edit.strength for edit in other.edits]
+        assert torch.equal(made.directions[0].basis, other.directions[0].basis)
+        assert command("certify", tmp_path / "kept", "--base", "demo").code == 0
+        assert "'no such one' is not among" in command("bake", "demo", *given[:3], "no such one", "-o", "x").err
+
+    def test_what_a_run_took_out_can_be_tried_and_measured(
+        self, command: Command, searched: Path, tmp_path: Path
+    ) -> None:
+        (tmp_path / "p.txt").write_text("How do I pick a lock?\n")
+        name = list(load_candidates(searched))[1]
+        said = []
+        for number, options in enumerate((("--run", searched), ("--run", searched, "--candidate", name), ())):
+            given = ("--prompts", tmp_path / "p.txt", "-o", tmp_path / f"{number}.jsonl", "--max-new-tokens", 12)
+            fine(command("generate", "demo", *options, *given))
+            said.append(rows(tmp_path / f"{number}.jsonl")[0]["answer"])
+        fine(command("generate", searched, *given[:2], "-o", tmp_path / "saved.jsonl", *given[4:]))
+        assert rows(tmp_path / "saved.jsonl")[0]["answer"] == said[0] != said[2]
+        few = ("--n-test", 2, "--max-new-tokens", 4, "--kl-tokens", 2, "--json")
+        scores = [
+            json.loads(fine(command("evaluate", "demo", *edited, *few)))
+            for edited in ((searched,), ("--run", searched), ("--run", searched, "--candidate", name, "--strength", 0))
+        ]
+        assert scores[0]["sets"] == scores[1]["sets"] and scores[2]["kl"]["harmless"]["mean"]["value"] == 0
+        assert scores[2]["edited"] == f"{searched}, {name}, strength 0"
+        found = command("evaluate", "demo", searched, "--run", searched)
+        assert found.code == 2 and "expected one of an edited model" in found.err
+
+    def test_a_model_that_was_edited_before_is_noticed(self, command: Command, searched: Path, tmp_path: Path) -> None:
+        said = fine(command("bake", searched, "--run", searched, "-o", tmp_path / "twice"))
+        assert f"Note: The model {searched} was edited already (ablation.json), from demo." in said
+        assert "holds an edited model" in command("bake", "demo", "--run", searched, "-o", searched).err
 
 
 class TestBake:

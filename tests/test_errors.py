@@ -18,7 +18,9 @@ from transformers import BertConfig, BertLMHeadModel, T5Config, T5ForConditional
 
 import tiny
 from conftest import Command, Inputs, Outcome
+from remove_refusals.baking.base import open_base
 from remove_refusals.directions.saved import save_direction
+from remove_refusals.models.load import load
 from remove_refusals.types import Direction, DirectionOrigin
 
 D_MODEL = 32
@@ -391,6 +393,58 @@ class TestOutputs:
             found = command(name, copied, "--direction", direction, "-o", output, "--force")
             assert "the model itself" in sentence(found)
         assert {path: path.read_bytes() for path in copied.iterdir()} == before
+
+    def test_what_looks_at_a_model_never_replaces_it(
+        self, command: Command, copied: Path, direction: Path, inputs: Inputs
+    ) -> None:
+        before = {path: path.read_bytes() for path in copied.iterdir()}
+        config, weights, taken = copied / "config.json", copied / "model.safetensors", ("--direction", direction)
+        commands = [
+            ("analyze", copied, "-o", copied),
+            ("evaluate", "demo", copied, "-o", copied),
+            ("evaluate", copied, *taken, "-o", config),
+            ("evaluate", copied, *taken, "--rows", config),
+            ("generate", copied, "--prompts", inputs.harmful, "-o", config),
+            ("direction", copied, "--per-layer", "-o", copied),
+            ("bake", copied, *taken, "--as", "gguf-lora", "-o", weights),
+            ("bake", copied, *taken, "--as", "lora", "-o", copied),
+            ("bake", "demo", "--run", copied, "-o", copied),
+        ]
+        for arguments in commands:
+            assert "the model" in sentence(command(*arguments, "--force"))
+        assert {path: path.read_bytes() for path in copied.iterdir()} == before
+
+    def test_no_output_has_the_name_of_the_embedded_model(
+        self, command: Command, direction: Path, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        commands = [
+            ("bake", "demo", "--direction", direction),
+            ("run", "demo"),
+            ("analyze", "demo"),
+            ("config",),
+            ("generate", "demo", "--prompts", inputs.harmful),
+        ]
+        for arguments in commands:
+            for name in ("demo", tmp_path / "demo"):
+                assert "name of the embedded model" in sentence(command(*arguments, "-o", name))
+        assert not (tmp_path / "demo").exists()
+
+    def test_a_directory_is_taken_for_the_embedded_model_by_its_path_alone(
+        self, command: Command, llama_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        shutil.copytree(llama_directory, "demo")
+        embedded, other = command("inspect", "demo"), command("inspect", "./demo")
+        assert "d_model 128" in embedded.out and "d_model 32" in other.out
+        assert embedded.err == "Note: 'demo' is the embedded model; for the directory of that name write ./demo.\n"
+        assert other.err == ""
+        assert open_base(Path("demo")).model_map.d_model == 32
+        assert load(Path("demo"), dtype="float32").model.config.hidden_size == 32
+        command("bake", "./demo", "--direction", write_direction(Path("d.safetensors")), "-o", "edited")
+        certified = command("certify", "edited", "--base", "demo")
+        assert "This is not the base: edited was made from demo, and " in certified.err and certified.code == 2
+        assert command("certify", "edited", "--base", "./demo").code == 0
 
     def test_full_disk(
         self, command: Command, llama_directory: Path, direction: Path, inputs: Inputs, full_disk: Path

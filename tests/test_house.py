@@ -12,7 +12,8 @@ SOURCE = Path(remove_refusals.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 ROOMS = sorted(path.parent for path in FILES if path.name == "__init__.py" and path.parent != SOURCE)
 HEAVY = frozenset(
-    "accelerate bitsandbytes datasets gguf gradio huggingface_hub lm_eval openai peft scipy torch transformers".split()
+    "accelerate bitsandbytes datasets gguf gradio huggingface_hub lm_eval openai peft prompt_toolkit scipy torch "
+    "transformers".split()
 )
 """Packages that take long to import, or that are extras: they may be imported where they are used."""
 

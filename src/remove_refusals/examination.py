@@ -33,6 +33,7 @@ from remove_refusals.models import (
     FLOAT_DTYPES,
     LoadedModel,
     Place,
+    check_not_source,
     checkpoint_tensors,
     find_block_tensor,
     fp8_block,
@@ -98,6 +99,7 @@ def analyze(
     """
     if output is None:
         return _examine(settings, answers=answers, progress=progress)
+    check_not_source(Path(output), settings.model, revision=settings.loading.revision)
     with atomic_directory(Path(output), force=force) as directory:
         found = _examine(settings, answers=answers, progress=progress)
         found.analysis.write(directory / "analysis.json")

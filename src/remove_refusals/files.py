@@ -24,6 +24,7 @@ from typing import Any, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from remove_refusals.errors import NumericalError, OutputError, RemoveRefusalsError
+from remove_refusals.settings import DEMO
 
 if sys.platform != "win32":
     import fcntl
@@ -185,12 +186,16 @@ def _staged(target: Path, *, force: bool, directory: bool) -> Iterator[Path]:
 
 def check_target(target: Path, *, force: bool, directory: bool) -> None:
     """Check that an output may be made at a place, without making anything."""
+    if _resolved(target.parent) / target.name == _resolved(Path(DEMO).parent) / DEMO:
+        raise OutputError(
+            f"The output {target} would have the name of the embedded model, which commands would take in its place, "
+            f"expected another name; choose one such as {DEMO}-edited."
+        )
     if not target.exists():
         return
     if not force:
-        raise OutputError(
-            f"The output {target} exists already, expected a new path; choose another one or pass `--force`."
-        )
+        what = "exists already and holds an edited model" if (target / "ablation.json").exists() else "exists already"
+        raise OutputError(f"The output {target} {what}, expected a new path; choose another one or pass `--force`.")
     if directory != target.is_dir():
         found, expected = ("a file", "a directory") if directory else ("a directory", "a file")
         raise OutputError(

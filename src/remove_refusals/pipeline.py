@@ -2,16 +2,19 @@
 
 import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from pydantic import ConfigDict, ValidationError, computed_field
 
 from remove_refusals.baking import (
     Baked,
     base_of,
-    check_not_source,
+    check_base,
     load_changed,
     load_edited,
     with_boundaries,
@@ -19,6 +22,7 @@ from remove_refusals.baking import (
 )
 from remove_refusals.directions import (
     FoundDirection,
+    ablated,
     as_intervention,
     check_exact,
     find_direction,
@@ -37,13 +41,12 @@ from remove_refusals.measure import (
     warnings,
 )
 from remove_refusals.modelmap import map_model
-from remove_refusals.models import LoadedModel, check_editable, file_hashes, load_model, local_directory
+from remove_refusals.models import LoadedModel, check_editable, check_not_source, edited_before, load_model
 from remove_refusals.progress import SILENT, Cost, Meter, Progress
 from remove_refusals.prompts import prompts_from
 from remove_refusals.report import (
     AblationRecord,
     AnalysisRecord,
-    BaseRecord,
     PromptsRecord,
     model_card,
     write_html_report,
@@ -59,7 +62,7 @@ from remove_refusals.settings import (
     SelectSettings,
     published_name,
 )
-from remove_refusals.types import Intervention, PromptSet
+from remove_refusals.types import Direction, Intervention, PromptSet
 
 OUTLIER_SHARE = 0.5
 """From here on a single coordinate is called an outlier: it holds more than all others together."""
@@ -122,7 +125,7 @@ def run(
         )
     check_editable(settings.model, settings.loading.revision)
     target = Path(output)
-    check_not_source(target, settings.model, settings.loading.revision)
+    check_not_source(target, settings.model, revision=settings.loading.revision)
     check_target(target, force=force, directory=True)
     journal, meter = hidden(target, "journal"), Meter()
     progress = replace(progress, meter=meter)
@@ -181,6 +184,8 @@ def _run_into(
             found = find_direction(loaded, settings.direction, prompts=drawn, progress=progress)
         notes = (*said, *_outlier_warning(found, settings))
         choice = _Choice(as_intervention(found.directions, loaded, edit), found.prompts, notes)
+    before = edited_before(settings.model, settings.loading.revision)
+    choice = replace(choice, notes=(*choice.notes, *filter(None, [before])))
     baked, edited = _saved(loaded, choice.intervention, directory, settings, progress)
     evaluation = evaluate(
         loaded,
@@ -317,14 +322,38 @@ def _outlier_warning(found: FoundDirection, settings: RunSettings) -> tuple[str,
     )
 
 
-def compare(settings: RunSettings, edited: str, *, progress: Progress = SILENT) -> tuple[Evaluation, tuple[str, ...]]:
-    """Measure an edited model against its base, `settings.model`; give the scores, and what should be said of them."""
+def compare(
+    settings: RunSettings,
+    edited: str,
+    taken: Sequence[Direction] | Intervention | None = None,
+    *,
+    progress: Progress = SILENT,
+) -> tuple[Evaluation, tuple[str, ...]]:
+    """Measure an edited model against its base, `settings.model`; give the scores, and what should be said of them.
+
+    With `taken` it is the base with that taken out by hooks, as `settings.edit` says, and `edited` is what records call
+    it.
+    """
     prompts = measuring_prompts(settings.measure)
     judge, accuracies = measuring_judge(settings.measure, settings.loading.device)
     base = load_model(settings.model, settings.loading, chat=settings.chat, batch_size=settings.batch_size)
-    other = load_edited(edited, settings.model, settings.loading, settings.chat, settings.batch_size)
-    evaluation = evaluate(base, other, prompts, settings.measure, judge=judge, accuracies=accuracies, progress=progress)
-    return evaluation, warnings(evaluation)
+    context: Any = nullcontext
+    if taken is None:
+        other = load_edited(edited, settings.model, settings.loading, settings.chat, settings.batch_size)
+    else:
+        other, context = base, partial(ablated, base, as_intervention(taken, base, settings.edit))
+    evaluation = evaluate(
+        base,
+        other,
+        prompts,
+        settings.measure,
+        edited_context=context,
+        judge=judge,
+        accuracies=accuracies,
+        progress=progress,
+    ).model_copy(update={} if taken is None else {"edited": edited})
+    before = edited_before(settings.model, settings.loading.revision)
+    return evaluation, (*warnings(evaluation), *filter(None, [before]))
 
 
 class Reproduction(Record):
@@ -362,7 +391,7 @@ def reproduce(
             "expected what this version writes; use the version that made it."
         ) from error
     settings = _located(settings, files or Path()).model_copy(update={"model": model or settings.model})
-    _check_base(settings, record.base)
+    check_base(record.base, settings.model, directory, settings.loading.revision)
     given = None if any("_test" not in name for name in record.prompts or ()) else directory
     with scratch_directory(directory) as scratch:
         # Under its own name, which stands in the records.
@@ -401,19 +430,6 @@ def _located(settings: RunSettings, files: Path) -> RunSettings:
             "measure": measure.model_copy(update={**tests, "more": more, **others}),
         }
     )
-
-
-def _check_base(settings: RunSettings, base: BaseRecord) -> None:
-    place = local_directory(settings.model, settings.loading.revision)
-    if place is None or base.sha256 is None:
-        return
-    now = file_hashes(place)
-    differing = sorted(name for name, sha in base.sha256.items() if now.get(name) != sha)
-    if differing:
-        raise RecordError(
-            f"The base model {settings.model} is not the one of the record: {differing[0]} "
-            f"({len(differing)} files in all) differs, expected the same hashes; pass --model with the right one."
-        )
 
 
 def _compare(directory: Path, again: Path, before: dict[str, str], after: dict[str, str]) -> Reproduction:

@@ -1,6 +1,14 @@
 """What an edit leaves: a checkpoint edited file by file with its certificate, adapters, or an edit in memory."""
 
-from remove_refusals.baking.base import Base, base_of, check_not_source, described, load_intervention, open_base
+from remove_refusals.baking.base import (
+    Base,
+    base_of,
+    check_base,
+    described,
+    load_intervention,
+    open_base,
+    recorded_edit,
+)
 from remove_refusals.baking.disk import Baked, bake, certify_directory, with_boundaries, write_baked
 from remove_refusals.baking.gguf import bake_gguf_lora
 from remove_refusals.baking.lora import bake_lora
@@ -15,12 +23,13 @@ __all__ = [
     "bake_lora",
     "base_of",
     "certify_directory",
-    "check_not_source",
+    "check_base",
     "described",
     "load_changed",
     "load_edited",
     "load_intervention",
     "open_base",
+    "recorded_edit",
     "with_boundaries",
     "write_baked",
 ]

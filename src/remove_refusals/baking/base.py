@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remove_refusals.directions import EditPlan, describe_direction, load_directions, resolve
-from remove_refusals.errors import CheckpointError, DirectionError, OutputError
+from remove_refusals.errors import CheckpointError, DirectionError, RecordError
 from remove_refusals.files import read_json, versions, write_json
 from remove_refusals.modelmap import (
     DiskTensor,
@@ -33,6 +33,7 @@ from remove_refusals.models import (
     SINGLE_FILE,
     LoadedModel,
     Place,
+    cached_commit,
     check_editable,
     checkpoint_tensors,
     file_hashes,
@@ -50,7 +51,7 @@ from remove_refusals.models import (
     weights_directory,
 )
 from remove_refusals.report import AblationRecord, AdapterRecord, BaseRecord, DirectionRecord, PlanRecord
-from remove_refusals.settings import EditSettings
+from remove_refusals.settings import VARIANTS, EditSettings, Variant
 from remove_refusals.types import Intervention
 
 MODIFIED = "The refusal direction was taken out of this model's weights; it is not the base model."
@@ -302,7 +303,7 @@ def has_weights(directory: Path) -> bool:
 
 def open_base(source: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Base:
     """Map a checkpoint from its configuration and headers: a directory, a hub id (downloaded if need be), or `demo`."""
-    name = model_source(str(source))
+    name = model_source(source)
     check_editable(name, revision)
     directory = weights_directory(name, revision)
     refuse_adapter(name, revision=revision, local_files_only=True)
@@ -366,13 +367,41 @@ def load_intervention(directory: Path) -> Intervention:
     return Intervention(load_directions(directory) if record.directions else (), record.intervention)
 
 
-def check_not_source(output: Path, model: str, revision: str | None = None) -> None:
-    """Check that an output is not the directory of the model that it is made from, or one above it, links followed."""
-    source = local_directory(model, revision)
-    if source is not None and source.resolve().is_relative_to(output.expanduser().resolve()):
-        raise OutputError(
-            f"The output {output} is the model itself or a directory that holds it, expected another place, since the "
-            "model is never written to; choose another path."
+def recorded_edit(directory: Path, given: EditSettings) -> EditSettings:
+    """Give the settings of an edit, of which its record says what is not given: the variant and the tied embedding."""
+    record = AblationRecord.read(directory / "ablation.json", error=DirectionError)
+    known = {"variant": variant_of(record)} | ({} if record.plan.tied is None else {"tied": record.plan.tied.asked})
+    return given.model_copy(update={name: one for name, one in known.items() if name not in given.model_fields_set})
+
+
+def variant_of(record: AblationRecord) -> Variant:
+    """Give the variant of an edit, if this version has it."""
+    found = next((known for known in VARIANTS if known == record.plan.variant), None)
+    if found is None:
+        raise CheckpointError(
+            f"The record names the variant {record.plan.variant!r}, expected one of {', '.join(VARIANTS)}; use the "
+            "version of this package that made it."
+        )
+    return found
+
+
+def check_base(record: BaseRecord, model: str, made: Path, revision: str | None = None) -> None:
+    """Check by hashes, or by its commit on the hub, that a model is the one that something was made from."""
+    place = local_directory(model, revision)
+    if place is None:
+        return
+    differing: list[str] = []
+    if record.sha256 is not None:
+        now = file_hashes(place)
+        differing = sorted(name for name, sha in record.sha256.items() if now.get(name) != sha)
+    elif record.revision is not None and cached_commit(model, revision) not in (None, record.revision):
+        differing = [f"commit {place.name}"]
+    if differing:
+        more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
+        raise RecordError(
+            f"This is not the base: {made} was made from {record.source}, and {differing[0]}{more} of {model} "
+            f"{'differ' if more else 'differs'} from its record, expected the same; give the model that it was made "
+            "from."
         )
 
 

@@ -15,17 +15,34 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
-from remove_refusals.baking.base import Base, base_of, check_not_source, has_safetensors, load_intervention, open_base
+from remove_refusals.baking.base import (
+    Base,
+    base_of,
+    check_base,
+    has_safetensors,
+    load_intervention,
+    open_base,
+    variant_of,
+)
 from remove_refusals.baking.certificate import certify
 from remove_refusals.baking.shards import CONVERTED, LEDGER_FILE, plan_files, stream_edited
 from remove_refusals.directions import DIRECTIONS, EditPlan, measure_boundaries, save_directions
 from remove_refusals.errors import CertificateError, CheckpointError
 from remove_refusals.files import read_json, resumable_directory, scratch_directory, write_json
 from remove_refusals.modelmap import is_tied, map_model, skeleton_of, stored_names
-from remove_refusals.models import UNWANTED, LoadedModel, checkpoint_files, load, local_directory, read_header
+from remove_refusals.models import (
+    UNWANTED,
+    LoadedModel,
+    check_not_source,
+    checkpoint_files,
+    load,
+    local_directory,
+    model_source,
+    read_header,
+)
 from remove_refusals.progress import SILENT, Progress
 from remove_refusals.report import AblationRecord, Certificate, LeakRecord
-from remove_refusals.settings import VARIANTS, DiskSettings, EditSettings, Tied
+from remove_refusals.settings import DiskSettings, EditSettings, Tied
 from remove_refusals.types import Intervention
 
 _LEFT = (
@@ -65,7 +82,7 @@ def bake(
     Where a loaded model was given, or the edit leaks, the result is loaded and what it holds between layers measured.
     """
     base, target = base_of(model), Path(output)
-    check_not_source(target, base.source, base.revision)
+    check_not_source(target, base.source, revision=base.revision)
     plan = base.plan(intervention, settings)
     with resumable_directory(target, force=force) as directory:
         baked = write_baked(base, intervention, plan, directory, force=force, disk=disk, progress=progress)
@@ -137,23 +154,21 @@ def with_boundaries(baked: Baked, edited: LoadedModel, intervention: Interventio
 def certify_directory(directory: Path, base: str, *, trust_remote_code: bool = False) -> Certificate:
     """Measure a saved edit against its base (a directory, or a hub id in the local cache), as its own record says."""
     record = AblationRecord.read(directory / "ablation.json", error=CheckpointError)
-    if local_directory(base) is None:
+    # Of the hub the commit that it was made from.
+    revision = None if Path(model_source(base)).is_dir() else record.base.revision
+    if local_directory(base, revision) is None:
+        at = "" if revision is None else f" at commit {revision}"
         raise CheckpointError(
-            f"The base {base} is neither a directory nor in the hub's local cache, expected its files; download it."
+            f"The base {base} is neither a directory nor in the hub's local cache{at}, expected its files; download it."
         )
+    check_base(record.base, base, directory, revision)
     intervention = load_intervention(directory)
     with ExitStack() as stack:
-        made_from = open_base(base, trust_remote_code=trust_remote_code)
+        made_from = open_base(base, revision=revision, trust_remote_code=trust_remote_code)
         if not has_safetensors(made_from.files):
             made_from = made_from.as_safetensors(stack.enter_context(scratch_directory(directory)))
-        variant = next((known for known in VARIANTS if known == record.plan.variant), None)
-        if variant is None:
-            raise CheckpointError(
-                f"The record names the variant {record.plan.variant!r}, expected one of {', '.join(VARIANTS)}; use the "
-                "version of this package that made it."
-            )
         tied: Tied = "untie" if record.plan.embedding_untied else "both"
-        plan = made_from.plan(intervention, EditSettings(tied=tied, allow_leak=True, variant=variant))
+        plan = made_from.plan(intervention, EditSettings(tied=tied, allow_leak=True, variant=variant_of(record)))
         return _certified(directory, made_from, plan, DiskSettings(memory=1 << 28))
 
 

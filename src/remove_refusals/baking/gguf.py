@@ -21,6 +21,7 @@ from remove_refusals.directions import EditPlan, PlanEntry
 from remove_refusals.errors import ArchitectureError, OutputError, require_package
 from remove_refusals.files import atomic_file
 from remove_refusals.modelmap import Writer, map_model
+from remove_refusals.models import check_not_source
 from remove_refusals.report import AblationRecord, AdapterRecord
 from remove_refusals.settings import EditSettings
 from remove_refusals.types import Intervention
@@ -35,6 +36,7 @@ def bake_gguf_lora(
     force: bool = False,
 ) -> tuple[EditPlan, AblationRecord]:
     """Write a LoRA that is exactly the edit of a base in full precision, with its record in the file's metadata."""
+    check_not_source(Path(output), base.source, revision=base.revision)
     plan = base.plan(intervention, settings)
     adapter = gguf_lora(base, plan)
     about = AdapterRecord(kind="gguf-lora", rank=adapter.rank, dtype="float32", tensors=len(adapter.tensors))

@@ -17,12 +17,13 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from remove_refusals import formula
-from remove_refusals.baking.base import Base, check_not_source
+from remove_refusals.baking.base import Base
 from remove_refusals.baking.memory import check_whole, peft_package
 from remove_refusals.directions import DIRECTIONS, EditPlan, PlanEntry, save_directions
 from remove_refusals.errors import ArchitectureError
 from remove_refusals.files import atomic_directory
 from remove_refusals.modelmap import skeleton
+from remove_refusals.models import check_not_source
 from remove_refusals.report import AblationRecord, AdapterRecord, adapter_card
 from remove_refusals.settings import EditSettings
 from remove_refusals.types import Intervention
@@ -40,7 +41,7 @@ def bake_lora(
     """Write a LoRA that is exactly the edit (in float32) as a directory that PEFT loads, with card and record."""
     peft_package()
     target = Path(output)
-    check_not_source(target, base.source, base.revision)
+    check_not_source(target, base.source, revision=base.revision)
     plan = base.plan(intervention, settings)
     if plan.tied is not None and plan.tied.asked == "auto":
         why = "an adapter of the embedding leaves the unembedding alone"
@@ -237,7 +238,9 @@ def _config(targets: dict[str, Target], ranks: dict[str, int], base: Base) -> di
 def save_peft_adapter(adapter: PeftAdapter, directory: Path) -> None:
     """Write an adapter's two files into a directory."""
     (directory / "adapter_config.json").write_text(json.dumps(adapter.config, indent=2) + "\n", encoding="utf-8")
-    safetensors.torch.save_file(adapter.tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    # What safetensors writes by itself is readable by its owner alone, whatever the umask says.
+    content = safetensors.torch.save(adapter.tensors, metadata={"format": "pt"})
+    (directory / "adapter_model.safetensors").write_bytes(content)
 
 
 def low_rank(entry: PlanEntry, tensor: torch.Tensor) -> LowRank:

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from remove_refusals.errors import OutputError
+from remove_refusals.errors import DirectionError, OutputError
 
 ModelArgument = Annotated[str, typer.Argument(help="A directory, a hub id, or 'demo', the embedded model.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
@@ -32,6 +32,34 @@ DirectionFile = Annotated[
     Path | None,
     typer.Option("--direction", help="A direction: .safetensors or .pt; or a directory of one for each layer."),
 ]
+
+
+RunDirectory = Annotated[Path | None, typer.Option("--run", help="Take out what was taken out in this directory.")]
+CandidateName = Annotated[str | None, typer.Option("--candidate", help="With --run: another candidate of its search.")]
+
+
+def given_intervention(direction: Path | None, run: Path | None, candidate: str | None = None) -> Any:
+    """Read directions, or the intervention of a run or of a candidate of its search; None where neither is given."""
+    if direction is not None and run is not None:
+        raise DirectionError("Both --direction and --run are given, expected one of them; pass one.")
+    if candidate is not None and run is None:
+        raise DirectionError("The option --candidate is given without --run, expected both; add --run DIR.")
+    if run is None:
+        from remove_refusals.directions import load_directions
+
+        return None if direction is None else load_directions(direction)
+    from remove_refusals.baking import load_intervention
+    from remove_refusals.search import load_candidates
+
+    if candidate is None:
+        return load_intervention(run)
+    found = load_candidates(run)
+    if candidate not in found:
+        raise DirectionError(
+            f"The candidate {candidate!r} is not among those whose directions {run} keeps, expected one of "
+            f"{', '.join(map(repr, found)) or 'none'}; choose one of these."
+        )
+    return found[candidate]
 
 
 def complete_judge(incomplete: str) -> list[str]:
@@ -119,6 +147,8 @@ def current() -> Output:
 def as_asked(quiet: bool, log: Path | None, as_json: bool) -> Iterator[None]:
     """Print as asked while the context lasts, and write the log."""
     token = _CURRENT.set(Output(quiet, as_json))
+    if "demo" in sys.argv[1:] and Path("demo", "config.json").is_file():
+        sys.stderr.write("Note: 'demo' is the embedded model; for the directory of that name write ./demo.\n")
     try:
         with nullcontext() if log is None else _logged(log):
             yield

@@ -5,8 +5,18 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
-from remove_refusals.cli.command import DirectionFile, Force, ModelArgument, complete_judge, takes, to
-from remove_refusals.errors import CertificateError
+from remove_refusals.cli.command import (
+    CandidateName,
+    DirectionFile,
+    Force,
+    ModelArgument,
+    RunDirectory,
+    complete_judge,
+    given_intervention,
+    takes,
+    to,
+)
+from remove_refusals.errors import CertificateError, DirectionError
 
 if TYPE_CHECKING:
     from remove_refusals.examination import Examination
@@ -16,28 +26,47 @@ if TYPE_CHECKING:
 @takes(
     *("loading.device", "loading.dtype", "loading.load_in_4bit", "loading.load_in_8bit"),
     "loading.trust_remote_code",
-    *("chat", "batch_size", "measure"),
+    *("chat", "batch_size", "measure", "edit.strength", "edit.layers", "edit.sites"),
 )
 def evaluate(
     base: ModelArgument,
-    edited: Annotated[str, Argument(help="The edited model: a directory or a hub id.")],
     settings: "RunSettings",
+    edited: Annotated[
+        str | None, Argument(help="The edited model: a directory or a hub id; none with --run or --direction.")
+    ] = None,
+    direction: DirectionFile = None,
+    run: RunDirectory = None,
+    candidate: CandidateName = None,
     output: Annotated[Path | None, to("Save the scores (FILE.json), or all records (DIR).")] = None,
     rows: Annotated[Path | None, Option(help="Also save every answer as JSON Lines.")] = None,
     force: Force = False,
 ) -> None:
-    """Refusals, false refusals and damage of two models, side by side on the same prompts."""
+    """Refusals, false refusals and damage of two models, side by side on the same prompts.
+
+    With --run or --direction the edited model is the base with that taken out as it runs; nothing is saved.
+    """
     from remove_refusals.cli import printing
     from remove_refusals.files import atomic_directory, check_target, write_json, write_jsonl
+    from remove_refusals.models import check_not_source
     from remove_refusals.pipeline import compare as measured
     from remove_refusals.report import write_html_report
 
     whole = output is not None and output.suffix != ".json"
     for path in (output, rows):
         if path is not None:
+            check_not_source(path, base, edited, run)
             check_target(path, force=force, directory=whole and path is output)
+    taken = given_intervention(direction, run, candidate)
+    if (edited is None) == (taken is None):
+        raise DirectionError(
+            f"{'Nothing' if edited is None else 'An edited model beside --direction or --run'} is given to compare "
+            f"{base} with, expected one of an edited model, --direction FILE and --run DIR; pass one."
+        )
+    strength = settings.edit.strength
+    part = None if strength == 1 else f"strength {strength:g}"
+    name = edited or ", ".join(filter(None, [str(run or direction), candidate, part]))
     with printing.progress() as progress:
-        evaluation, notes = measured(settings.model_copy(update={"model": base}), edited, progress=progress)
+        evaluation, notes = measured(settings.model_copy(update={"model": base}), name, taken, progress=progress)
     if output is not None and whole:
         with atomic_directory(output, force=force) as directory:
             write_json(directory / "scores.json", evaluation.to_json())
@@ -76,8 +105,8 @@ def certify(
     printing.finish(certificate.to_json(), show=lambda: printing.show_certificate(certificate))
     if not certificate.passed:
         raise CertificateError(
-            f"{len(certificate.problems)} things in {directory} are not as its record says, expected none; "
-            "make the directory again."
+            f"{len(certificate.problems)} things in {directory} are not as its record says of {base}, expected none; "
+            "give the model that it was made from, or make it again."
         )
 
 

@@ -6,7 +6,18 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
-from remove_refusals.cli.command import ConfigFile, DirectionFile, Force, ModelArgument, takes, to, write_log
+from remove_refusals.cli.command import (
+    CandidateName,
+    ConfigFile,
+    DirectionFile,
+    Force,
+    ModelArgument,
+    RunDirectory,
+    given_intervention,
+    takes,
+    to,
+    write_log,
+)
 from remove_refusals.errors import DirectionError, SelectionError
 
 if TYPE_CHECKING:
@@ -67,9 +78,10 @@ def find(
         training_prompts,
     )
     from remove_refusals.files import atomic_directory, check_target
-    from remove_refusals.models import load_model
+    from remove_refusals.models import check_not_source, load_model
 
     wanted = settings.direction
+    check_not_source(output, model, revision=settings.loading.revision)
     if wanted.per_layer:
         check_target(output, force=force, directory=True)
     else:
@@ -102,55 +114,52 @@ def bake(
     settings: "RunSettings",
     disk: "DiskSettings",
     direction: DirectionFile = None,
-    repeat: Annotated[
-        Path | None, Option("--repeat", help="Make the edit again that run or bake made in this directory.")
-    ] = None,
+    run: RunDirectory = None,
+    candidate: CandidateName = None,
     force: Force = False,
     kind: Annotated[str, Option("--as", help="checkpoint; beside the base: lora or gguf-lora.")] = "checkpoint",
 ) -> None:
-    """Edit the weights for good, file by file on disk; the same command goes on where a killed one stopped.
-
-    No model is loaded, but to measure a leak that is allowed.
-    """
+    """Edit the weights for good, file by file on disk; the same command goes on where a killed one stopped."""
     from remove_refusals import baking
     from remove_refusals.cli import printing
-    from remove_refusals.directions import as_intervention, load_directions
+    from remove_refusals.directions import as_intervention
     from remove_refusals.files import check_target
+    from remove_refusals.models import check_not_source, edited_before
 
     if kind not in _KINDS:
         raise DirectionError(f"--as is {kind!r}, expected one of {', '.join(_KINDS)}.")
-    check_target(output, force=force, directory=kind in ("checkpoint", "lora"))
     edit, loading = settings.edit, settings.loading
-    if (direction is None) == (repeat is None) or (repeat and {"strength", "layers", "sites"} & edit.model_fields_set):
-        raise DirectionError(
-            "Expected one of --direction and --repeat, and beside --repeat none of --strength, --layers and --sites, "
-            "since the directory's record says that; leave the others out."
-        )
-    made_before = None if repeat is None else baking.load_intervention(repeat)
-    directions = () if direction is None else load_directions(direction)
+    check_not_source(output, model, run, revision=loading.revision)
+    check_target(output, force=force, directory=kind in ("checkpoint", "lora"))
+    given = given_intervention(direction, run, candidate)
+    if given is None:
+        raise DirectionError("Neither --direction nor --run is given, expected one of them; pass one.")
+    edit = edit if run is None else baking.recorded_edit(run, edit)
     base = baking.open_base(model, revision=loading.revision, trust_remote_code=loading.trust_remote_code)
-    model_map = base.model_map
-    intervention = made_before or as_intervention(directions, model_map, edit)
+    model_map, before = base.model_map, edited_before(model, loading.revision)
+    intervention = as_intervention(given, model_map, edit)
+    remarks = [] if before is None else [f"Note: {before}"]
     if kind == "checkpoint":
         with printing.progress() as progress:
             baked = baking.bake(base, intervention, output, edit, force=force, disk=disk, progress=progress)
-        printing.finish(
-            {"output": str(output), "record": baked.record.to_json()},
-            f"Saved to {output}.",
-            lambda: printing.show_plan(baked.plan, model_map),
-        )
-        return
-    make = baking.bake_lora if kind == "lora" else baking.bake_gguf_lora
-    plan, record = make(base, intervention, output, edit, force=force)
-    names = {entry.parameter for entry in plan.entries}
-    remarks = [f"The adapter changes {len(names)} tensors of model type {model_map.model_type}; the base stays."]
-    if model_map.tied and model_map.input_embedding in names:
-        remarks.append("The embedding is tied: loaded, the adapter leaves the unembedding alone; merged, both change.")
-    printing.finish(
-        {"output": str(output), "record": record.to_json()},
-        f"Saved to {output}: a {'PEFT' if kind == 'lora' else 'llama.cpp'} LoRA of the edit.",
-        lambda: printing.say(*remarks),
-    )
+        plan, record, what = baked.plan, baked.record, "."
+    else:
+        make = baking.bake_lora if kind == "lora" else baking.bake_gguf_lora
+        plan, record = make(base, intervention, output, edit, force=force)
+        what = f": a {'PEFT' if kind == 'lora' else 'llama.cpp'} LoRA of the edit."
+        names = {entry.parameter for entry in plan.entries}
+        remarks += [f"The adapter changes {len(names)} tensors of model type {model_map.model_type}; the base stays."]
+        if model_map.tied and model_map.input_embedding in names:
+            remarks.append(
+                "The embedding is tied: loaded, the adapter leaves the unembedding alone; merged, both change."
+            )
+
+    def show() -> None:
+        if kind == "checkpoint":
+            printing.show_plan(plan, model_map)
+        printing.say(*remarks)
+
+    printing.finish({"output": str(output), "record": record.to_json()}, f"Saved to {output}{what}", show)
 
 
 def push(

@@ -1,12 +1,14 @@
 """What the command shows: progress, tables, the chat prompt. Numbers come from records; nothing is computed here."""
 
 import json
+import os
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from importlib import import_module
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
@@ -50,18 +52,56 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
+class Wrapped:
+    """Writes pieces of text as they come to a terminal; a line ends between two words, not within one."""
+
+    def __init__(self) -> None:
+        self._column, self._word = 0, ""
+
+    def __call__(self, text: str) -> None:
+        """Write a piece; its last word waits for its end."""
+        for character in text:
+            if character.isspace():
+                self._end_word()
+                self._column = 0 if character == "\n" else self._column + 1
+                write(character if character == "\n" or self._column <= self._width() else "")
+            else:
+                self._word += character
+                # Between characters of double width a line may end anywhere.
+                if cell_len(character) > 1 or cell_len(self._word) >= self._width():
+                    self._end_word()
+
+    def _width(self) -> int:
+        return shutil.get_terminal_size().columns
+
+    def _end_word(self) -> None:
+        length = cell_len(self._word)
+        if self._column > 0 and self._column + length > self._width():
+            write("\n")
+            self._column = 0
+        write(self._word)
+        self._column, self._word = self._column + length, ""
+
+
 def typed_lines() -> Iterator[str]:
-    """Give what is typed until the end of input; in a terminal it asks with `> ` and calls back the lines before."""
-    if sys.stdin.isatty():
-        with suppress(ImportError):
-            # Its import alone gives `input` a history; Windows has its own.
-            import_module("readline")
-        with suppress(EOFError):
-            while True:
-                yield input("> ")
+    """Give what is typed until the end of input; a terminal asks with `> `, pasted lines are one, Ctrl-C clears it."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        for line in iter(sys.stdin.readline, ""):
+            yield line.rstrip("\n")
         return
-    for line in iter(sys.stdin.readline, ""):
-        yield line.rstrip("\n")
+    # Else a warning stands where a terminal does not say where its cursor is.
+    os.environ.setdefault("PROMPT_TOOLKIT_NO_CPR", "1")
+    from prompt_toolkit import PromptSession
+
+    session: PromptSession[str] = PromptSession()
+    while True:
+        try:
+            line = session.prompt("> ")
+        except KeyboardInterrupt:
+            continue
+        except EOFError:
+            return
+        yield line
 
 
 @contextmanager

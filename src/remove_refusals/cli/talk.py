@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import socket
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 from typer import Option
 
-from remove_refusals.cli.command import DirectionFile, Force, ModelArgument, takes, to
+from remove_refusals.cli.command import (
+    CandidateName,
+    DirectionFile,
+    Force,
+    ModelArgument,
+    RunDirectory,
+    current,
+    given_intervention,
+    takes,
+    to,
+)
 from remove_refusals.errors import ConfigurationError, DirectionError, ModelError, RemoveRefusalsError, require_package
 
 if TYPE_CHECKING:
@@ -18,7 +29,8 @@ if TYPE_CHECKING:
     from remove_refusals.settings import EditSettings, RunSettings
     from remove_refusals.types import Direction, Intervention
 
-Sides = Literal["ablated", "original", "compare"]
+Side = Literal["base", "edited"]
+Sides = Literal["base", "edited", "compare"]
 
 Make = Callable[[float, "tuple[int, int] | None"], "Intervention"]
 """Makes the intervention of a strength and a range of layers, None for all."""
@@ -26,11 +38,18 @@ Make = Callable[[float, "tuple[int, int] | None"], "Intervention"]
 HELP = """\
 /strength 0.5     how much is taken out from the next answer on
 /layers 8-20      where; /layers all for everywhere
-/compare, /ablated, /original    who answers
+/edited, /base    who answers; /compare for both, one after the other
 /system TEXT      the system message; without a text none
+/regenerate       answer the last message again, as things are set now
+/status           what is set
 /reset            forget what was said
 /save FILE        save what was said as JSON Lines
-Ctrl-C stops an answer, Ctrl-D ends the talk; // at the beginning is a / that is meant."""
+/quit             end the talk, as exit and Ctrl-D do
+Ctrl-C stops an answer, or clears the line. Pasted lines are one message.
+// at the beginning is a / that is meant.
+Each side knows the whole talk: its own answers, or else the other side's."""
+
+_QUIT = ("/quit", "/exit", "quit", "exit")
 
 
 @dataclass(frozen=True)
@@ -39,136 +58,158 @@ class ChatState:
 
     strength: float = 1.0
     layers: tuple[int, int] | None = None
-    sides: Sides = "ablated"
+    sides: Sides = "edited"
     system_prompt: str | None = None
 
 
 @dataclass(frozen=True)
-class Turn:
-    """One question and its answer, as far as it went; `side` is `original` or `ablated`."""
+class Exchange:
+    """A message and its answers by side, as far as they went, with what was set."""
 
-    side: str
-    state: ChatState
     prompt: str
-    answer: str
+    state: ChatState
+    answers: dict[Side, str]
+
+    def seen_by(self, side: Side) -> tuple[str, str]:
+        """Give the message and the answer that a side takes for its own."""
+        return self.prompt, self.answers[side] if side in self.answers else next(iter(self.answers.values()))
 
 
-def converse(
-    loaded: "LoadedModel",
-    make: Make | None,
-    prompts: Iterable[str],
-    write: Callable[[str], None],
-    *,
-    state: ChatState | None = None,
-    max_new_tokens: int = 512,
-) -> None:
-    """Answer prompts one after the other, streaming to `write`; each side keeps a history of its own.
+@dataclass(frozen=True)
+class Talk:
+    """A model to talk to, what makes the edit of a strength and layers, if there is one, and what both are called."""
 
-    Lines that begin with `/` are commands (`HELP`); what is wrong with one is said, and the talk goes on. Ctrl-C stops
-    the answer that is being given. Without `make`, which gives what is taken out, the original alone answers. In plain
-    mode nothing is remembered.
+    loaded: "LoadedModel"
+    make: Make | None
+    about: str = ""
+    max_new_tokens: int = 512
+
+    def says(self, state: ChatState) -> str:
+        """Say what is set, in a line."""
+        where = "all layers" if state.layers is None else f"layers {state.layers[0]}-{state.layers[1]}"
+        edit = "" if self.make is None else f"Strength {state.strength:g} in {where}. "
+        who = {"base": "The base answers", "edited": "The edited model answers", "compare": "Both answer"}[state.sides]
+        return f"{edit}{who}. System message: {state.system_prompt or 'none'}."
+
+
+def converse(talk: Talk, messages: Iterable[str], write: Callable[[str], None], state: ChatState | None = None) -> None:
+    """Answer messages one after the other, streaming to `write`.
+
+    Those that begin with `/` are commands (`HELP`); what is wrong with one is said, and the talk goes on. Ctrl-C stops
+    the answer that is being given. In plain mode the system message is left out.
     """
-    state = state or ChatState(system_prompt=loaded.chat.system_prompt)
-    turns: list[Turn] = []
-    for line in prompts:
-        prompt = line.strip()
-        if prompt.startswith("/") and not prompt.startswith("//"):
-            try:
-                state, said = _obey(prompt, state, turns, make)
-            except RemoveRefusalsError as error:
-                said = str(error)
-            write(f"{said}\n")
-        elif prompt:
-            text = line.replace("//", "/", 1) if prompt.startswith("//") else line
-            system_prompt = None if loaded.chat.plain else state.system_prompt
-            now = replace(loaded, chat=loaded.chat.model_copy(update={"system_prompt": system_prompt}))
-            turns += _turn(now, make, text, state, turns, write, max_new_tokens)
+    state = state or ChatState(system_prompt=talk.loaded.chat.system_prompt)
+    said: list[Exchange] = []
+    for typed in messages:
+        line, message, before = typed.strip(), typed, said
+        if line in _QUIT:
+            return
+        try:
+            if line == "/regenerate" and said:
+                message, before = said[-1].prompt, said[:-1]
+            elif line.startswith("//"):
+                message = typed.replace("//", "/", 1)
+            elif line.startswith("/"):
+                state, reply = _obey(line, state, said, talk)
+                write(f"{reply}\n")
+                continue
+            answers = _answers(talk, message, state, before, write) if message.strip() else {}
+            said = [*before, Exchange(message, state, answers)] if answers else said
+        except RemoveRefusalsError as error:
+            write(f"{error}\n")
 
 
-def _obey(line: str, state: ChatState, turns: list[Turn], make: Make | None) -> tuple[ChatState, str]:
+def _obey(line: str, state: ChatState, said: list[Exchange], talk: Talk) -> tuple[ChatState, str]:
     """Do what a command says; give the new state and what to say."""
     name, _, rest = line[1:].partition(" ")
     rest = rest.strip()
+    if talk.make is None and name in ("strength", "layers", "edited", "compare"):
+        raise DirectionError(
+            f"There is nothing to take out for /{name}, expected an edit; start again with --run DIR or "
+            "--direction FILE."
+        )
+    reply = ""
     if name == "save":
-        return state, _save(rest, turns)
-    if name == "reset":
-        turns.clear()
-        return state, "Forgotten."
-    if name == "help":
-        return state, HELP
-    if name == "system":
-        return replace(state, system_prompt=rest or None), f"System message: {rest or 'none'}."
-    if make is None and name in ("strength", "layers", "ablated", "compare"):
-        raise DirectionError(f"There is no direction for /{name}, expected one; start again with --direction FILE.")
-    if name in get_args(Sides):
-        return replace(state, sides=next(side for side in get_args(Sides) if side == name)), f"Now: {name}."
-    if make is not None and name in ("strength", "layers"):
-        first, _, last = rest.partition("-")
-        try:
-            if name == "strength":
-                state = replace(state, strength=float(rest))
-            else:
-                state = replace(state, layers=None if rest == "all" else (int(first), int(last)))
-        except ValueError as error:
-            expected = "a number such as 0.5" if name == "strength" else "a range such as 8-20, or all"
-            raise DirectionError(f"/{name} is followed by {rest!r}, expected {expected}.") from error
-        make(state.strength, state.layers)
-        where = "all layers" if state.layers is None else f"layers {state.layers[0]}-{state.layers[1]}"
-        return state, f"Strength {state.strength:g} in {where}."
-    raise DirectionError(f"There is no command /{name}, expected one of these:\n{HELP}")
+        reply = _save(rest, said)
+    elif name == "reset":
+        said.clear()
+        reply = "Forgotten."
+    elif name == "help":
+        reply = HELP
+    elif name == "status":
+        reply = f"{talk.about}\n{talk.says(state)}\nMessages so far: {len(said)}.".strip()
+    elif name == "system":
+        state = replace(state, system_prompt=rest or None)
+    elif name == "regenerate":
+        raise DirectionError("There is no message yet, expected one to answer again; type one.")
+    elif name in get_args(Sides):
+        state = replace(state, sides=next(side for side in get_args(Sides) if side == name))
+    elif talk.make is not None and name in ("strength", "layers"):
+        state = _changed(state, name, rest)
+        talk.make(state.strength, state.layers)
+    else:
+        raise DirectionError(f"There is no command /{name}, expected one that /help lists; write // for a /.")
+    return state, reply or talk.says(state)
 
 
-def _save(text: str, turns: list[Turn]) -> str:
+def _changed(state: ChatState, name: str, value: str) -> ChatState:
+    first, _, last = value.partition("-")
+    try:
+        if name == "strength":
+            return replace(state, strength=float(value))
+        return replace(state, layers=None if value == "all" else (int(first), int(last)))
+    except ValueError as error:
+        expected = "a number such as 0.5" if name == "strength" else "a range such as 8-20, or all"
+        raise DirectionError(f"/{name} is followed by {value!r}, expected {expected}.") from error
+
+
+def _save(text: str, said: list[Exchange]) -> str:
     from remove_refusals.files import write_jsonl
 
     if not text:
         raise DirectionError("The file is missing, expected a path; write /save talk.jsonl.")
     rows = []
-    for turn in turns:
-        state = {"layers": turn.state.layers, "system_prompt": turn.state.system_prompt}
-        strength = turn.state.strength if turn.side == "ablated" else 0.0
-        rows.append({"side": turn.side, "strength": strength, **state, "prompt": turn.prompt, "answer": turn.answer})
+    for exchange in said:
+        state = {"layers": exchange.state.layers, "system_prompt": exchange.state.system_prompt}
+        for side, answer in exchange.answers.items():
+            strength = exchange.state.strength if side == "edited" else 0.0
+            rows.append({"side": side, "strength": strength, **state, "prompt": exchange.prompt, "answer": answer})
     write_jsonl(Path(text).expanduser(), rows)
-    return f"Saved {len(turns)} answers to {text}."
+    return f"Saved {len(rows)} answers to {text}."
 
 
-def _turn(
-    loaded: "LoadedModel",
-    make: Make | None,
-    prompt: str,
-    state: ChatState,
-    turns: list[Turn],
-    write: Callable[[str], None],
-    max_new_tokens: int,
-) -> list[Turn]:
-    """Let one side or both answer."""
+def _answers(
+    talk: Talk, prompt: str, state: ChatState, said: list[Exchange], write: Callable[[str], None]
+) -> dict[Side, str]:
+    """Let one side or both answer; Ctrl-C ends that, and what was said by then stays."""
     from remove_refusals.directions import ablated
     from remove_refusals.models import render, stream
 
-    found = []
-    for side in ("original", "ablated") if state.sides == "compare" else (state.sides,):
+    loaded = talk.loaded
+    system_prompt = None if loaded.chat.plain else state.system_prompt
+    loaded = replace(loaded, chat=loaded.chat.model_copy(update={"system_prompt": system_prompt}))
+    answers: dict[Side, str] = {}
+    sides: tuple[Side, ...] = ("base", "edited") if state.sides == "compare" else (state.sides,)
+    for side in sides:
         if state.sides == "compare":
             write(f"[{side}] ")
         context: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-        if side == "ablated" and make is not None:
-            context = ablated(loaded, make(state.strength, state.layers))
-        history = [(turn.prompt, turn.answer) for turn in turns if turn.side == side]
-        pieces = []
-        with context:
-            answer = stream(loaded, render(loaded, [prompt], history)[0], max_new_tokens=max_new_tokens)
-            try:
-                for piece in answer:
+        if side == "edited" and talk.make is not None:
+            context = ablated(loaded, talk.make(state.strength, state.layers))
+        pieces: list[str] = []
+        try:
+            token_ids = render(loaded, [prompt], [one.seen_by(side) for one in said])[0]
+            with context, contextlib.closing(stream(loaded, token_ids, max_new_tokens=talk.max_new_tokens)) as found:
+                for piece in found:
                     pieces.append(piece)
                     write(piece)
-            except KeyboardInterrupt:
-                answer.close()
-                write(" [stopped]")
-        found.append(Turn(side, state, prompt, "".join(pieces)))
+        except KeyboardInterrupt:
+            write(" [stopped]\n")
+            return answers | ({side: "".join(pieces)} if pieces else {})
+        answers[side] = "".join(pieces)
         write("\n")
-    return found
+    return answers
 
-
-RunDirectory = Annotated[Path | None, Option("--run", help="Take out what this run chose, a directory of `run`.")]
 
 _LOADING = (
     *("loading.device", "loading.dtype", "loading.load_in_4bit", "loading.load_in_8bit"),
@@ -183,13 +224,13 @@ def chat(
     settings: "RunSettings",
     direction: DirectionFile = None,
     run: RunDirectory = None,
-    candidate: Annotated[str | None, Option("--candidate", help="With --run: another candidate of its search.")] = None,
+    candidate: CandidateName = None,
     no_ablation: Annotated[bool, Option("--no-ablation", help="Talk to the model as it is.")] = False,
     compare: Annotated[bool, Option("--compare", help="Both answers, one after the other.")] = False,
 ) -> None:
-    """Talk to a model with the direction taken out as it runs; /help there says what can be changed, Ctrl-D ends it."""
+    """Talk to a model with the direction taken out as it runs; /help there says what can be changed."""
     from remove_refusals.cli import printing
-    from remove_refusals.models import load_model
+    from remove_refusals.models import edited_before, load_model
 
     if no_ablation and compare:
         raise DirectionError("Both --no-ablation and --compare are given, expected one of them; leave one out.")
@@ -199,20 +240,21 @@ def chat(
             "--run DIR or --no-ablation."
         )
     edit = settings.edit
-    given = None if no_ablation else _given(direction, run, candidate)
+    given = None if no_ablation else given_intervention(direction, run, candidate)
     loaded = load_model(model, settings.loading, settings.chat)
     make = None if given is None else _maker(given, edit, loaded)
     if make is not None:
         make(edit.strength, edit.layers)
-    sides: Sides = "compare" if compare else "original" if no_ablation else "ablated"
-    converse(
-        loaded,
-        make,
-        printing.typed_lines(),
-        printing.write,
-        state=ChatState(edit.strength, edit.layers, sides, settings.chat.system_prompt),
-        max_new_tokens=settings.measure.max_new_tokens,
-    )
+    sides: Sides = "compare" if compare else "base" if no_ablation else "edited"
+    state = ChatState(edit.strength, edit.layers, sides, settings.chat.system_prompt)
+    source = "none" if given is None else ", ".join(filter(None, [str(run or direction), candidate]))
+    before = edited_before(model, settings.loading.revision)
+    about = "\n".join(filter(None, [f"Model: {model}. Taken out: {source}.", before and f"Note: {before}"]))
+    talk = Talk(loaded, make, about, settings.measure.max_new_tokens)
+    if not current().quiet:
+        printing.say(about, talk.says(state), "/help lists the commands, /quit ends the talk.", "")
+    write = printing.Wrapped() if sys.stdout.isatty() else printing.write
+    converse(talk, printing.typed_lines(), write, state)
 
 
 @takes(*_LOADING, "chat", "measure.max_new_tokens", max_new_tokens=256)
@@ -229,11 +271,13 @@ def ui(
     require_package("gradio", "ui", "the command ui", ModelError)
 
     from remove_refusals.cli import printing, web
-    from remove_refusals.models import load_model
+    from remove_refusals.models import edited_before, load_model
     from remove_refusals.report import SelectionRecord
     from remove_refusals.search import load_candidates
 
-    given = _given(direction, run, None)
+    given = given_intervention(direction, run)
+    if given is None:
+        raise DirectionError("Neither --direction nor --run is given, expected one of them; pass one.")
     loaded = load_model(model, settings.loading, settings.chat)
     searched = run / "selection.json" if run is not None else None
     found = SelectionRecord.read(searched, error=DirectionError) if searched and searched.is_file() else None
@@ -246,6 +290,8 @@ def ui(
         None if found is None else found.candidates[found.picked].name,
         settings.measure.max_new_tokens,
     )
+    if (before := edited_before(model, settings.loading.revision)) is not None:
+        printing.say(f"Note: {before}")
     blocks = web.serve(page, host=host, port=port)
     others = " and on this machine's other addresses" if host in ("0.0.0.0", "::") else ""
     printing.finish({}, f"Serving on {blocks.local_url}{others}; Ctrl-C ends it.")
@@ -283,30 +329,6 @@ def free_port(host: str, port: int | None) -> int:
     )
 
 
-def _given(direction: Path | None, run: Path | None, candidate: str | None) -> "tuple[Direction, ...] | Intervention":
-    """Read the directions, or the intervention of a run, before a model is loaded."""
-    from remove_refusals.baking import load_intervention
-    from remove_refusals.directions import load_directions
-    from remove_refusals.search import load_candidates
-
-    if (direction is None) == (run is None):
-        raise DirectionError("Neither or both of --direction and --run are given, expected one of them; pass one.")
-    if direction is not None:
-        if candidate is not None:
-            raise DirectionError("The option --candidate is given without --run, expected both; add --run DIR.")
-        return load_directions(direction)
-    assert run is not None
-    if candidate is None:
-        return load_intervention(run)
-    found = load_candidates(run)
-    if candidate not in found:
-        raise DirectionError(
-            f"The candidate {candidate!r} is not among those whose directions {run} keeps, expected one of "
-            f"{', '.join(map(repr, found)) or 'none'}; choose one of these."
-        )
-    return found[candidate]
-
-
 def _maker(given: "tuple[Direction, ...] | Intervention", edit: "EditSettings", loaded: "LoadedModel") -> "Make":
     """Give what makes the intervention of a strength and a range of layers."""
     from remove_refusals.directions import as_intervention
@@ -329,22 +351,25 @@ def generate(
     output: Annotated[Path, to("A JSON Lines file.")],
     settings: "RunSettings",
     direction: DirectionFile = None,
+    run: RunDirectory = None,
+    candidate: CandidateName = None,
     force: Force = False,
 ) -> None:
-    """Answer prompts in batches, greedily; without --direction the model answers as it is."""
+    """Answer prompts in batches, greedily; without --direction or --run the model answers as it is."""
     from remove_refusals.cli import printing
-    from remove_refusals.directions import ablated, as_intervention, load_directions
+    from remove_refusals.directions import ablated, as_intervention
     from remove_refusals.files import check_target, write_jsonl
+    from remove_refusals.models import check_not_source, edited_before, load_model, render
     from remove_refusals.models import generate as answer_all
-    from remove_refusals.models import load_model, render
     from remove_refusals.prompts import prompts_from
     from remove_refusals.settings import PromptSource
 
+    check_not_source(output, model, run, revision=settings.loading.revision)
     check_target(output, force=force, directory=False)
     table = settings.direction.harmful
     source = PromptSource(source=prompts, column=table.column, split=table.split)
     prompt_set = prompts_from(source, "prompts", "")
-    given = None if direction is None else load_directions(direction)
+    given = given_intervention(direction, run, candidate)
     loaded = load_model(model, settings.loading, settings.chat, settings.batch_size)
     intervention = None if given is None else as_intervention(given, loaded, settings.edit)
     token_ids, n_tokens = render(loaded, prompt_set.prompts), settings.measure.max_new_tokens
@@ -362,4 +387,9 @@ def generate(
         for prompt, answer in zip(prompt_set.prompts, answers, strict=True)
     ]
     write_jsonl(output, rows, force=force)
-    printing.finish({"output": str(output), "answers": len(rows)}, f"Saved {len(rows)} answers to {output}.")
+    before = edited_before(model, settings.loading.revision) if intervention is not None else None
+    printing.finish(
+        {"output": str(output), "answers": len(rows)},
+        f"Saved {len(rows)} answers to {output}.",
+        lambda: printing.say(*([f"Note: {before}"] if before else [])),
+    )

@@ -36,7 +36,7 @@ def is_tied(model: PreTrainedModel) -> bool:
 
 def skeleton_of(source: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
     """Build a model without weights, as `skeleton` does, from a checkpoint's configuration alone."""
-    name = model_source(str(source))
+    name = model_source(source)
     with explained(f"The configuration of {source}"):
         chosen = read_config(name, {"revision": revision}, trust_remote_code)
         with torch.device("meta"):

@@ -28,6 +28,7 @@ from remove_refusals.models.source import (
     check_complete,
     explained,
     find_source,
+    model_name,
     model_source,
     quiet,
     read_config,
@@ -138,7 +139,7 @@ def load(
                 f"The option {first['loc'][0]} of `load` is {first['input']!r} ({first['msg']}), expected values for "
                 f"{', '.join(LoadSettings.model_fields)}; correct it."
             ) from error
-        return load_model(str(source), settings, chat=chat, batch_size=batch_size, tokenizer=tokenizer)
+        return load_model(model_name(source), settings, chat=chat, batch_size=batch_size, tokenizer=tokenizer)
     if options:
         raise ModelError(
             f"The option {next(iter(options))} is given with a model that is in memory already, expected none; leave "

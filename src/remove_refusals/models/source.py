@@ -1,5 +1,6 @@
 """Where a model lies (directory, hub id, or the demo model of the package), and what is wrong if it cannot be had."""
 
+import fnmatch
 import pickle
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,7 +34,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import find_adapter_config_file, logging
 from yaml import YAMLError
 
-from remove_refusals.errors import CheckpointError, ModelError
+from remove_refusals.errors import CheckpointError, ModelError, OutputError, RecordError
 from remove_refusals.files import read_json
 from remove_refusals.models.checkpoint import INDEX_FILE, SINGLE_FILE, checkpoint_tensors
 from remove_refusals.models.quantised import quantisation
@@ -64,25 +65,62 @@ _PYTHON_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, Att
 _LOADING_ERRORS = (*_PYTHON_ERRORS, SafetensorError, errors.StrictDataclassError)
 
 
-def model_source(model: str) -> str:
-    """Give the directory of the embedded demo model for the name `demo`, and any other name unchanged."""
-    # Many projects have a folder called demo: it is taken for a model only if it holds one.
-    if model != DEMO or (Path(model) / "config.json").is_file():
-        return model
+def model_name(model: str | Path) -> str:
+    """Give a model's name as it can be typed: a path is never the word for the embedded model."""
+    return f"./{DEMO}" if isinstance(model, Path) and str(model) == DEMO else str(model)
+
+
+def model_source(model: str | Path) -> str:
+    """Give the directory of the embedded demo model for the name `demo`, and any other name unchanged.
+
+    A directory of that name is a path, or `./demo`.
+    """
+    if (name := model_name(model)) != DEMO:
+        return name
     return str(resources.files("remove_refusals") / "data" / "demo")
 
 
-def local_directory(model: str, revision: str | None = None) -> Path | None:
+def local_directory(model: str | Path, revision: str | None = None) -> Path | None:
     """Find the directory of a model on this machine, in the hub's cache for a hub id; None if it is not there."""
     source = Path(model_source(model))
     if source.is_dir():
         return source
     try:
-        found = try_to_load_from_cache(model, "config.json", revision=revision)
+        found = try_to_load_from_cache(str(model), "config.json", revision=revision)
     except errors.HFValidationError:
         # A path to something that is not there cannot be a hub id.
         return None
     return Path(found).parent if isinstance(found, str) else None
+
+
+_OWN_FILES = ("*config.json", "*.index.json", "tokenizer*", "model*", "pytorch_model*", "consolidated*")
+
+
+def check_not_source(output: Path, *models: str | Path | None, revision: str | None = None) -> None:
+    """Check that an output is no model or run that is read for it, no directory above one, and no file of one."""
+    target = output.expanduser().resolve()
+    for model in models:
+        source = None if model is None else local_directory(model, revision)
+        if source is None:
+            continue
+        own = target.is_file() and any(fnmatch.fnmatch(target.name, pattern) for pattern in _OWN_FILES)
+        if source.resolve().is_relative_to(target) or (own and target.parent == source.resolve()):
+            what = "a file of the model" if own else "the model itself or a directory that holds it"
+            raise OutputError(
+                f"The output {output} is {what}, expected another place, since what is read is never written to; "
+                "choose another path."
+            )
+
+
+def edited_before(model: str, revision: str | None = None) -> str | None:
+    """Say in a sentence that a model was edited already, by the record beside its weights; None where none is."""
+    directory = local_directory(model, revision)
+    if directory is None or not (directory / "ablation.json").is_file():
+        return None
+    record = read_json(directory / "ablation.json", error=RecordError)
+    base = record.get("base") if isinstance(record, dict) else None
+    source = base.get("source") if isinstance(base, dict) else None
+    return f"The model {model} was edited already (ablation.json), from {source or 'a base that it does not name'}."
 
 
 def cached_commit(model: str, revision: str | None = None) -> str | None:

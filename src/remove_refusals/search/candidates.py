@@ -134,7 +134,8 @@ def save_candidates(interventions: Mapping[int, Intervention], path: Path) -> No
         bases = (direction.basis.contiguous() for direction in intervention.directions)
         tensors |= dict(zip(names[str(number)], bases, strict=True))
     with atomic_file(path) as staging:
-        safetensors.torch.save_file(tensors, staging, {"candidates": json.dumps(names)})
+        # What safetensors writes by itself is readable by its owner alone, whatever the umask says.
+        staging.write_bytes(safetensors.torch.save(tensors, {"candidates": json.dumps(names)}))
 
 
 def load_candidates(directory: Path) -> dict[str, Intervention]:
