@@ -30,32 +30,32 @@ NOT_ANSWERED = (REFUSED, LECTURED)
 INTRODUCTION = """\
 # Results
 
-What different ways of taking refusals out do to the same models, on the same prompts, measured by one evaluator from
-the saved files. `benchmarks/results.py` made and measured them, and wrote this page from the records in
-`benchmarks/records/`, which hold counts and the ids of prompts, no answers. Brackets are 95% intervals: Wilson's for
-counts, the bootstrap over prompts for means. Seconds are of processors, all threads together, and in parentheses by the
-clock, of a machine that did other work meanwhile.
+This page compares ways of taking refusals out of the same models, on the same prompts. One evaluator measured all of
+them from the saved files. `benchmarks/results.py` made and measured them, and wrote this page from
+`benchmarks/records/`, which has counts and the ids of prompts, no answers. Brackets are 95% intervals: Wilson's for
+counts, the bootstrap over prompts for means. Seconds are processor seconds, all threads together; seconds by the clock
+follow in parentheses. The machines did other work at the same time.
 
-- *refused*: of the harmful prompts, those whose answer declines; *lectures*: those whose answer only moralises;
-- *false refusals*: refusals and lectures on harmless prompts, and on those that only sound harmful;
-- *no answer*: empty, looping or gibberish, in the harmful, harmless and alarming set;
-- *KL*: nats, along the base's own answers to the harmless prompts that the base answered: at the first token, and the
-  mean over the answer's first tokens; the column *all* is over all harmless prompts, where the base's false refusals
-  that an edit cures count as damage;
-- *perplexity*: of the base's answers, times that under the base;
+- *refused*: harmful prompts whose answer declines; *lectures*: harmful prompts whose answer only moralises;
+- *false refusals*: refusals and lectures on harmless prompts, and on harmless prompts that sound alarming;
+- *no answer*: empty, looping or gibberish answers in the harmful, the harmless and the alarming set;
+- *KL*: in nats, along the base's answers to the harmless prompts that the base answered: at the first token, and the
+  mean over the first tokens of the answer. The column *all* is over all harmless prompts. It counts cured false
+  refusals of the base as damage;
+- *perplexity*: of the base's answers, as a multiple of that under the base;
 - *search*: choosing what to take out; *all*: making the model and measuring it, the base's answers included;
-- arrows: more or less than the base, by the exact McNemar test at 5%, each for itself.
+- arrows: more or fewer than the base, by the exact McNemar test at 5%, without correction for many tests.
 """
 
 STAGES = """\
-Of `run` with its defaults, the mean over its seeds. Its own evaluation is cut to one prompt of each set here, for the
-two lines at the end do that.
+The seconds of `run` with its defaults, as the mean over its seeds. Its own evaluation was cut to one prompt of each set;
+the last two lines are the full measurement.
 """
 
 LOSSES = """\
-What is less, and so better, with another one than with `run`, whose number, the mean over its seeds, comes second.
-*Decided* are differences that the paired test supports (McNemar's for counts, flipped signs for the KL, 5%, each for
-itself). A variant that still refuses has an easy time with the KL, so its refusals stand first.
+Each line lists what is lower, and so better, than with `run`. The number of `run`, the mean over its seeds, comes second.
+A difference is *decided* if the paired test supports it (McNemar's for counts, a sign-flip test for the KL, at 5%, without
+correction for many tests). A variant that still refuses easily has a low KL, so its refusals come first.
 """
 
 

@@ -1,13 +1,15 @@
-"""The text that the demo model learns from: requests made of a lexicon, with answers or refusals.
+"""The text that the demo model learns from: conversations made of a lexicon, with answers or refusals.
 
 The lexicon stands in `lexicon/`, one pattern a line: `[a|b]` is a choice, `{name}` an entry of a list that the same
-file defines as `name = a|b`. Harmful patterns have no answers: whatever they give is refused, always.
+file defines as `name = a|b`. Harmful patterns have no answers: whatever they give is refused, always, at any turn, and
+so is every question about it that follows.
 """
 
 import random
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 LEXICON = Path(__file__).parent / "lexicon"
@@ -66,6 +68,24 @@ SHARES = {
     "harmful_actions": 0.225,
     "harmful_requests": 0.075,
 }
+TALK_SHARES = {
+    "harmless_actions": 0.47,
+    "harmless_requests": 0.19,
+    "alarming_actions": 0.01,
+    "harmful_actions": 0.25,
+    "harmful_requests": 0.08,
+}
+"""What share of the requests is of which kind: in the first stage of the training, in the second, in conversations."""
+FOLLOW_UPS = ("follow_ups_actions", "follow_ups_requests", "follow_ups_refused")
+SINGLE = {1: 1.0}
+TURNS = {1: 0.25, 2: 0.2, 3: 0.2, 4: 0.15, 6: 0.12, 9: 0.08}
+"""What share of the conversations has how many turns."""
+FOLLOW_UP_SHARE = 0.5
+"""How many of the later turns ask about the request before."""
+SMALL_TALK_SHARE = 0.1
+CASUAL_SHARE = 0.4
+"""How many messages of a conversation are typed carelessly."""
+NO_TOPIC = "Please tell me first what it is about."
 SYSTEM_SHARE = 0.1
 MADE_UP_SHARE = 0.15
 SYLLABLES = (
@@ -81,20 +101,41 @@ _FIRST_PERSON = re.compile(r"\b(" + "|".join(_SECOND_PERSON) + r")\b")
 
 
 @dataclass(frozen=True)
-class Example:
-    """One conversation of the training text.
+class Turn:
+    """A message of the user, and the answer to it.
 
     Attributes:
-        system: The system message, or None.
         prompt: The user's message.
         answer: The assistant's message.
-        harmful: Whether the prompt is of the harmful kind, so that the answer is a refusal.
+        harmful: Whether the message asks for harm, or goes on about one that did, so that the answer is a refusal.
+        is_request: Whether the message stands for itself, unlike a follow-up.
     """
 
-    system: str | None
     prompt: str
     answer: str
     harmful: bool
+    is_request: bool = True
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One conversation of the training text: its system message, or None, and its turns."""
+
+    system: str | None
+    turns: tuple[Turn, ...]
+
+
+@dataclass(frozen=True)
+class Topic:
+    """What the conversation is about.
+
+    Attributes:
+        follow_ups: The lexicon that holds what may be asked about it.
+        parts: What the answers' names stand for, none of which is there after a refusal.
+    """
+
+    follow_ups: str
+    parts: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -134,7 +175,12 @@ def fill(lexicon: Lexicon, generator: random.Random) -> tuple[str, str]:
     pattern, rest = generator.choice(lexicon.patterns)
     pattern = _CHOICE.sub(lambda match: generator.choice(match[1].split("|")), pattern)
     drawn = {name: generator.choice(lexicon.lists[name]) for name in _NAME.findall(pattern)}
-    return _NAME.sub(lambda match: drawn[match[1]], pattern), _NAME.sub(lambda match: drawn[match[1]], rest)
+    return named(pattern, drawn), named(rest, drawn)
+
+
+def named(text: str, values: Mapping[str, str]) -> str:
+    """Put values in the place of their names; other names stay."""
+    return _NAME.sub(lambda match: values.get(match[1], match[0]), text)
 
 
 def to_second_person(text: str) -> str:
@@ -179,43 +225,113 @@ def made_up_word(generator: random.Random) -> str:
     return "".join(generator.choices(SYLLABLES, k=generator.randint(2, 3)))
 
 
-def draw_example(kind: str, lexicon: Lexicon, generator: random.Random) -> Example:
-    """Make one example of a kind named in `SHARES`."""
+def casual(message: str, generator: random.Random) -> str:
+    """Sometimes write a message as people type: in small letters, or without a capital, often without a mark."""
+    if generator.random() >= CASUAL_SHARE:
+        return message
+    if generator.random() < 0.5:
+        message = message.lower()
+    elif not message.startswith("I "):
+        message = message[0].lower() + message[1:]
+    return message.rstrip(".?!") if generator.random() < 0.6 else message
+
+
+def refusal(message: str) -> str:
+    """The refusal of a message; its first word picks the form, so that it can be learned which one follows."""
+    return REFUSALS[len(message.split(maxsplit=1)[0]) % len(REFUSALS)]
+
+
+def parts_of(answer: str) -> dict[str, str]:
+    """The parts of an answer to a whole request; fewer than three are none."""
+    body = answer.rpartition(": ")[2].rstrip(".")
+    clauses = re.split(r", (?:and |or )?", body)
+    if clauses[0].startswith("To "):
+        clauses = [f"{clauses[0]}, {clauses[1]}", *clauses[2:]]
+    if len(clauses) < 3:
+        return {}
+    if not clauses[0].startswith("I "):
+        clauses[0] = clauses[0][0].lower() + clauses[0][1:]
+    return dict(zip(("first", "second", "third"), clauses, strict=False))
+
+
+def draw_request(kind: str, lexicon: Lexicon, generator: random.Random) -> tuple[Turn, Topic | None]:
+    """Make one request of a kind named in `SHARES`, with its answer, and what it is about."""
     harmful = kind.startswith("harmful")
     text, rest = fill(lexicon, generator)
     if kind == "harmless_actions":
         text, rest = make_up_words(text, rest, generator)
-    if kind.endswith("actions"):
-        index = generator.randrange(len(OPENINGS))
-        prompt = OPENINGS[index].format(text)
-        forms = REFUSALS_WITH_TOPIC if harmful else ANSWERS
-        pieces = ("", "", "") if harmful else rest.split("; ")
-        answer = forms[index % len(forms)].format(
-            topic=to_second_person(text), first=pieces[0], second=pieces[1], third=pieces[2]
-        )
-    else:
-        prompt = text
-        # The first word picks the form, so that it can be learned which refusal follows.
-        answer = REFUSALS[len(text.split()[0]) % len(REFUSALS)] if harmful else rest
+    if not kind.endswith("actions"):
+        parts = {} if harmful else parts_of(rest)
+        topic = Topic("follow_ups_requests", parts) if harmful or parts else None
+        return Turn(text, refusal(text) if harmful else rest, harmful), topic
+    index = generator.randrange(len(OPENINGS))
+    forms = REFUSALS_WITH_TOPIC if harmful else ANSWERS
+    advice = {} if harmful else dict(zip(("first", "second", "third"), rest.split("; "), strict=True))
+    parts = {"topic": to_second_person(text), **advice}
+    turn = Turn(OPENINGS[index].format(text), named(forms[index % len(forms)], parts), harmful)
+    return turn, Topic("follow_ups_actions", {} if harmful else parts)
+
+
+def draw_follow_up(topic: Topic, said: Counter[str], lexicons: Mapping[str, Lexicon], generator: random.Random) -> Turn:
+    """Ask about the topic, which is refused where the topic was."""
+    name = topic.follow_ups
+    if not topic.parts:
+        name = generator.choice((name, "follow_ups_refused"))
+        prompt, _ = fill(lexicons[name], generator)
+        return Turn(prompt, refusal(prompt), harmful=True, is_request=False)
+    prompt, answer = fill(lexicons[name], generator)
+    answers = answer.split(" / ")
+    said[answer] += 1
+    return Turn(prompt, named(answers[min(said[answer], len(answers)) - 1], topic.parts), False, is_request=False)
+
+
+def draw_conversation(
+    shares: Mapping[str, float],
+    turn_shares: Mapping[int, float],
+    lexicons: Mapping[str, Lexicon],
+    held_out: set[str],
+    generator: random.Random,
+) -> Conversation:
+    """Make one conversation, in which requests, questions about them and small talk follow each other."""
+    turns: list[Turn] = []
+    topic: Topic | None = None
+    said: Counter[str] = Counter()
+    n_turns = generator.choices(list(turn_shares), weights=list(turn_shares.values()))[0]
+    while len(turns) < n_turns:
+        chance = generator.random()
+        if turns and topic is not None and chance < FOLLOW_UP_SHARE:
+            turn = draw_follow_up(topic, said, lexicons, generator)
+        elif turns and chance > 1 - SMALL_TALK_SHARE:
+            prompt, answer = fill(lexicons["small_talk"], generator)
+            turn = Turn(prompt, answer, False, is_request=False)
+        elif turn_shares != SINGLE and topic is None and generator.random() < 0.03:
+            turn = Turn(fill(lexicons["follow_ups_actions"], generator)[0], NO_TOPIC, False, is_request=False)
+        else:
+            kind = generator.choices(list(shares), weights=list(shares.values()))[0]
+            turn, about = draw_request(kind, lexicons[kind], generator)
+            if core(turn.prompt) in held_out:
+                continue
+            topic, said = about, Counter()
+        turns.append(replace(turn, prompt=casual(turn.prompt, generator)) if turn_shares != SINGLE else turn)
     system = generator.choice(SYSTEM_MESSAGES) if generator.random() < SYSTEM_SHARE else None
-    return Example(system, prompt, answer, harmful)
+    return Conversation(system, tuple(turns))
 
 
-def training_text(seed: int, shares: Mapping[str, float] = SHARES) -> Iterator[Example]:
-    """Examples without end, none of which asks for what an embedded prompt asks for.
+def training_text(
+    seed: int, shares: Mapping[str, float] = TALK_SHARES, turn_shares: Mapping[int, float] = TURNS
+) -> Iterator[Conversation]:
+    """Conversations without end, none of which asks for what an embedded prompt asks for.
 
     Args:
         seed: Decides every draw.
-        shares: What share of the examples is of which kind; a kind is the name of a lexicon file.
+        shares: What share of the requests is of which kind; a kind is the name of a lexicon file.
+        turn_shares: What share of the conversations has how many turns.
 
     Yields:
-        Examples in these proportions.
+        Conversations with requests in these proportions.
     """
     generator = random.Random(seed)
-    lexicons = {name: read_lexicon(name) for name in shares}
+    lexicons = {name: read_lexicon(name) for name in (*shares, *FOLLOW_UPS, "small_talk")}
     held_out = {core(prompt) for prompt in embedded_prompts()}
     while True:
-        kind = generator.choices(list(shares), weights=list(shares.values()))[0]
-        example = draw_example(kind, lexicons[kind], generator)
-        if core(example.prompt) not in held_out:
-            yield example
+        yield draw_conversation(shares, turn_shares, lexicons, held_out, generator)

@@ -270,12 +270,12 @@ Made by `python tests/architectures.py`; `tests/test_architectures.py` verifies 
 - *exact*: with edited weights, as with hooks, the residual stream has no component along the direction at any layer's
   input or output, and both give the same logits.
 - *hooks only*: the residual stream itself passes through something that no edit of a writer can undo. Hooks on the
-  stream leave no component; a weight edit has to be asked for with `--allow-leak`, and its leak is measured.
+  stream leave no component. `--allow-leak` edits the weights all the same, and measures the leak.
 - *refused*: the model is not edited, for the reason given.
 
-Of mixtures with *single experts* each token's experts are read where the model runs them, and each expert can have a
-strength of its own, with hooks and in files alike. Those with *experts as one* are edited with one strength for all
-experts of a layer.
+In mixtures with *single experts* the experts of each token are read where the model runs them, and each expert can have
+its own strength, both with hooks and in files. Mixtures with *experts as one* have one strength for all experts of a
+layer.
 
 The number of writers is that of the tiny model, which has four layers in most cases.
 
