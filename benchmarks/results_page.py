@@ -48,14 +48,14 @@ follow in parentheses. The machines did other work at the same time.
 """
 
 STAGES = """\
-The seconds of `run` with its defaults, as the mean over its seeds. Its own evaluation was cut to one prompt of each set;
-the last two lines are the full measurement.
+The seconds of `run` with its defaults, as the mean over its seeds. Its own evaluation was cut to one prompt of each
+set; the last two lines are the full measurement.
 """
 
 LOSSES = """\
-Each line lists what is lower, and so better, than with `run`. The number of `run`, the mean over its seeds, comes second.
-A difference is *decided* if the paired test supports it (McNemar's for counts, a sign-flip test for the KL, at 5%, without
-correction for many tests). A variant that still refuses easily has a low KL, so its refusals come first.
+Each line lists what is lower, and so better, than with `run`. The number of `run`, the mean over its seeds, comes
+second. A difference is *decided* if the paired test supports it (McNemar's for counts, a sign-flip test for the KL, at
+5%, without correction for many tests). A variant that still refuses easily has a low KL, so its refusals come first.
 """
 
 
