@@ -117,7 +117,7 @@ def test_the_drawing_offers_what_can_be_tried(page: Page) -> None:
     shown = Texts()
     shown.feed(drawing)
     # Ticks on both axes, and each that can be tried by its number and its name.
-    assert all(part in shown.text for part in ("50%", "0.01", "0.02", 'one "half": 40.0% refused', "two: 0.0% refused"))
+    assert all(part in shown.text for part in ("20%", "0.01", "0.02", 'one "half": 40.0% refused', "two: 0.0% refused"))
     assert shown.tags.count("li") == 2
 
 
@@ -146,6 +146,8 @@ def test_the_command_line_says_what_is_not_the_default(model_map: ModelMap) -> N
     n_layers = model_map.n_layers
     assert command_line(SOURCE, controls(model_map), n_layers) == "remove-refusals chat demo --run 'a run' --compare"
     changed = Controls(0.5, (2, 4), ("mlp",), 'one "half"')
+    told = replace(controls(model_map), system_prompt="Be brief.")
+    assert command_line(SOURCE, told, n_layers).endswith("--compare --system-prompt 'Be brief.'")
     assert command_line(SOURCE, changed, n_layers) == (
         "remove-refusals chat demo --run 'a run' --compare --candidate 'one \"half\"' --strength 0.5 --layers 2-4 "
         "--sites mlp"
@@ -300,10 +302,18 @@ def test_the_first_port_that_is_free_is_taken() -> None:
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
 @pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 844)])
 def test_the_page_in_a_browser(
-    served: str, page: Page, model_map: ModelMap, width: int, height: int, tmp_path: Path
+    served: str,
+    page: Page,
+    model_map: ModelMap,
+    width: int,
+    height: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from playwright.sync_api import sync_playwright
 
+    # What is saved lies where the command was started.
+    monkeypatch.chdir(tmp_path)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=300_000)
         tab = browser.new_page(viewport={"width": width, "height": height})
@@ -334,10 +344,9 @@ def test_the_page_in_a_browser(
             rows = [json.loads(line) for line in download.value.path().read_text(encoding="utf-8").splitlines()]
             assert [row["side"] for row in rows] == ["base", "edited"]
             tab.click("#saving button")
-            tab.fill("#saving textarea, #saving input[type=text]", str(tmp_path / "saved"))
             tab.click("#save")
             tab.wait_for_function("document.querySelector('#saved').innerText.includes('as planned')")
-            assert (tmp_path / "saved" / "certificate.json").is_file()
+            assert (tmp_path / "demo-edited" / "certificate.json").is_file()
         tab.locator("#front g[data-candidate]").first.click()
         tab.wait_for_function("document.querySelector('#command textarea').value.includes('--candidate')")
         assert "half" in tab.input_value("#command textarea")

@@ -138,6 +138,8 @@ class Page:
         if not output.strip():
             raise OutputError("The directory is missing, expected a path; type the name of a new directory.")
         target, intervention = Path(output.strip()).expanduser(), self.made(controls)
+        if target.exists():
+            raise OutputError(f"The directory {target} exists already, expected a new one; type another name.")
         base = base_of(self.loaded)
         if as_lora:
             plan, _ = bake_lora(base, intervention, target)
@@ -298,7 +300,9 @@ def _add_saving(gradio: Any, page: Page, controls: list[Any]) -> None:
         with gradio.Row():
             kind = gradio.Radio(kinds, value=kinds[0], label="As")
             name = f"{Path(page.source.model).name}-edited"
-            place = gradio.Textbox(name, label="New directory", info="On this machine, where the command was started")
+            place = gradio.Textbox(
+                name, label="New directory", info="On this machine, from where the command was started"
+            )
             save = gradio.Button("Save", elem_id="save")
         done = gradio.Markdown(elem_id="saved", min_height=40)
 
@@ -370,11 +374,8 @@ def _ask_again(
 
 
 def _row(side: str, controls: Controls, talk: Messages) -> dict[str, Any]:
-    how = asdict(controls) if side == "edited" else {name: getattr(controls, name) for name in _OF_BOTH}
-    return {"side": side, "prompt": talk[-2]["content"], "answer": talk[-1]["content"]} | how
-
-
-_OF_BOTH = ("temperature", "system_prompt")
+    how = asdict(controls if side == "edited" else replace(controls, strength=0.0))
+    return {"side": side} | how | {"prompt": talk[-2]["content"], "answer": talk[-1]["content"]}
 
 
 def _as_jsonl(rows: Rows) -> str:
@@ -467,8 +468,8 @@ def front_drawing(candidates: Sequence[CandidateRecord], kept: Sequence[str], ch
     Places across are percentages. Points that would lie on others are put above or below, with a line to their place.
     """
     x, y = front_scales(candidates)
-    grid = [f'<text x="{100 * x.share(at):.2f}%" y="{_HEIGHT + 18}">{tick(at)}</text>' for at in x.ticks(5)]
-    for at in y.ticks(5):
+    grid = [f'<text x="{100 * x.share(at):.2f}%" y="{_HEIGHT + 18}">{tick(at)}</text>' for at in x.ticks(7)]
+    for at in y.ticks(6):
         down = _HEIGHT * (1 - y.share(at))
         grid.append(f'<line class="grid" x1="0" x2="100%" y1="{down:.1f}" y2="{down:.1f}"/>')
         grid.append(f'<text class="up" x="-6" y="{down + 4:.1f}">{100 * at:g}%</text>')
@@ -477,13 +478,15 @@ def front_drawing(candidates: Sequence[CandidateRecord], kept: Sequence[str], ch
     placed: list[tuple[float, float, int]] = []
     # Those with numbers come first, so that they keep their places.
     for one in sorted(candidates, key=lambda one: one.name not in kept):
-        radius = 10 if one.name in kept else 4
+        radius = 9 if one.name in kept else 3
         across, true = 100 * x.share(one.damage), _HEIGHT * (1 - y.share(one.refusal))
         down = _free(across, true, radius, placed)
         placed.append((across, down, radius))
         place = f'cx="{across:.2f}%" cy="{down:.1f}" r="{radius}"'
         name = html.escape(one.name, quote=True)
         said = f"{name}: {one.refusal:.1%} refused, damage {one.damage:.3g}"
+        if one.confirmation is not None:
+            said += f"; by generation {one.confirmation.refusals.count} of {one.confirmation.refusals.n} refused"
         if abs(down - true) > 1:
             marks.append(f'<line class="moved" x1="{across:.2f}%" x2="{across:.2f}%" y1="{true:.1f}" y2="{down:.1f}"/>')
         if one.name not in kept:
