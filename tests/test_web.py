@@ -200,11 +200,12 @@ def test_an_answer_can_be_given_again_and_exported(model_map: ModelMap, page: Pa
     values = (1.0, 0, model_map.n_layers - 1, list(SITE_KINDS), None, 0.0, "")
     *_, (_, *first, _, _, _, _, rows) = web._ask(page, PROMPT, [], [], [], *values)
     weak = (0.0, *values[1:])
+    assert [row["strength"] for row in rows] == [0.0, 1.0]
     *_, (typed, base, edited, *_, again) = web._ask_again(page, "typed", *first, rows, *weak)
     assert typed == "typed" and base == first[0] and edited == first[0] != first[1]
     kept = [json.loads(line) for line in web._as_jsonl(again).splitlines()]
     assert [(row["side"], row["prompt"]) for row in kept] == [("base", PROMPT), ("edited", PROMPT)]
-    assert kept[1]["answer"] == base[1]["content"] and kept[1]["strength"] == 0 and "strength" not in kept[0]
+    assert kept[1]["answer"] == base[1]["content"] and kept[1]["strength"] == 0.0
     # An answer that was stopped may be the base's alone.
     *_, (_, base, edited, *_, whole) = web._ask_again(page, "", first[0], [], rows[:1], *values)
     assert [base, edited] == first and whole == rows
