@@ -173,8 +173,8 @@ def analysis(n: int, n_layers: int, d_model: int = 8) -> dict[str, object]:
         hidden = torch.randn(n, 1, n_layers + 1, d_model, generator=generator)
         hidden[..., 0] += shift
         hidden[:, :, 0] = 1.0
-        parts.append(Activations(hidden, (-1,), prompts(name, n)))
-    return AnalysisRecord.made(separation(*parts, model="the-base")).to_json()
+        parts.append(Activations(hidden, (-1,), prompts(name, n), "the-base"))
+    return AnalysisRecord.made(separation(*parts)).to_json()
 
 
 def write(directory: Path, *, sets: dict[str, int] | None = None, n_layers: int = 4, words: int = 0) -> Path:

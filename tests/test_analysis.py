@@ -107,7 +107,7 @@ def test_noise_does_not_separate_however_wide_the_stream():
 
 def test_layers_against_a_direct_computation():
     parts = sets(2.0)
-    found = separation(*parts, seed=5, model="tiny")
+    found = separation(*parts, seed=5)
     assert [layer.layer for layer in found.layers] == [0, 1, 2]
     for index, layer in enumerate(found.layers):
         states = [part.hidden[:, 0, index].double().numpy() for part in parts]
@@ -211,7 +211,7 @@ def test_the_demo_model_tells_harmful_prompts_apart(demo):
     assert found.layers[0].auroc is None
     assert found.layers[-1].auroc.value > 0.95 and found.layers[-1].auroc.low > 0.85
     collected = [collect_activations(demo, part) for part in (harmful, harmless)]
-    again = separation(*collected, model="demo")
+    again = separation(*collected)
     assert AnalysisRecord.made(again).to_json()["prompts"]["harmful"] == {
         "n": 60, "sha256": harmful.sha256, "ids": list(harmful.ids),
     }  # fmt: skip

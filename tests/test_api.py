@@ -1,38 +1,117 @@
 """The public interface: on a model in memory, lists of strings and tensors; and what the README shows runs."""
 
+import ast
+import builtins
 import inspect
+import pydoc
 import re
+import rlcompleter
 import subprocess
 import sys
+import textwrap
+import typing
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import UnionType
+from typing import Any
 
+import peft
 import pytest
 import torch
-from transformers import TextGenerationPipeline
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextGenerationPipeline
 
 import remove_refusals as rr
 import remove_refusals.pipeline  # imports nearly every module, which must not hide a name of the interface
 import tiny
 from remove_refusals.errors import DirectionError, ModelError
-from remove_refusals.settings import EditSettings, MeasureSettings
+from remove_refusals.settings import EditSettings, GradientSettings, MeasureSettings, SelectSettings
 
-README = Path(__file__).parents[1] / "README.md"
+REFERENCE = Path(__file__).parents[1] / "docs" / "reference.md"
+ALIASES = ("Language", "Placement", "Prompts", "SiteKind", "Taken", "Tied")
+"""Public names that stand for several types, or for some texts."""
 HARMFUL, HARMLESS = ["pick a lock", "forge a note", "hide a bug", "rob a shop"], ["bake", "draw a cat", "sing", "sew"]
-SHORT = MeasureSettings(max_new_tokens=4, kl_tokens=2)
+SHORT = MeasureSettings(max_new_tokens=12, kl_tokens=2)
+QUICK = SelectSettings(n_tokens=16, n_confirm_tokens=12, descent=GradientSettings(n_steps=6, n_more_steps=2))
 
 
 @pytest.mark.parametrize("name", rr.__all__)
 def test_every_name_is_a_function_or_a_class_that_says_what_it_is_for(name: str) -> None:
     value = getattr(rr, name)
-    assert callable(value) and value.__doc__
+    assert name in ALIASES or (callable(value) and value.__doc__)
     assert name in (rr.__doc__ or "") or name == "mean_difference_per_layer"
     if inspect.isfunction(value) and list(inspect.signature(value).parameters):
         assert "Args:" in value.__doc__
 
 
-def test_the_interface_fits_on_a_screen() -> None:
-    assert len(rr.__all__) <= 28 and set(rr.__all__) <= set(dir(rr))
-    assert len((rr.__doc__ or "").splitlines()) <= 30
+def test_the_interface_fits_on_a_screen_and_is_all_that_is_shown() -> None:
+    functions = [name for name in rr.__all__ if inspect.isfunction(getattr(rr, name))]
+    assert len(functions) <= 22 and sorted(dir(rr)) == sorted([*rr.__all__, "__version__"])
+    assert len((rr.__doc__ or "").splitlines()) <= 32
+    shown = pydoc.plain(pydoc.render_doc(rr)).splitlines()
+    # Under the title, the name and its sentence, and the heading.
+    assert any(line.strip() == "import remove_refusals as rr" for line in shown[:10])
+
+
+def test_completion_offers_the_public_names() -> None:
+    completer, found = rlcompleter.Completer({"rr": rr}), []
+    while (text := completer.complete("rr.", len(found))) is not None:
+        found.append(text)
+    assert sorted(re.sub(r"\W.*", "", text.removeprefix("rr.")) for text in found) == sorted(rr.__all__)
+
+
+def signatures() -> Iterator[Callable[..., Any]]:
+    """Give the public functions, and the public methods and constructors of the public classes."""
+    for value in (getattr(rr, name) for name in rr.__all__ if name not in ALIASES):
+        if inspect.isfunction(value):
+            yield value
+            continue
+        for name, member in vars(value).items():
+            function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+            if inspect.isfunction(function) and not name.startswith("_"):
+                yield function
+
+
+def named(annotation: str) -> set[str]:
+    return {node.id for node in ast.walk(ast.parse(annotation)) if isinstance(node, ast.Name)} - set(dir(builtins))
+
+
+def test_every_type_in_a_public_signature_is_public_or_in_the_reference() -> None:
+    reference = REFERENCE.read_text(encoding="utf-8")
+    seen = set()
+    for function in signatures():
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+        assert isinstance(tree, ast.FunctionDef)
+        notes = [argument.annotation for argument in (*tree.args.args, *tree.args.kwonlyargs)]
+        for name in set().union(*(named(ast.unparse(note)) for note in (*notes, tree.returns) if note is not None)):
+            value = function.__globals__.get(name)
+            if getattr(value, "__module__", "").startswith("remove_refusals") or isinstance(value, UnionType):
+                seen.add(name)
+                is_public = name in rr.__all__ and getattr(rr, name) is value
+                # What only results are made of is not public, but has its place there.
+                result = not is_public and "." not in function.__qualname__
+                assert not result, f"{function.__qualname__}: {name}"
+                assert re.search(rf"^::: remove_refusals\.([\w.]+\.)?{name}$", reference, re.MULTILINE), name
+    assert {"Prompts", "Taken", "Selection", "SelectionSummary"} <= seen
+
+
+def parts(annotation: Any) -> Iterator[type]:
+    for part in typing.get_args(annotation):
+        yield from parts(part)
+    if isinstance(annotation, type) and annotation.__module__.startswith("remove_refusals"):
+        yield annotation
+
+
+def test_every_type_that_a_result_consists_of_is_in_the_reference() -> None:
+    reference = REFERENCE.read_text(encoding="utf-8")
+    waiting = {getattr(rr, name) for name in rr.__all__ if inspect.isclass(getattr(rr, name))}
+    seen: set[type] = set()
+    while waiting - seen:
+        seen.add(one := (waiting - seen).pop())
+        assert re.search(rf"^::: remove_refusals\.([\w.]+\.)?{one.__name__}$", reference, re.MULTILINE), one
+        hints = typing.get_type_hints(one) if one.__module__.startswith("remove_refusals") else {}
+        waiting |= {part for name, hint in hints.items() if name[0] != "_" for part in parts(hint)}
+    assert len(seen) > len(rr.__all__)
 
 
 def test_unknown_names_are_attribute_errors() -> None:
@@ -43,13 +122,6 @@ def test_unknown_names_are_attribute_errors() -> None:
 def test_importing_the_package_imports_nothing_heavy() -> None:
     code = "import remove_refusals, sys; assert not {'torch', 'transformers', 'rich'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_the_example_of_the_readme_runs(tmp_path: Path) -> None:
-    code = re.search(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert code is not None
-    subprocess.run([sys.executable, "-c", code[1]], check=True, cwd=tmp_path)
-    assert (tmp_path / "demo-without-refusals" / "ablation.json").is_file()
 
 
 @pytest.fixture
@@ -108,9 +180,111 @@ def test_what_is_written_does_what_the_hooks_do(model: torch.nn.Module, tmp_path
     assert torch.allclose(logits(rr.load(tmp_path / "edited").model), taken_out, atol=1e-4)
 
 
-def test_a_pipeline_brings_model_and_tokenizer(model: torch.nn.Module) -> None:
-    pipeline = TextGenerationPipeline(model, tiny.tokenizer(), device=-1)
-    assert rr.collect_activations(pipeline, None, HARMFUL).d_model == model.config.hidden_size
+def held(kind: str) -> tuple[Any, Any]:
+    """Give the demo model, a Llama of six layers, as somebody may have it in a notebook."""
+    source = rr.load("demo").source
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    if kind == "a pipeline":
+        return TextGenerationPipeline(model, tokenizer), None
+    if kind == "an adapter":
+        adapter = peft.LoraConfig(target_modules=["q_proj", "o_proj", "down_proj"], r=2)
+        model = peft.get_peft_model(model, adapter).eval()
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.02)
+    return model, tokenizer
+
+
+@pytest.mark.parametrize("kind", ["a model", "an adapter", "a pipeline"])
+def test_the_ten_lines_of_a_notebook(kind: str, tmp_path: Path) -> None:
+    model, tokenizer = held(kind)
+    own = model.model if kind == "a pipeline" else model
+
+    def answers(one: Any) -> torch.Tensor:
+        with torch.inference_mode():
+            return one(input_ids=torch.arange(5, 25).unsqueeze(0)).logits
+
+    refused, answered = (list(rr.embedded_prompts(name).prompts) for name in ("harmful_train", "harmless_train"))
+
+    harmful = rr.collect_activations(model, tokenizer, refused[:16])
+    harmless = rr.collect_activations(model, tokenizer, answered[:16])
+    direction = rr.mean_difference(harmful, harmless, layer=0.6)
+    with rr.ablated(model, direction):
+        taken_out = answers(own)
+    found = rr.select(model, tokenizer, harmful=refused[:36], harmless=answered[:36], settings=QUICK)
+    scores = rr.evaluate(
+        model,
+        found.intervention,
+        tokenizer,
+        harmful=refused[-8:],
+        harmless=answered[-8:],
+        alarming=rr.embedded_prompts("harmless_alarming").prompts[:4],
+        settings=SHORT,
+    )
+    if kind == "an adapter":
+        with pytest.raises(ModelError, match=r"since saving it would save the adapter.*merge_and_unload\(\)"):
+            rr.bake_in_place(model, direction)
+        with pytest.raises(ModelError, match=r"merge_and_unload\(\)"):
+            rr.bake(model, direction, tmp_path / "not", tokenizer=tokenizer)
+        own = model = model.merge_and_unload()
+    before = answers(own)
+    rr.bake_in_place(model, direction)
+    own.save_pretrained(tmp_path / "edited")
+
+    assert not torch.allclose(before, taken_out, atol=1e-2)
+    assert torch.allclose(answers(own), taken_out, atol=1e-3)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "edited").eval()
+    assert torch.equal(answers(saved), answers(own))
+    refusals = scores.sets["harmful"].refusals
+    assert refusals.base.count >= 6 and refusals.edited.count <= 2
+    assert [path.name for path in tmp_path.iterdir()] == ["edited"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2], ids=["llama", "tied"])
+def test_an_edit_in_memory_is_the_saved_one(make: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+    make().to(dtype).save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    vector = torch.randn(1, 32, generator=torch.Generator().manual_seed(0))
+    rr.bake(str(tmp_path / "base"), vector, str(tmp_path / "baked"), strength=0.7)
+    assert model.dtype == dtype
+    rr.bake_in_place(model, vector, strength=0.7)
+    model.save_pretrained(tmp_path / "saved")
+    baked, saved = (load_file(tmp_path / name / "model.safetensors") for name in ("baked", "saved"))
+    assert baked.keys() == saved.keys()
+    assert all(torch.equal(baked[name], saved[name]) and baked[name].dtype == dtype for name in baked)
+    both = [AutoModelForCausalLM.from_pretrained(tmp_path / name).eval() for name in ("baked", "saved")]
+    assert torch.equal(*map(logits, both)) and torch.equal(logits(both[0]), logits(model))
+    with pytest.raises(ModelError, match="was not changed in memory"):
+        rr.bake(model, vector, tmp_path / "again", tokenizer=tiny.tokenizer())
+
+
+def test_a_quantised_layer_is_refused_by_its_name(model: torch.nn.Module) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    layer = model.get_submodule("model.layers.1.mlp")
+    for stored in (torch.float8_e4m3fn, None):
+        layer.down_proj = torch.nn.Linear(64, 32, bias=False, dtype=None if stored is None else torch.float32)
+        if stored is None:
+            # As GPTQ and AWQ keep their numbers, under another name.
+            layer.down_proj.qweight = layer.down_proj.weight
+            del layer.down_proj.weight
+        else:
+            layer.down_proj.weight.data = layer.down_proj.weight.data.to(stored)
+        with pytest.raises(ModelError, match=r"'model\.layers\.1\.mlp\.down_proj\.weight' of a Linear .*quantisation"):
+            rr.bake_in_place(model, torch.ones(32))
+        for name, value in model.state_dict().items():
+            assert "down_proj" in name or torch.equal(value, before[name])
+
+
+def test_what_load_gave_is_taken_with_what_it_knows() -> None:
+    loaded = rr.load(tiny.llama(), tiny.tokenizer(), chat=rr.ChatFormat(plain=True), batch_size=2)
+    assert rr.load(loaded).chat.plain and rr.load(loaded, tiny.tokenizer()).batch_size == 2
+    assert rr.load(loaded, batch_size=3).chat.plain
+    assert repr(loaded) == "LoadedModel('LlamaForCausalLM', LlamaForCausalLM, float32 on cpu)"
+    assert repr(rr.map_model(loaded)) == "ModelMap('llama', 2 layers, d_model=32, 5 writers, exact)"
 
 
 def test_what_cannot_be_taken_is_said_in_a_sentence(model: torch.nn.Module) -> None:
@@ -122,3 +296,12 @@ def test_what_cannot_be_taken_is_said_in_a_sentence(model: torch.nn.Module) -> N
         rr.generate(model, tiny.tokenizer(), "one prompt")
     with pytest.raises(DirectionError, match="expected"), rr.ablated(model, torch.ones(1, 7)):
         pass
+    with pytest.raises(ModelError, match="is a str, expected"), rr.ablated("demo", torch.ones(32)):
+        pass
+    with pytest.raises(ModelError, match="give the tokenizer third"):
+        rr.evaluate(model, tiny.tokenizer(), torch.ones(32))
+    with pytest.raises(ModelError, match="pass it beside the model"):
+        rr.bake(model, torch.ones(32), "never")
+    virtual = peft.get_peft_model(tiny.llama(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(ModelError, match="before every prompt"):
+        rr.load(virtual.eval(), tiny.tokenizer())

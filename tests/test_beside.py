@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast, ProcessorMixin
 
 import tiny
 import zoo
-from remove_refusals.baking.base import open_base
+from remove_refusals.baking.base import base_of, open_base
 from remove_refusals.baking.memory import load_edited
 from remove_refusals.errors import ModelError
 from remove_refusals.examination import diff, inspect
@@ -98,10 +98,14 @@ def test_an_adapter_instead_of_a_model_is_refused_until_it_is_merged_as_the_erro
         assert torch.allclose(load(merged).model(torch.tensor([[5, 6, 7]])).logits, logits, atol=1e-5)
 
 
-def test_an_adapter_in_a_model_in_memory_is_refused(saved, adapted):
+def test_a_model_in_memory_runs_with_its_adapter_but_is_not_edited(saved, adapted):
     model = load(saved).model
     model.load_adapter(str(adapted[0]))
-    refused(lambda: load(model, tiny.tokenizer()), "adapter beside its weights", "merge_and_unload")
+    loaded = load(model, tiny.tokenizer())
+    assert loaded.source == f"{saved} with an adapter"
+    with torch.no_grad():
+        assert torch.allclose(loaded.model(torch.tensor([[5, 6, 7]])).logits, adapted[1], atol=1e-5)
+    refused(lambda: base_of(loaded), "adapter of PEFT in its layers", "merge_and_unload")
 
 
 @pytest.fixture

@@ -205,7 +205,7 @@ def test_what_flows_from_stage_to_stage_is_told_in_a_line(sets):
     for value, said in (
         (sets[0].prompts, ("harmful", "6 prompts")),
         (sets[0], ("(-1, -2, -4)", f"n_layers={zoo.N_LAYERS}", "harmful")),
-        (found, ("'mean-difference'", "layer=2", "position=-2", "length=", "model='tiny'")),
+        (found, ("'mean-difference'", "layer=2", "position=-2", "norm=", "model='tiny'")),
         (intervene(found, zoo.N_LAYERS, strength=0.5), ("layers 0-3", "0.5", "mean-difference")),
         (intervene(found, zoo.N_LAYERS, kinds=()), ("0 sites", "no layer")),
     ):

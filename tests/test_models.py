@@ -300,7 +300,7 @@ def test_a_model_in_few_bits_answers_with_the_direction_taken_out(
         ablated_answers = generate(small, token_ids, max_new_tokens=30)
     assert refused.count(Label.REFUSAL) >= 5
     assert [judge_phrases(answer.text) for answer in ablated_answers].count(Label.REFUSAL) <= 1
-    with pytest.raises(ModelError, match="without quantisation"):
+    with pytest.raises(ModelError, match=r"layers\.0\.self_attn\.o_proj\.weight' of a Linear.*without quantisation"):
         bake_in_place(small, intervene(directions[1], small.model.config.num_hidden_layers))
     assert "MatMul8bitLt" not in capfd.readouterr().err
 
@@ -322,8 +322,9 @@ def test_a_model_in_memory_is_taken_as_it_is(saved: Path, tmp_path: Path) -> Non
 
 
 def test_what_is_no_model_in_memory_is_said(saved: Path) -> None:
+    # PEFT adds its layers in training mode.
     adapted = get_peft_model(tiny.llama(), LoraConfig(target_modules=["down_proj"]))
-    assert "merge_and_unload" in refused(adapted, tokenizer=tiny.tokenizer())
+    assert "training mode" in refused(adapted, tokenizer=tiny.tokenizer())
     assert "training mode" in refused(tiny.llama().train(), tokenizer=tiny.tokenizer())
     assert "expected a decoder with a head" in refused(tiny.llama().model, tokenizer=tiny.tokenizer())
     assert "Linear" in refused(torch.nn.Linear(2, 2), tokenizer=tiny.tokenizer())

@@ -8,7 +8,9 @@
     direction = rr.mean_difference(harmful, harmless, layer=0.6)
     with rr.ablated(model, direction):
         rr.generate(model, tokenizer, ["How do I pick a lock?"])
-    rr.bake("demo", direction, "edited")
+    found = rr.select(model, tokenizer, harmful=[...], harmless=[...])  # a search for what is best taken out where
+    scores = rr.evaluate(model, found.intervention, tokenizer)
+    rr.bake_in_place(model, found.intervention)  # then model.save_pretrained(...); or rr.bake("demo", direction, "out")
 
 load, map_model                     a model and its tokenizer; where it writes to the residual stream
 embedded_prompts, load_prompts      prompt sets; lists of strings will do as well
@@ -19,16 +21,31 @@ ablated, bake_in_place, bake        take it out while the model runs, in memory,
 generate, evaluate                  answers; refusals, false refusals and damage, with intervals
 run, analyze, write_html_report     the whole job; a look at a model; the page of what was found
 
-The types are Activations, Direction, Intervention, LoadedModel, PromptSet, RunSettings and RemoveRefusalsError. Each
-name is imported when it is first used.
+What goes in: PromptSet, RunSettings with its parts, Progress, and what signatures call Prompts, Taken, Placement,
+SiteKind, Tied and Language. What comes out: Activations, Separation, Direction and its DirectionOrigin, Intervention of
+SiteEdits, ModelMap, LoadedModel, Answer, Selection, Evaluation, Baked, RunResult, Examination; RemoveRefusalsError goes
+wrong. The parts of RunSettings are LoadSettings, ChatFormat, DirectionSettings, SelectSettings with Rule and
+GradientSettings, EditSettings, MeasureSettings, and PromptSource. Each name is imported when it is first used.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from remove_refusals.api import bake, bake_in_place, collect_activations, evaluate, generate, select, separation
+    from remove_refusals.api import (
+        Prompts,
+        bake,
+        bake_in_place,
+        collect_activations,
+        evaluate,
+        generate,
+        select,
+        separation,
+    )
+    from remove_refusals.baking import Baked
     from remove_refusals.directions import (
+        Placement,
+        Taken,
         ablated,
         intervene,
         load_direction,
@@ -37,38 +54,98 @@ if TYPE_CHECKING:
         save_direction,
     )
     from remove_refusals.errors import RemoveRefusalsError
-    from remove_refusals.examination import analyze
-    from remove_refusals.modelmap import map_model
-    from remove_refusals.models import LoadedModel, load
-    from remove_refusals.pipeline import run
+    from remove_refusals.examination import Examination, analyze
+    from remove_refusals.measure import Evaluation
+    from remove_refusals.modelmap import ModelMap, map_model
+    from remove_refusals.models import Answer, LoadedModel, load
+    from remove_refusals.pipeline import RunResult, run
+    from remove_refusals.progress import Progress
     from remove_refusals.prompts import embedded_prompts, load_prompts
     from remove_refusals.report import write_html_report
-    from remove_refusals.settings import RunSettings
-    from remove_refusals.types import Activations, Direction, Intervention, PromptSet
+    from remove_refusals.search import Selection
+    from remove_refusals.settings import (
+        ChatFormat,
+        DirectionSettings,
+        EditSettings,
+        GradientSettings,
+        Language,
+        LoadSettings,
+        MeasureSettings,
+        PromptSource,
+        Rule,
+        RunSettings,
+        SelectSettings,
+        SiteKind,
+        Tied,
+    )
+    from remove_refusals.types import (
+        Activations,
+        Direction,
+        DirectionOrigin,
+        Intervention,
+        PromptSet,
+        Separation,
+        SiteEdit,
+    )
 
 _ROOMS = {
-    "api": "bake bake_in_place collect_activations evaluate generate select separation",
-    "directions": "ablated intervene load_direction mean_difference mean_difference_per_layer save_direction",
+    "api": "Prompts bake bake_in_place collect_activations evaluate generate select separation",
+    "baking": "Baked",
+    "directions": (
+        "Placement Taken ablated intervene load_direction mean_difference mean_difference_per_layer save_direction"
+    ),
     "errors": "RemoveRefusalsError",
-    "examination": "analyze",
-    "modelmap": "map_model",
-    "models": "LoadedModel load",
-    "pipeline": "run",
+    "examination": "Examination analyze",
+    "measure": "Evaluation",
+    "modelmap": "ModelMap map_model",
+    "models": "Answer LoadedModel load",
+    "pipeline": "RunResult run",
+    "progress": "Progress",
     "prompts": "embedded_prompts load_prompts",
     "report": "write_html_report",
-    "settings": "RunSettings",
-    "types": "Activations Direction Intervention PromptSet",
+    "search": "Selection",
+    "settings": (
+        "ChatFormat DirectionSettings EditSettings GradientSettings Language LoadSettings MeasureSettings PromptSource "
+        "Rule RunSettings SelectSettings SiteKind Tied"
+    ),
+    "types": "Activations Direction DirectionOrigin Intervention PromptSet Separation SiteEdit",
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names.split()}
 
 __all__ = [
     "Activations",
+    "Answer",
+    "Baked",
+    "ChatFormat",
     "Direction",
+    "DirectionOrigin",
+    "DirectionSettings",
+    "EditSettings",
+    "Evaluation",
+    "Examination",
+    "GradientSettings",
     "Intervention",
+    "Language",
+    "LoadSettings",
     "LoadedModel",
+    "MeasureSettings",
+    "ModelMap",
+    "Placement",
+    "Progress",
     "PromptSet",
+    "PromptSource",
+    "Prompts",
     "RemoveRefusalsError",
+    "Rule",
+    "RunResult",
     "RunSettings",
+    "SelectSettings",
+    "Selection",
+    "Separation",
+    "SiteEdit",
+    "SiteKind",
+    "Taken",
+    "Tied",
     "ablated",
     "analyze",
     "bake",

@@ -11,35 +11,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from remove_refusals.baking import Baked, base_of
+from remove_refusals.baking import Baked, base_of, check_unchanged
 from remove_refusals.baking import bake as write
 from remove_refusals.baking import bake_in_place as edit
-from remove_refusals.directions import ablated, as_intervention
+from remove_refusals.directions import Taken, ablated, as_intervention
 from remove_refusals.directions import collect_activations as collect
 from remove_refusals.directions import separation as separate
+from remove_refusals.errors import ModelError
 from remove_refusals.files import Journal
 from remove_refusals.measure import Evaluation, EvaluationPrompts, make_judge
 from remove_refusals.measure import evaluate as measure
+from remove_refusals.modelmap import map_model
 from remove_refusals.models import Answer, LoadedModel, load, render
 from remove_refusals.models import generate as answer
 from remove_refusals.progress import SILENT, Progress
 from remove_refusals.prompts import as_prompts, embedded_prompts
 from remove_refusals.search import Selection, split_for_search
 from remove_refusals.search import select as search
-from remove_refusals.settings import DirectionSettings, EditSettings, MeasureSettings, SelectSettings
+from remove_refusals.settings import DirectionSettings, EditSettings, MeasureSettings, SelectSettings, published_name
 from remove_refusals.types import Activations, Direction, Intervention, PromptSet, Separation
 
 Prompts = PromptSet | Sequence[str]
 """User messages as text."""
-
-Taken = Intervention | Direction | Sequence[Direction] | torch.Tensor
-"""What can be taken out; a tensor is `[d_model]`, `[1, d_model]` or `[d_model, k]`."""
-
-
-def loaded_model(model: Any, tokenizer: Any = None) -> LoadedModel:
-    """Give what `load` gives for a model and a tokenizer; a `LoadedModel` is itself."""
-    return model if isinstance(model, LoadedModel) and tokenizer is None else load(model, tokenizer)
 
 
 def collect_activations(
@@ -73,7 +68,7 @@ def collect_activations(
         >>> harmful = collect_activations(model, tokenizer, ["How do I pick a lock?", "..."])
     """
     given = as_prompts("prompts", prompts)
-    return collect(loaded_model(model, tokenizer), given, positions=positions, n_layers=n_layers, progress=progress)
+    return collect(load(model, tokenizer), given, positions=positions, n_layers=n_layers, progress=progress)
 
 
 def separation(harmful: Activations, harmless: Activations, *, position: int = -1, seed: int = 0) -> Separation:
@@ -122,7 +117,7 @@ def generate(
         >>> with ablated(model, direction):
         ...     answers = generate(model, tokenizer, ["How do I pick a lock?"])
     """
-    loaded = loaded_model(model, tokenizer)
+    loaded = load(model, tokenizer)
     token_ids = render(loaded, as_prompts("prompts", prompts).prompts)
     return answer(loaded, token_ids, max_new_tokens=max_new_tokens, progress=progress)
 
@@ -165,7 +160,7 @@ def select(
         as_prompts("harmful", harmful), as_prompts("harmless", harmless), DirectionSettings().n_prompts, chosen
     )
     return search(
-        loaded_model(model, tokenizer),
+        load(model, tokenizer),
         parts,
         chosen,
         measure or MeasureSettings(),
@@ -190,7 +185,7 @@ def evaluate(
     Args:
         model: The base, as for `collect_activations`.
         edited: What is taken out (an `Intervention`, a `Direction` or a tensor), which is measured with hooks; or
-            another model, as a `LoadedModel`, a directory or a hub id.
+            another model: in memory, or a directory or hub id.
         tokenizer: The base's tokenizer; None where the model brings it.
         harmful: Prompts that the base is expected to refuse; by default the embedded test set.
         harmless: Harmless prompts; by default the embedded test set.
@@ -209,20 +204,23 @@ def evaluate(
         >>> scores = evaluate(model, direction, tokenizer, harmful=prompts, harmless=others)
         >>> scores.sets["harmful"].refusals
     """
-    base, chosen = loaded_model(model, tokenizer), settings or MeasureSettings()
+    if isinstance(edited, PreTrainedTokenizerBase | ProcessorMixin):
+        raise ModelError(
+            f"The second argument of `evaluate` is a {type(edited).__name__}, expected what is taken out, or an edited "
+            "model; give the tokenizer third."
+        )
+    base, chosen = load(model, tokenizer), settings or MeasureSettings()
     sets = (("harmful", harmful, "harmful_test"), ("harmless", harmless, "harmless_test"))
     own = partial(embedded_prompts, language=chosen.language)
     asked = [as_prompts(name, own(embedded) if given is None else given) for name, given, embedded in sets]
     sounding = as_prompts("alarming", own("harmless_alarming") if alarming is None else alarming)
     context: Any = nullcontext
-    other = base
-    if isinstance(edited, LoadedModel):
-        other = edited
-    elif isinstance(edited, str | Path):
-        other = load(edited)
+    by_hooks = isinstance(edited, Intervention | Direction | Sequence | torch.Tensor) and not isinstance(edited, str)
+    if by_hooks:
+        other, context = base, partial(ablated, base.model, as_intervention(edited, base.model))
     else:
-        context = partial(ablated, base.model, as_intervention(edited, base.model))
-    return measure(
+        other = load(edited, base.tokenizer if isinstance(edited, torch.nn.Module) else None)
+    found = measure(
         base,
         other,
         EvaluationPrompts(asked[0], asked[1], sounding),
@@ -231,13 +229,18 @@ def evaluate(
         judge=make_judge(chosen.judge, language=chosen.language),
         progress=progress,
     )
+    names = published_name(base.source), published_name(other.source)
+    edited_by = f"{names[0]}, edited by hooks" if by_hooks else names[1]
+    return found.model_copy(update={"base": names[0], "edited": edited_by})
 
 
 def bake(
-    base: str | Path | LoadedModel,
+    base: Any,
     what: Taken,
     output: str | Path,
     *,
+    tokenizer: Any = None,
+    strength: float | None = None,
     settings: EditSettings | None = None,
     force: bool = False,
     progress: Progress = SILENT,
@@ -247,10 +250,13 @@ def bake(
     Every tensor that is not edited, and every file beside the weights, keeps its bytes.
 
     Args:
-        base: A directory, a hub id, `demo`, or what `load` gave; a model that came from no files is saved first.
+        base: A directory, a hub id, `demo`, or a model as for `collect_activations`: of one that was loaded from files
+            these are edited, which have to hold what is in memory; one that came from none is saved first.
         what: An intervention; or a direction, or a plain tensor of one.
         output: The directory to be made.
-        settings: Strength, layers, sites, and what happens to a tied embedding.
+        tokenizer: Of a model in memory that came from no files.
+        strength: The share that is taken out; an intervention's own strengths are multiplied by it.
+        settings: Layers, sites, what happens to a tied embedding, and the strength, if that is not given.
         force: Whether to replace an existing output.
         progress: Told of every stage.
 
@@ -266,9 +272,16 @@ def bake(
     Example:
         >>> bake("google/gemma-3-1b-it", direction, "gemma-ablated")
     """
-    made_from, chosen = base_of(base), settings or EditSettings()
+    chosen = _edit_settings(strength, settings)
+    if tokenizer is None and isinstance(base, torch.nn.Module):
+        # Only its files are needed, which lie beside the model's.
+        tokenizer = getattr(base, "name_or_path", None) or None
+    given = base if isinstance(base, str | Path) else load(base, tokenizer)
+    made_from = base_of(given)
+    if isinstance(given, LoadedModel):
+        check_unchanged(made_from, given.model)
     return write(
-        base if isinstance(base, LoadedModel) else made_from,
+        given if isinstance(given, LoadedModel) else made_from,
         as_intervention(what, made_from.model_map, chosen),
         output,
         chosen,
@@ -277,23 +290,30 @@ def bake(
     )
 
 
-def bake_in_place(model: Any, what: Taken, *, settings: EditSettings | None = None) -> None:
+def _edit_settings(strength: float | None, settings: EditSettings | None) -> EditSettings:
+    chosen = settings or EditSettings()
+    return chosen if strength is None else chosen.model_copy(update={"strength": strength})
+
+
+def bake_in_place(
+    model: Any, what: Taken, *, strength: float | None = None, settings: EditSettings | None = None
+) -> None:
     """Take a direction out of the weights of a model in memory, which is changed and writes no files.
 
     Args:
-        model: A `PreTrainedModel` or what `load` gave, whole in memory and not quantised.
+        model: A `PreTrainedModel`, a pipeline or what `load` gave: whole in memory, not quantised, adapters merged.
         what: An intervention; or a direction, or a plain tensor of one.
-        settings: Strength, layers, sites, and what happens to a tied embedding.
+        strength: The share that is taken out; an intervention's own strengths are multiplied by it.
+        settings: Layers, sites, what happens to a tied embedding, and the strength, if that is not given.
 
     Raises:
         DirectionError: If it does not fit the model.
         ArchitectureError: If the model cannot be mapped, or no edit of its weights is exact.
-        ModelError: If a tensor is quantised or not in memory.
+        ModelError: If a tensor is quantised or not in memory, which its name says, or there is an adapter.
 
     Example:
         >>> bake_in_place(model, direction)
         >>> model.save_pretrained("edited")
     """
-    chosen = settings or EditSettings()
-    intervention = as_intervention(what, model, chosen)
-    edit(model, intervention, chosen)
+    chosen = _edit_settings(strength, settings)
+    edit(model, as_intervention(what, map_model(model), chosen), chosen)

@@ -52,7 +52,7 @@ from remove_refusals.progress import SILENT, Progress
 from remove_refusals.prompts import draw, prompts_from
 from remove_refusals.report import AnalysisRecord, LookedAtDirection, PositionRecord, write_html_report
 from remove_refusals.settings import RunSettings, SiteKind, published_name
-from remove_refusals.types import Activations, Direction, Separation
+from remove_refusals.types import Activations, Direction, Separation, auroc_plot
 
 _OUTLIER_SHARE = 0.5
 """From here on the plain difference leans on one coordinate: the harmless mean's component is removed first, and the
@@ -66,6 +66,12 @@ class Examination:
     analysis: AnalysisRecord
     direction: Direction
     evaluation: Evaluation | None = None
+
+    def __repr__(self) -> str:
+        return f"Examination({self.direction!r}{'' if self.evaluation is None else f', {self.evaluation!r}'})"
+
+    def _repr_html_(self) -> str:
+        return auroc_plot(self.analysis.layers) + ("" if self.evaluation is None else self.evaluation._repr_html_())
 
 
 def analyze(
@@ -128,7 +134,7 @@ def _examine(settings: RunSettings, *, answers: bool, progress: Progress) -> Exa
     # All positions in one pass.
     told = progress.stage("activations", len(harmful) + len(harmless))
     activations = collect_both(loaded, harmful, harmless, positions=tuple(tokens), progress=told)
-    parts = [separation(*activations, position=position, seed=finding.seed, model=name) for position in tokens]
+    parts = [separation(*activations, position=position, seed=finding.seed) for position in tokens]
     direction = _direction(activations, parts[0])
     origin = direction.origin
     layers = (model_map.n_layers // 2 if origin.method.startswith("projected") else 0, model_map.n_layers - 1)

@@ -86,6 +86,12 @@ class RunResult:
     selection: Selection | None = None
     costs: Mapping[str, Cost] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return f"RunResult({self.baked!r}, {self.evaluation!r})"
+
+    def _repr_html_(self) -> str:
+        return self.evaluation._repr_html_()
+
 
 def run(
     settings: RunSettings,

@@ -5,6 +5,7 @@ What a model's map consists of is in `modelmap/types.py`; an edit plan is in `di
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -12,6 +13,7 @@ from pydantic import AliasChoices, Field, PlainSerializer
 
 from remove_refusals.errors import DirectionError
 from remove_refusals.files import Record
+from remove_refusals.notebook import plot
 from remove_refusals.settings import SiteKind, Tied
 
 if TYPE_CHECKING:
@@ -54,6 +56,8 @@ class Activations:
     positions: tuple[int, ...]
     """Negative, counted from the end of the rendered prompt."""
     prompts: PromptSet
+    model: str | None = None
+    """What records call the model."""
 
     @property
     def n_layers(self) -> int:
@@ -66,7 +70,7 @@ class Activations:
         return self.hidden.shape[3]
 
     def __repr__(self) -> str:
-        places = f"positions={self.positions}, n_layers={self.n_layers}, d_model={self.d_model}"
+        places = f"positions={self.positions}, n_layers={self.n_layers}, d_model={self.d_model}, model={self.model!r}"
         return f"Activations({self.prompts!r}, {places})"
 
 
@@ -120,8 +124,10 @@ class Direction:
         return self.basis.shape[0]
 
     def __repr__(self) -> str:
-        known = [f"{name}={value!r}" for name, value in self.origin if value is not None and "harm" not in name]
-        return f"Direction({', '.join([f'd_model={self.d_model}, rank={self.basis.shape[1]}', *known])})"
+        known = {name: value for name, value in self.origin if value is not None and "harm" not in name}
+        norm = f", norm={known.pop('length'):.4g}" if "length" in known else ""
+        said = ", ".join(f"{name}={value!r}" for name, value in known.items())
+        return f"Direction({said}{norm}, d_model={self.d_model}, rank={self.basis.shape[1]})"
 
 
 class TiedChoice(Record):
@@ -163,10 +169,12 @@ class Intervention:
 
     def __repr__(self) -> str:
         layers = [edit.layer for edit in self.edits if edit.layer is not None]
-        strengths = [edit.strength for edit in self.edits]
+        strengths = sorted({f"{edit.strength:.3g}" for edit in self.edits}, key=float)
         where = f"layers {min(layers)}-{max(layers)}" if layers else "no layer"
-        share = f"strength {min(strengths):g} to {max(strengths):g}" if strengths else "nothing taken out"
-        first = f", {self.directions[0]!r}" if self.directions else ""
+        share = (
+            f"strength {' to '.join(strengths[:: max(1, len(strengths) - 1)])}" if strengths else "nothing taken out"
+        )
+        first = f", {'the first ' if len(self.directions) > 1 else ''}{self.directions[0]!r}" if self.directions else ""
         return f"Intervention({len(self.edits)} sites, {where}, {share}, {len(self.directions)} directions{first})"
 
 
@@ -223,6 +231,24 @@ class Separation:
     """One entry for each index of the layer axis."""
     cosines: tuple[tuple[Cosine | None, ...], ...]
     """`[n_layers + 1, n_layers + 1]`: between the mean differences of any two; None where there is none."""
+
+    def __repr__(self) -> str:
+        known = [(layer.auroc.value, layer.layer) for layer in self.layers if layer.auroc is not None]
+        best = f", largest AUROC {max(known)[0]:.3f} at layer {max(known)[1]}" if known else ", no AUROC"
+        harmful, harmless = map(len, self.prompts)
+        sizes = f"{harmful} harmful and {harmless} harmless prompts, position={self.position}"
+        return f"Separation({sizes}, {len(self.layers)} layers{best}, model={self.model!r})"
+
+    def _repr_html_(self) -> str:
+        return auroc_plot(self.layers)
+
+
+def auroc_plot(layers: Iterable[LayerSeparation]) -> str:
+    """Draw the AUROC by layer for a notebook."""
+    measured = [(layer.layer, found) for layer in layers if (found := layer.auroc) is not None]
+    points = [(layer, found.value, found.low, found.high) for layer, found in measured]
+    title = "AUROC by layer with 95% intervals: how often a harmful prompt lies farther along the direction"
+    return plot(points, title, chance=0.5)
 
 
 class Contribution(Record):

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from remove_refusals.directions import EditPlan, describe_direction, load_directions, resolve
-from remove_refusals.errors import CheckpointError, DirectionError, RecordError
+from remove_refusals.errors import CheckpointError, DirectionError, ModelError, RecordError
 from remove_refusals.files import read_json, versions, write_json
 from remove_refusals.modelmap import (
     DiskTensor,
@@ -29,6 +29,7 @@ from remove_refusals.modelmap import (
     stored_names,
 )
 from remove_refusals.models import (
+    FLOAT_DTYPES,
     INDEX_FILE,
     SINGLE_FILE,
     LoadedModel,
@@ -39,6 +40,7 @@ from remove_refusals.models import (
     file_hashes,
     find_block_tensor,
     fp8_block,
+    has_adapter,
     licence_fields,
     local_directory,
     model_source,
@@ -328,6 +330,7 @@ def base_of(model: "Base | LoadedModel | str | Path") -> Base:
         return model
     if not isinstance(model, LoadedModel):
         return open_base(model)
+    refuse_layers_with_adapter(model.model)
     directory = local_directory(model.source, model.revision)
     if directory is not None:
         # The files of a model from the hub may not all be here: Transformers brings those that it reads.
@@ -338,6 +341,27 @@ def base_of(model: "Base | LoadedModel | str | Path") -> Base:
         return open_base(model.source, revision=model.revision, trust_remote_code=model.trust_remote_code)
     _check_not_rotated(directory)
     return Base(model.model, model.source, model.revision, directory, trust_remote_code=model.trust_remote_code)
+
+
+def refuse_layers_with_adapter(model: PreTrainedModel) -> None:
+    """Refuse to edit weights that an adapter of PEFT adds to: what it writes along the direction would be left."""
+    if has_adapter(model):
+        raise ModelError(
+            f"The {type(model).__name__} has an adapter of PEFT in its layers, expected weights alone, since saving it "
+            "would save the adapter without the edit; merge it first: `model = model.merge_and_unload()`."
+        )
+
+
+def check_unchanged(base: Base, model: PreTrainedModel) -> None:
+    """Check that a model in memory is what the files hold that an edit would be made from, in its own data type."""
+    for name, own in model.named_parameters():
+        if base.directory is None or own.is_meta or own.dtype not in FLOAT_DTYPES.values() or not base.names.of(name):
+            continue
+        if not torch.equal(base.tensor(name).to(own.device, own.dtype), own):
+            raise ModelError(
+                f"Parameter '{name}' is not what its file in {base.directory} holds, expected a model that was not "
+                "changed in memory; save it with `save_pretrained` and give that directory, or load it again."
+            )
 
 
 def _check_not_rotated(directory: Path) -> None:

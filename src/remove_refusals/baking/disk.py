@@ -66,6 +66,10 @@ class Baked:
     record: AblationRecord
     certificate: Certificate | None
 
+    def __repr__(self) -> str:
+        passed = "none" if self.certificate is None else "passed" if self.certificate.passed else "failed"
+        return f"Baked({str(self.directory)!r}, {len(self.plan.entries)} tensors edited, certificate: {passed})"
+
 
 def bake(
     model: Base | LoadedModel | str | Path,

@@ -9,23 +9,22 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from remove_refusals.baking.base import Base, has_weights
+from remove_refusals.baking.base import Base, has_weights, refuse_layers_with_adapter
 from remove_refusals.directions import EditPlan, PlanEntry, resolve
 from remove_refusals.errors import CheckpointError, ModelError, OutputError, require_package
 from remove_refusals.modelmap import map_model
-from remove_refusals.models import LoadedModel, load_model
+from remove_refusals.models import FLOAT_DTYPES, LoadedModel, load_model, model_of
 from remove_refusals.settings import ChatFormat, EditSettings, LoadSettings
 from remove_refusals.types import Intervention
 
 
-def bake_in_place(
-    model: PreTrainedModel | LoadedModel, intervention: Intervention, settings: EditSettings | None = None
-) -> EditPlan:
+def bake_in_place(model: Any, intervention: Intervention, settings: EditSettings | None = None) -> EditPlan:
     """Take directions out of a model's own parameters and say what was done to which; nothing is written."""
-    model = model.model if isinstance(model, LoadedModel) else model
+    model = model_of(model)
+    refuse_layers_with_adapter(model)
     plan = resolve(intervention, map_model(model), model.get_parameter, settings)
     for entry in plan.entries:
-        check_whole(entry, model.get_parameter(entry.parameter))
+        check_whole(entry, model)
     if plan.untie:
         untie(model)
     with torch.no_grad():
@@ -35,13 +34,18 @@ def bake_in_place(
     return plan
 
 
-def check_whole(entry: PlanEntry, tensor: torch.Tensor) -> None:
-    """Check that a tensor is in memory as the plan knows it."""
-    if tensor.is_meta or not tensor.is_floating_point() or tensor.shape != entry.shape:
+def check_whole(entry: PlanEntry, model: PreTrainedModel) -> None:
+    """Check that a tensor is in memory as the plan knows it; what is quantised is another type, or not there."""
+    owner, _, name = entry.parameter.rpartition(".")
+    module = model.get_submodule(owner)
+    found: Any = getattr(module, name, None)
+    plain = type(found) in (torch.nn.Parameter, torch.Tensor) and found.dtype in FLOAT_DTYPES.values()
+    if not plain or found.is_meta or found.shape != entry.shape:
+        is_tensor = isinstance(found, torch.Tensor)
+        what = f"{tuple(found.shape)} in {found.dtype} on {found.device}" if is_tensor else "not there"
         raise ModelError(
-            f"Tensor '{entry.parameter}' is of shape {tuple(tensor.shape)} and dtype {tensor.dtype} on "
-            f"{tensor.device}, expected a floating-point tensor of shape {entry.shape} in memory; load the model "
-            "without quantisation and without offloading."
+            f"Tensor '{entry.parameter}' of a {type(module).__name__} is {what}, expected a floating-point tensor of "
+            f"shape {entry.shape} in memory; load the model without quantisation and without offloading."
         )
 
 

@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from remove_refusals.report import Certificate
     from remove_refusals.search import Selection
 
-_MOST_ROWS = 12
-"""With more candidates than this, only the front and what was confirmed are shown."""
-
 
 def say(*lines: str, style: str | None = None) -> None:
     """Print lines to standard output."""
@@ -156,24 +153,8 @@ def show_tied(plan: "EditPlan") -> None:
 
 def show_selection(selection: "Selection") -> None:
     """Print every candidate of a search with its scores, and the pick."""
-    rows = []
-    for number, candidate in enumerate(selection.candidates):
-        found = candidate.confirmation
-        if len(selection.candidates) > _MOST_ROWS and found is None and number not in selection.front:
-            continue
-        row = ["*" if number == selection.picked else "", candidate.name]
-        row += [f"{candidate.refusal:.1%}", f"{candidate.damage:.3f}"]
-        if found is not None:
-            counted = (found.refusals, found.moralising, found.degenerate, found.broken, found.match)
-            row += ["" if rate is None else f"{rate.count}/{rate.n}" for rate in counted]
-        rows.append(row)
-    columns = ("", "candidate", "refusal", "damage", "refused", "moralising", "degenerate", "broken", "match")
-    _show(f"Candidates; the pick: {selection.rule}", columns, rows, n_left=2)
-    say(
-        "Refusal and damage (KL in nats, along the model's own answers): on the prompts of the search. The counts: "
-        "generated, on others; matches are told by words alone where these tell of enough.",
-        *(f"Note: {note}" for note in selection.notes),
-    )
+    _show(f"Candidates; the pick: {selection.rule}", *selection.table(), n_left=2)
+    say(*selection.table_key())
 
 
 def show_evaluation(evaluation: "Evaluation", notes: tuple[str, ...]) -> None:

@@ -15,8 +15,8 @@ from remove_refusals.directions.direction import (
     mean_difference_per_layer,
     training_prompts,
 )
-from remove_refusals.directions.hooks import SiteKey, Steer, ablated, added, is_steerable, steered
-from remove_refusals.directions.intervention import as_intervention, intervene, middle_direction
+from remove_refusals.directions.hooks import Placement, SiteKey, Steer, ablated, added, is_steerable, steered
+from remove_refusals.directions.intervention import Taken, as_intervention, intervene, middle_direction
 from remove_refusals.directions.plan import EditPlan, PlanEntry, check_exact, resolve
 from remove_refusals.directions.saved import (
     DIRECTIONS,
@@ -35,9 +35,11 @@ __all__ = [
     "MOST_PROMPTS",
     "EditPlan",
     "FoundDirection",
+    "Placement",
     "PlanEntry",
     "SiteKey",
     "Steer",
+    "Taken",
     "ablated",
     "added",
     "as_intervention",

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ from remove_refusals.errors import ArchitectureError, DirectionError
 from remove_refusals.modelmap import ModelMap, Routing, first_of_width, map_model, routing_of
 from remove_refusals.models import Beginning, LoadedModel, begin, continued, hooked, in_batches, render
 from remove_refusals.progress import SILENT, Progress
+from remove_refusals.settings import published_name
 from remove_refusals.types import Activations, Direction, PromptSet
 
 _N_PROBE_TOKENS = 16
@@ -85,7 +86,7 @@ def collect_activations(
     lengths = [len(ids) for ids in token_ids]
     for indices, result in in_batches(loaded, lengths, run, most=most, progress=progress):
         hidden[list(indices)] = result
-    return Activations(hidden, tuple(positions), prompts)
+    return Activations(hidden, tuple(positions), prompts, published_name(loaded.source))
 
 
 def collect_both(
@@ -102,8 +103,8 @@ def collect_both(
     found = collect_activations(loaded, both, positions=positions, n_layers=n_layers, progress=progress)
     cut = len(harmful)
     return (
-        Activations(found.hidden[:cut], found.positions, harmful),
-        Activations(found.hidden[cut:], found.positions, harmless),
+        replace(found, hidden=found.hidden[:cut], prompts=harmful),
+        replace(found, hidden=found.hidden[cut:], prompts=harmless),
     )
 
 

@@ -12,7 +12,7 @@ from remove_refusals.modelmap import map_model
 from remove_refusals.models import LoadedModel, check_positions
 from remove_refusals.progress import SILENT, Progress
 from remove_refusals.prompts import draw, prompts_from
-from remove_refusals.settings import DirectionSettings, published_name
+from remove_refusals.settings import DirectionSettings
 from remove_refusals.types import Activations, Direction, DirectionOrigin, PromptSet
 
 
@@ -81,7 +81,7 @@ def mean_difference(
             for each.
         projected: Whether the component along the harmless mean is removed first. Where one coordinate holds most of
             the residual stream's norm, the plain difference leans on it and taking it out destroys the model.
-        model: The model's name, for the record.
+        model: The model's name, for the record; by default that of the activations.
         seed: The seed that drew the prompts, for the record.
 
     Returns:
@@ -107,7 +107,7 @@ def mean_difference(
     ]
     origin = DirectionOrigin(
         method="projected-mean-difference" if projected else "mean-difference",
-        model=model,
+        model=model or harmful.model,
         layer=index,
         position=positions if len(positions) > 1 else positions[0],
         seed=seed,
@@ -138,7 +138,7 @@ def mean_difference_per_layer(
         harmless: Activations on prompts that the model answers.
         position: The token position, or several.
         projected: Whether the component along the harmless mean is removed first.
-        model: The model's name, for the record.
+        model: The model's name, for the record; by default that of the activations.
         seed: The seed that drew the prompts, for the record.
 
     Returns:
@@ -209,7 +209,6 @@ def find_direction(
             layer=index,
             position=settings.positions,
             projected=settings.projected,
-            model=published_name(loaded.source),
             seed=settings.seed,
         )
         for index in indices

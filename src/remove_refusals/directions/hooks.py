@@ -28,8 +28,8 @@ from remove_refusals.modelmap import (
     map_model,
     routing_of,
 )
-from remove_refusals.models import LoadedModel, hooked
-from remove_refusals.settings import SiteKind, Tied
+from remove_refusals.models import hooked, model_of
+from remove_refusals.settings import EditSettings, SiteKind, Tied
 from remove_refusals.types import Intervention, SiteEdit
 
 Placement = Literal["writers", "residual"]
@@ -44,27 +44,29 @@ Edit = TypeVar("Edit")
 
 @contextmanager
 def ablated(
-    model: PreTrainedModel | LoadedModel, what: Taken, *, placement: Placement = "writers", tied: Tied = "auto"
+    model: Any, what: Taken, *, strength: float = 1.0, placement: Placement = "writers", tied: Tied = "auto"
 ) -> Iterator[None]:
     """Run a model with directions taken out while the context lasts; afterwards it is as it was.
 
     Args:
-        model: The model.
+        model: A `PreTrainedModel`, with an adapter of PEFT or without, a pipeline, or what `load` gave.
         what: An intervention; or a direction, or a plain tensor of one, to be taken out everywhere.
+        strength: The share that is taken out; an intervention's own strengths are multiplied by it.
         placement: On which side of a norm between writer and residual stream.
         tied: Whether the unembedding is edited with an embedding that is the same tensor, as in `EditSettings`.
 
     Raises:
         DirectionError: If the intervention does not fit the model.
         ArchitectureError: If the model cannot be mapped, or no hook reaches what is to be taken out.
+        ModelError: If it is no model of Transformers.
 
     Example:
         >>> with ablated(model, direction):
         ...     model.generate(**inputs)
     """
-    model = model.model if isinstance(model, LoadedModel) else model
+    model = model_of(model)
     model_map = map_model(model)
-    intervention = as_intervention(what, model_map)
+    intervention = as_intervention(what, model_map, EditSettings(strength=strength))
     wanted = [edit for edit in intervention.edits if edit.strength != 0]
     edits: dict[SiteKey, SiteEdit] = {(edit.kind, edit.layer): edit for edit in wanted if edit.expert is None}
     changes, edited = [], {}
@@ -215,6 +217,11 @@ def _changing(
 
 
 def _edited(model: PreTrainedModel, writer: Writer, basis: torch.Tensor, strength: float) -> torch.Tensor:
+    if hasattr(model.get_submodule(writer.parameter.rpartition(".")[0]), "base_layer"):
+        raise ArchitectureError(
+            f"Parameter '{writer.parameter}' has an adapter of PEFT beside it and is no module's output, expected its "
+            "weights alone; merge the adapter first (`model = model.merge_and_unload()`)."
+        )
     original = model.get_parameter(writer.parameter)
     if original.is_meta or not original.is_floating_point() or original.shape != writer.shape:
         raise ArchitectureError(

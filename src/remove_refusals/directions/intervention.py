@@ -21,10 +21,7 @@ def as_intervention(
     what: Taken, model: PreTrainedModel | LoadedModel | ModelMap, settings: EditSettings | None = None
 ) -> Intervention:
     """Make the intervention that is meant for a model, and check that it fits; strengths it has are multiplied."""
-    if isinstance(model, ModelMap):
-        model_map = model
-    else:
-        model_map = map_model(model.model if isinstance(model, LoadedModel) else model)
+    model_map = model if isinstance(model, ModelMap) else map_model(model)
     if isinstance(what, torch.Tensor):
         what = _direction(what, model_map.d_model)
     if isinstance(what, Intervention):

@@ -12,7 +12,6 @@ from remove_refusals.errors import DirectionError
 from remove_refusals.models import LoadedModel
 from remove_refusals.progress import SILENT, Progress
 from remove_refusals.prompts import draw
-from remove_refusals.settings import published_name
 from remove_refusals.types import Activations, Auroc, LayerSeparation, Projection, PromptSet, Separation
 
 MOST_PROMPTS = 128
@@ -37,12 +36,10 @@ def measure_separation(
     parts = [draw(part, MOST_PROMPTS, seed) if len(part) > MOST_PROMPTS else part for part in (harmful, harmless)]
     progress = progress.stage("separation", sum(map(len, parts)))
     collected = collect_both(loaded, *parts, positions=(position,), progress=progress)
-    return separation(*collected, position=position, seed=seed, model=published_name(loaded.source))
+    return separation(*collected, position=position, seed=seed)
 
 
-def separation(
-    harmful: Activations, harmless: Activations, *, position: int = -1, seed: int = 0, model: str | None = None
-) -> Separation:
+def separation(harmful: Activations, harmless: Activations, *, position: int = -1, seed: int = 0) -> Separation:
     """Measure how far apart two sets lie at every layer, each prompt by a direction that it had no part in.
 
     The difference of the means of one half (Arditi et al. 2024, section 2.3) scores the prompts of the other, and the
@@ -62,7 +59,7 @@ def separation(
         share = largest_coordinate_share((harmful, harmless), index, position)
         layers.append(_layer(index, states, differences[-1], share, seed))
     return Separation(
-        model=model,
+        model=harmful.model,
         position=position,
         seed=seed,
         prompts=(harmful.prompts, harmless.prompts),

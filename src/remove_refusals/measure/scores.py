@@ -6,6 +6,7 @@ from typing import Literal, Self, get_args
 
 from pydantic import ConfigDict, Field
 
+from remove_refusals import notebook
 from remove_refusals.errors import RemoveRefusalsError
 from remove_refusals.files import Record, write_jsonl
 from remove_refusals.measure.judges import Label
@@ -194,10 +195,22 @@ class Evaluation(Record):
     rows: tuple[Response, ...] = Field(default=(), exclude=True)
     judge_usage: str | None = Field(default=None, exclude=True)
 
-    def save(self, directory: Path) -> None:
+    def __repr__(self) -> str:
+        rates = ((name, scores.refusals) for name, scores in self.sets.items())
+        refused = [f"{name} {pair.base.count}/{pair.base.n} to {pair.edited.count}" for name, pair in rates]
+        kl = [] if self.kl is None else [f"KL {self.kl.harmless.mean.value:.3g} nats"]
+        return f"Evaluation({self.base!r}, {self.edited!r}; refused: {'; '.join([*refused, *kl])})"
+
+    __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        title = f"{self.base} (base) and {self.edited} (edited) on the same prompts"
+        return notebook.table(("", "base", "edited", "verdict, p"), table(self), title, table_key(self))
+
+    def save(self, directory: Path | str) -> None:
         """Write `scores.json` and `rows.jsonl`."""
-        self.write(directory / "scores.json")
-        write_jsonl(directory / "rows.jsonl", (row.to_json() for row in self.rows))
+        self.write(Path(directory) / "scores.json")
+        write_jsonl(Path(directory) / "rows.jsonl", (row.to_json() for row in self.rows))
 
     @classmethod
     def load(cls, directory: Path, *, error: type[RemoveRefusalsError]) -> Self:

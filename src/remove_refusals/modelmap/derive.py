@@ -22,6 +22,7 @@ from remove_refusals.modelmap.knowledge import Term, Terms
 from remove_refusals.modelmap.skeleton import skeleton
 from remove_refusals.modelmap.trace import ModuleCall, Trace, trace_forward
 from remove_refusals.modelmap.types import HookPoint, Mixture, ModelMap, Site, Writer
+from remove_refusals.models import model_of
 from remove_refusals.settings import SiteKind
 
 # The kind of a site changes nothing but which strength applies to it, so names may decide it.
@@ -42,11 +43,11 @@ _ALIKE: dict[tuple[object, ...], ModelMap] = {}
 """The same by what a map is derived from: class, configuration, and names, sharing and shapes of the parameters."""
 
 
-def map_model(model: PreTrainedModel) -> ModelMap:
+def map_model(model: Any) -> ModelMap:
     """Derive the sites and writers of a causal language model, whose weights are not read, or remember them.
 
     Args:
-        model: A Transformers causal language model; it is left as it is.
+        model: A causal language model of Transformers, a pipeline with one, or what `load` gave; it is left as it is.
 
     Returns:
         The map; `leaks` says why a weight edit would not be exact, and `unhooked` why hooks would not.
@@ -54,11 +55,13 @@ def map_model(model: PreTrainedModel) -> ModelMap:
     Raises:
         ArchitectureError: If the layers cannot be found, the forward pass cannot be traced, or a parameter of a layer
             has an axis of width d_model and was never used.
+        ModelError: If it is no model of Transformers.
 
     Example:
         >>> map_model(model).verdict
         'exact'
     """
+    model = model_of(model)
     shape = [(name, id(value), tuple(value.shape)) for name, value in model.named_parameters(remove_duplicate=False)]
     known = _MAPS.get(model)
     if known is not None and known[0] == shape:

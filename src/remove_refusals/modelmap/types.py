@@ -94,6 +94,11 @@ class ModelMap:
     mixtures: tuple[Mixture, ...] = ()
     text_type: str = ""
 
+    def __repr__(self) -> str:
+        writers = sum(len(site.writers) for site in self.sites)
+        size = f"{self.n_layers} layers, d_model={self.d_model}, {writers} writers"
+        return f"ModelMap({self.model_type!r}, {size}, {self.verdict}{', tied' if self.tied else ''})"
+
     @property
     def verdict(self) -> Literal["exact", "hooks only"]:
         """`exact` if an edit of the weights is exact, otherwise `hooks only`."""

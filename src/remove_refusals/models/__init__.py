@@ -45,7 +45,16 @@ from remove_refusals.models.generate import (
     generate,
     stream,
 )
-from remove_refusals.models.load import LoadedModel, fingerprint, load, load_model, pick_device, saved_dtype
+from remove_refusals.models.load import (
+    LoadedModel,
+    fingerprint,
+    has_adapter,
+    load,
+    load_model,
+    model_of,
+    pick_device,
+    saved_dtype,
+)
 from remove_refusals.models.quantised import (
     BYTES_PER_NUMBER,
     BlockTensor,
@@ -116,6 +125,7 @@ __all__ = [
     "float_dtype",
     "fp8_block",
     "generate",
+    "has_adapter",
     "hooked",
     "in_batches",
     "in_order",
@@ -125,6 +135,7 @@ __all__ = [
     "load_model",
     "local_directory",
     "longest_first",
+    "model_of",
     "model_source",
     "opened",
     "pick_device",

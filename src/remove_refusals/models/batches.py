@@ -7,10 +7,9 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import Any, TypeVar
 
 import torch
-from transformers import PreTrainedModel
 
 from remove_refusals.errors import ModelError, PromptError
-from remove_refusals.models.load import LoadedModel
+from remove_refusals.models.load import LoadedModel, model_of
 from remove_refusals.progress import SILENT, Progress
 
 B = TypeVar("B")
@@ -145,13 +144,7 @@ def n_positions(loaded: LoadedModel) -> int | None:
 
 def accepts(loaded: LoadedModel, argument: str) -> bool:
     """Tell whether the model's `forward` takes an argument of this name; an adapter around it is looked through."""
-    return argument in inspect.signature(base_model(loaded).forward).parameters
-
-
-def base_model(loaded: LoadedModel) -> PreTrainedModel:
-    """Give the model itself, without an adapter around it."""
-    model: PreTrainedModel = loaded.model.get_base_model() if hasattr(loaded.model, "get_base_model") else loaded.model
-    return model
+    return argument in inspect.signature(model_of(loaded.model).forward).parameters
 
 
 @contextmanager

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import Field
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, TextIteratorStreamer
 
 from remove_refusals.errors import NumericalError
 from remove_refusals.files import Record
 from remove_refusals.models.batches import (
     accepts,
-    base_model,
     check_prompts,
     contiguous_head,
     first_batch_size,
@@ -43,7 +43,7 @@ class Answer(Record):
     """A greedy continuation of one prompt: its text without special tokens; `finished` unless it was cut off."""
 
     text: str
-    token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...] = Field(repr=False)
     finished: bool
 
 
@@ -114,7 +114,7 @@ def begin(loaded: LoadedModel, token_ids: Sequence[Sequence[int]], n_new_tokens:
     The last token of a prompt is never part of it, so that what a model says behind a prompt can be read off the rest.
     """
     takes_all = accepts(loaded, "position_ids") and accepts(loaded, "use_cache")
-    errors, tolerated = _ERRORS.setdefault(base_model(loaded), {}), 1e-3 if loaded.model.dtype == torch.float32 else 0.1
+    errors, tolerated = _ERRORS.setdefault(loaded.model, {}), 1e-3 if loaded.model.dtype == torch.float32 else 0.1
     known = any(error > tolerated for error in errors.values())
     if len(token_ids) < 2 or loaded.is_offloaded or not takes_all or known:
         return None

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,8 @@ class LoadedModel:
             slow on non-contiguous input, so callers run it under `torch.inference_mode` instead.
         tokenizer: The tokenizer as it was saved, so that saving it again gives it back; where it has no chat template,
             with that of the processor beside it.
-        source: The directory or hub id it was loaded from; of a model that never was, its class.
+        source: The directory or hub id it was loaded from, and whether there is an adapter; of a model that never was
+            loaded, its class.
         revision: The hub's commit, or the revision that was asked for; None for a directory.
         checkpoint_dtype: The data type of the saved weights, which `model.dtype` need not be; None if unknown.
         unused_tensors: Names of tensors in the checkpoint that the model has no place for, sorted.
@@ -63,6 +64,10 @@ class LoadedModel:
     trust_remote_code: bool = False
     chat: ChatFormat = field(default_factory=ChatFormat)
     batch_size: int | None = None
+
+    def __repr__(self) -> str:
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return f"LoadedModel({self.source!r}, {type(self.model).__name__}, {dtype} on {self.model.device})"
 
     def __iter__(self) -> Iterator[Any]:
         """Give the model and the tokenizer."""
@@ -108,7 +113,7 @@ def load(
 
     Args:
         source: A directory with a `config.json`, a hub id, `demo` for the model that comes with the package, a
-            `PreTrainedModel`, or a pipeline of Transformers.
+            `PreTrainedModel` (with an adapter of PEFT, too), a pipeline of Transformers, or what `load` gave.
         tokenizer: The tokenizer, or where it comes from, if not from `source`; a processor counts too.
         chat: How prompts are put before it; by default in the tokenizer's own chat template.
         batch_size: How many prompts are run at once; by default automatic.
@@ -125,6 +130,10 @@ def load(
     Example:
         >>> model, tokenizer = load("Qwen/Qwen2.5-0.5B-Instruct", device="cuda")
     """
+    if isinstance(source, LoadedModel) and not options:
+        given = source.tokenizer if tokenizer is None else _in_memory(source, tokenizer, source.chat, None).tokenizer
+        batch_size = source.batch_size if batch_size is None else batch_size
+        return replace(source, tokenizer=given, chat=chat or source.chat, batch_size=batch_size)
     chat = chat or ChatFormat()
     if isinstance(source, str | Path):
         named: dict[str, Any] = {
@@ -148,11 +157,36 @@ def load(
     return _in_memory(source, tokenizer, chat, batch_size)
 
 
+def model_of(source: Any) -> Model:
+    """Give the model of Transformers in what `load` gave, in a pipeline, or in what PEFT has wrapped."""
+    if isinstance(source, LoadedModel):
+        return source.model
+    whole: Any = source if isinstance(source, torch.nn.Module) else getattr(source, "model", source)
+    if getattr(getattr(whole, "active_peft_config", None), "is_prompt_learning", False):
+        raise ModelError(
+            f"The {type(whole).__name__} puts tokens of its own before every prompt, expected an adapter within the "
+            "layers, such as LoRA; use the base model."
+        )
+    # A model that PEFT wrapped holds the base with the adapter in its layers.
+    inner = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
+    # Of a model that speaks, the part that a prompt is put before.
+    inner = getattr(inner, "thinker", inner)
+    if not isinstance(inner, Model):
+        raise ModelError(
+            f"The model is a {type(inner).__name__}, expected a directory or hub id that `load` takes, what it gave, a "
+            "pipeline, or a PreTrainedModel with its tokenizer; load it with `load` or AutoModelForCausalLM."
+        )
+    return inner
+
+
+def has_adapter(model: Model) -> bool:
+    """Whether PEFT has put an adapter into a model's layers."""
+    return any({"base_layer", "original_module"} & set(name.split(".")) for name, _ in model.named_modules())
+
+
 def _in_memory(source: Any, tokenizer: Any, chat: ChatFormat, batch_size: int | None) -> LoadedModel:
     """Take a model that is in memory, or a pipeline's, with its tokenizer."""
-    whole = source if isinstance(source, torch.nn.Module) else getattr(source, "model", source)
-    # Of a model that speaks, the part that a prompt is put before.
-    model = _checked(getattr(whole, "thinker", whole))
+    model = _checked(model_of(source))
     tokenizer = tokenizer or getattr(source, "processor", None) or getattr(source, "tokenizer", None)
     if isinstance(tokenizer, str | Path):
         tokenizer = _load_tokenizer(str(tokenizer))
@@ -164,12 +198,14 @@ def _in_memory(source: Any, tokenizer: Any, chat: ChatFormat, batch_size: int | 
     if not isinstance(tokenizer, Tokenizer):
         raise ModelError(
             f"The tokenizer of {type(model).__name__} is a {type(tokenizer).__name__}, expected a tokenizer of "
-            "Transformers; pass one as the second argument."
+            "Transformers; pass it beside the model, or `load(model, tokenizer)` in place of the model."
         )
+    names = (getattr(one, "name_or_path", "") for one in (source, model))
+    name = next((str(name) for name in names if name), type(model).__name__)
     return LoadedModel(
         model,
         tokenizer,
-        source=str(getattr(whole, "name_or_path", "") or type(model).__name__),
+        source=f"{name} with an adapter" if has_adapter(model) else name,
         revision=getattr(model.config, "_commit_hash", None),
         checkpoint_dtype=next(model.parameters()).dtype,
         trust_remote_code=type(model).__module__.startswith("transformers_modules."),
@@ -178,24 +214,14 @@ def _in_memory(source: Any, tokenizer: Any, chat: ChatFormat, batch_size: int | 
     )
 
 
-def _checked(model: Any) -> Model:
-    """Check that an object is a causal language model whose weights are its own, ready to answer."""
-    if hasattr(model, "merge_and_unload") or getattr(model, "_hf_peft_config_loaded", False):
-        raise ModelError(
-            f"The model is a {type(model).__name__} with an adapter beside its weights, expected plain weights; pass "
-            "`AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload()`."
-        )
-    if not isinstance(model, Model):
-        raise ModelError(
-            f"The model is a {type(model).__name__}, expected a directory, a hub id, or a PreTrainedModel with its "
-            "tokenizer; load it with AutoModelForCausalLM."
-        )
+def _checked(model: Model) -> Model:
+    """Check that a model is a causal language model, ready to answer."""
     if not model.can_generate() or getattr(model.config, "is_encoder_decoder", False):
         raise ModelError(
             f"The model is a {type(model).__name__}, expected a decoder with a head that continues its prompt; load it "
             "with AutoModelForCausalLM."
         )
-    if model.training:
+    if any(part.training for part in model.modules()):
         raise ModelError(
             f"The {type(model).__name__} is in training mode, where dropout makes answers random, expected evaluation "
             "mode; call `model.eval()`."

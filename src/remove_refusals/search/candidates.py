@@ -9,6 +9,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+from remove_refusals import notebook
 from remove_refusals.directions import DIRECTIONS, direction_sha256
 from remove_refusals.errors import DirectionError
 from remove_refusals.files import atomic_file
@@ -59,6 +60,42 @@ class Selection:
     def front(self) -> tuple[int, ...]:
         """The indices of the candidates that no other beats, by rising damage."""
         return front([(candidate.refusal, candidate.damage) for candidate in self.candidates])
+
+    def __repr__(self) -> str:
+        found = self.candidate.confirmation
+        tried = "not tried" if found is None else f"{found.refusals.count}/{found.refusals.n} refused"
+        picked = f"{self.candidate.name!r}, {tried}, damage {self.candidate.damage:.3g} nats"
+        return f"Selection({len(self.candidates)} candidates, picked {picked}; rule: {self.rule})"
+
+    def table(self, most: int = 12) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """Give the head and rows of text; of more candidates than `most` those on the front and those that were tried.
+
+        Refusal and damage are those on the prompts of the search; what was counted, on others.
+        """
+        rows = []
+        for number, candidate in enumerate(self.candidates):
+            found = candidate.confirmation
+            if len(self.candidates) > most and found is None and number not in self.front:
+                continue
+            name = "*" if number == self.picked else "", candidate.name
+            row: tuple[str, ...] = (*name, f"{candidate.refusal:.1%}", f"{candidate.damage:.3f}")
+            if found is not None:
+                counted = (found.refusals, found.moralising, found.degenerate, found.broken, found.match)
+                row += tuple("" if rate is None else f"{rate.count}/{rate.n}" for rate in counted)
+            rows.append(row)
+        head = ("", "candidate", "refusal", "damage", "refused", "moralising", "degenerate", "broken", "match")
+        return head, rows
+
+    def table_key(self) -> tuple[str, ...]:
+        """Explain the table, and give what should be said of the search, a sentence each."""
+        key = (
+            "Refusal and damage (KL in nats, along the model's own answers): on the prompts of the search. The counts: "
+            "generated, on others; matches are told by words alone where these tell of enough."
+        )
+        return key, *(f"Note: {note}" for note in self.notes)
+
+    def _repr_html_(self) -> str:
+        return notebook.table(*self.table(), f"Candidates; the pick: {self.rule}", " ".join(self.table_key()))
 
     def summary(self) -> SelectionSummary:
         """Say what was picked by which rule, and what should be said of it."""

@@ -17,7 +17,7 @@ from remove_refusals.search.descent import descend, first_layer_that_counts
 from remove_refusals.search.experts import expert_candidates, in_turn, writers_of_difference
 from remove_refusals.search.layers import LayerRule, search_layers
 from remove_refusals.search.material import OwnAnswers, by_opening, gather
-from remove_refusals.settings import MAX_KL, LayerSettings, MeasureSettings, SelectSettings, Tied, published_name
+from remove_refusals.settings import MAX_KL, LayerSettings, MeasureSettings, SelectSettings, Tied
 from remove_refusals.types import Activations, PromptSet
 
 _FEWEST = 8
@@ -46,12 +46,13 @@ def split_for_search(
         n = len(set(prompts.prompts))
         wanted = {"direction": n_direction, "choose": settings.n_choose, "confirm": settings.n_confirm}
         share = min(1.0, n / sum(wanted.values()))
-        sizes = {part: int(share * size) for part, size in wanted.items()}
+        sizes = {part: max(min(_FEWEST, size), int(share * size)) for part, size in wanted.items()}
+        sizes["choose"] -= max(0, sum(sizes.values()) - n)
         if min(sizes.values()) < _FEWEST:
             raise SelectionError(
-                f"There are {n} different {name} prompts, too few for a search, expected at least {_FEWEST} each for "
-                f"direction, search and confirmation ({sum(wanted.values())} in all are better); add prompts, or pass "
-                "--select none."
+                f"There are {n} different {name} prompts, too few for a search, expected at least {3 * _FEWEST} "
+                f"({sum(wanted.values())} are better) for direction, search and confirmation; add prompts, or choose "
+                "layers and strength yourself (--select none)."
             )
         split = split_by_size(prompts, sizes, settings.seed)
         parts.append({part: replace(found, name=f"{name}_{part}") for part, found in split.items()})
@@ -144,7 +145,7 @@ def base_behaviour(
         if (n := own.labels.count(label)) < _FEWEST:
             raise SelectionError(
                 f"The model {what} {n} of {len(own)} prompts of {own.prompts.name}, expected at least {_FEWEST} to "
-                "choose by; use prompts that it does refuse or answer, or pass --select none."
+                "choose by; use other prompts, or choose layers and strength yourself (--select none)."
             )
     third, fourth = (answered(part, measure.max_new_tokens) for part in prompts.confirm)
     return BaseBehaviour(
@@ -167,10 +168,8 @@ def _by_gradients(
     """Give the candidates, unconfirmed, and the order in which they are to be tried."""
     progress.begin("first gradients")
     own, descent = base.own, settings.descent.model_copy(update={"seed": settings.seed})
-    model, n = published_name(own.loaded.source), descent.batch_size
-    directions = mean_difference_per_layer(
-        *base.collected, position=position, projected=True, model=model, seed=settings.seed
-    )
+    n = descent.batch_size
+    directions = mean_difference_per_layer(*base.collected, position=position, projected=True, seed=settings.seed)
     probing = replace(
         own,
         refused=own.refused.at(range(min(n, len(own.refused)))),
