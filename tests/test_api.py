@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import UnionType
 from typing import Any
+from xml.etree import ElementTree
 
 import peft
 import pytest
@@ -25,6 +26,7 @@ import remove_refusals as rr
 import remove_refusals.pipeline  # imports nearly every module, which must not hide a name of the interface
 import tiny
 from remove_refusals.errors import DirectionError, ModelError
+from remove_refusals.measure import table
 from remove_refusals.settings import EditSettings, GradientSettings, MeasureSettings, SelectSettings
 
 REFERENCE = Path(__file__).parents[1] / "docs" / "reference.md"
@@ -109,7 +111,9 @@ def test_every_type_that_a_result_consists_of_is_in_the_reference() -> None:
     while waiting - seen:
         seen.add(one := (waiting - seen).pop())
         assert re.search(rf"^::: remove_refusals\.([\w.]+\.)?{one.__name__}$", reference, re.MULTILINE), one
-        hints = typing.get_type_hints(one) if one.__module__.startswith("remove_refusals") else {}
+        hints = (
+            typing.get_type_hints(one, localns={"torch": torch}) if one.__module__.startswith("remove_refusals") else {}
+        )
         waiting |= {part for name, hint in hints.items() if name[0] != "_" for part in parts(hint)}
     assert len(seen) > len(rr.__all__)
 
@@ -277,6 +281,49 @@ def test_a_quantised_layer_is_refused_by_its_name(model: torch.nn.Module) -> Non
             rr.bake_in_place(model, torch.ones(32))
         for name, value in model.state_dict().items():
             assert "down_proj" in name or torch.equal(value, before[name])
+
+
+def test_paths_are_strings_or_paths(model: torch.nn.Module, tmp_path: Path) -> None:
+    (tmp_path / "harmful.txt").write_text("\n".join(HARMFUL), encoding="utf-8")
+    prompts = [rr.load_prompts(kind(tmp_path / "harmful.txt")) for kind in (str, Path)]
+    assert prompts[0] == prompts[1] and prompts[0].prompts == tuple(HARMFUL)
+    with pytest.raises(rr.RemoveRefusalsError, match="is missing"):
+        rr.load_prompts(Path("owner/name"))
+    loaded = rr.load(model, tiny.tokenizer())
+    short = SHORT.model_copy(update={"n_test": 3})
+    alarming = ["kill a process", "burn a disc", "shoot a film", "hack a tree"]
+    scores = rr.evaluate(loaded, torch.ones(32), harmful=HARMFUL, harmless=HARMLESS, alarming=alarming, settings=short)
+    assert scores.sets["alarming"].refusals.base.n == 3
+    assert (scores.base, scores.edited) == ("LlamaForCausalLM", "LlamaForCausalLM, edited by hooks")
+    (tmp_path / "scores").mkdir()
+    scores.save(str(tmp_path / "scores"))
+    assert rr.Evaluation.load(str(tmp_path / "scores")).rows == scores.rows
+    direction = rr.mean_difference(*(rr.collect_activations(loaded, None, part) for part in (HARMFUL, HARMLESS)))
+    for kind in (str, Path):
+        place = kind(tmp_path / f"{kind.__name__}.safetensors")
+        rr.save_direction(direction, place)
+        assert torch.equal(rr.load_direction(place).basis, direction.basis)
+
+
+def test_results_show_themselves(model: torch.nn.Module) -> None:
+    loaded = rr.load(model, tiny.tokenizer())
+    harmful, harmless = (rr.collect_activations(loaded, None, part) for part in (HARMFUL, HARMLESS))
+    found = rr.separation(harmful, harmless)
+    assert repr(found).startswith("Separation(4 harmful and 4 harmless prompts, position=-1, 3 layers, largest AUROC ")
+    drawn = ElementTree.fromstring(f"<div>{found._repr_html_()}</div>")
+    circles = [element for element in drawn.iter() if element.tag.endswith("circle")]
+    # Before the first layer the token is the same in every prompt.
+    assert len(circles) == sum(layer.auroc is not None for layer in found.layers) > 0
+    for layer, circle in zip([one for one in found.layers if one.auroc is not None], circles, strict=True):
+        assert f"layer {layer.layer}: {layer.auroc.value:.3f}" in ElementTree.tostring(circle, encoding="unicode")
+    asked = {"harmful": ["<b>rob</b> a shop"], "harmless": ["sew"], "alarming": ["kill a process"]}
+    scores = rr.evaluate(loaded, torch.ones(32), **asked, settings=SHORT)
+    shown = ElementTree.fromstring(f"<div>{scores._repr_html_()}</div>")
+    rows = [tuple(cell.text or "" for cell in row.iter("td")) for row in shown.iter("tr")]
+    assert rows[1:] == list(table(scores)) and "(base) and" in "".join(shown.itertext())
+    for value in (scores, found, harmful):
+        assert "\n" not in repr(value) and len(repr(value)) < 300
+    assert str(scores) == repr(scores) and "harmful 0/1 to 0" in repr(scores)
 
 
 def test_what_load_gave_is_taken_with_what_it_knows() -> None:

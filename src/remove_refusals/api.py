@@ -21,13 +21,13 @@ from remove_refusals.directions import collect_activations as collect
 from remove_refusals.directions import separation as separate
 from remove_refusals.errors import ModelError
 from remove_refusals.files import Journal
-from remove_refusals.measure import Evaluation, EvaluationPrompts, make_judge
+from remove_refusals.measure import Evaluation, make_judge, measuring_prompts
 from remove_refusals.measure import evaluate as measure
 from remove_refusals.modelmap import map_model
 from remove_refusals.models import Answer, LoadedModel, load, render
 from remove_refusals.models import generate as answer
 from remove_refusals.progress import SILENT, Progress
-from remove_refusals.prompts import as_prompts, embedded_prompts
+from remove_refusals.prompts import as_prompts
 from remove_refusals.search import Selection, split_for_search
 from remove_refusals.search import select as search
 from remove_refusals.settings import DirectionSettings, EditSettings, MeasureSettings, SelectSettings, published_name
@@ -138,7 +138,8 @@ def select(
     Args:
         model: As for `collect_activations`; it is left as it is.
         tokenizer: Likewise.
-        harmful: Prompts that the model refuses, at least 24; they are split for directions, search and confirmation.
+        harmful: Prompts that the model refuses, at least 24 and better 160; they are split for directions, search and
+            confirmation.
         harmless: Prompts that it answers, likewise.
         settings: How the search goes.
         measure: How answers are generated for the confirmation.
@@ -190,7 +191,7 @@ def evaluate(
         harmful: Prompts that the base is expected to refuse; by default the embedded test set.
         harmless: Harmless prompts; by default the embedded test set.
         alarming: Harmless prompts that sound harmful; by default the embedded set.
-        settings: How long answers are, how many tokens the KL goes along, which judge.
+        settings: How many prompts there are at most, how long answers are, which judge, and what else is measured.
         progress: Told how many runs of a prompt are done.
 
     Returns:
@@ -210,10 +211,8 @@ def evaluate(
             "model; give the tokenizer third."
         )
     base, chosen = load(model, tokenizer), settings or MeasureSettings()
-    sets = (("harmful", harmful, "harmful_test"), ("harmless", harmless, "harmless_test"))
-    own = partial(embedded_prompts, language=chosen.language)
-    asked = [as_prompts(name, own(embedded) if given is None else given) for name, given, embedded in sets]
-    sounding = as_prompts("alarming", own("harmless_alarming") if alarming is None else alarming)
+    sets = {"harmful": harmful, "harmless": harmless, "alarming": alarming}
+    given = {name: as_prompts(name, prompts) for name, prompts in sets.items() if prompts is not None}
     context: Any = nullcontext
     by_hooks = isinstance(edited, Intervention | Direction | Sequence | torch.Tensor) and not isinstance(edited, str)
     if by_hooks:
@@ -223,7 +222,7 @@ def evaluate(
     found = measure(
         base,
         other,
-        EvaluationPrompts(asked[0], asked[1], sounding),
+        measuring_prompts(chosen, given=given),
         chosen,
         edited_context=context,
         judge=make_judge(chosen.judge, language=chosen.language),

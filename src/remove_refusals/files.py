@@ -23,7 +23,7 @@ from typing import Any, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from remove_refusals.errors import NumericalError, OutputError, RemoveRefusalsError
+from remove_refusals.errors import NumericalError, OutputError, RecordError, RemoveRefusalsError
 from remove_refusals.settings import DEMO
 
 if sys.platform != "win32":
@@ -379,14 +379,14 @@ class Record(BaseModel):
         """Give it as JSON, without what was not measured."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
 
-    def write(self, path: Path, *, force: bool = False) -> None:
+    def write(self, path: Path | str, *, force: bool = False) -> None:
         """Write it as indented JSON, whole or not at all."""
-        write_json(path, self.to_json(), force=force)
+        write_json(Path(path), self.to_json(), force=force)
 
     @classmethod
-    def read(cls, path: Path, *, error: type[RemoveRefusalsError]) -> Self:
+    def read(cls, path: Path | str, *, error: type[RemoveRefusalsError] = RecordError) -> Self:
         """Read it back."""
-        return cls.of(read_json(path, error=error), path, error=error)
+        return cls.of(read_json(Path(path), error=error), path, error=error)
 
     @classmethod
     def of(cls, data: object, source: object, *, error: type[RemoveRefusalsError]) -> Self:

@@ -98,7 +98,7 @@ def run(
     output: Path | str,
     *,
     force: bool = False,
-    direction_file: Path | None = None,
+    direction_file: Path | str | None = None,
     progress: Progress = SILENT,
 ) -> RunResult:
     """Do the whole job and leave a directory with the edited model, all that was beside it, its records and its card.
@@ -164,7 +164,7 @@ def _run_into(
     directory: Path,
     output_name: str,
     settings: RunSettings,
-    direction_file: Path | None,
+    direction_file: Path | str | None,
     journal: Journal,
     progress: Progress,
 ) -> RunResult:

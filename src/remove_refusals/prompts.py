@@ -69,7 +69,9 @@ def as_prompts(name: str, prompts: PromptSet | Iterable[str]) -> PromptSet:
     return _set(name, [(f"item {number}", text) for number, text in enumerate(prompts, start=1)], name, "given")
 
 
-def load_prompts(source: str, *, name: str, column: str | None = None, split: str | None = None) -> PromptSet:
+def load_prompts(
+    source: str | Path, *, name: str = "prompts", column: str | None = None, split: str | None = None
+) -> PromptSet:
     """Load prompts from a file or a Hugging Face data set.
 
     Files are told by their suffix: `.txt` (or none) has one prompt a line, blank lines are skipped; `.json` is a list
@@ -91,11 +93,13 @@ def load_prompts(source: str, *, name: str, column: str | None = None, split: st
         PromptError: If there is nothing to read, or a prompt is blank or no text; the message names file and line.
 
     Example:
-        >>> load_prompts("harmful.csv", name="harmful", column="goal")
+        >>> load_prompts("harmful.csv", column="goal")
     """
+    # A path is a file even where an id of the hub could look like it.
+    source, is_path = str(source), isinstance(source, Path)
     path = Path(source).expanduser()
     suffix = path.suffix.lower()
-    if path.is_dir() or not (path.exists() or _looks_like_a_file(source, suffix)):
+    if path.is_dir() or (not is_path and not (path.exists() or _looks_like_a_file(source, suffix))):
         split = split or "train"
         values, used = _read_data_set(source, column, split)
         return _set(name, values, source, f"{path.name if path.is_dir() else source}, split {split}, column {used}")

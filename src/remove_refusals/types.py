@@ -174,8 +174,9 @@ class Intervention:
         share = (
             f"strength {' to '.join(strengths[:: max(1, len(strengths) - 1)])}" if strengths else "nothing taken out"
         )
-        first = f", {'the first ' if len(self.directions) > 1 else ''}{self.directions[0]!r}" if self.directions else ""
-        return f"Intervention({len(self.edits)} sites, {where}, {share}, {len(self.directions)} directions{first})"
+        n = len(self.directions)
+        found = f", {f'{n} directions, the first ' if n > 1 else ''}{self.directions[0]!r}" if n else ""
+        return f"Intervention({len(self.edits)} sites, {where}, {share}{found})"
 
 
 class Auroc(Record):

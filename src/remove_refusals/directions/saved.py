@@ -156,8 +156,9 @@ def save_directions(directions: Sequence[Direction], directory: Path) -> None:
         save_direction(direction, directory / name)
 
 
-def load_directions(path: Path) -> tuple[Direction, ...]:
+def load_directions(path: Path | str) -> tuple[Direction, ...]:
     """Read the directions of a file, of a directory that `save_directions` wrote to, or of a model that holds one."""
+    path = Path(path)
     if not path.is_dir():
         return (load_direction(path),)
     path = path / DIRECTIONS if (path / DIRECTIONS).is_dir() else path

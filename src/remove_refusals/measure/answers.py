@@ -1,7 +1,7 @@
 """The prompts to measure on, what a model answers to them, and how far another model is along those answers."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -55,11 +55,15 @@ class EvaluationPrompts:
         return {name: prompts for name, prompts in sets.items() if prompts is not None and len(prompts)}
 
 
-def measuring_prompts(settings: MeasureSettings, used: tuple[PromptSet, ...] = ()) -> EvaluationPrompts:
-    """Load the prompts to measure on and check that none of them was used to find the direction."""
-    harmful = prompts_from(settings.harmful, "harmful", "harmful_test", settings.language)
-    harmless = prompts_from(settings.harmless, "harmless", "harmless_test", settings.language)
-    alarming = prompts_from(settings.alarming, "alarming", "harmless_alarming", settings.language)
+def measuring_prompts(
+    settings: MeasureSettings, used: tuple[PromptSet, ...] = (), given: Mapping[str, PromptSet] | None = None
+) -> EvaluationPrompts:
+    """Load the prompts to measure on, but for those given, and check that none was used to find the direction."""
+    embedded = {"harmful": "harmful_test", "harmless": "harmless_test", "alarming": "harmless_alarming"}
+    harmful, harmless, alarming = (
+        (given or {}).get(name) or prompts_from(getattr(settings, name), name, own, settings.language)
+        for name, own in embedded.items()
+    )
     more = [prompts_from(source, name, name) for name, source in settings.more]
     check_disjoint(*used, harmful, harmless, alarming, *more)
     harmful, harmless, alarming, *more = (

@@ -7,7 +7,7 @@ from typing import Literal, Self, get_args
 from pydantic import ConfigDict, Field
 
 from remove_refusals import notebook
-from remove_refusals.errors import RemoveRefusalsError
+from remove_refusals.errors import RecordError, RemoveRefusalsError
 from remove_refusals.files import Record, write_jsonl
 from remove_refusals.measure.judges import Label
 from remove_refusals.measure.statistics import (
@@ -213,10 +213,10 @@ class Evaluation(Record):
         write_jsonl(Path(directory) / "rows.jsonl", (row.to_json() for row in self.rows))
 
     @classmethod
-    def load(cls, directory: Path, *, error: type[RemoveRefusalsError]) -> Self:
+    def load(cls, directory: Path | str, *, error: type[RemoveRefusalsError] = RecordError) -> Self:
         """Read what `save` wrote."""
-        scores = cls.read(directory / "scores.json", error=error)
-        return scores.model_copy(update={"rows": read_rows(directory / "rows.jsonl", error=error)})
+        scores = cls.read(Path(directory) / "scores.json", error=error)
+        return scores.model_copy(update={"rows": read_rows(Path(directory) / "rows.jsonl", error=error)})
 
 
 def read_rows(path: Path, *, error: type[RemoveRefusalsError]) -> tuple[Response, ...]:

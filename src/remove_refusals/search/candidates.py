@@ -65,7 +65,8 @@ class Selection:
         found = self.candidate.confirmation
         tried = "not tried" if found is None else f"{found.refusals.count}/{found.refusals.n} refused"
         picked = f"{self.candidate.name!r}, {tried}, damage {self.candidate.damage:.3g} nats"
-        return f"Selection({len(self.candidates)} candidates, picked {picked}; rule: {self.rule})"
+        n = len(self.candidates)
+        return f"Selection({n} candidate{'s' if n > 1 else ''}, picked {picked}; rule: {self.rule})"
 
     def table(self, most: int = 12) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Give the head and rows of text; of more candidates than `most` those on the front and those that were tried.
