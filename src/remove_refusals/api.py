@@ -205,20 +205,10 @@ def evaluate(
         >>> scores = evaluate(model, direction, tokenizer, harmful=prompts, harmless=others)
         >>> scores.sets["harmful"].refusals
     """
-    if isinstance(edited, PreTrainedTokenizerBase | ProcessorMixin):
-        raise ModelError(
-            f"The second argument of `evaluate` is a {type(edited).__name__}, expected what is taken out, or an edited "
-            "model; give the tokenizer third."
-        )
     base, chosen = load(model, tokenizer), settings or MeasureSettings()
     sets = {"harmful": harmful, "harmless": harmless, "alarming": alarming}
     given = {name: as_prompts(name, prompts) for name, prompts in sets.items() if prompts is not None}
-    context: Any = nullcontext
-    by_hooks = isinstance(edited, Intervention | Direction | Sequence | torch.Tensor) and not isinstance(edited, str)
-    if by_hooks:
-        other, context = base, partial(ablated, base.model, as_intervention(edited, base.model))
-    else:
-        other = load(edited, base.tokenizer if isinstance(edited, torch.nn.Module) else None)
+    other, context, name = _edited(edited, base)
     found = measure(
         base,
         other,
@@ -228,9 +218,21 @@ def evaluate(
         judge=make_judge(chosen.judge, language=chosen.language),
         progress=progress,
     )
-    names = published_name(base.source), published_name(other.source)
-    edited_by = f"{names[0]}, edited by hooks" if by_hooks else names[1]
-    return found.model_copy(update={"base": names[0], "edited": edited_by})
+    return found.model_copy(update={"base": published_name(base.source), "edited": name})
+
+
+def _edited(edited: Any, base: LoadedModel) -> tuple[LoadedModel, Any, str]:
+    """Give the model that is measured against the base, the context that it runs in, and what it is called."""
+    if isinstance(edited, PreTrainedTokenizerBase | ProcessorMixin):
+        raise ModelError(
+            f"The second argument of `evaluate` is a {type(edited).__name__}, expected what is taken out, or an edited "
+            "model; give the tokenizer third."
+        )
+    if isinstance(edited, Intervention | Direction | list | tuple | torch.Tensor):
+        context = partial(ablated, base.model, as_intervention(edited, base.model))
+        return base, context, f"{published_name(base.source)}, edited by hooks"
+    other = load(edited, base.tokenizer if isinstance(edited, torch.nn.Module) else None)
+    return other, nullcontext, published_name(other.source)
 
 
 def bake(
