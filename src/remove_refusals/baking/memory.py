@@ -24,7 +24,9 @@ def bake_in_place(model: Any, intervention: Intervention, settings: EditSettings
     refuse_layers_with_adapter(model)
     plan = resolve(intervention, map_model(model), model.get_parameter, settings)
     for entry in plan.entries:
-        check_whole(entry, model)
+        owner, _, name = entry.parameter.rpartition(".")
+        module = model.get_submodule(owner)
+        check_whole(entry, getattr(module, name, None), type(module).__name__)
     if plan.untie:
         untie(model)
     with torch.no_grad():
@@ -34,18 +36,15 @@ def bake_in_place(model: Any, intervention: Intervention, settings: EditSettings
     return plan
 
 
-def check_whole(entry: PlanEntry, model: PreTrainedModel) -> None:
+def check_whole(entry: PlanEntry, found: Any, holder: str = "checkpoint") -> None:
     """Check that a tensor is in memory as the plan knows it; what is quantised is another type, or not there."""
-    owner, _, name = entry.parameter.rpartition(".")
-    module = model.get_submodule(owner)
-    found: Any = getattr(module, name, None)
+    is_tensor = isinstance(found, torch.Tensor)
     plain = type(found) in (torch.nn.Parameter, torch.Tensor) and found.dtype in FLOAT_DTYPES.values()
     if not plain or found.is_meta or found.shape != entry.shape:
-        is_tensor = isinstance(found, torch.Tensor)
         what = f"{tuple(found.shape)} in {found.dtype} on {found.device}" if is_tensor else "not there"
         raise ModelError(
-            f"Tensor '{entry.parameter}' of a {type(module).__name__} is {what}, expected a floating-point tensor of "
-            f"shape {entry.shape} in memory; load the model without quantisation and without offloading."
+            f"Tensor '{entry.parameter}' of a {holder} is {what}, expected a floating-point tensor of shape "
+            f"{entry.shape} in memory; load the model without quantisation and without offloading."
         )
 
 
