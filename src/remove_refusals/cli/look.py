@@ -91,6 +91,23 @@ def inspect(model: ModelArgument, settings: "RunSettings") -> None:
     printing.finish(found.to_json(), show=lambda: printing.show_map(found))
 
 
+@takes(
+    *("loading.dtype", "loading.trust_remote_code", "loading.revision", "batch_size", "direction.n_prompts"),
+    *("select", "measure.n_test", "measure.max_new_tokens", "measure.kl_tokens"),
+)
+def plan(
+    model: ModelArgument,
+    settings: "RunSettings",
+    devices: Annotated[str, Option(help="Such as 8x80GiB, 24GiB, cpu or cpu:64GiB.", metavar="NxSIZE")] = "cpu",
+) -> None:
+    """What `run` needs on given devices, from the configuration alone: placement, memory by stage, the line to type."""
+    from remove_refusals import scale
+    from remove_refusals.cli import printing
+
+    found = scale.plan(settings.model_copy(update={"model": model}), scale.Devices.read(devices))
+    printing.finish(found.to_json(), show=lambda: printing.show_scale(found))
+
+
 @takes("loading.trust_remote_code")
 def certify(
     directory: Annotated[Path, Argument(help="The edited model, with its ablation.json.")],

@@ -59,6 +59,7 @@ _COMMANDS: tuple[tuple[typer.Typer, Callable[..., None], str, str], ...] = (
     (app, look.evaluate, "evaluate", "demo demo-ablated -o scores.json"),
     (app, look.compare, "compare", "demo-ablated another-ablated"),
     (app, look.inspect, "inspect", "demo"),
+    (app, look.plan, "plan", "demo --devices 8x80GiB"),
     (app, look.certify, "certify", "demo-ablated --base demo"),
     (app, look.diff, "diff", "demo demo-ablated --direction demo.safetensors"),
     (app, look.config, "config", "-o run.toml"),

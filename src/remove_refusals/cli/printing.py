@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from remove_refusals.measure import Calibration, Damage, Evaluation, SideBySide
     from remove_refusals.modelmap import ModelMap
     from remove_refusals.report import Certificate
+    from remove_refusals.scale import ScalePlan
     from remove_refusals.search import Selection
 
 
@@ -243,6 +244,21 @@ def show_map(found: "Inspection") -> None:
     if found.unexplained:
         first, more = ", ".join(found.unexplained[:3]), len(found.unexplained) - 3
         say(f"Left, since the model has no place for them: {first}{f' and {more} more tensors' if more > 0 else ''}.")
+
+
+def show_scale(found: "ScalePlan") -> None:
+    """Print what a run needs on devices."""
+    gib, together = 1 << 30, found.together
+    rows = [(one.name, f"{one.peak / gib:.2f}", str(one.batch or "")) for one in found.stages]
+    many = found.n_parameters / 1e9
+    size = f"{many * 1000:.3g} million" if many < 1 else f"{many:.{0 if many >= 100 else 1}f} billion"
+    title = f"{size} parameters on {found.devices}"
+    _show(title, ("stage", "peak on each, GiB", "prompts at once"), rows)
+    how = "One device holds the model" if together == 1 else f"{together} devices hold the model together"
+    say(f"{how}, {found.weights / gib / together:.2f} GiB of weights each; copies: {found.replicas}.")
+    if found.one_at_a_time:
+        say("Base and edited model are loaded one after the other.")
+    say(*found.slow, found.command if found.fits else f"If it is tried all the same: {found.command}")
 
 
 def show_certificate(certificate: "Certificate") -> None:
