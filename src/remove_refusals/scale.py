@@ -82,7 +82,7 @@ def _memory_here() -> int:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What of a model decides how much it takes; all but the first six are bytes."""
+    """What of a model decides how much it takes, in numbers, and from `weights` on in bytes."""
 
     d_model: int
     n_layers: int
@@ -91,8 +91,12 @@ class Sizes:
     """Numbers inside an MLP that one token goes through."""
     n_parameters: int
     heads: int
+    kv_heads: int
+    """Among so many devices a token's keys and values can be divided."""
     weights: int
+    """In memory."""
     stored: int
+    """In the files."""
     edited: int
     """What an edit changes, in memory."""
     cached: int
@@ -133,6 +137,7 @@ def sizes(source: str, loading: LoadSettings, kind: str) -> Sizes:
     bits = _BITS.get(str(method), 8 * saved.itemsize)
     stored = _stored(directory) or n_parameters * bits // 8
     share = stored / n_parameters if kept else number
+    cached, kv_heads = _cached(config, model_map)
     edited = sum(math.prod(writer.shape) for site in model_map.sites for writer in site.writers)
     return Sizes(
         d_model=model_map.d_model,
@@ -141,10 +146,11 @@ def sizes(source: str, loading: LoadSettings, kind: str) -> Sizes:
         inner=_inner(model_map, config),
         n_parameters=n_parameters,
         heads=int(getattr(config, "num_attention_heads", 0) or 1),
+        kv_heads=kv_heads,
         weights=int(n_parameters * share),
         stored=int(stored),
         edited=int(edited * share),
-        cached=_cached(config, model_map) * number,
+        cached=cached * number,
         number=number,
         method=str(method) if kept else None,
         rate=_EDITED["plain" if method is None else "FP8" if "fp8" in str(method) else "other"],
@@ -177,15 +183,14 @@ def _inner(model_map: ModelMap, config: Any) -> int:
     return widest
 
 
-def _cached(config: Any, model_map: ModelMap) -> int:
-    """Count the numbers of one token's keys and values; a latent cache is held expanded."""
+def _cached(config: Any, model_map: ModelMap) -> tuple[int, int]:
+    """Count the numbers of one token's keys and values, and the heads that they belong to: one, of a latent cache."""
     heads = int(getattr(config, "num_attention_heads", 0) or 1)
     if getattr(config, "kv_lora_rank", None):
-        each = heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
-    else:
-        width = getattr(config, "head_dim", None) or model_map.d_model // heads
-        each = 2 * int(getattr(config, "num_key_value_heads", None) or heads) * int(width)
-    return model_map.n_layers * int(each)
+        return model_map.n_layers * int(config.kv_lora_rank + config.qk_rope_head_dim), 1
+    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+    width = int(getattr(config, "head_dim", None) or model_map.d_model // heads)
+    return model_map.n_layers * 2 * kv_heads * width, kv_heads
 
 
 class Stage(Record):
@@ -278,7 +283,7 @@ def _stages(
     # Floats that are read from files of another type lie beside these until all are there.
     converted = size.stored if kind == "cpu" and size.stored != size.weights else 0
     longest = _PROMPT + measure.max_new_tokens
-    row = size.cached * longest // together + 8 * size.vocabulary
+    row = size.cached * longest // min(together, size.kv_heads) + 8 * size.vocabulary
     free = max(0, devices.memory - weights)
     n_asked = max(measure.n_test or 0, select.n_choose if select is not None else 0)
     most = min(_AT_ONCE[kind], max(128 if kind == "cuda" else 1, free // 2 // row))
