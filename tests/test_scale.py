@@ -8,10 +8,10 @@ import torch
 from transformers import DynamicCache
 
 import zoo
-from remove_refusals import scale
+from remove_refusals.baking import scale
+from remove_refusals.baking.scale import Devices, Sizes
 from remove_refusals.errors import ConfigurationError
 from remove_refusals.modelmap import map_model
-from remove_refusals.scale import Devices, Sizes
 from remove_refusals.settings import LoadSettings, RunSettings
 from streaming import saved
 
@@ -65,7 +65,7 @@ def test_a_configuration_alone_gives_the_same_plan(tmp_path):
     (tmp_path / "bare").mkdir()
     shutil.copy(tmp_path / "base" / "config.json", tmp_path / "bare")
     plans = [
-        scale.plan(RunSettings(model=str(tmp_path / part), loading=WHOLE), Devices.read("2x1GiB"))
+        scale.plan_run(RunSettings(model=str(tmp_path / part), loading=WHOLE), Devices.read("2x1GiB"))
         for part in ("base", "bare")
     ]
     assert plans[0].stages == plans[1].stages and plans[0].weights == plans[1].weights
@@ -102,14 +102,14 @@ LARGE = Sizes(
 )
 def test_the_fewest_devices_hold_a_copy(devices, together, replicas, alone, words, monkeypatch):
     monkeypatch.setattr(scale, "sizes", lambda *_: LARGE)
-    found = scale.plan(RunSettings(), Devices.read(devices))
+    found = scale.plan_run(RunSettings(), Devices.read(devices))
     assert (found.together, found.replicas, found.one_at_a_time) == (together, replicas, alone)
     assert found.fits and words in found.command and found.peak == max(stage.peak for stage in found.stages)
 
 
 def test_what_does_not_fit_is_said(monkeypatch):
     monkeypatch.setattr(scale, "sizes", lambda *_: LARGE)
-    found = scale.plan(RunSettings(), Devices.read("4x24GiB"))
+    found = scale.plan_run(RunSettings(), Devices.read("4x24GiB"))
     assert not found.fits and "does not fit" in found.slow[0]
 
 

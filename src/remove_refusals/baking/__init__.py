@@ -1,4 +1,7 @@
-"""What an edit leaves: a checkpoint edited file by file with its certificate, adapters, or an edit in memory."""
+"""What an edit leaves: a checkpoint edited file by file with its certificate, adapters, or an edit in memory.
+
+And what a run needs on given devices.
+"""
 
 from remove_refusals.baking.base import (
     Base,
@@ -14,10 +17,13 @@ from remove_refusals.baking.disk import Baked, bake, certify_directory, with_bou
 from remove_refusals.baking.gguf import bake_gguf_lora
 from remove_refusals.baking.lora import bake_lora
 from remove_refusals.baking.memory import bake_in_place, load_changed, load_edited
+from remove_refusals.baking.scale import Devices, ScalePlan, plan_run
 
 __all__ = [
     "Baked",
     "Base",
+    "Devices",
+    "ScalePlan",
     "bake",
     "bake_gguf_lora",
     "bake_in_place",
@@ -31,6 +37,7 @@ __all__ = [
     "load_edited",
     "load_intervention",
     "open_base",
+    "plan_run",
     "recorded_edit",
     "with_boundaries",
     "write_baked",

@@ -101,10 +101,10 @@ def plan(
     devices: Annotated[str, Option(help="Such as 8x80GiB, 24GiB, cpu or cpu:64GiB.", metavar="NxSIZE")] = "cpu",
 ) -> None:
     """What `run` needs on given devices, from the configuration alone: placement, memory by stage, the line to type."""
-    from remove_refusals import scale
+    from remove_refusals.baking import Devices, plan_run
     from remove_refusals.cli import printing
 
-    found = scale.plan(settings.model_copy(update={"model": model}), scale.Devices.read(devices))
+    found = plan_run(settings.model_copy(update={"model": model}), Devices.read(devices))
     printing.finish(found.to_json(), show=lambda: printing.show_scale(found))
 
 

@@ -18,12 +18,12 @@ from remove_refusals.cli.command import StageLog, current, write_log
 from remove_refusals.progress import Cost, Progress
 
 if TYPE_CHECKING:
+    from remove_refusals.baking import ScalePlan
     from remove_refusals.directions import EditPlan
     from remove_refusals.examination import Inspection
     from remove_refusals.measure import Calibration, Damage, Evaluation, SideBySide
     from remove_refusals.modelmap import ModelMap
     from remove_refusals.report import Certificate
-    from remove_refusals.scale import ScalePlan
     from remove_refusals.search import Selection
 
 

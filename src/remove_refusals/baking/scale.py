@@ -219,7 +219,7 @@ class ScalePlan(Record):
     command: str
 
 
-def plan(settings: RunSettings, devices: Devices) -> ScalePlan:
+def plan_run(settings: RunSettings, devices: Devices) -> ScalePlan:
     """Plan a run on devices.
 
     Args:
@@ -234,7 +234,7 @@ def plan(settings: RunSettings, devices: Devices) -> ScalePlan:
         RemoveRefusalsError: If the configuration cannot be read or built.
 
     Example:
-        >>> plan(RunSettings(model="demo"), Devices.read("24GiB")).fits
+        >>> plan_run(RunSettings(model="demo"), Devices.read("24GiB")).fits
         True
     """
     loading = settings.loading
