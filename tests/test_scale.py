@@ -10,7 +10,7 @@ from transformers import DynamicCache
 import zoo
 from remove_refusals.baking import scale
 from remove_refusals.baking.scale import Devices, Sizes
-from remove_refusals.errors import ConfigurationError
+from remove_refusals.errors import ConfigurationError, ModelError
 from remove_refusals.modelmap import map_model
 from remove_refusals.settings import LoadSettings, RunSettings
 from streaming import saved
@@ -105,6 +105,18 @@ def test_the_fewest_devices_hold_a_copy(devices, together, replicas, alone, word
     found = scale.plan_run(RunSettings(), Devices.read(devices))
     assert (found.together, found.replicas, found.one_at_a_time) == (together, replicas, alone)
     assert found.fits and words in found.command and found.peak == max(stage.peak for stage in found.stages)
+
+
+def test_the_line_to_type_says_what_was_planned(monkeypatch):
+    monkeypatch.setattr(scale, "sizes", lambda *_: LARGE)
+    settings = RunSettings(select=None, loading=LoadSettings(dtype="bfloat16"))
+    command = scale.plan_run(settings, Devices.read("cpu:1TiB")).command
+    assert command == "remove-refusals run demo --device cpu --select none --dtype bfloat16"
+
+
+def test_a_data_type_that_is_none_is_refused():
+    with pytest.raises(ModelError, match="float12"):
+        scale.plan_run(RunSettings(loading=LoadSettings(dtype="float12")), Devices.read("24GiB"))
 
 
 def test_what_does_not_fit_is_said(monkeypatch):

@@ -15,7 +15,7 @@ import torch
 from remove_refusals.errors import CheckpointError, ConfigurationError
 from remove_refusals.files import Record, read_json
 from remove_refusals.modelmap import ModelMap, map_model, skeleton_of
-from remove_refusals.models import INDEX_FILE, checkpoint_tensors, local_directory, quantisation
+from remove_refusals.models import INDEX_FILE, checkpoint_tensors, local_directory, parse_dtype, quantisation
 from remove_refusals.settings import GradientSettings, LoadSettings, RunSettings
 
 GIB = 1 << 30
@@ -129,7 +129,7 @@ def sizes(source: str, loading: LoadSettings, kind: str) -> Sizes:
     assert isinstance(described, dict)
     method = quantisation(described).get("quant_method")
     saved = getattr(torch, str(described.get("dtype") or described.get("torch_dtype") or "bfloat16"), torch.bfloat16)
-    wanted = saved if dtype == "auto" else getattr(torch, dtype, saved)
+    wanted = parse_dtype(dtype) or saved
     # Where there is no accelerator Transformers turns quantised weights into floats.
     kept = method is not None and kind == "cuda"
     number = torch.float32.itemsize if dtype == "auto" and kind == "cpu" and method is None else wanted.itemsize
@@ -354,6 +354,7 @@ def _command(settings: RunSettings, devices: Devices, together: int, replicas: i
         words += ["--replicas", str(replicas)] if replicas > 1 else []
     words += ["--one-at-a-time"] if alone else []
     words += ["--device", "cpu"] if devices.kind == "cpu" else []
+    words += ["--select", "none"] if settings.select is None else []
     words += ["--dtype", settings.loading.dtype] if settings.loading.dtype != "auto" else []
     if devices.n == 1:
         return " ".join(["remove-refusals", *words])

@@ -52,6 +52,7 @@ from remove_refusals.models.load import (
     load,
     load_model,
     model_of,
+    parse_dtype,
     pick_device,
     saved_dtype,
 )
@@ -138,6 +139,7 @@ __all__ = [
     "model_of",
     "model_source",
     "opened",
+    "parse_dtype",
     "pick_device",
     "plain_shapes",
     "quantisation",

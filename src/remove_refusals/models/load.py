@@ -240,7 +240,7 @@ def load_model(
     """Load a model by directory, hub id or the name `demo`; never with tensors that Transformers made up."""
     name, revision = model_source(model), settings.revision
     where, places = _placed(settings)
-    wanted = _parse_dtype(settings.dtype)
+    wanted = parse_dtype(settings.dtype)
     access: dict[str, Any] = {"revision": revision, "local_files_only": find_source(name, revision)}
     with quiet(bars=Path(name).is_dir()), explained(f"The model {name}"):
         chosen = read_config(name, access, settings.trust_remote_code)
@@ -359,7 +359,8 @@ def saved_dtype(name: str, described: Mapping[str, Any]) -> torch.dtype | None:
     return FLOAT_DTYPES.get(max(sizes, key=sizes.__getitem__)) if sizes else None
 
 
-def _parse_dtype(dtype: str) -> torch.dtype | None:
+def parse_dtype(dtype: str) -> torch.dtype | None:
+    """Read the name of a data type; None for auto."""
     if dtype == "auto":
         return None
     parsed = getattr(torch, dtype.removeprefix("torch."), None)
