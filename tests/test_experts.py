@@ -30,14 +30,12 @@ from remove_refusals.types import Intervention, PromptSet, SiteEdit
 MIXTURES = """afmoe aria_text axk1 axk2 bailing_hybrid beam cohere2_moe dbrx deepseek_v2 deepseek_v3 deepseek_v32
     deepseek_v4 dots1 dots3_note dots3_note_text ernie4_5_moe exaone_moe flex_olmo flint glm4_moe glm4_moe_lite
     glm_moe_dsa gpt_oss granitemoe granitemoe_swa granitemoehybrid granitemoeshared hunyuan_v1_moe hy_v3 hy_v4
-    inkling2_loop_text inkling2_text inkling_text jamba kimi_linear kolibri1 laguna lara_mini lfm2_moe longcat_flash
+    inkling2_loop_text inkling2_text inkling_text jamba jetmoe kimi_linear kolibri1 laguna lara_mini lfm2_moe llama4 llama4_text longcat_flash
     mellum mimo_v2_flash minimax minimax_m2 minimax_m3_vl_text mixtral nemotron_h olmoe phimoe qwen2_moe qwen3_5_moe
     qwen3_5_moe_text qwen3_moe qwen3_next qwen4_exp qwen4_exp_text sarvam_mla sarvam_moe solar_open zaya""".split()
 TOWERS = """aria deepseek_ocr2 dots3_note ernie4_5_vl_moe glm4v_moe glm5_next hy_v4_vl inkling2 inkling2_loop
-    inkling_mm_model kimi_k25 minimax_m3_vl mistral4 mistral_large4 muse_spark nemotron_h_omni qwen3_5_moe
+    inkling_mm_model kimi_k25 llama4 minimax_m3_vl mistral4 mistral_large4 muse_spark nemotron_h_omni qwen3_5_moe
     qwen3_omni_moe_thinker qwen3_vl_moe qwen4_exp step3p7 unlimited_ocr nemo_speechlm""".split()
-UNREAD = ("jetmoe", "llama4", "llama4_text")
-"""Mixtures whose experts are not told which tokens go through them in a form that is known."""
 ALL = [
     *((name, zoo.build) for name in MIXTURES if name in zoo.MODEL_TYPES),
     *((name, zoo_wrappers.build) for name in TOWERS if name in zoo_wrappers.MODEL_TYPES),
@@ -69,7 +67,8 @@ def test_the_experts_that_are_named_chosen_are_those_that_count(model_type, buil
     chosen = {choice.expert for choice in seen if choice.layer == mixture.layer and choice.harmful > 0}
     assert chosen and {choice.layer for choice in seen} == {each.layer for each in model_map.mixtures}
     names = [name for name, value in model.get_submodule(mixture.module).named_parameters() if value.dim() >= 2]
-    down = [f"{mixture.module}.{name}" for name in names if "down" in name or name.endswith("w2")]
+    down = [f"{mixture.module}.{name}" for name in names if "down" in name or name.endswith("w2") or name == "weight"]
+    block = (mixture.router or "").rpartition(".")[0] or mixture.module
     ids = loaded.tokenizer.apply_chat_template(
         [{"role": "user", "content": "as it is"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )["input_ids"]
@@ -83,9 +82,10 @@ def test_the_experts_that_are_named_chosen_are_those_that_count(model_type, buil
                 for expert in without:
                     value[expert * size : (expert + 1) * size] = 0
             decoder, given = getattr(other, other.base_model_prefix, other), []
-            other.get_submodule(mixture.module).register_forward_hook(lambda module, args, output: given.append(output))
+            other.get_submodule(block).register_forward_hook(lambda module, args, output: given.append(output))
             decoder(input_ids=ids, use_cache=False)
-            return given[0].reshape(-1, model_map.d_model)[-1]
+            (out,) = given
+            return (out[0] if isinstance(out, tuple) else out).reshape(-1, model_map.d_model)[-1]
 
     before = last(())
     torch.testing.assert_close(last(set(range(mixture.n_experts)) - chosen), before, atol=1e-6, rtol=1e-5)
@@ -149,9 +149,8 @@ def test_what_edits_no_expert_of_the_model_is_refused_by_name():
     twice = (silencing(model_map), silencing(model_map))
     with pytest.raises(DirectionError, match="twice"):
         check_fit(Intervention((), twice), model_map)
-    for other in (name for name in ("llama", *UNREAD) if name in zoo.MODEL_TYPES):
-        with pytest.raises(ArchitectureError, match="has no routed experts"):
-            check_fit(Intervention((), (silencing(model_map),)), map_model(zoo.build(other)))
+    with pytest.raises(ArchitectureError, match="has no routed experts"):
+        check_fit(Intervention((), (silencing(model_map),)), map_model(zoo.build("llama")))
 
 
 def test_a_range_of_layers_holds_for_experts_too():

@@ -172,6 +172,19 @@ def _sites(value: Any) -> Any:
     return tuple(kind for kind in SITE_KINDS if kind in kinds)
 
 
+def _experts(value: Any) -> Any:
+    """Read experts to be silenced, such as `3:5,7:1=0.5`, with the share of what each writes."""
+    if not isinstance(value, str):
+        return value
+    parts = [re.fullmatch(r"(\d+):(\d+)(?:=(\d+(?:\.\d+)?))?", part.strip()) for part in value.split(",")]
+    if not all(parts):
+        raise ValueError(
+            f"The option --silence-experts is {value!r}, expected LAYER:EXPERT or LAYER:EXPERT=SHARE, by comma, "
+            "such as 3:5,7:1=0.5; `analyze` says which experts a model has."
+        )
+    return tuple((int(part[1]), int(part[2]), float(part[3] or 1)) for part in parts if part)
+
+
 class EditSettings(Settings):
     """What is taken out where; without a range it is all layers and the embedding."""
 
@@ -183,6 +196,9 @@ class EditSettings(Settings):
     )
     sites: Annotated[tuple[SiteKind, ...], BeforeValidator(_sites)] = setting(
         SITE_KINDS, "Only these kinds, joined by commas.", short=True
+    )
+    silence_experts: Annotated[tuple[tuple[int, int, float], ...], BeforeValidator(_experts)] = setting(
+        (), "Silence these experts too, such as 3:5,7:1=0.5."
     )
     tied: Tied = setting("auto", "A tied embedding: auto, untie, or edit both.")
     variant: Variant = setting("plain", "plain or norm-preserving.")
@@ -357,7 +373,7 @@ class RunSettings(Settings):
     def says_what_to_take_out(self) -> bool:
         """Whether somebody typed, as a default or not, what a search decides otherwise."""
         typed = {"layer", "projected", "per_layer"} & self.direction.model_fields_set
-        typed |= {"strength", "layers", "sites", "variant"} & self.edit.model_fields_set
+        typed |= {"strength", "layers", "sites", "silence_experts", "variant"} & self.edit.model_fields_set
         return bool(typed) or len(self.direction.positions) > 1
 
     def record(self) -> dict[str, Any]:

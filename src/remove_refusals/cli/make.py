@@ -35,8 +35,8 @@ def run(settings: "RunSettings", files: "RunFiles", config: ConfigFile = None) -
         if settings.select is not None and "method" in settings.select.model_fields_set:
             raise SelectionError(
                 f"--select {settings.select.method} and options that say what to take out are both given, expected "
-                "one of them; leave --select out, or --direction, --layer, --strength, --layers, --sites, --variant, "
-                "--projected, --per-layer and all positions but one."
+                "one of them; leave --select out, or --direction, --layer, --strength, --layers, --sites, "
+                "--silence-experts, --variant, --projected, --per-layer and all positions but one."
             )
         settings = settings.model_copy(update={"select": None})
     target = files.output or Path(f"{Path(settings.model).name}-ablated")
@@ -132,12 +132,14 @@ def bake(
     check_not_source(output, model, run, revision=loading.revision)
     check_target(output, force=force, directory=kind in ("checkpoint", "lora"))
     given = given_intervention(direction, run, candidate)
-    if given is None:
-        raise DirectionError("Neither --direction nor --run is given, expected one of them; pass one.")
+    if given is None and not edit.silence_experts:
+        raise DirectionError(
+            "Neither --direction nor --run nor --silence-experts is given, expected one of them; pass one."
+        )
     edit = edit if run is None else baking.recorded_edit(run, edit)
     base = baking.open_base(model, revision=loading.revision, trust_remote_code=loading.trust_remote_code)
     model_map, before = base.model_map, edited_before(model, loading.revision)
-    intervention = as_intervention(given, model_map, edit)
+    intervention = as_intervention(given or (), model_map, edit)
     remarks = [] if before is None else [f"Note: {before}"]
     if kind == "checkpoint":
         with printing.progress() as progress:

@@ -215,7 +215,7 @@ _LOADING = (
     *("loading.device", "loading.dtype", "loading.load_in_4bit", "loading.load_in_8bit"),
     *("loading.trust_remote_code", "loading.revision"),
 )
-_PARTS = ("edit.strength", "edit.layers", "edit.sites")
+_PARTS = ("edit.strength", "edit.layers", "edit.sites", "edit.silence_experts")
 
 
 @takes(*_PARTS, *_LOADING, "chat", "measure.max_new_tokens", max_new_tokens=512)
@@ -234,20 +234,21 @@ def chat(
 
     if no_ablation and compare:
         raise DirectionError("Both --no-ablation and --compare are given, expected one of them; leave one out.")
-    if direction is None and run is None and not no_ablation:
+    if direction is None and run is None and not (no_ablation or settings.edit.silence_experts):
         raise DirectionError(
             "No direction is given, expected --direction FILE; make one with `remove-refusals direction`, or pass "
             "--run DIR or --no-ablation."
         )
     edit = settings.edit
-    given = None if no_ablation else given_intervention(direction, run, candidate)
+    given = None if no_ablation else given_intervention(direction, run, candidate) or ()
     loaded = load_model(model, settings.loading, settings.chat)
     make = None if given is None else _maker(given, edit, loaded)
     if make is not None:
         make(edit.strength, edit.layers)
     sides: Sides = "compare" if compare else "base" if no_ablation else "edited"
     state = ChatState(edit.strength, edit.layers, sides, settings.chat.system_prompt)
-    source = "none" if given is None else ", ".join(filter(None, [str(run or direction), candidate]))
+    named = [str(run or direction or "the experts that are named"), candidate]
+    source = "none" if given is None else ", ".join(filter(None, named))
     before = edited_before(model, settings.loading.revision)
     about = "\n".join(filter(None, [f"Model: {model}. Taken out: {source}.", before and f"Note: {before}"]))
     talk = Talk(loaded, make, about, settings.measure.max_new_tokens)
@@ -332,8 +333,9 @@ def free_port(host: str, port: int | None) -> int:
 def _maker(given: "tuple[Direction, ...] | Intervention", edit: "EditSettings", loaded: "LoadedModel") -> "Make":
     """Give what makes the intervention of a strength and a range of layers."""
     from remove_refusals.directions import as_intervention
+    from remove_refusals.settings import EditSettings
 
-    as_intervention(given, loaded)
+    as_intervention(given, loaded, EditSettings(silence_experts=edit.silence_experts))
     return lambda strength, layers: as_intervention(
         given, loaded, edit.model_copy(update={"strength": strength, "layers": layers})
     )
@@ -371,7 +373,8 @@ def generate(
     prompt_set = prompts_from(source, "prompts", "")
     given = given_intervention(direction, run, candidate)
     loaded = load_model(model, settings.loading, settings.chat, settings.batch_size)
-    intervention = None if given is None else as_intervention(given, loaded, settings.edit)
+    changed = given is not None or settings.edit.silence_experts
+    intervention = as_intervention(given or (), loaded, settings.edit) if changed else None
     token_ids, n_tokens = render(loaded, prompt_set.prompts), settings.measure.max_new_tokens
     with printing.progress() as progress, ablated(loaded, intervention) if intervention else contextlib.nullcontext():
         stage = progress.stage("answers", len(prompt_set))

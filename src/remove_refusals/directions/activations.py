@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from remove_refusals.errors import ArchitectureError, DirectionError
-from remove_refusals.modelmap import ModelMap, Routing, first_of_width, map_model, routing_of
+from remove_refusals.modelmap import ModelMap, Routing, first_of_width, map_model, routing_of, routing_within
 from remove_refusals.models import Beginning, LoadedModel, begin, continued, hooked, in_batches, render
 from remove_refusals.progress import SILENT, Progress
 from remove_refusals.settings import published_name
@@ -187,11 +187,13 @@ class Tap:
 class ExpertsTap:
     """What is measured of an experts module: from what it is told of the tokens at a position to `[batch, …]`.
 
-    `measure` is also given the module's own way to run, which no hook sees.
+    `measure` is also given the module's own way to run, which no hook sees. Where a `router` of this name in the module
+    sorts the tokens, the module is the block of both.
     """
 
     module: str
     measure: Callable[[Routing, Callable[..., Any]], torch.Tensor]
+    router: str | None = None
 
 
 def collect_at(
@@ -207,6 +209,12 @@ def collect_at(
 
     def measure(key: Any, n_prompts: int, module: torch.nn.Module, *given: Any) -> None:
         tap = taps[key]
+        if isinstance(tap, ExpertsTap) and tap.router is not None:
+            states = first_of_width(given[:2], d_model)
+            assert states is not None
+            here = states.reshape(n_prompts, -1, d_model)[:, position]
+            found[key] = tap.measure(*routing_within(module, tap.router, here)).to("cpu", torch.float32)
+            return
         if isinstance(tap, ExpertsTap):
             if (routing := routing_of(given[:2], d_model)) is not None:
                 tokens = torch.arange(len(routing.chosen), device=routing.chosen.device)

@@ -9,7 +9,17 @@ import torch
 
 from remove_refusals.directions.activations import ExpertsTap, Tap, collect_at, run_decoder
 from remove_refusals.formula import pull_back
-from remove_refusals.modelmap import ModelMap, Routing, Site, Writer, first_of_width, map_model, routing_of
+from remove_refusals.modelmap import (
+    ModelMap,
+    Routing,
+    Site,
+    Writer,
+    choice_of,
+    first_of_width,
+    map_model,
+    routing_of,
+    with_choice,
+)
 from remove_refusals.models import LoadedModel, hooked, in_batches, render
 from remove_refusals.settings import SiteKind
 from remove_refusals.types import (
@@ -146,7 +156,9 @@ def expert_choices(
     for mixture in model_map.mixtures:
         steps = mixture.writers[0].steps if mixture.writers else ()
         basis = pull_back(direction.basis, steps, loaded.model.get_parameter)
-        taps[mixture.layer] = ExpertsTap(mixture.module, partial(_written_by_each, mixture.n_experts, basis[:, 0]))
+        measure = partial(_written_by_each, mixture.n_experts, basis[:, 0])
+        block, _, router = (mixture.router or "").rpartition(".")
+        taps[mixture.layer] = ExpertsTap(block or mixture.module, measure, router or None)
     sides = [collect_at(loaded, part, taps, position) for part in (harmful, harmless)]
     choices = []
     for layer in taps if taps and all(sides) else ():
@@ -213,10 +225,11 @@ def routing_interchange(
 
         def run(rows: Sequence[int]) -> torch.Tensor:
             both = [ids[0][row] for row in rows] + [donors[row] for row in rows]
+            lengths, mixtures = list(map(len, both)), [one for one in model_map.mixtures if one.layer in which]
             changes = [
-                (mixture.module, partial(_with_donors, list(map(len, both)), model_map.d_model))
-                for mixture in model_map.mixtures
-                if mixture.layer in which
+                (mixture.module, partial(_with_donors, lengths, model_map.d_model))
+                for mixture in mixtures
+                if mixture.router is None
             ]
             seen: list[torch.Tensor] = []
 
@@ -225,8 +238,9 @@ def routing_interchange(
                 assert stream is not None
                 seen.append(stream.reshape(len(both), -1, model_map.d_model)[:, position].to(torch.float32))
 
-            last = [(model_map.layers[-1], look)]
-            with torch.inference_mode(), hooked(loaded.model, before=changes, behind=last):
+            behind = [(mixture.router, partial(_sorted_as_donors, lengths)) for mixture in mixtures if mixture.router]
+            behind.append((model_map.layers[-1], look))
+            with torch.inference_mode(), hooked(loaded.model, before=changes, behind=behind):
                 run_decoder(loaded, both)
             return (seen[-1] @ unit.to(seen[-1].device)).reshape(2, -1).T.to("cpu", torch.float64)
 
@@ -247,18 +261,26 @@ def routing_interchange(
 
 
 def _with_donors(lengths: Sequence[int], d_model: int, module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
-    """Give each prompt of the first half of a batch, from its end on, the experts of its donor in the second."""
     routing = routing_of((args, kwargs), d_model)
     if routing is None:
         return None
-    shape = (len(lengths), -1, routing.chosen.shape[1])
-    chosen, weights = routing.chosen.reshape(shape).clone(), routing.weights.reshape(shape).clone()
-    n = len(lengths) // 2
-    for row in range(n):
-        shared = min(lengths[row], lengths[n + row])
-        for values in (chosen, weights):
+    return routing.arguments(routing.states, *_of_donors(lengths, routing.chosen, routing.weights))
+
+
+def _sorted_as_donors(lengths: Sequence[int], router: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    return with_choice(output, *_of_donors(lengths, *choice_of(router, output)))
+
+
+def _of_donors(lengths: Sequence[int], *choice: torch.Tensor) -> list[torch.Tensor]:
+    """Give each prompt of the first half of a batch, from its end on, the experts of its donor in the second."""
+    n, changed = len(lengths) // 2, []
+    for part in choice:
+        values = part.reshape(len(lengths), -1, part.shape[1]).clone()
+        for row in range(n):
+            shared = min(lengths[row], lengths[n + row])
             values[row, -shared:] = values[n + row, -shared:]
-    return routing.arguments(routing.states, chosen.reshape_as(routing.chosen), weights.reshape_as(routing.weights))
+        changed.append(values.reshape_as(part))
+    return changed
 
 
 def _mean(values: torch.Tensor) -> Share:

@@ -24,6 +24,7 @@ from remove_refusals.modelmap import (
     Routing,
     Site,
     Writer,
+    expert_of_rows,
     first_of_width,
     map_model,
     routing_of,
@@ -105,11 +106,18 @@ def _experts_changed(model: PreTrainedModel, intervention: Intervention) -> Iter
                 kept[edit.expert] -= edit.strength
             elif edit.strength != 0:
                 taken.setdefault(edit.direction, torch.zeros_like(kept))[edit.expert] = edit.strength
+        bases = {
+            number: pull_back(intervention.directions[number].basis, mixture.writers[0].steps, model.get_parameter)
+            for number in taken
+        }
+        if mixture.router is not None:
+            changes = [(basis, taken[number]) for number, basis in bases.items()]
+            behind += [(mixture.module, partial(_rows_changed, kept, changes))] if edits else []
+            continue
         if not bool((kept == 1).all()):
             before.append((mixture.module, partial(_silenced, model_map.d_model, kept)))
-        for number, shares in taken.items():
-            basis = pull_back(intervention.directions[number].basis, mixture.writers[0].steps, model.get_parameter)
-            behind.append((mixture.module, partial(_taken_out_of_experts, model_map.d_model, basis, shares)))
+        for number, basis in bases.items():
+            behind.append((mixture.module, partial(_taken_out_of_experts, model_map.d_model, basis, taken[number])))
     with hooked(model, before=before, behind=behind):
         yield
 
@@ -150,6 +158,23 @@ def _taken_out_of_experts(
     along = part.to(torch.float32) - taken_out(part.to(torch.float32), basis, 1.0)
     changed: torch.Tensor = (output.to(torch.float32) - along.reshape(output.shape)).to(output.dtype)
     return changed
+
+
+def _rows_changed(
+    kept: torch.Tensor,
+    taken: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    module: torch.nn.Module,
+    args: Any,
+    kwargs: Any,
+    output: torch.Tensor,
+) -> torch.Tensor:
+    """Change what single experts give, whose rows lie one expert behind the other."""
+    experts, rows = expert_of_rows(module, args, output), output.to(torch.float32)
+    changed = rows * kept.to(rows.device)[experts].unsqueeze(-1)
+    for basis, shares in taken:
+        along = rows - taken_out(rows, basis, 1.0)
+        changed = changed - along * shares.to(rows.device)[experts].unsqueeze(-1)
+    return changed.to(output.dtype)
 
 
 def _taken_out(basis_on: Callable[[torch.device], torch.Tensor], strength: float, stream: torch.Tensor) -> torch.Tensor:

@@ -20,14 +20,24 @@ length: `[d_model]`, `[1, d_model]` or `[d_model, k]`."""
 def as_intervention(
     what: Taken, model: PreTrainedModel | LoadedModel | ModelMap, settings: EditSettings | None = None
 ) -> Intervention:
-    """Make the intervention that is meant for a model, and check that it fits; strengths it has are multiplied."""
+    """Make the intervention that is meant for a model, and check that it fits; strengths it has are multiplied.
+
+    Experts that the settings silence come to it as they are, and need no direction beside them.
+    """
     model_map = model if isinstance(model, ModelMap) else map_model(model)
     if isinstance(what, torch.Tensor):
         what = _direction(what, model_map.d_model)
     if isinstance(what, Intervention):
         check_fit(what, model_map)
     edit = settings or EditSettings()
+    if edit.silence_experts and isinstance(what, tuple) and not what:
+        what = Intervention((), ())
     made = intervene(what, model_map.n_layers, strength=edit.strength, layers=edit.layers, kinds=edit.sites)
+    silenced = (
+        SiteEdit(kind="expert", layer=layer, expert=expert, strength=share, whole=True)
+        for layer, expert, share in edit.silence_experts
+    )
+    made = Intervention(made.directions, (*made.edits, *silenced))
     check_fit(made, model_map)
     return made
 

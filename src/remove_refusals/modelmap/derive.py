@@ -378,23 +378,33 @@ class _Derivation:
         """The modules that are told which experts each token goes through, with what these write."""
         found = []
         routed = dict.fromkeys(call.module for call in self.trace.calls if call.routed)
+        sorting = dict.fromkeys(call.module for call in self.trace.calls if call.sorts)
+        called = {call.module for call in self.trace.calls}
         for layer, name in enumerate(self.layers):
             inside = [writer for site in sites if site.layer == layer for writer in site.writers]
-            for module in (one for one in routed if one.startswith(name + ".")):
-                writers = [one for one in inside if one.parameter.startswith(module + ".")]
-                fused = (one.shape[0] for one in writers if len(one.shape) == 3 and one.axis)
-                n_experts = next(fused, getattr(self.model.get_submodule(module), "num_experts", 0))
-                if not n_experts:
-                    continue
-                # Behind a norm of its own an expert writes as much as before, whatever its weights are scaled by.
-                editable = all(
-                    one.axis
-                    and one.shape[0] % n_experts == 0
-                    and not any((step.parameter or "").startswith(module + ".") for step in one.steps)
-                    for one in writers
-                )
-                found.append(Mixture(layer, module, n_experts, tuple(writers) if editable else ()))
+            places: list[tuple[str, str | None]] = [(one, None) for one in routed if one.startswith(name + ".")]
+            # Of attention's experts no module holds all that one token goes through.
+            for router in (one for one in sorting if one.startswith(name + ".") and _module_of(one) in called):
+                fused = (one for one in inside if one.axis and len(one.shape) == 3)
+                own = (_module_of(one.parameter) for one in fused if one.parameter.startswith(_module_of(router) + "."))
+                places += [] if places else [(module, router) for module in dict.fromkeys(own)]
+            found += [one for place in places if (one := self._mixture(layer, *place, inside)) is not None]
         return tuple(found)
+
+    def _mixture(self, layer: int, module: str, router: str | None, inside: Sequence[Writer]) -> Mixture | None:
+        writers = [one for one in inside if one.parameter.startswith(module + ".")]
+        fused = (one.shape[0] for one in writers if len(one.shape) == 3 and one.axis)
+        n_experts = next(fused, getattr(self.model.get_submodule(module), "num_experts", 0))
+        if not n_experts:
+            return None
+        # Behind a norm of its own an expert writes as much as before, whatever its weights are scaled by.
+        editable = all(
+            one.axis
+            and one.shape[0] % n_experts == 0
+            and not any((step.parameter or "").startswith(module + ".") for step in one.steps)
+            for one in writers
+        )
+        return Mixture(layer, module, n_experts, tuple(writers) if editable else (), router)
 
     def _unseen(self) -> list[str]:
         """The layers' parameters that reach the unembedding by a second stream, beside the one that was followed."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from remove_refusals.modelmap.experts import routing_of
+from remove_refusals.modelmap.experts import routing_of, sorts_tokens
 from remove_refusals.modelmap.knowledge import Knowledge, Term, Terms, Weight, first_of_width, storage_of, tensors_in
 from remove_refusals.modelmap.operations import changed_weight, channel_dim, terms_after
 from remove_refusals.models import hooked
@@ -27,7 +27,7 @@ class ModuleCall:
     """One call of one module, from `start` to `end` in the order of all begins and ends.
 
     `before` and `after` are the terms of its first input and output of the stream's width, `beside` of other inputs.
-    A `routed` module is told which experts each token goes through.
+    A `routed` module is told which experts each token goes through; one that `sorts` says it by the tokens' order.
     """
 
     module: str
@@ -37,6 +37,7 @@ class ModuleCall:
     start: int
     end: int
     routed: bool = False
+    sorts: bool = False
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,8 @@ def _recorded_calls(model: torch.nn.Module, known: Knowledge) -> Iterator[list[M
         name, (before, beside, start) = known.open_modules.pop(), open_calls.pop()
         after = known.terms(first_of_width(output, known.d_model))
         routed = routing_of((args, kwargs), known.d_model) is not None
-        calls.append(ModuleCall(name, before, beside, after, start, next(clock), routed))
+        sorts = sorts_tokens(module, output)
+        calls.append(ModuleCall(name, before, beside, after, start, next(clock), routed, sorts))
 
     every = names.values()
     with hooked(model, before=[(name, begin) for name in every], behind=[(name, finish) for name in every]):

@@ -58,13 +58,15 @@ class Mixture:
     """A layer's routed experts: the module that is told which experts each token goes through, and with what weights.
 
     Each of the `writers` holds one expert behind the other along its first axis; there are none where a strength of
-    one expert cannot be put into them.
+    one expert cannot be put into them. With a `router` the module is told nothing and gets the tokens sorted by expert,
+    as that module of the same block gives them.
     """
 
     layer: int
     module: str
     n_experts: int
     writers: tuple[Writer, ...]
+    router: str | None = None
 
 
 @dataclass(frozen=True)
