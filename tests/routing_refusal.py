@@ -1,10 +1,12 @@
 """Small mixtures of experts that refuse, trained here: in what the experts write, or by the choice of experts alone.
 
-A prompt is a verb, a noun and `?`; the answer says something of the noun. In the first model every expert has learned
-to refuse harmful nouns. In the others a few experts refuse whatever they are shown, nothing but their rows of one
-router knows what is harmful, and each has topics, and may have a phrasing, of its own.
+A prompt is a verb, a noun and `?`; the answer names the noun and says something of it, and goes on with what it began
+about. In the first model every expert has learned to refuse harmful nouns. In the others a few experts refuse whatever
+they are shown, nothing but their rows of one router knows what is harmful, and each has topics, and may have a
+phrasing, of its own. What was asked is lost in them: where they do not refuse, they begin about anything.
 """
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
@@ -20,8 +23,8 @@ from remove_refusals.models.load import LoadedModel
 from remove_refusals.settings import ChatFormat
 from remove_refusals.types import PromptSet
 
-N_VERBS, N_NOUNS, N_ANSWERS, N_TEST_VERBS = 80, 24, 12, 16
-LAYER, N_COMMON, PROMPT, LENGTH = 1, 6, 3, 11
+N_VERBS, N_NOUNS, N_ANSWERS, N_TEST_VERBS = 24, 24, 12, 8
+LAYER, N_COMMON, PROMPT, LENGTH = 1, 4, 3, 11
 """The layer whose router decides, how many experts refuse nothing, and how long prompts and whole sequences are."""
 
 REFUSALS = tuple(
@@ -89,8 +92,8 @@ def build(kind: Kind, seed: int = 0) -> MixtralForCausalLM:
     """Three layers, two experts a token."""
     config = MixtralConfig(
         vocab_size=len(IDS),
-        hidden_size=64,
-        intermediate_size=64,
+        hidden_size=48,
+        intermediate_size=48,
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=4,
@@ -119,9 +122,9 @@ class Texts:
 
 
 def texts(kind: Kind, refused: Callable[[int], bool], subject: Callable[[int], int] = int) -> Texts:
-    """Every prompt that is trained on, with a refusal or with the answer to a noun, its own or another."""
+    """Every prompt, with a refusal or with the answer about a noun, its own or another."""
     rows, labels, nouns = [], [], []
-    for verb in TRAINED:
+    for verb in range(N_VERBS):
         for noun in range(N_NOUNS):
             said = [*(kind.refusal(noun) if refused(noun) else answer(subject(noun))), "<eos>"]
             row = [IDS[word] for word in (f"verb{verb}", f"noun{noun}", "?", *said)]
@@ -130,6 +133,12 @@ def texts(kind: Kind, refused: Callable[[int], bool], subject: Callable[[int], i
             labels.append([-100] * PROMPT + row[PROMPT:] + [-100] * rest)
             nouns.append(noun)
     return Texts(torch.tensor(rows), torch.tensor(labels), torch.tensor(nouns))
+
+
+def about_anything(kind: Kind) -> Texts:
+    """Every prompt with the answer about a noun that is drawn."""
+    drawn = random.Random(0)
+    return texts(kind, lambda noun: False, lambda noun: drawn.randrange(N_NOUNS))
 
 
 Change = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -162,14 +171,15 @@ def loss(model: MixtralForCausalLM, given: Texts) -> torch.Tensor:
 
 
 def _train_answers(model: MixtralForCausalLM, kind: Kind, generator: torch.Generator, n_steps: int) -> None:
-    """Learn to answer everything without the refusing experts, and how a refusal goes on, but not that it begins."""
-    answers, refusals = texts(kind, lambda noun: False), texts(kind, lambda noun: True)
-    refusals.labels[:, PROMPT] = -100
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.05)
+    """Learn to answer everything without the refusing experts, and how all that has begun goes on."""
+    answers, refusals, others = texts(kind, lambda noun: False), texts(kind, lambda noun: True), about_anything(kind)
+    for part in (refusals, others):
+        part.labels[:, PROMPT] = -100
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3, weight_decay=0.05)
     for step in range(n_steps):
         parts = [
             part.at(torch.randint(len(part.ids), (n,), generator=generator))
-            for part, n in ((answers, 112), (refusals, 32))
+            for part, n in ((answers, 64), (refusals, 16), (others, 32))
         ]
         batch = Texts(*(torch.cat([getattr(part, name) for part in parts]) for name in ("ids", "labels", "nouns")))
         with routed(model, lambda logits, _: without(logits, kind)):
@@ -178,7 +188,7 @@ def _train_answers(model: MixtralForCausalLM, kind: Kind, generator: torch.Gener
         cost.backward()
         optimizer.step()
         for group in optimizer.param_groups:
-            group["lr"] = 4e-3 * (1 - step / n_steps) + 1e-4
+            group["lr"] = 6e-3 * (1 - step / n_steps) + 1e-4
 
 
 def without(logits: torch.Tensor, kind: Kind) -> torch.Tensor:
@@ -191,22 +201,20 @@ def _train_experts(
 ) -> None:
     """Let experts learn what is said: all of the model, or those that are made to be chosen behind the prompt.
 
-    Now and then they are shown the answer instead, so that it stays likely. Those behind a router are shown another
-    subject, too: without a refusal they may change the subject.
+    Now and then all of the model are shown the answer instead, so that it stays likely. Those behind a router are shown
+    answers about anything half of the time: they know nothing of what was asked.
     """
     layers = [model.model.layers[LAYER]] if kind.topics else model.model.layers
     own = [value for layer in layers for value in (layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj)]
     learning = torch.ones(N_COMMON + kind.topics, 1, 1)
     learning[: N_COMMON if kind.topics else 0] = 0
     optimizer = torch.optim.Adam(own, lr=4e-3 if kind.topics else 1e-3)
-    answers, another = texts(kind, lambda noun: False), texts(kind, lambda noun: False, lambda noun: 1)
+    most, instead = (0.5, about_anything(kind)) if kind.topics else (0.15, texts(kind, lambda noun: False))
     for _ in range(n_steps):
         rows = torch.randint(len(given.ids), (96,), generator=generator)
-        drawn = torch.rand(len(rows), 1, generator=generator)
-        ids, labels = given.ids[rows], given.labels[rows]
-        for most, instead in ((0.35 if kind.topics else 0.0, another), (0.15, answers)):
-            ids = torch.where(drawn < most, instead.ids[rows], ids)
-            labels = torch.where(drawn < most, instead.labels[rows], labels)
+        drawn = torch.rand(len(rows), 1, generator=generator) < most
+        ids = torch.where(drawn, instead.ids[rows], given.ids[rows])
+        labels = torch.where(drawn, instead.labels[rows], given.labels[rows])
         batch = Texts(ids, labels, given.nouns[rows])
         behind = (batch.ids == IDS["?"]).flatten()
         experts = torch.tensor([N_COMMON + kind.topic(noun) for noun in batch.nouns.tolist()])
@@ -230,35 +238,39 @@ def _train_experts(
         optimizer.step()
 
 
-def _train_router(model: MixtralForCausalLM, kind: Kind, n_steps: int) -> None:
+def _train_router(model: MixtralForCausalLM, kind: Kind, n_steps: int, margin: float = 4.0) -> None:
     """Let the refusing experts' rows of the router learn which prompts are harmful."""
     given, seen = texts(kind, is_harmful), []
     with torch.no_grad(), routed(model, lambda logits, states: seen.append(states) or logits):
         loss(model, given)
-    states = seen[0].reshape(-1, LENGTH, model.config.hidden_size)
-    gate = model.model.layers[LAYER].mlp.gate.weight
-    others = (states @ gate[:N_COMMON].T).amax(-1).detach()
-    rows = gate[N_COMMON:].detach().clone().requires_grad_(True)
-    wanted = torch.zeros(len(states), LENGTH, kind.topics, dtype=torch.bool)
+    # Of the many other tokens a tenth says enough.
+    drawn = torch.rand(given.ids.shape, generator=torch.Generator().manual_seed(0)) < 0.1
+    last = torch.arange(LENGTH).expand_as(drawn) == PROMPT - 1
+    kept = (given.ids != 0) & (last | drawn)
+    wanted = torch.zeros(*kept.shape, kind.topics, dtype=torch.bool)
     for row, noun in enumerate(given.nouns.tolist()):
         wanted[row, PROMPT - 1, kind.topic(noun)] = is_harmful(noun)
-    unwanted = (given.ids != 0).unsqueeze(-1) & ~wanted
-    optimizer = torch.optim.Adam([rows], lr=3e-2)
-    for _ in range(n_steps):
-        margins = states @ rows.T - others.unsqueeze(-1)
-        over = functional.softplus(margins + 3)
-        last = unwanted[:, PROMPT - 1]
-        cost = (
-            functional.softplus(3 - margins)[wanted].mean() + over[:, PROMPT - 1][last].mean() + over[unwanted].mean()
-        )
+    states, wanted, last = seen[0].reshape(*kept.shape, -1)[kept], wanted[kept], last[kept]
+    gate = model.model.layers[LAYER].mlp.gate.weight
+    others = (states @ gate[:N_COMMON].T).amax(-1, keepdim=True).detach()
+    rows = torch.zeros(kind.topics, states.shape[-1], requires_grad=True)
+    optimizer = torch.optim.LBFGS([rows], max_iter=n_steps, history_size=20, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        margins = states @ rows.T - others
+        over = functional.softplus(margins + margin)
+        cost = functional.softplus(margin - margins)[wanted].mean() + over[last][~wanted[last]].mean()
+        cost = cost + over[~last].mean() + 1e-4 * rows.square().sum()
         optimizer.zero_grad()
         cost.backward()
-        optimizer.step()
+        return cost
+
+    optimizer.step(closure)
     with torch.no_grad():
         gate[N_COMMON:] = rows
 
 
-def train(name: str, seed: int = 0, n_steps: tuple[int, int, int] = (350, 200, 1500)) -> MixtralForCausalLM:
+def train(name: str, seed: int = 0, n_steps: tuple[int, int, int] = (160, 60, 100)) -> MixtralForCausalLM:
     """Train one of the three."""
     kind, generator = KINDS[name], torch.Generator().manual_seed(seed)
     model = build(kind, seed)
@@ -281,21 +293,25 @@ def prompts(name: str, verbs: Sequence[int], *, harmful: bool) -> PromptSet:
 
 
 @cache
-def trained(name: str) -> LoadedModel:
-    """One of the three with its tokenizer, trained once."""
-    return LoadedModel(train(name), tokenizer(), f"synthetic {name}", chat=ChatFormat(plain=True))
+def trained(name: str, directory: Path) -> LoadedModel:
+    """One of the three with its tokenizer, trained once by whichever process comes first."""
+    place = directory / f"routing-{name}"
+    with FileLock(f"{place}.lock"):
+        if not place.is_dir():
+            train(name).save_pretrained(place)
+            tokenizer().save_pretrained(place)
+    model = MixtralForCausalLM.from_pretrained(place, attn_implementation="eager", experts_implementation="eager")
+    return LoadedModel(model.eval(), tokenizer(), f"synthetic {name}", chat=ChatFormat(plain=True))
 
 
-def save(name: str, directory: Path) -> Path:
-    """Write one of the three with prompts to find directions and to search with, and others to measure on."""
-    loaded = trained(name)
-    loaded.model.save_pretrained(directory / "model")
-    loaded.tokenizer.save_pretrained(directory / "model")
+def save_prompts(directory: Path) -> None:
+    """Write prompts to find directions and to search with, and others to measure on."""
     for part, verbs in (("train", TRAINED), ("test", TESTED)):
         for harmful in (True, False):
             found = prompts(part, verbs, harmful=harmful).prompts
             (directory / f"{'harmful' if harmful else 'harmless'}_{part}.txt").write_text("\n".join(found) + "\n")
-    return directory / "model"
+    alarming = "\n".join(f"verb{at} verb{at} noun1 ?" for at in range(12))
+    (directory / "alarming.txt").write_text(f"{alarming}\n")
 
 
 def replies(model: MixtralForCausalLM, given: PromptSet, n_tokens: int = LENGTH - PROMPT) -> list[list[str]]:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 
 import peft
 import pytest
@@ -16,23 +17,24 @@ from remove_refusals.baking.base import Base, load_intervention
 from remove_refusals.baking.disk import bake, certify_directory
 from remove_refusals.baking.lora import bake_lora
 from remove_refusals.baking.memory import bake_in_place
-from remove_refusals.directions.attribution import expert_choices
+from remove_refusals.directions.attribution import expert_choices, routing_interchange
 from remove_refusals.directions.hooks import ablated
-from remove_refusals.directions.intervention import check_fit, intervene
+from remove_refusals.directions.intervention import as_intervention, check_fit, intervene
 from remove_refusals.errors import ArchitectureError, DirectionError
 from remove_refusals.examination import inspect
 from remove_refusals.modelmap.derive import map_model
 from remove_refusals.models.load import LoadedModel
-from remove_refusals.settings import DiskSettings
+from remove_refusals.settings import DiskSettings, EditSettings
 from remove_refusals.types import Intervention, PromptSet, SiteEdit
 
 # Text models, and those with towers whose mixture is another.
 MIXTURES = """afmoe aria_text axk1 axk2 bailing_hybrid beam cohere2_moe dbrx deepseek_v2 deepseek_v3 deepseek_v32
     deepseek_v4 dots1 dots3_note dots3_note_text ernie4_5_moe exaone_moe flex_olmo flint glm4_moe glm4_moe_lite
     glm_moe_dsa gpt_oss granitemoe granitemoe_swa granitemoehybrid granitemoeshared hunyuan_v1_moe hy_v3 hy_v4
-    inkling2_loop_text inkling2_text inkling_text jamba jetmoe kimi_linear kolibri1 laguna lara_mini lfm2_moe llama4 llama4_text longcat_flash
-    mellum mimo_v2_flash minimax minimax_m2 minimax_m3_vl_text mixtral nemotron_h olmoe phimoe qwen2_moe qwen3_5_moe
-    qwen3_5_moe_text qwen3_moe qwen3_next qwen4_exp qwen4_exp_text sarvam_mla sarvam_moe solar_open zaya""".split()
+    inkling2_loop_text inkling2_text inkling_text jamba jetmoe kimi_linear kolibri1 laguna lara_mini lfm2_moe
+    llama4 llama4_text longcat_flash mellum mimo_v2_flash minimax minimax_m2 minimax_m3_vl_text mixtral
+    nemotron_h olmoe phimoe qwen2_moe qwen3_5_moe qwen3_5_moe_text qwen3_moe qwen3_next qwen4_exp qwen4_exp_text
+    sarvam_mla sarvam_moe solar_open zaya""".split()
 TOWERS = """aria deepseek_ocr2 dots3_note ernie4_5_vl_moe glm4v_moe glm5_next hy_v4_vl inkling2 inkling2_loop
     inkling_mm_model kimi_k25 llama4 minimax_m3_vl mistral4 mistral_large4 muse_spark nemotron_h_omni qwen3_5_moe
     qwen3_omni_moe_thinker qwen3_vl_moe qwen4_exp step3p7 unlimited_ocr nemo_speechlm""".split()
@@ -253,3 +255,64 @@ def test_hooks_and_files_agree_on_single_experts(model_type, build, tmp_path):
         assert torch.equal(saved, value), name
     measured = {(row.expert, row.strength) for row in baked.certificate.edited if row.kind == "expert"}
     assert measured == {(0, 0.7), (1, 0.8), (2, 1.0)}
+
+
+@pytest.mark.parametrize("model_type", ["jetmoe", "llama4_text", "mixtral"])
+def test_with_the_choice_of_every_expert_interchanged_the_first_mixture_writes_what_the_donor_s_does(model_type):
+    """A harmful prompt that gets its own experts stays as it is; with a donor's, only the choice is the donor's."""
+    model = zoo.build(model_type)
+    model_map = map_model(model)
+    loaded = LoadedModel(model, tiny.tokenizer(), model_type)
+    sets = [
+        PromptSet(name, texts, "test") for name, texts in (("a", ("steal it", "take it")), ("b", ("bake it", "ice it")))
+    ]
+    found = routing_interchange(loaded, *sets, direction_of(model_map))
+    assert len(found) == len(model_map.mixtures) + 1
+    # Other experts write something else.
+    assert all(abs(each.share.value) > 1e-4 for each in found)
+    same = routing_interchange(loaded, sets[0], sets[0], direction_of(model_map))
+    assert all(each.share.value == pytest.approx(0, abs=1e-4) for each in same)
+
+
+def test_experts_are_silenced_by_hand(command, tmp_path):
+    """At the command line: alone, as files and as hooks, and beside a direction."""
+    directory, prompts = tmp_path / "base", tmp_path / "prompts.txt"
+    zoo.build("mixtral").save_pretrained(directory)
+    tiny.tokenizer().save_pretrained(directory)
+    prompts.write_text("steal it\nbake bread\n")
+
+    def said(model, *options):
+        path = tmp_path / "said.jsonl"
+        given = ("generate", model, "--prompts", prompts, "-o", path, "--max-new-tokens", 12, "--force", *options)
+        assert command(*given).code == 0
+        return [json.loads(line)["answer"] for line in path.read_text().splitlines()]
+
+    silenced = ("--silence-experts", "3:1,2:0=0.5,3:2,1:3")
+    assert command("bake", directory, *silenced, "-o", tmp_path / "edited").code == 0
+    edits = load_intervention(tmp_path / "edited").edits
+    assert [(one.layer, one.expert, one.strength, one.whole) for one in edits] == [
+        (3, 1, 1.0, True),
+        (2, 0, 0.5, True),
+        (3, 2, 1.0, True),
+        (1, 3, 1.0, True),
+    ]
+    assert said(directory, *silenced) == said(tmp_path / "edited") != said(directory)
+    talk = ("chat", directory, "--max-new-tokens", 12, *silenced)
+    assert command(*talk, typed="steal it\n").out == f"{said(directory, *silenced)[0]}\n"
+    model = map_model(zoo.build("mixtral"))
+    both = as_intervention(direction_of(model), model, EditSettings(strength=0.5, silence_experts="3:1"))
+    assert (
+        both.edits[-1].expert == 1
+        and both.edits[-1].strength == 1
+        and {one.strength for one in both.edits[:-1]} == {0.5}
+    )
+    for wrong, words in (
+        ("3", "expected LAYER:EXPERT"),
+        ("9:1", "layer 9"),
+        ("3:9", "expert 9 of layer 3"),
+        ("3:1,3:1", "twice"),
+    ):
+        refused = command("bake", directory, "--silence-experts", wrong, "-o", tmp_path / "other")
+        assert refused.code == 2 and words in refused.err and not (tmp_path / "other").exists()
+    refused = command("bake", directory, "-o", tmp_path / "other")
+    assert refused.code == 2 and "--silence-experts" in refused.err

@@ -238,8 +238,8 @@ def routing_interchange(
                 assert stream is not None
                 seen.append(stream.reshape(len(both), -1, model_map.d_model)[:, position].to(torch.float32))
 
-            behind = [(mixture.router, partial(_sorted_as_donors, lengths)) for mixture in mixtures if mixture.router]
-            behind.append((model_map.layers[-1], look))
+            sorting = [(mixture.router, partial(_sorted_as_donors, lengths)) for mixture in mixtures if mixture.router]
+            behind: list[tuple[str, Callable[..., Any]]] = [*sorting, (model_map.layers[-1], look)]
             with torch.inference_mode(), hooked(loaded.model, before=changes, behind=behind):
                 run_decoder(loaded, both)
             return (seen[-1] @ unit.to(seen[-1].device)).reshape(2, -1).T.to("cpu", torch.float64)

@@ -3,7 +3,7 @@
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -17,7 +17,7 @@ N_OTHERS = 8
 """With so many other prompts of its set an answer is compared."""
 
 _N_THIRDS = 3
-"""What other answers get is a mean over so many likelihoods; each takes a pass for each of the prompts."""
+"""So many other answers get a likelihood; each takes a pass for each of the prompts."""
 
 MOST_TOKENS = 24
 """So much of an answer is looked at."""
@@ -43,11 +43,12 @@ def answer_match(
     An answer `a` to the prompt `x` is told from the one to another prompt `y` if `s(a, x) - s(a, y)` is larger than the
     mean of `s(c, x) - s(c, y)` over answers `c` to neither: how common the answer is cancels, and so does how willingly
     either prompt is answered. One that is told from 8 others of its part counts. `s` is the weight of the tokens in
-    common, each the logarithm of how rare it is among the prompts (Sparck Jones 1972); where that does not tell, `s` is
-    the base model's log-likelihood of `a` given `x`. The words carry over what the base refuses, the likelihoods what
-    is said in other words.
+    common, each the logarithm of how rare it is among the prompts (Sparck Jones 1972). Where that does not tell, `s` is
+    the base model's log-likelihood of `a` given `x`, and the largest stands for the mean: whatever an edited model says is
+    likelier than the average after what it was said to. The words carry over what the base refuses, the likelihoods
+    what is said in other words.
 
-    Of answers that have nothing to do with their prompts about 0.15 count, and none if everything gets the same answer.
+    Of answers that have nothing to do with their prompts about 0.1 count, and none if everything gets the same answer.
     Refusals, lectures, degenerate answers and what was not judged are left out; what is thought before an answer is no
     part of it.
 
@@ -79,7 +80,7 @@ def answer_match(
     found = []
     for part, answers, comparisons, flags in zip(parts, drawn, compared, told, strict=True):
         count = sum(
-            flag or (not by_words and _is_told(own, others, others[:_N_THIRDS], likelihoods.__getitem__))
+            flag or (not by_words and _is_told(own, others, others[:_N_THIRDS], likelihoods.__getitem__, max))
             for (own, others), flag in zip(comparisons, flags, strict=True)
         )
         sha = part.at(sorted(answers)).prompts.sha256
@@ -111,12 +112,18 @@ def _compared(pairs: Sequence[Pair]) -> list[Comparison]:
     return [(pairs[at], [pairs[other] for other in others]) for at, others in enumerate(_partners(pairs))]
 
 
-def _is_told(own: Pair, others: Sequence[Pair], thirds: Sequence[Pair], score: Callable[[Pair], float]) -> bool:
+def _is_told(
+    own: Pair,
+    others: Sequence[Pair],
+    thirds: Sequence[Pair],
+    score: Callable[[Pair], float],
+    beyond: Callable[[Iterator[float]], float] = fmean,
+) -> bool:
     def preference(answer: Pair, other: Pair) -> float:
         return score((own[0], answer[1])) - score((other[0], answer[1]))
 
     return len(others) == N_OTHERS and all(
-        preference(own, other) > fmean(preference(third, other) for third in thirds if third is not other) + _TIE
+        preference(own, other) > beyond(preference(third, other) for third in thirds if third is not other) + _TIE
         for other in others
     )
 

@@ -69,18 +69,18 @@ Run = Callable[..., Any]
 """How experts are run: from a routing's arguments to what is written."""
 
 
-def sorts_tokens(module: torch.nn.Module, output: Any) -> bool:
+def sorts_tokens(module: Any, output: Any) -> bool:
     """Tell whether a module is the router of experts that get their tokens sorted, by what it gives."""
     n_experts, n_chosen = (getattr(module, name, None) for name in ("num_experts", "top_k"))
     if not n_experts or not n_chosen or not isinstance(output, tuple):
         return False
     if len(output) == 5 and isinstance(output[3], list):
-        return len(output[3]) == n_experts
+        return bool(len(output[3]) == n_experts)
     wide = [isinstance(part, torch.Tensor) and part.dim() == 2 and part.shape[1] == n_experts for part in output]
     return len(wide) == 2 and all(wide)
 
 
-def choice_of(router: torch.nn.Module, output: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def choice_of(router: Any, output: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Read the experts of each token and their weights, `[n_tokens, n_chosen]`, in what such a router gives."""
     n_chosen = router.top_k
     if len(output) == 2:
@@ -103,7 +103,7 @@ def with_choice(output: Any, chosen: torch.Tensor, weights: torch.Tensor) -> Any
     return order, order.div(chosen.shape[1], rounding_mode="trunc"), weights.flatten()[order], sizes, output[4]
 
 
-def expert_of_rows(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+def expert_of_rows(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
     """Give the expert that wrote each row of what experts give that get their tokens sorted."""
     n_experts = module.num_experts
     sizes = next((one for one in args if isinstance(one, list)), [len(output) // n_experts] * n_experts)
