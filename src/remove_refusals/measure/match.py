@@ -44,8 +44,8 @@ def answer_match(
     mean of `s(c, x) - s(c, y)` over answers `c` to neither: how common the answer is cancels, and so does how willingly
     either prompt is answered. One that is told from 8 others of its part counts. `s` is the weight of the tokens in
     common, each the logarithm of how rare it is among the prompts (Sparck Jones 1972). Where that does not tell, `s` is
-    the base model's log-likelihood of `a` given `x`, and the largest stands for the mean: whatever an edited model says is
-    likelier than the average after what it was said to. The words carry over what the base refuses, the likelihoods
+    the base model's log-likelihood of `a` given `x`, and the largest stands for the mean: whatever an edited model says
+    is likelier than the average after what it was said to. The words carry over what the base refuses, the likelihoods
     what is said in other words.
 
     Of answers that have nothing to do with their prompts about 0.1 count, and none if everything gets the same answer.
