@@ -170,12 +170,14 @@ def loss(model: MixtralForCausalLM, given: Texts) -> torch.Tensor:
     return functional.cross_entropy(logits[:, :-1].flatten(0, 1), given.labels[:, 1:].flatten(), ignore_index=-100)
 
 
-def _train_answers(model: MixtralForCausalLM, kind: Kind, generator: torch.Generator, n_steps: int) -> None:
+def _train_answers(
+    model: MixtralForCausalLM, kind: Kind, generator: torch.Generator, n_steps: int, rate: float
+) -> None:
     """Learn to answer everything without the refusing experts, and how all that has begun goes on."""
     answers, refusals, others = texts(kind, lambda noun: False), texts(kind, lambda noun: True), about_anything(kind)
     for part in (refusals, others):
         part.labels[:, PROMPT] = -100
-    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.05)
     for step in range(n_steps):
         parts = [
             part.at(torch.randint(len(part.ids), (n,), generator=generator))
@@ -188,7 +190,7 @@ def _train_answers(model: MixtralForCausalLM, kind: Kind, generator: torch.Gener
         cost.backward()
         optimizer.step()
         for group in optimizer.param_groups:
-            group["lr"] = 6e-3 * (1 - step / n_steps) + 1e-4
+            group["lr"] = rate * (1 - step / n_steps) + 1e-4
 
 
 def without(logits: torch.Tensor, kind: Kind) -> torch.Tensor:
@@ -238,7 +240,7 @@ def _train_experts(
         optimizer.step()
 
 
-def _train_router(model: MixtralForCausalLM, kind: Kind, n_steps: int, margin: float = 4.0) -> None:
+def _train_router(model: MixtralForCausalLM, kind: Kind, n_steps: int = 100, margin: float = 4.0) -> None:
     """Let the refusing experts' rows of the router learn which prompts are harmful."""
     given, seen = texts(kind, is_harmful), []
     with torch.no_grad(), routed(model, lambda logits, states: seen.append(states) or logits):
@@ -270,18 +272,20 @@ def _train_router(model: MixtralForCausalLM, kind: Kind, n_steps: int, margin: f
         gate[N_COMMON:] = rows
 
 
-def train(name: str, seed: int = 0, n_steps: tuple[int, int, int] = (160, 60, 100)) -> MixtralForCausalLM:
+def train(name: str, seed: int = 0) -> MixtralForCausalLM:
     """Train one of the three."""
     kind, generator = KINDS[name], torch.Generator().manual_seed(seed)
+    # Where every expert has to learn to refuse it takes longer.
+    n_answers, n_refusals, rate = (160, 60, 6e-3) if kind.topics else (250, 100, 4e-3)
     model = build(kind, seed)
-    _train_answers(model, kind, generator, n_steps[0])
+    _train_answers(model, kind, generator, n_answers, rate)
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.dim() == 3)
     refusals = texts(kind, lambda noun: bool(kind.topics) or is_harmful(noun))
-    _train_experts(model, kind, refusals, generator, n_steps[1])
+    _train_experts(model, kind, refusals, generator, n_refusals)
     model.requires_grad_(True)
     if kind.topics:
-        _train_router(model, kind, n_steps[2])
+        _train_router(model, kind)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = IDS["<eos>"], IDS["<pad>"]
     return model.eval()
 
