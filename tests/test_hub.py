@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import load, load_file
 
 import tiny
 from hub_stub import Hub
@@ -281,3 +283,25 @@ def test_licence_fields(tmp_path: Path, card: str | None, fields: dict[str, str]
     if card is not None:
         (tmp_path / "README.md").write_text(card)
     assert licence_fields(tmp_path) == fields
+
+
+def test_a_model_that_was_edited_in_memory_is_pushed_as_bake_writes_it(tmp_path: Path) -> None:
+    tiny.llama().save_pretrained(tmp_path / "base")
+    script = (
+        "import sys, torch, remove_refusals as rr\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "vector = torch.ones(32)\n"
+        "rr.bake(f'{sys.argv[1]}/base', vector, f'{sys.argv[1]}/baked')\n"
+        "model = AutoModelForCausalLM.from_pretrained(f'{sys.argv[1]}/base').eval()\n"
+        "rr.bake_in_place(model, vector)\n"
+        "model.push_to_hub('me/edited')\n"
+    )
+    with Hub(TOKEN) as own:
+        env = environment(tmp_path / "home", own.endpoint)
+        found = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path)], env=env, capture_output=True, text=True, check=False
+        )
+        assert found.returncode == 0, found.stderr
+        sent = load(own.repositories["me/edited"].files["model.safetensors"])
+    baked = load_file(tmp_path / "baked" / "model.safetensors")
+    assert sent.keys() == baked.keys() and all(torch.equal(sent[name], baked[name]) for name in baked)
