@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextGenerationPipe
 import remove_refusals as rr
 import remove_refusals.pipeline  # imports nearly every module, which must not hide a name of the interface
 import tiny
+import zoo
 from remove_refusals.errors import DirectionError, ModelError
 from remove_refusals.measure import table
 from remove_refusals.settings import EditSettings, GradientSettings, MeasureSettings, SelectSettings
@@ -247,6 +248,26 @@ def test_the_ten_lines_of_a_notebook(kind: str, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["edited"]
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2", "mixtral"])
+def test_hooks_on_an_adapted_model_are_the_edit_of_the_merged_one(model_type: str) -> None:
+    experts = {"target_modules": ["o_proj"], "target_parameters": ["mlp.experts.down_proj"]}
+    where = experts if model_type == "mixtral" else {"target_modules": "all-linear"}
+    base = zoo.build(model_type)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, fan_in_fan_out=model_type == "gpt2", **where)).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.2)
+    plain, vector = logits(model), torch.randn(zoo.D_MODEL)
+    with rr.ablated(model, vector):
+        taken_out = logits(model)
+    assert torch.equal(logits(model), plain) and float((plain - taken_out).abs().max()) > 0.1
+    merged = model.merge_and_unload()
+    rr.bake_in_place(merged, vector)
+    assert torch.allclose(logits(merged), taken_out, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2], ids=["llama", "tied"])
 def test_an_edit_in_memory_is_the_saved_one(make: Any, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -320,7 +341,9 @@ def test_results_show_themselves(model: torch.nn.Module) -> None:
     scores = rr.evaluate(loaded, torch.ones(32), **asked, settings=SHORT)
     shown = ElementTree.fromstring(f"<div>{scores._repr_html_()}</div>")
     rows = [tuple(cell.text or "" for cell in row.iter("td")) for row in shown.iter("tr")]
-    assert rows[1:] == list(table(scores)) and "(base) and" in "".join(shown.itertext())
+    assert rows[1:] == list(
+        table(scores)
+    ) and "Base: LlamaForCausalLM. Edited: LlamaForCausalLM, edited by hooks." in "".join(shown.itertext())
     for value in (scores, found, harmful):
         assert "\n" not in repr(value) and len(repr(value)) < 300
     assert str(scores) == repr(scores) and "harmful 0/1 to 0" in repr(scores)

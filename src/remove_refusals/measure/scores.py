@@ -204,7 +204,7 @@ class Evaluation(Record):
     __str__ = __repr__
 
     def _repr_html_(self) -> str:
-        title = f"{self.base} (base) and {self.edited} (edited) on the same prompts"
+        title = f"Base: {self.base}. Edited: {self.edited}. Both on the same prompts."
         return notebook.table(("", "base", "edited", "verdict, p"), table(self), title, table_key(self))
 
     def save(self, directory: Path | str) -> None:
