@@ -336,7 +336,14 @@ def test_the_page_in_a_browser(
         for history in wanted.talks:
             assert " ".join(history[-1]["content"].split()) in " ".join(said.split())
         # Both answers, what they are, and the message are on the screen at once.
-        for place in (".talk >> nth=0", ".talk >> nth=1", ".note >> nth=0", ".note >> nth=1", "#message", "#send"):
+        for place in (
+            ".talk >> nth=0",
+            ".talk >> nth=1",
+            ".note .label >> nth=0",
+            ".note .label >> nth=1",
+            "#message",
+            "#send",
+        ):
             box = tab.locator(place).bounding_box()
             assert box and box["y"] >= 0 and box["y"] + box["height"] <= height, place
         if width > 1000:
