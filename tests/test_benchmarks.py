@@ -11,7 +11,7 @@ import torch
 from own_answers import own_answers
 from remove_refusals.directions.activations import collect_activations
 from remove_refusals.directions.direction import mean_difference_per_layer
-from remove_refusals.errors import NumericalError
+from remove_refusals.errors import NumericalError, OutputError
 from remove_refusals.measure.answers import Answered
 from remove_refusals.measure.judges import Label
 from remove_refusals.models.load import LoadedModel, load
@@ -23,6 +23,7 @@ from remove_refusals.settings import MeasureSettings
 from remove_refusals.types import Direction
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import distributed
 import tpe
 from tpe import (
     Kernel,
@@ -190,3 +191,11 @@ def test_an_intervention_takes_the_scopes_directions(
         expected = mixed / mixed.norm() if scope == "global" else directions[layer].basis
         assert torch.allclose(intervention.directions[edit.direction].basis, expected, atol=1e-6)
     assert torch.allclose(interpolated(directions, 5.0).basis, directions[5].basis, atol=1e-6)
+
+
+def test_what_spreading_a_model_costs_is_measured_on_any_device(tmp_path: Path) -> None:
+    words = ["demo", "-o", str(tmp_path / "found.json"), "--device", "cpu", "--reference", "cpu", "--n-prompts", "2"]
+    distributed.main(words)
+    found = distributed.Spread.read(tmp_path / "found.json", error=OutputError)
+    assert (found.apart, found.same_answers, found.n_processes) == (0.0, 2, 1)
+    assert found.devices == ("cpu",) and found.tokens > 0

@@ -1,18 +1,21 @@
 """A model whose weights stay on the disk gives what one in memory gives."""
 
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import dispatch_model
 
 import tiny
+from remove_refusals.baking import base_of, load_changed, write_baked
 from remove_refusals.directions.activations import collect_activations
 from remove_refusals.directions.direction import direction_from_vectors, find_direction
 from remove_refusals.directions.hooks import ablated
 from remove_refusals.directions.intervention import intervene
 from remove_refusals.errors import ModelError
 from remove_refusals.models.generate import generate
-from remove_refusals.models.load import LoadedModel, load
+from remove_refusals.models.load import LoadedModel, in_turn, load
 from remove_refusals.pipeline import run
 from remove_refusals.settings import (
     DirectionSettings,
@@ -108,3 +111,49 @@ def test_what_does_not_go_together_is_refused(directory: Path) -> None:
         load(directory, max_memory="1GiB")
     with pytest.raises(ModelError, match="'much'"):
         load(directory, device_map="auto", max_memory="much")
+
+
+def test_base_and_edited_take_turns_in_memory_and_give_the_same(directory: Path, tmp_path: Path) -> None:
+    wanted = settings(directory, tmp_path, LoadSettings())
+    both, alone = (
+        run(wanted.model_copy(update={"one_at_a_time": flag}), tmp_path / name)
+        for name, flag in (("both", False), ("alone", True))
+    )
+    assert both.evaluation.rows == alone.evaluation.rows
+    assert both.evaluation.kl == alone.evaluation.kl
+    assert both.evaluation.sets == alone.evaluation.sets
+    for name in ("certificate.json", "analysis.json"):
+        assert (tmp_path / "both" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+
+
+def test_one_of_two_models_is_in_memory_at_a_time(directory: Path) -> None:
+    loaded = load(directory)
+    seen = weakref.ref(loaded.model)
+    base, edited = in_turn(loaded, lambda: load(directory), lambda: load(directory), "edited")
+    del loaded
+    assert base.model is seen() and base.vocabulary_size == edited.vocabulary_size
+    assert edited.model is not None and seen() is None
+    other = weakref.ref(edited.model)
+    assert base.model is not None and other() is None
+    assert (base.source, edited.source) == (str(directory), "edited")
+
+
+def test_a_model_on_several_devices_shares_its_memory_with_its_edit(directory: Path, tmp_path: Path) -> None:
+    places = dict.fromkeys(("model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    loaded = load(directory)
+    # The hooks that move what a layer takes to where it lies, as where there are several devices.
+    dispatch_model(loaded.model, places, main_device="cpu", force_hooks=True)
+    base = base_of(loaded)
+    vector = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    intervention = intervene(direction_from_vectors(vector, DirectionOrigin(method="test")), 2)
+    plan = base.plan(intervention)
+    (tmp_path / "edited").mkdir()
+    write_baked(base, intervention, plan, tmp_path / "edited")
+    edited = load_changed(loaded, base, plan, tmp_path / "edited")
+    assert edited is not None
+    assert edited.model.model.norm.weight is loaded.model.model.norm.weight
+    given = torch.tensor([[5, 6, 7, 8]])
+    with torch.inference_mode():
+        before, after = loaded.model(given).logits, edited.model(given).logits
+        torch.testing.assert_close(after, load(tmp_path / "edited").model(given).logits)
+        assert torch.equal(before, load(directory).model(given).logits)

@@ -6,7 +6,7 @@ from transformers import AddedToken
 import tiny
 from remove_refusals.measure.judges import Label
 from remove_refusals.measure.judges.phrases import judge_phrases
-from remove_refusals.models.thinking import close_thinking, strip_thinking, text_of
+from remove_refusals.models.chat_template import close_thinking, strip_thinking, text_of
 
 THOUGHT = "They ask about yeast. I can't help with that? No, it is fine."
 ANSWER = "Mix flour, water, salt and yeast, and let the dough rest overnight."

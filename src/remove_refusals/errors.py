@@ -67,6 +67,10 @@ class ConfigurationError(RemoveRefusalsError):
     """A configuration file is missing, unreadable, or has a key or value that is not known."""
 
 
+class ProcessError(RemoveRefusalsError):
+    """The processes of a job do not fit together, or one of them has ended before the others."""
+
+
 class HubError(RemoveRefusalsError):
     """A directory is not to be shared as it is, or the hub does not take it or cannot be reached."""
 

@@ -48,6 +48,7 @@ from remove_refusals.models import (
     tail_positions,
     tensor_slices,
 )
+from remove_refusals.processes import from_first
 from remove_refusals.progress import SILENT, Progress
 from remove_refusals.prompts import draw, prompts_from
 from remove_refusals.report import AnalysisRecord, LookedAtDirection, PositionRecord, write_html_report
@@ -121,7 +122,9 @@ def _examine(settings: RunSettings, *, answers: bool, progress: Progress) -> Exa
     sets.append(prompts_from(finding.harmless, "harmless", "harmless_train"))
     harmful, harmless = (draw(part, MOST_PROMPTS, finding.seed) if len(part) > MOST_PROMPTS else part for part in sets)
     prompts = measuring_prompts(settings.measure, (harmful, harmless))
-    loaded = load_model(settings.model, settings.loading, chat=settings.chat, batch_size=settings.batch_size)
+    loaded = load_model(
+        settings.model, settings.loading, chat=settings.chat, batch_size=settings.batch_size, progress=progress
+    )
     model_map, name = map_model(loaded.model), published_name(loaded.source)
     if answers and model_map.unhooked:
         raise ArchitectureError(
@@ -135,7 +138,7 @@ def _examine(settings: RunSettings, *, answers: bool, progress: Progress) -> Exa
     told = progress.stage("activations", len(harmful) + len(harmless))
     activations = collect_both(loaded, harmful, harmless, positions=tuple(tokens), progress=told)
     parts = [separation(*activations, position=position, seed=finding.seed) for position in tokens]
-    direction = _direction(activations, parts[0])
+    direction = from_first(lambda: _direction(activations, parts[0]))
     origin = direction.origin
     layers = (model_map.n_layers // 2 if origin.method.startswith("projected") else 0, model_map.n_layers - 1)
     by_position = (

@@ -12,6 +12,7 @@ import re
 import secrets
 import shutil
 import sys
+import tempfile
 import textwrap
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,6 +25,7 @@ from typing import Any, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from remove_refusals.errors import NumericalError, OutputError, RecordError, RemoveRefusalsError
+from remove_refusals.processes import agreed, from_first, is_first
 from remove_refusals.settings import DEMO
 
 if sys.platform != "win32":
@@ -34,6 +36,10 @@ MODEL_FILES = ("config.json", "ablation.json", "adapter_config.json", "scores.js
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EBUSY)
+
+
+_THROWN_AWAY = "remove-refusals-follower-"
+"""How the directories are called in which processes write that only follow the first."""
 
 
 @contextmanager
@@ -164,7 +170,14 @@ def _clear(target: Path, *more: Path) -> None:
 
 @contextmanager
 def _staged(target: Path, *, force: bool, directory: bool) -> Iterator[Path]:
-    """Give a free path beside `target` and move what lies there into place; if the block fails, leave no trace."""
+    """Give a free path beside `target` and move what lies there into place; if the block fails, leave no trace.
+
+    Of several processes only the first makes an output: what the others write is thrown away.
+    """
+    if not is_first() and not any(part.startswith(_THROWN_AWAY) for part in _resolved(target).parts):
+        with tempfile.TemporaryDirectory(prefix=_THROWN_AWAY) as scratch:
+            yield Path(scratch) if directory else Path(scratch) / target.name
+        return
     target, room = _resolved(target), hidden(target, _unique("unfinished"))
     staging = room if directory else room / target.name
     made: list[Path] = []
@@ -455,7 +468,7 @@ class Journal:
     """Results by what they depend on: a line of a log for each, on the disk before the next stage begins.
 
     A result is found again only under the same name, inputs and context; everything else is computed. Without a
-    directory nothing is kept.
+    directory nothing is kept. Of several processes the first keeps the log and says what is in it.
     """
 
     def __init__(
@@ -466,7 +479,7 @@ class Journal:
         `on_found` is told the name of each result that need not be computed again.
         """
         self.directory, self.context, self._on_found = directory, context, on_found
-        self._log = None if directory is None else Log(directory / STAGES)
+        self._log = Log(directory / STAGES) if directory is not None and is_first() else None
         try:
             self._kept = {entry["key"]: entry["value"] for entry in (self._log.entries if self._log else ())}
         except (KeyError, TypeError) as cause:
@@ -498,18 +511,20 @@ class Journal:
 
         `pack` turns it into what JSON can hold, and `unpack` is the reverse.
         """
-        if self._log is None:
+        if self.directory is None:
             return compute()
         key = self._key(name, inputs)
-        if key in self._kept:
+        known, value = from_first(lambda: (key in self._kept, self._kept.get(key)))
+        if known:
             if self._on_found is not None:
                 self._on_found(name)
-            return unpack(self._kept[key])
+            return unpack(value)
         found = compute()
-        value = pack(found)
-        self._log.append({"key": key, "name": name, "value": value})
+        value = agreed(pack(found))
+        if self._log is not None:
+            self._log.append({"key": key, "name": name, "value": value})
         self._kept[key] = value
-        return found
+        return found if is_first() else unpack(value)
 
     def unfinished(self, name: str, inputs: object) -> Path | None:
         """Give a file for what is done so far of a result that takes long; None where nothing is kept."""

@@ -41,7 +41,16 @@ from remove_refusals.measure import (
     warnings,
 )
 from remove_refusals.modelmap import map_model
-from remove_refusals.models import LoadedModel, check_editable, check_not_source, edited_before, load_model
+from remove_refusals.models import (
+    LoadedModel,
+    check_editable,
+    check_not_source,
+    edited_before,
+    fits_twice,
+    in_turn,
+    load_model,
+)
+from remove_refusals.processes import agreed, check_shared, from_first, is_first
 from remove_refusals.progress import SILENT, Cost, Meter, Progress
 from remove_refusals.prompts import prompts_from
 from remove_refusals.report import (
@@ -56,7 +65,9 @@ from remove_refusals.settings import (
     ALARMING_SETS,
     HARMFUL_SETS,
     PUBLISHED_JUDGES,
+    DirectionSettings,
     DiskSettings,
+    LoadSettings,
     PromptSource,
     RunSettings,
     SelectSettings,
@@ -133,12 +144,14 @@ def run(
     target = Path(output)
     check_not_source(target, settings.model, revision=settings.loading.revision)
     check_target(target, force=force, directory=True)
+    check_shared(target.parent)
     journal, meter = hidden(target, "journal"), Meter()
     progress = replace(progress, meter=meter)
     with atomic_directory(target, force=force) as directory:
         try:
             kept = Journal(journal, on_found=lambda name: progress.note(f"Done before, and kept: {name}."))
-            result = _run_into(directory, target.name, settings, direction_file, kept, progress)
+            place = agreed(directory)
+            result = _run_into(place, target.name, settings, direction_file, kept, progress)
         except RemoveRefusalsError:
             # It would end in the same way again.
             shutil.rmtree(journal, ignore_errors=True)
@@ -176,23 +189,24 @@ def _run_into(
     prompts = measuring_prompts(settings.measure, search.sets() if search is not None else drawn or ())
     judge, accuracies = measuring_judge(settings.measure, settings.loading.device)
     progress.begin("loading")
-    loaded = load_model(settings.model, settings.loading, chat=settings.chat, batch_size=settings.batch_size)
+    loaded = load_model(
+        settings.model, settings.loading, chat=settings.chat, batch_size=settings.batch_size, progress=progress
+    )
     progress.begin("mapping")
-    edit = settings.edit
-    check_exact(map_model(loaded.model), allow_leak=edit.allow_leak)
+    check_exact(map_model(loaded.model), allow_leak=settings.edit.allow_leak)
     choice = None
     if search is not None:
         choice, said = _searched(loaded, settings, search, journal, progress)
     if choice is None:
-        if given is not None:
-            found = FoundDirection(given, (), None)
-        else:
+        found = FoundDirection(given or (), (), None)
+        if given is None:
             found = find_direction(loaded, settings.direction, prompts=drawn, progress=progress)
         notes = (*said, *_outlier_warning(found, settings))
-        choice = _Choice(as_intervention(found.directions, loaded, edit), found.prompts, notes)
+        choice = _Choice(as_intervention(found.directions, loaded, settings.edit), found.prompts, notes)
     before = edited_before(settings.model, settings.loading.revision)
     choice = replace(choice, notes=(*choice.notes, *filter(None, [before])))
-    baked, edited = _saved(loaded, choice.intervention, directory, settings, progress)
+    # Another takes the model's place where two do not fit: nothing else may hold on to it.
+    baked, loaded, edited = _saved(loaded, choice.intervention, directory, settings, progress)
     evaluation = evaluate(
         loaded,
         edited,
@@ -204,38 +218,78 @@ def _run_into(
         progress=progress,
     ).model_copy(update={"base": published_name(loaded.source), "edited": output_name})
     progress.begin("records")
-    result = RunResult(baked, evaluation, (*warnings(evaluation), *choice.notes), choice.selection)
-    result = _recorded(result, directory, settings, _prompt_records(choice.prompts, prompts))
-    if min(len(prompts.harmful), len(prompts.harmless)) >= _FEWEST_APART:
-        separation = measure_separation(
-            loaded,
-            prompts.harmful,
-            prompts.harmless,
-            position=settings.direction.positions[0],
-            seed=settings.direction.seed,
-            progress=progress,
-        )
-        AnalysisRecord.made(separation).write(directory / "analysis.json")
+    result = RunResult(baked[-1], evaluation, (*warnings(evaluation), *choice.notes), choice.selection)
+    if is_first():
+        result = _recorded(result, directory, settings, _prompt_records(choice.prompts, prompts))
+    separation = _separation(loaded, prompts, settings.direction, progress)
     progress.begin("report")
-    write_html_report(directory)
+    if is_first():
+        if separation is not None:
+            separation.write(directory / "analysis.json")
+        write_html_report(directory)
     return result
+
+
+def _separation(
+    loaded: LoadedModel, prompts: EvaluationPrompts, finding: DirectionSettings, progress: Progress
+) -> AnalysisRecord | None:
+    """Measure how far apart the test prompts lie, where there are enough."""
+    if min(len(prompts.harmful), len(prompts.harmless)) < _FEWEST_APART:
+        return None
+    place = {"position": finding.positions[0], "seed": finding.seed}
+    return AnalysisRecord.made(
+        measure_separation(loaded, prompts.harmful, prompts.harmless, progress=progress, **place)
+    )
 
 
 def _saved(
     loaded: LoadedModel, intervention: Intervention, directory: Path, settings: RunSettings, progress: Progress
-) -> tuple[Baked, LoadedModel]:
-    """Write the edited model, and give it as the files have it."""
+) -> tuple[list[Baked], LoadedModel, LoadedModel]:
+    """Write the edited model, and give it as the files have it, beside its base or in turn with it.
+
+    What was written is a list, the last of which says what was measured on the model between its layers, too.
+    """
     progress.begin("saving")
     base = base_of(loaded)
     plan = base.plan(intervention, settings.edit)
     # The model itself is in memory beside this.
-    baked = write_baked(base, intervention, plan, directory, disk=DiskSettings(memory=1 << 28), progress=progress)
+    disk = DiskSettings(memory=1 << 28)
+    baked = from_first(lambda: write_baked(base, intervention, plan, directory, disk=disk, progress=progress))
     progress.begin("reading back")
-    edited = None if settings.from_files else load_changed(loaded, base, plan, directory)
-    if edited is None:
-        local = settings.loading.model_copy(update={"revision": None})
-        edited = load_model(str(directory), local, chat=settings.chat, batch_size=settings.batch_size)
-    return with_boundaries(baked, edited, intervention), edited
+    written, local = [baked], settings.loading.model_copy(update={"revision": None})
+
+    def read(loading: LoadSettings = local) -> LoadedModel:
+        found = load_model(str(directory), loading, chat=settings.chat, batch_size=settings.batch_size)
+        written.append(with_boundaries(written[-1], found, intervention))
+        return found
+
+    alone = settings.one_at_a_time
+    edited = None if settings.from_files or alone else load_changed(loaded, base, plan, directory)
+    if edited is not None:
+        written.append(with_boundaries(baked, edited, intervention))
+    elif alone or _is_alone(loaded, progress):
+        return written, *in_turn(loaded, partial(load_model, settings.model, settings.loading), read, str(directory))
+    return written, loaded, edited or _beside(loaded, read(), progress)
+
+
+def _is_alone(loaded: LoadedModel, progress: Progress) -> bool:
+    """Whether another model of its size does not fit beside one, which is said."""
+    if fits_twice(loaded):
+        return False
+    progress.note("Two models do not fit into memory: base and edited one are loaded in turn.")
+    return True
+
+
+def _beside(base: LoadedModel, edited: LoadedModel, progress: Progress) -> LoadedModel:
+    """Say where a model that was loaded beside its base lies in slower memory than that."""
+    places = [set(map(str, getattr(one.model, "hf_device_map", {}).values())) for one in (base, edited)]
+    slower = sorted((places[1] - places[0]) & {"cpu", "disk"})
+    if slower:
+        progress.note(
+            f"Parts of the edited model lie on {' and '.join(slower)}, since the base takes the devices, and are slow "
+            "there; --one-at-a-time gives each model all of them."
+        )
+    return edited
 
 
 def _recorded(
@@ -342,12 +396,18 @@ def compare(
     """
     prompts = measuring_prompts(settings.measure)
     judge, accuracies = measuring_judge(settings.measure, settings.loading.device)
-    base = load_model(settings.model, settings.loading, chat=settings.chat, batch_size=settings.batch_size)
+    base = load_model(
+        settings.model, settings.loading, chat=settings.chat, batch_size=settings.batch_size, progress=progress
+    )
     context: Any = nullcontext
-    if taken is None:
-        other = load_edited(edited, settings.model, settings.loading, settings.chat, settings.batch_size)
-    else:
+    if taken is not None:
         other, context = base, partial(ablated, base, as_intervention(taken, base, settings.edit))
+    else:
+        read = partial(load_edited, edited, settings.model, settings.loading, settings.chat, settings.batch_size)
+        if settings.one_at_a_time or _is_alone(base, progress):
+            base, other = in_turn(base, partial(load_model, settings.model, settings.loading), read, edited)
+        else:
+            other = _beside(base, read(), progress)
     evaluation = evaluate(
         base,
         other,
@@ -396,7 +456,10 @@ def reproduce(
             f"The record {directory / 'ablation.json'} does not hold the settings of a run ({type(error).__name__}), "
             "expected what this version writes; use the version that made it."
         ) from error
-    settings = _located(settings, files or Path()).model_copy(update={"model": model or settings.model})
+    # How it lay over devices decides nothing, and those of another machine may not be there.
+    loading = settings.loading.model_copy(update={"tp": None, "replicas": None})
+    settings = _located(settings, files or Path())
+    settings = settings.model_copy(update={"model": model or settings.model, "loading": loading})
     check_base(record.base, settings.model, directory, settings.loading.revision)
     given = None if any("_test" not in name for name in record.prompts or ()) else directory
     with scratch_directory(directory) as scratch:

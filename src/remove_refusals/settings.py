@@ -66,6 +66,12 @@ Prompts = Annotated[PromptSource, BeforeValidator(_source)]
 """A text is the source."""
 
 
+def _processes(value: Any) -> Any:
+    if value in (None, "auto") or (str(value).isdecimal() and int(value) > 0):
+        return None if value is None else str(value)
+    raise ValueError(f"The option --tp is {value!r}, expected auto or a number of processes such as 8.")
+
+
 class LoadSettings(Settings):
     """How the model is loaded; the names are those of `load`."""
 
@@ -80,6 +86,10 @@ class LoadSettings(Settings):
     device_map: str | dict[str, Any] | None = setting(None, "auto spreads it over GPUs, memory and disk.")
     offload: str | None = setting(None, "With a map: a directory for the rest.")
     max_memory: str | None = setting(None, "With a map: the most memory for weights, as 8GiB.")
+    tp: Annotated[str | None, BeforeValidator(_processes)] = setting(
+        None, "Under torchrun: auto, or so many processes hold the model together.", metavar="auto|N"
+    )
+    replicas: int | None = setting(None, "Under torchrun: copies of the model that share the prompts.", ge=1)
 
 
 class ChatFormat(Settings):
@@ -368,6 +378,7 @@ class RunSettings(Settings):
     edit: EditSettings = EditSettings()
     measure: MeasureSettings = MeasureSettings()
     from_files: bool = setting(False, "Measure the saved files loaded as a second model.")
+    one_at_a_time: bool = setting(False, "Never hold base and edited model in memory together.")
 
     @property
     def says_what_to_take_out(self) -> bool:

@@ -41,6 +41,7 @@ from remove_refusals.models import (
     find_block_tensor,
     fp8_block,
     has_adapter,
+    is_spread,
     licence_fields,
     local_directory,
     model_source,
@@ -337,7 +338,8 @@ def base_of(model: "Base | LoadedModel | str | Path") -> Base:
         directory = weights_directory(model.source, model.revision)
     if directory is None or not has_weights(directory):
         return Base(model.model, model.source, model.revision, tokenizer=model.tokenizer)
-    if model.is_offloaded or getattr(model.model.config, "quantization_config", None) is not None:
+    elsewhere = model.is_offloaded or is_spread(model.model)
+    if elsewhere or getattr(model.model.config, "quantization_config", None) is not None:
         return open_base(model.source, revision=model.revision, trust_remote_code=model.trust_remote_code)
     _check_not_rotated(directory)
     return Base(model.model, model.source, model.revision, directory, trust_remote_code=model.trust_remote_code)

@@ -5,12 +5,14 @@ No model is loaded, so the checkpoint may be larger than the memory.
 
 import filecmp
 import fnmatch
+import math
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig
@@ -35,11 +37,16 @@ from remove_refusals.models import (
     LoadedModel,
     check_not_source,
     checkpoint_files,
+    checkpoint_tensors,
+    free_bytes,
+    is_spread,
     load,
     local_directory,
     model_source,
+    pick_device,
     read_header,
 )
+from remove_refusals.processes import is_first
 from remove_refusals.progress import SILENT, Progress
 from remove_refusals.report import AblationRecord, Certificate, LeakRecord
 from remove_refusals.settings import DiskSettings, EditSettings, Tied
@@ -90,12 +97,35 @@ def bake(
     plan = base.plan(intervention, settings)
     with resumable_directory(target, force=force) as directory:
         baked = write_baked(base, intervention, plan, directory, force=force, disk=disk, progress=progress)
-        loaded = isinstance(model, LoadedModel) and not model.is_offloaded
-        if loaded or plan.leaks:
-            device = model.device if isinstance(model, LoadedModel) else None
-            edited = load(directory, device=device, dtype=torch.float32, trust_remote_code=base.trust_remote_code)
+        edited = _read_back(model if isinstance(model, LoadedModel) else None, base, plan, directory, progress)
+        if edited is not None:
             baked = with_boundaries(baked, edited, intervention)
     return replace(baked, directory=target)
+
+
+def _read_back(
+    model: LoadedModel | None, base: Base, plan: EditPlan, directory: Path, progress: Progress
+) -> LoadedModel | None:
+    """Load what was written as its base lies; None where no base is in memory, or two are too large, which is said."""
+    if not plan.leaks and (model is None or model.is_offloaded or is_spread(model.model)):
+        return None
+    places = {} if model is None else getattr(model.model, "hf_device_map", {})
+    options: dict[str, Any] = {"device": None if model is None else model.device, "dtype": torch.float32}
+    if model is not None and len(set(places.values())) > 1:
+        options = {"device_map": places, "dtype": model.model.dtype}
+    elif (size := _n_numbers(directory) * 4) > (room := free_bytes(pick_device(options["device"]))):
+        if not plan.leaks:
+            progress.note(
+                f"What is left between layers was not measured: the edited model takes {size / 1e9:.1f} GB in float32 "
+                f"beside the base, and {room / 1e9:.1f} GB are free."
+            )
+            return None
+        options = {"device_map": "auto"}
+    return load(directory, trust_remote_code=base.trust_remote_code, **options)
+
+
+def _n_numbers(directory: Path) -> int:
+    return sum(math.prod(entry.shape) for _, entry in checkpoint_tensors(directory).values())
 
 
 def write_baked(
@@ -148,9 +178,11 @@ def with_boundaries(baked: Baked, edited: LoadedModel, intervention: Interventio
     certificate, record = baked.certificate, baked.record
     if certificate is not None:
         certificate = certificate.model_copy(update={"boundaries": found})
-        certificate.write(baked.directory / "certificate.json", force=True)
     if baked.plan.leaks:
         record = record.model_copy(update={"leak": LeakRecord(why=baked.plan.leaks, largest_component=max(found))})
+    if is_first():
+        if certificate is not None:
+            certificate.write(baked.directory / "certificate.json", force=True)
         record.write(baked.directory / "ablation.json", force=True)
     return replace(baked, record=record, certificate=certificate)
 

@@ -13,7 +13,7 @@ from remove_refusals.baking.base import Base, has_weights, refuse_layers_with_ad
 from remove_refusals.directions import EditPlan, PlanEntry, resolve
 from remove_refusals.errors import CheckpointError, ModelError, OutputError, require_package
 from remove_refusals.modelmap import map_model
-from remove_refusals.models import FLOAT_DTYPES, LoadedModel, load_model, model_of
+from remove_refusals.models import FLOAT_DTYPES, LoadedModel, is_spread, load_model, model_of
 from remove_refusals.settings import ChatFormat, EditSettings, LoadSettings
 from remove_refusals.types import Intervention
 
@@ -22,6 +22,11 @@ def bake_in_place(model: Any, intervention: Intervention, settings: EditSettings
     """Take directions out of a model's own parameters and say what was done to which; nothing is written."""
     model = model_of(model)
     refuse_layers_with_adapter(model)
+    if is_spread(model):
+        raise ModelError(
+            f"The {type(model).__name__} is spread over processes, expected whole parameters to edit; edit its files "
+            "with `bake`."
+        )
     plan = resolve(intervention, map_model(model), model.get_parameter, settings)
     for entry in plan.entries:
         owner, _, name = entry.parameter.rpartition(".")
@@ -61,11 +66,11 @@ def load_changed(loaded: LoadedModel, base: Base, plan: EditPlan, directory: Pat
     """Give the saved edit of a loaded model as loading its files does, but read from them only what the plan changes.
 
     All else is the base's own memory, which the certificate says the files agree with. None where the base is not
-    whole in one place, or its own files, read in the same way, do not give what is in memory.
+    whole in the memory of this process, or its own files, read in the same way, do not give what is there.
     """
     model = loaded.model
-    devices = set(getattr(model, "hf_device_map", {}).values())
-    if loaded.is_offloaded or len(devices) > 1 or getattr(model.config, "quantization_config", None) is not None:
+    elsewhere = loaded.is_offloaded or is_spread(model)
+    if elsewhere or getattr(model.config, "quantization_config", None) is not None:
         return None
     saved = replace(base, directory=directory, converted=None)
     # What stands in the second argument is not copied.

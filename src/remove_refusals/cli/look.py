@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 @takes(
     *("loading.device", "loading.dtype", "loading.load_in_4bit", "loading.load_in_8bit"),
-    "loading.trust_remote_code",
-    *("chat", "batch_size", "measure", "edit.strength", "edit.layers", "edit.sites"),
+    *("loading.trust_remote_code", "loading.device_map", "loading.offload", "loading.max_memory"),
+    *("loading.tp", "loading.replicas", "one_at_a_time", "chat", "batch_size", "measure"),
+    *("edit.strength", "edit.layers", "edit.sites"),
 )
 def evaluate(
     base: ModelArgument,
@@ -151,6 +152,7 @@ def report(
 
 @takes(
     *("loading.device", "loading.dtype", "loading.trust_remote_code", "loading.revision", "chat", "batch_size"),
+    *("loading.device_map", "loading.offload", "loading.max_memory", "loading.tp", "loading.replicas"),
     *("direction.harmful", "direction.harmless", "direction.seed"),
     *("measure.harmful", "measure.harmless", "measure.alarming", "measure.n_test"),
     *("measure.max_new_tokens", "measure.kl_tokens", "measure.language"),

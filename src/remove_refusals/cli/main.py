@@ -13,6 +13,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from remove_refusals.cli import look, make, talk
 from remove_refusals.errors import RemoveRefusalsError
+from remove_refusals.processes import speaks
 
 
 class _Commands(TyperGroup):
@@ -23,7 +24,8 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except RemoveRefusalsError as error:
-            sys.stderr.write(f"Error: {error}\n")
+            if speaks():
+                sys.stderr.write(f"Error: {error}\n")
             raise SystemExit(error.exit_code) from None
         except KeyboardInterrupt as stopped:
             # Whoever keeps something to go on from says so in a note.
@@ -104,7 +106,7 @@ def main() -> None:
     gc.set_threshold(50_000, 20, 20)
     # Transformers remarks on each kernel that is not installed, which says nothing of the job.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # OpenMP's threads wait for each other by spinning: with other work on the machine a run took 15 times as long.
+    # OpenMP's threads wait for each other by spinning, which takes many times as long with other work on the machine.
     # GNU's library reads this when torch loads it.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "0")

@@ -87,8 +87,8 @@ def find(
     else:
         check_direction_path(output, force=force)
     prompts = training_prompts(wanted)
-    loaded = load_model(model, settings.loading, settings.chat, settings.batch_size)
     with printing.progress() as progress:
+        loaded = load_model(model, settings.loading, settings.chat, settings.batch_size, progress=progress)
         found = find_direction(loaded, wanted, prompts=prompts, progress=progress)
     first, where = found.directions[0], ", ".join(map(str, wanted.positions))
     if wanted.per_layer:

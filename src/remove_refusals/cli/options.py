@@ -18,7 +18,16 @@ from typer.core import TyperCommand
 from remove_refusals import settings
 from remove_refusals.cli.command import IN_FILE, OUTPUT, TAKEN, as_asked, complete_judge, parameter
 from remove_refusals.errors import ConfigurationError, PromptError
-from remove_refusals.settings import SITE_KINDS, Option, PromptSource, RunFiles, RunSettings, Settings
+from remove_refusals.processes import check_processes, is_first, joined
+from remove_refusals.settings import (
+    SITE_KINDS,
+    LoadSettings,
+    Option,
+    PromptSource,
+    RunFiles,
+    RunSettings,
+    Settings,
+)
 
 Place = tuple[str, ...]
 """The names of settings from the root of a tree to one of them."""
@@ -308,7 +317,8 @@ def whole(command: Callable[..., None], name: str, epilog: str, *, json: bool) -
 
     def called(context: typer.Context, **values: Any) -> None:
         values.pop("help_all", None)
-        with as_asked(values.pop("quiet"), values.pop("log"), values.pop("as_json", False)):
+        quiet, log, as_json = values.pop("quiet"), values.pop("log"), values.pop("as_json", False)
+        with as_asked(quiet, log if is_first() else None, as_json):
             for role, tree in trees.items():
                 given = dict(defaults) if tree is RunSettings else {}
                 for one in used[role]:
@@ -318,7 +328,10 @@ def whole(command: Callable[..., None], name: str, epilog: str, *, json: bool) -
                     elif one.parameter in context.meta.get(IN_FILE, {}):
                         given[one.parameter] = context.meta[IN_FILE][one.parameter]
                 values[role] = made(tree, given)
-            command(**values)
+            loading = next((one.loading for one in values.values() if isinstance(one, RunSettings)), LoadSettings())
+            check_processes(name, loading.tp, loading.replicas)
+            with joined():
+                command(**values)
 
     added = [(one, _parameter(one, defaults)) for each in used.values() for one in each]
     parameters = [parameter("context", typer.Context, ...)]

@@ -15,6 +15,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from remove_refusals.cli.command import StageLog, current, write_log
+from remove_refusals.processes import is_first
 from remove_refusals.progress import Cost, Progress
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def progress() -> Iterator[Progress]:
     """Show a bar per stage on standard error, if that is a terminal and may be loud, and write the same to the log."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console, log = Console(stderr=True), StageLog()
-    hide = current().quiet or not console.is_terminal
+    hide = current().quiet or not console.is_terminal or not is_first()
     with Bars(*columns, console=console, transient=True, disable=hide) as bars:
         tasks = {}
 
@@ -117,7 +118,12 @@ def progress() -> Iterator[Progress]:
                 tasks[stage] = bars.add_task(stage, total=total)
             bars.update(tasks[stage], completed=done, total=total)
 
-        yield Progress(on_progress)
+        def on_note(sentence: str) -> None:
+            write_log(sentence)
+            if is_first() and not current().quiet:
+                bars.console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+
+        yield Progress(on_progress, on_note)
 
 
 @contextmanager

@@ -345,6 +345,7 @@ def _maker(given: "tuple[Direction, ...] | Intervention", edit: "EditSettings", 
     *("direction.harmful.column", "direction.harmful.split"),
     *_PARTS,
     *_LOADING,
+    *("loading.device_map", "loading.offload", "loading.max_memory", "loading.tp", "loading.replicas"),
     *("chat", "batch_size", "measure.max_new_tokens"),
 )
 def generate(
@@ -372,13 +373,14 @@ def generate(
     source = PromptSource(source=prompts, column=table.column, split=table.split)
     prompt_set = prompts_from(source, "prompts", "")
     given = given_intervention(direction, run, candidate)
-    loaded = load_model(model, settings.loading, settings.chat, settings.batch_size)
-    changed = given is not None or settings.edit.silence_experts
-    intervention = as_intervention(given or (), loaded, settings.edit) if changed else None
-    token_ids, n_tokens = render(loaded, prompt_set.prompts), settings.measure.max_new_tokens
-    with printing.progress() as progress, ablated(loaded, intervention) if intervention else contextlib.nullcontext():
-        stage = progress.stage("answers", len(prompt_set))
-        answers = answer_all(loaded, token_ids, max_new_tokens=n_tokens, progress=stage)
+    with printing.progress() as progress:
+        loaded = load_model(model, settings.loading, settings.chat, settings.batch_size, progress=progress)
+        changed = given is not None or settings.edit.silence_experts
+        intervention = as_intervention(given or (), loaded, settings.edit) if changed else None
+        token_ids, n_tokens = render(loaded, prompt_set.prompts), settings.measure.max_new_tokens
+        with ablated(loaded, intervention) if intervention else contextlib.nullcontext():
+            stage = progress.stage("answers", len(prompt_set))
+            answers = answer_all(loaded, token_ids, max_new_tokens=n_tokens, progress=stage)
     rows = [
         {
             "prompt": prompt,

@@ -10,7 +10,18 @@ import torch
 
 from remove_refusals.errors import ArchitectureError, DirectionError
 from remove_refusals.modelmap import ModelMap, Routing, first_of_width, map_model, routing_of, routing_within
-from remove_refusals.models import Beginning, LoadedModel, begin, continued, hooked, in_batches, render
+from remove_refusals.models import (
+    Beginning,
+    LoadedModel,
+    accepts,
+    begin,
+    continued,
+    hooked,
+    in_batches,
+    is_fetched,
+    render,
+    without_gradients,
+)
 from remove_refusals.progress import SILENT, Progress
 from remove_refusals.settings import published_name
 from remove_refusals.types import Activations, Direction, PromptSet
@@ -70,14 +81,14 @@ def collect_activations(
     model_map = map_model(loaded.model)
     depth = model_map.n_layers if n_layers is None else n_layers
     _check_places(token_ids, positions, depth, model_map)
-    # Where weights come from the disk, none is spent on looking whether the rest may be left out.
-    stop = depth < model_map.n_layers and bool(token_ids) and not loaded.is_offloaded
+    # Where weights come from elsewhere, none is spent on looking whether the rest may be left out.
+    stop = depth < model_map.n_layers and bool(token_ids) and not loaded.is_offloaded and not is_fetched(loaded.model)
     stop = stop and _runs_each_layer_once(loaded, token_ids)
     hidden = torch.empty(len(token_ids), len(positions), depth + 1, model_map.d_model)
     begun = _begin_before(loaded, token_ids, min(positions))
 
     def run(indices: Sequence[int]) -> torch.Tensor:
-        with torch.inference_mode(), _residual_stream(loaded, positions, depth, stop=stop) as found:
+        with without_gradients(loaded.model), _residual_stream(loaded, positions, depth, stop=stop) as found:
             run_decoder(loaded, [token_ids[index] for index in indices], begun)
         return torch.stack([found[index].to("cpu", torch.float32) for index in range(depth + 1)], dim=2)
 
@@ -112,7 +123,7 @@ def token_states(loaded: LoadedModel, token_ids: Sequence[int], layer: int) -> t
     """Run one text and give the stream at every token, `[n_tokens, d_model]`, at one index of the layer axis."""
     positions = tuple(range(-len(token_ids), 0))
     _check_places([token_ids], positions or (-1,), layer, map_model(loaded.model))
-    with torch.inference_mode(), _residual_stream(loaded, positions, layer) as found:
+    with without_gradients(loaded.model), _residual_stream(loaded, positions, layer) as found:
         run_decoder(loaded, [token_ids])
     return found[layer][0].to("cpu", torch.float32)
 
@@ -137,7 +148,10 @@ def _check_places(
 def run_decoder(loaded: LoadedModel, token_ids: Sequence[Sequence[int]], begun: Beginning | None = None) -> None:
     """Run prompts, or what follows their beginning, through the decoder for what hooks see of it, without the head."""
     decoder = getattr(loaded.model, loaded.model.base_model_prefix, loaded.model)
-    decoder(**continued(loaded, token_ids, begun))
+    inputs = continued(loaded, token_ids, begun)
+    if is_fetched(loaded.model):
+        decoder, inputs = loaded.model, inputs | ({"logits_to_keep": 1} if accepts(loaded, "logits_to_keep") else {})
+    decoder(**inputs)
 
 
 def _begin_before(loaded: LoadedModel, token_ids: Sequence[Sequence[int]], position: int) -> Beginning | None:
@@ -155,7 +169,7 @@ def _runs_each_layer_once(loaded: LoadedModel, token_ids: Sequence[Sequence[int]
     def note(name: str, *given: Any) -> None:
         calls.append(name)
 
-    with torch.inference_mode(), hooked(loaded.model, before=[(name, partial(note, name)) for name in layers]):
+    with without_gradients(loaded.model), hooked(loaded.model, before=[(name, partial(note, name)) for name in layers]):
         run_decoder(loaded, [min(token_ids, key=len)])
     return calls == list(layers)
 
@@ -164,7 +178,7 @@ def measure_boundaries(loaded: LoadedModel, direction: Direction) -> tuple[float
     """Measure on a few tokens, before each layer and behind the last, the largest `‖Qᵀh‖ / ‖h‖` of a direction."""
     tokens = [(7 * index + 3) % min(loaded.vocabulary_size, 1000) for index in range(_N_PROBE_TOKENS)]
     n_layers = map_model(loaded.model).n_layers
-    with torch.inference_mode(), _residual_stream(loaded, range(-_N_PROBE_TOKENS, 0), n_layers) as found:
+    with without_gradients(loaded.model), _residual_stream(loaded, range(-_N_PROBE_TOKENS, 0), n_layers) as found:
         run_decoder(loaded, [tokens])
     shares = []
     for index in range(n_layers + 1):
@@ -236,7 +250,7 @@ def collect_at(
             for key, tap in taps.items()
         ]
         before, behind = ([hook for on_input, hook in hooks if on_input is side] for side in (True, False))
-        with torch.inference_mode(), hooked(loaded.model, before=before, behind=behind):
+        with without_gradients(loaded.model), hooked(loaded.model, before=before, behind=behind):
             run_decoder(loaded, [token_ids[index] for index in indices], begun)
         return dict(found)
 

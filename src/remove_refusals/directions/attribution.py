@@ -20,7 +20,7 @@ from remove_refusals.modelmap import (
     routing_of,
     with_choice,
 )
-from remove_refusals.models import LoadedModel, hooked, in_batches, render
+from remove_refusals.models import LoadedModel, hooked, in_batches, render, whole_parameter, without_gradients
 from remove_refusals.settings import SiteKind
 from remove_refusals.types import (
     Contribution,
@@ -114,13 +114,14 @@ def writer_shares(loaded: LoadedModel, direction: Direction) -> tuple[WriterShar
     The direction is pulled back through the norm between a writer and the stream. There is a share for each weight, and
     of fused experts for each expert; biases and quantised weights are left out.
     """
-    shares = []
+    shares, tensor_of = [], whole_parameter(loaded.model)
     for site in map_model(loaded.model).sites:
         for writer in site.writers:
             weight = loaded.model.get_parameter(writer.parameter)
             if len(writer.shape) < 2 or not weight.is_floating_point() or weight.shape != writer.shape:
                 continue
-            basis = pull_back(direction.basis, writer.steps, loaded.model.get_parameter).to(weight.device)
+            weight = tensor_of(writer.parameter)
+            basis = pull_back(direction.basis, writer.steps, tensor_of).to(weight.device)
             rows = weight.detach().movedim(writer.axis, -1)
             fused = rows.dim() > 2
             for index, part in enumerate(rows if fused else [rows]):
@@ -155,7 +156,7 @@ def expert_choices(
     taps: dict[Any, ExpertsTap] = {}
     for mixture in model_map.mixtures:
         steps = mixture.writers[0].steps if mixture.writers else ()
-        basis = pull_back(direction.basis, steps, loaded.model.get_parameter)
+        basis = pull_back(direction.basis, steps, whole_parameter(loaded.model))
         measure = partial(_written_by_each, mixture.n_experts, basis[:, 0])
         block, _, router = (mixture.router or "").rpartition(".")
         taps[mixture.layer] = ExpertsTap(block or mixture.module, measure, router or None)
@@ -240,7 +241,7 @@ def routing_interchange(
 
             sorting = [(mixture.router, partial(_sorted_as_donors, lengths)) for mixture in mixtures if mixture.router]
             behind: list[tuple[str, Callable[..., Any]]] = [*sorting, (model_map.layers[-1], look)]
-            with torch.inference_mode(), hooked(loaded.model, before=changes, behind=behind):
+            with without_gradients(loaded.model), hooked(loaded.model, before=changes, behind=behind):
                 run_decoder(loaded, both)
             return (seen[-1] @ unit.to(seen[-1].device)).reshape(2, -1).T.to("cpu", torch.float64)
 

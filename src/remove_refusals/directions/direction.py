@@ -10,6 +10,7 @@ from remove_refusals.errors import DirectionError, NumericalError
 from remove_refusals.formula import orthonormal_basis
 from remove_refusals.modelmap import map_model
 from remove_refusals.models import LoadedModel, check_positions
+from remove_refusals.processes import agreed
 from remove_refusals.progress import SILENT, Progress
 from remove_refusals.prompts import draw, prompts_from
 from remove_refusals.settings import DirectionSettings
@@ -214,4 +215,4 @@ def find_direction(
         for index in indices
     )
     shares = (largest_coordinate_share(parts, index, place) for index in indices for place in settings.positions)
-    return FoundDirection(directions, (harmful, harmless), max(shares))
+    return agreed(FoundDirection(directions, (harmful, harmless), max(shares)))

@@ -29,7 +29,7 @@ from remove_refusals.modelmap import (
     map_model,
     routing_of,
 )
-from remove_refusals.models import hooked, model_of
+from remove_refusals.models import hooked, is_spread, model_of, whole_parameter
 from remove_refusals.settings import EditSettings, SiteKind, Tied
 from remove_refusals.types import Intervention, SiteEdit
 
@@ -66,7 +66,7 @@ def ablated(
         ...     model.generate(**inputs)
     """
     model = model_of(model)
-    model_map = map_model(model)
+    model_map, tensor_of = map_model(model), whole_parameter(model)
     intervention = as_intervention(what, model_map, EditSettings(strength=strength))
     wanted = [edit for edit in intervention.edits if edit.strength != 0]
     edits: dict[SiteKey, SiteEdit] = {(edit.kind, edit.layer): edit for edit in wanted if edit.expert is None}
@@ -80,10 +80,10 @@ def ablated(
             )
         basis = intervention.directions[edit.direction].basis
         if point.writer is not None:
-            basis = pull_back(basis, point.writer.steps, model.get_parameter)
+            basis = pull_back(basis, point.writer.steps, tensor_of)
             edited[point.writer.parameter] = _edited(model, point.writer, basis, edit.strength)
         else:
-            basis = pull_back(basis, point.steps, model.get_parameter)
+            basis = pull_back(basis, point.steps, tensor_of)
             # Moved to each device once, and not at every run.
             changes.append((point, partial(_taken_out, cache(basis.to), edit.strength)))
     # What an expert writes is changed before what its site writes.
@@ -107,7 +107,7 @@ def _experts_changed(model: PreTrainedModel, intervention: Intervention) -> Iter
             elif edit.strength != 0:
                 taken.setdefault(edit.direction, torch.zeros_like(kept))[edit.expert] = edit.strength
         bases = {
-            number: pull_back(intervention.directions[number].basis, mixture.writers[0].steps, model.get_parameter)
+            number: pull_back(intervention.directions[number].basis, mixture.writers[0].steps, whole_parameter(model))
             for number in taken
         }
         if mixture.router is not None:
@@ -117,7 +117,8 @@ def _experts_changed(model: PreTrainedModel, intervention: Intervention) -> Iter
         if not bool((kept == 1).all()):
             before.append((mixture.module, partial(_silenced, model_map.d_model, kept)))
         for number, basis in bases.items():
-            behind.append((mixture.module, partial(_taken_out_of_experts, model_map.d_model, basis, taken[number])))
+            taken_on = cache(basis.to)
+            behind.append((mixture.module, partial(_taken_out_of_experts, model_map.d_model, taken_on, taken[number])))
     with hooked(model, before=before, behind=behind):
         yield
 
@@ -146,7 +147,7 @@ def _silenced(d_model: int, kept: torch.Tensor, module: torch.nn.Module, args: A
 
 def _taken_out_of_experts(
     d_model: int,
-    basis: torch.Tensor,
+    basis_on: Callable[[torch.device], torch.Tensor],
     shares: torch.Tensor,
     module: torch.nn.Module,
     args: Any,
@@ -155,7 +156,7 @@ def _taken_out_of_experts(
 ) -> torch.Tensor:
     routing = _routing(d_model, args, kwargs)
     part = routing.written(module.forward, routing.chosen, routing.weights * _of_chosen(shares, routing))
-    along = part.to(torch.float32) - taken_out(part.to(torch.float32), basis, 1.0)
+    along = part.to(torch.float32) - taken_out(part.to(torch.float32), basis_on(part.device), 1.0)
     changed: torch.Tensor = (output.to(torch.float32) - along.reshape(output.shape)).to(output.dtype)
     return changed
 
@@ -248,10 +249,10 @@ def _edited(model: PreTrainedModel, writer: Writer, basis: torch.Tensor, strengt
             "weights alone; merge the adapter first (`model = model.merge_and_unload()`)."
         )
     original = model.get_parameter(writer.parameter)
-    if original.is_meta or not original.is_floating_point() or original.shape != writer.shape:
+    if original.is_meta or not original.is_floating_point() or original.shape != writer.shape or is_spread(model):
         raise ArchitectureError(
-            f"Parameter '{writer.parameter}' is quantised or not in memory, expected a floating-point tensor of shape "
-            f"{writer.shape}; load the model without quantisation and without offloading."
+            f"Parameter '{writer.parameter}' is quantised, not in memory or spread over processes, expected a "
+            f"floating-point tensor of shape {writer.shape}; load the model whole, without quantisation and offloading."
         )
     return project_out(original, basis, strength, writer.axis)
 
@@ -286,23 +287,29 @@ def steered(
 
     What is taken out at a site is asked for at every run, so that gradients reach what it is computed from.
     """
-    changes = []
+    changes, tensor_of = [], whole_parameter(model)
     for point, (steer, *_) in _points(model, steers, tied).items():
         if not _is_steerable(point):
             raise ArchitectureError(
                 f"In model type '{map_model(model).model_type}' what '{point.module or point.writer}' writes cannot be "
                 "steered, expected a module's output with channel-wise steps behind it; choose layer and position only."
             )
-        changes.append((point, partial(_steered, model, point, steer)))
+        # Fetched once: of a model that is spread every process has to ask, and a norm may lie on another device.
+        gains = {step.parameter: cache(tensor_of(step.parameter).to) for step in point.steps if step.parameter}
+        changes.append((point, partial(_steered, gains, point, steer)))
     with _changing(model, changes):
         yield
 
 
 def _steered(
-    model: PreTrainedModel, point: HookPoint, steer: Callable[[], Steer], stream: torch.Tensor
+    gains: Mapping[str, Callable[[torch.device], torch.Tensor]],
+    point: HookPoint,
+    steer: Callable[[], Steer],
+    stream: torch.Tensor,
 ) -> torch.Tensor:
     now = steer()
-    columns = pulled_back(now.direction.unsqueeze(-1), point.steps, model.get_parameter)
+    device = now.direction.device
+    columns = pulled_back(now.direction.unsqueeze(-1), point.steps, lambda name: gains[name](device))
     return taken_out(stream, columns / columns.norm(dim=-2, keepdim=True), now.strength)
 
 

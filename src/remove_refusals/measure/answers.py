@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,6 +15,7 @@ from remove_refusals.measure.statistics import Rate, wilson_rate
 from remove_refusals.models import (
     Answer,
     AnswerLogits,
+    InTurn,
     LoadedModel,
     answer_logits,
     fingerprint,
@@ -23,6 +24,7 @@ from remove_refusals.models import (
     in_batches,
     in_order,
 )
+from remove_refusals.processes import from_first
 from remove_refusals.progress import SILENT, Progress
 from remove_refusals.prompts import check_disjoint, draw, prompts_from
 from remove_refusals.settings import MeasureSettings
@@ -118,7 +120,10 @@ def labelled(
     prompts: PromptSet, token_ids: Sequence[Sequence[int]], answers: Sequence[Answer], judge: Judge | None = None
 ) -> Answered:
     """Put a model's answers together with what a judge calls them, by default the phrase judge."""
-    judgements = (judge or PhraseJudge()).judge(prompts.prompts, [answer.text for answer in answers])
+    # Others may not have the judge at all.
+    judgements = from_first(
+        lambda: (judge or PhraseJudge()).judge(prompts.prompts, [answer.text for answer in answers])
+    )
     labels = tuple(judgement.label for judgement in judgements)
     return Answered(prompts, tuple(tuple(ids) for ids in token_ids), tuple(answers), labels)
 
@@ -172,17 +177,35 @@ def distances_along(
     edited_context: Context = nullcontext,
     progress: Progress = SILENT,
 ) -> list[PromptDistance]:
-    """Run both models, or one with and without the context, along the first `n_tokens` of given answers, in batches."""
+    """Run both models, or one with and without the context, along the first `n_tokens` of given answers, in batches.
+
+    Of two that are in memory in turn the edited one is run first, and what it predicts waits on the host.
+    """
+    waiting: dict[int, torch.Tensor] = {}
+
+    def run(loaded: LoadedModel, indices: Sequence[int]) -> AnswerLogits:
+        ids, along = [token_ids[index] for index in indices], [answer_ids[index] for index in indices]
+        return answer_logits(loaded, ids, along, n_tokens)
+
+    def wait(indices: Sequence[int]) -> list[None]:
+        with edited_context():
+            found = run(edited, indices)
+        for row, index in enumerate(indices):
+            waiting[index] = found.logits[(found.rows == row).to(found.logits.device)].to("cpu")
+        return [None] * len(indices)
 
     def measure(indices: Sequence[int]) -> list[PromptDistance]:
-        ids = [token_ids[index] for index in indices]
-        along = [answer_ids[index] for index in indices]
-        of_base = answer_logits(base, ids, along, n_tokens)
-        with edited_context():
-            of_edited = answer_logits(edited, ids, along, n_tokens)
+        of_base = run(base, indices)
+        if waiting:
+            of_edited = replace(of_base, logits=torch.cat([waiting[index] for index in indices]))
+        else:
+            with edited_context():
+                of_edited = run(edited, indices)
         return distances_between(of_base, of_edited, len(indices))
 
     lengths = [len(ids) + len(tail) for ids, tail in zip(token_ids, answer_ids, strict=True)]
+    if isinstance(edited, InTurn):
+        in_order(in_batches(edited, lengths, wait, most=logits_at_once(edited, n_tokens)))
     return in_order(in_batches(base, lengths, measure, most=logits_at_once(base, n_tokens), progress=progress))
 
 

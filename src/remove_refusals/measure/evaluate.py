@@ -53,6 +53,7 @@ from remove_refusals.measure.statistics import (
 )
 from remove_refusals.measure.tasks import run_tasks
 from remove_refusals.models import Answer, LoadedModel, render, strip_thinking, text_of
+from remove_refusals.processes import n_processes
 from remove_refusals.progress import SILENT, Progress
 from remove_refusals.settings import MeasureSettings, expects_refusals
 from remove_refusals.types import PromptSet
@@ -92,7 +93,7 @@ def evaluate(
     """
     settings, journal = settings or MeasureSettings(), journal or Journal()
     judge = judge or PhraseJudge(settings.language)
-    _check_alike(base, edited)
+    _check_possible(base, edited, settings)
     sets = prompts.by_name()
     token_ids = {name: render(base, part.prompts) for name, part in sets.items()}
     n = sum(map(len, token_ids.values()))
@@ -109,6 +110,10 @@ def evaluate(
     for name, part in sets.items():
         ids, own = token_ids[name], judges[name]
         both[name] = labelled(part, ids, before[name], own), labelled(part, ids, after[name], own)
+    damage = {}
+    if "harmless" in both:
+        progress.begin("damage")
+        damage = _damage(base, edited, both["harmless"], settings, edited_context, progress.after(2 * n))
     names = " and ".join(dict.fromkeys(own.name for own in judges.values()))
     asked = settings.model_dump(include={"max_new_tokens", "kl_tokens", "seed"})
     evaluation = Evaluation(
@@ -118,11 +123,7 @@ def evaluate(
         sets=_sets(base, both, judges, {judge.name: accuracies or {}}, settings.seed, progress),
         rows=tuple(row for name, pair in both.items() for row in _rows(name, pair, judges[name].name)),
         judge_usage=None if (usage := getattr(judge, "usage", None)) is None else str(usage),
-    )
-    if "harmless" in both:
-        progress.begin("damage")
-        damage = _damage(base, edited, both["harmless"], settings, edited_context, progress.after(2 * n))
-        evaluation = evaluation.model_copy(update=damage)
+    ).model_copy(update=damage)
     if settings.tasks:
         progress.begin("tasks")
         tasks = run_tasks(base, edited, settings, edited_context=edited_context)
@@ -136,7 +137,12 @@ def judge_of(name: str, judge: Judge, settings: MeasureSettings) -> Judge:
     return PhraseJudge(settings.language) if blind else judge
 
 
-def _check_alike(base: LoadedModel, edited: LoadedModel) -> None:
+def _check_possible(base: LoadedModel, edited: LoadedModel, settings: MeasureSettings) -> None:
+    if settings.tasks and n_processes() > 1:
+        raise ModelError(
+            f"The tasks {', '.join(settings.tasks)} are asked for in {n_processes()} processes, expected one for "
+            "lm-evaluation-harness; leave --tasks out, or evaluate without torchrun."
+        )
     if base.vocabulary_size != edited.vocabulary_size:
         raise ModelError(
             f"The base model {base.source} has {base.vocabulary_size} tokens and the edited model {edited.source} has "

@@ -11,6 +11,7 @@ from remove_refusals.measure.answers import Answered, log_likelihoods, logits_at
 from remove_refusals.measure.judges import Label
 from remove_refusals.measure.statistics import Rate, wilson_rate
 from remove_refusals.models import LoadedModel, answer_logits, in_batches, in_order, strip_thinking
+from remove_refusals.processes import agreed
 from remove_refusals.progress import SILENT, Progress
 
 N_OTHERS = 8
@@ -167,4 +168,4 @@ def _log_likelihoods(base: LoadedModel, pairs: Sequence[Pair], progress: Progres
         told = progress.after(len(found))
         sums = in_order(in_batches(base, [len(answer) for answer in answers], run, most=most, progress=told))
         found.update(zip(((prompt, answer) for answer in answers), sums, strict=True))
-    return found
+    return agreed(found)

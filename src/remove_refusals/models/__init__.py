@@ -9,7 +9,7 @@ from remove_refusals.models.batches import (
     left_padded,
     longest_first,
 )
-from remove_refusals.models.chat_template import check_positions, render, tail_positions
+from remove_refusals.models.chat_template import check_positions, render, strip_thinking, tail_positions, text_of
 from remove_refusals.models.checkpoint import (
     COPY_BYTES,
     FLOAT_DTYPES,
@@ -35,6 +35,14 @@ from remove_refusals.models.checkpoint import (
     write_from,
     write_slice,
 )
+from remove_refusals.models.distributed import (
+    is_fetched,
+    is_spread,
+    rows_of,
+    whole,
+    whole_parameter,
+    without_gradients,
+)
 from remove_refusals.models.generate import (
     Answer,
     AnswerLogits,
@@ -46,9 +54,13 @@ from remove_refusals.models.generate import (
     stream,
 )
 from remove_refusals.models.load import (
+    InTurn,
     LoadedModel,
     fingerprint,
+    fits_twice,
+    free_bytes,
     has_adapter,
+    in_turn,
     load,
     load_model,
     model_of,
@@ -84,7 +96,6 @@ from remove_refusals.models.source import (
     refuse_adapter,
     weights_directory,
 )
-from remove_refusals.models.thinking import strip_thinking, text_of
 
 __all__ = [
     "BYTES_PER_NUMBER",
@@ -100,6 +111,7 @@ __all__ = [
     "Beginning",
     "BlockTensor",
     "HTTPError",
+    "InTurn",
     "LoadedModel",
     "Place",
     "ShardHeader",
@@ -123,13 +135,18 @@ __all__ = [
     "find_source",
     "fingerprint",
     "first_batch_size",
+    "fits_twice",
     "float_dtype",
     "fp8_block",
+    "free_bytes",
     "generate",
     "has_adapter",
     "hooked",
     "in_batches",
     "in_order",
+    "in_turn",
+    "is_fetched",
+    "is_spread",
     "left_padded",
     "licence_fields",
     "load",
@@ -151,6 +168,7 @@ __all__ = [
     "read_tensor",
     "refuse_adapter",
     "render",
+    "rows_of",
     "same_bytes",
     "saved_dtype",
     "shares",
@@ -160,6 +178,9 @@ __all__ = [
     "tensor_slices",
     "text_of",
     "weights_directory",
+    "whole",
+    "whole_parameter",
+    "without_gradients",
     "workers",
     "write_from",
     "write_slice",

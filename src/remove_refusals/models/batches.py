@@ -10,6 +10,7 @@ import torch
 
 from remove_refusals.errors import ModelError, PromptError
 from remove_refusals.models.load import LoadedModel, model_of
+from remove_refusals.processes import gathered, is_first, number
 from remove_refusals.progress import SILENT, Progress
 
 B = TypeVar("B")
@@ -59,19 +60,44 @@ def in_batches(
     """Run prompts batch by batch, the longest first; a batch that memory is too small for is halved.
 
     Yields the indices of each batch with what `run`, which leaves nothing behind when memory runs out, gave for them. A
-    batch has `most` prompts, else the model's batch size, else as many as keep the device busy and pad little.
+    batch has `most` prompts, else the model's batch size, else as many as keep the device busy and pad little. Where
+    several groups of processes hold a copy of the model, each runs its share, and all get everything, on the CPU.
     """
-    order, asked = longest_first(lengths), most or loaded.batch_size
+    layout, order, room = loaded.layout, longest_first(lengths), free_memory(loaded)
+    if layout.replicas == 1:
+        yield from _batches(loaded, lengths, order, run, most or loaded.batch_size, room, progress)
+        return
+    own, told = order[number() // layout.size :: layout.replicas], progress if is_first() else SILENT
+    parts = gathered(lambda: list(_batches(loaded, lengths, own, run, most or loaded.batch_size, room, told)))
+    for part in parts[:: layout.size]:
+        yield from part
+    progress.done(len(order))
+
+
+def _batches(
+    loaded: LoadedModel,
+    lengths: Sequence[int],
+    order: Sequence[int],
+    run: Callable[[Sequence[int]], R],
+    asked: int | None,
+    room: int | None,
+    progress: Progress,
+) -> Iterator[tuple[Sequence[int], R]]:
     done, size = 0, asked or MOST_PROMPTS
     while done < len(order):
         batch = order[done : done + size]
         if asked is None:
-            batch = batch[: fitting_pass(loaded, [lengths[index] for index in batch])]
+            batch = batch[: fitting_pass(loaded, [lengths[index] for index in batch], room)]
         result = unless_out_of_memory(run, batch)
         if result is not None:
             yield batch, result[0]
             done += len(batch)
             progress.done(done)
+        elif loaded.layout.size > 1:
+            raise ModelError(
+                f"Memory ran out in process {number()} with a batch of {len(batch)} prompts, expected room for it: one "
+                "of several processes cannot go on with fewer alone; pass a smaller --batch-size."
+            )
         elif len(batch) == 1:
             raise ModelError(
                 "Memory ran out with a batch of 1 prompt, expected room for it; use shorter prompts, a smaller data "
@@ -92,11 +118,23 @@ def first_batch_size(loaded: LoadedModel) -> int:
     return loaded.batch_size or (128 if loaded.device.type == "cuda" else 32)
 
 
-def fitting_pass(loaded: LoadedModel, lengths: Sequence[int]) -> int:
+def free_memory(loaded: LoadedModel) -> int | None:
+    """Say how many bytes the fullest GPU has left, where processes have to agree on batches; None where not."""
+    if loaded.layout.size == 1 or loaded.device.type != "cuda":
+        return None
+    return min(gathered(lambda: int(torch.cuda.mem_get_info(loaded.device)[0])))
+
+
+def fitting_pass(loaded: LoadedModel, lengths: Sequence[int], room: int | None = None) -> int:
     """Tell how many prompts of falling lengths make a forward pass that keeps the device busy and pads little."""
     # Tokens of the pass, padding included, and how many may be padding. On a CPU, 1500 tokens are as quick for each as
     # any number (more fall out of its cache), and a pass of its own costs about as much as 30 tokens.
     tokens, padding = (1500, 64) if loaded.device.type == "cpu" else (32768, 1024)
+    if room is not None:
+        # Streams, what attention reads and writes, and the inside of an MLP, generously.
+        config = loaded.model.config.get_text_config(decoder=True)
+        each = 8 * config.hidden_size + 4 * int(getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+        tokens = max(1, min(tokens, room // 2 // (each * loaded.model.dtype.itemsize)))
     padded = 0
     for n, length in enumerate(lengths[:MOST_PROMPTS]):
         padded += lengths[0] - length

@@ -22,14 +22,17 @@ from remove_refusals.models.batches import (
     check_prompts,
     contiguous_head,
     first_batch_size,
+    free_memory,
     in_batches,
     in_order,
     left_padded,
     n_positions,
     unless_out_of_memory,
 )
+from remove_refusals.models.chat_template import text_of
+from remove_refusals.models.distributed import without_gradients
 from remove_refusals.models.load import LoadedModel
-from remove_refusals.models.thinking import text_of
+from remove_refusals.processes import agreed, same_everywhere
 from remove_refusals.progress import SILENT, Progress
 
 _LEAST_SHARED = 64
@@ -87,7 +90,7 @@ def generate(
 
     lengths = [len(ids) for ids in token_ids]
     most = _batch_size(loaded, begun, max(lengths, default=0) + max_new_tokens)
-    return in_order(in_batches(loaded, lengths, answer, most=most, progress=progress))
+    return agreed(in_order(in_batches(loaded, lengths, answer, most=most, progress=progress)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +126,7 @@ def begin(loaded: LoadedModel, token_ids: Sequence[Sequence[int]], n_new_tokens:
     n = next((index for index, column in columns if len(set(column)) > 1), len(shortest))
     n = min(n, len(shortest) - 1)
     begun = Beginning(0, None)
-    with torch.inference_mode(), contiguous_head(loaded):
+    with without_gradients(loaded.model), contiguous_head(loaded):
         if n * (len(token_ids) - 1) >= _LEAST_SHARED:
             _, cache = _run(loaded, left_padded(loaded, [longest[:n]]))
             if not _is_of_attention(cache):
@@ -135,7 +138,9 @@ def begin(loaded: LoadedModel, token_ids: Sequence[Sequence[int]], n_new_tokens:
                 begun = Beginning(n, cache)
         if not errors.get(begun.n_tokens > 0, math.nan) >= 0:
             looked_at = min((row for row in token_ids if len(row) > n + 1), key=len, default=longest)
-            errors[begun.n_tokens > 0] = _error(loaded, begun, looked_at)
+            error = torch.tensor(_error(loaded, begun, looked_at), device=loaded.device)
+            same_everywhere(error, within=loaded.layout.size)
+            errors[begun.n_tokens > 0] = float(error)
     return begun if errors[begun.n_tokens > 0] <= tolerated else None
 
 
@@ -151,16 +156,23 @@ def continued(
 
 def _batch_size(loaded: LoadedModel, begun: Beginning | None, n_tokens: int) -> int:
     """Pick how many prompts, of so many tokens with their answers, to generate for at once."""
+    room, first = free_memory(loaded), first_batch_size(loaded)
+    if room is not None and not loaded.batch_size and (begun is None or not begun.n_tokens):
+        # Keys and values of every head, and the logits: no process can go on with fewer prompts alone.
+        config = loaded.model.config.get_text_config(decoder=True)
+        each: int = 2 * config.num_hidden_layers * config.hidden_size * loaded.model.dtype.itemsize
+        return max(1, min(first, room // 2 // (each * n_tokens + 8 * loaded.vocabulary_size)))
     if loaded.batch_size or begun is None or not begun.n_tokens or loaded.device.type not in ("cpu", "cuda"):
-        return first_batch_size(loaded)
+        return first
     kept = [tensor for layer in begun.cache.layers for tensor in (layer.keys, layer.values) if tensor is not None]
     # And the last logits in float32, twice.
     row: int = sum(tensor.nbytes for tensor in kept) // begun.n_tokens * n_tokens + 8 * loaded.vocabulary_size
     if loaded.device.type == "cuda":
-        return min(512, max(128, int(torch.cuda.mem_get_info(loaded.device)[0]) // 2 // row))
+        least = 128 if room is None else 1
+        return min(512, max(least, (room or int(torch.cuda.mem_get_info(loaded.device)[0])) // 2 // row))
     from accelerate.utils import get_max_memory
 
-    return min(64, max(1, int(get_max_memory()["cpu"]) // 2 // row))
+    return agreed(min(64, max(1, int(get_max_memory()["cpu"]) // 2 // row)))
 
 
 def _error(loaded: LoadedModel, begun: Beginning, prompt: Sequence[int]) -> float:
@@ -217,12 +229,13 @@ def _decode(
     ends = _end_token_ids(loaded)
     answers: list[list[int]] = [[] for _ in token_ids]
     running = list(range(len(token_ids)))
-    with torch.inference_mode(), contiguous_head(loaded):
+    with without_gradients(loaded.model), contiguous_head(loaded):
         inputs, cache = begun.rest(loaded, token_ids)
         while True:
             logits, cache = _run(loaded, inputs, cache)
             check(logits, running)
             tokens = logits.argmax(-1).to(loaded.device)
+            same_everywhere(tokens, within=loaded.layout.size)
             for row, token in zip(running, tokens.tolist(), strict=True):
                 answers[row].append(token)
             going = [index for index, row in enumerate(running) if answers[row][-1] not in ends]
@@ -286,7 +299,7 @@ def answer_logits(
     width = max(1, *(len(tail) for tail in answers), 1)
     extra = {"logits_to_keep": width} if accepts(loaded, "logits_to_keep") else {}
     begun = begin(loaded, token_ids, width)
-    with torch.inference_mode(), contiguous_head(loaded):
+    with without_gradients(loaded.model), contiguous_head(loaded):
         inputs = continued(loaded, whole, begun)
         logits = loaded.model(**inputs, **extra).logits[:, -width:]
         # All sequences end at the last column, so an answer of m tokens is predicted by the last m of them.
@@ -332,7 +345,7 @@ def _run_generate(
     # `generate` takes from the model's own settings whatever a given config leaves open, so they are exchanged.
     original, loaded.model.generation_config = loaded.model.generation_config, config
     try:
-        with torch.inference_mode(), contiguous_head(loaded):
+        with without_gradients(loaded.model), contiguous_head(loaded):
             continued: torch.Tensor = loaded.model.generate(**inputs, logits_processor=[checked], **watched)
     finally:
         loaded.model.generation_config = original

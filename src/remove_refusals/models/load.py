@@ -1,11 +1,12 @@
 """Load a model and its tokenizer, or say in one sentence why that is not possible."""
 
 import copy
+import gc
 import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from remove_refusals.arithmetic import compute_in_float32
 from remove_refusals.errors import ModelError, require_package
 from remove_refusals.files import read_json
 from remove_refusals.models.checkpoint import FLOAT_DTYPES, INDEX_FILE, SINGLE_FILE, checkpoint_tensors
+from remove_refusals.models.distributed import Layout, is_spread, lay_out, layout_of, let_go, whole
 from remove_refusals.models.quantised import quantisation
 from remove_refusals.models.source import (
     ModelChoice,
@@ -33,6 +35,8 @@ from remove_refusals.models.source import (
     quiet,
     read_config,
 )
+from remove_refusals.processes import gathered, n_processes
+from remove_refusals.progress import SILENT, Progress
 from remove_refusals.settings import ChatFormat, LoadSettings
 
 
@@ -53,6 +57,7 @@ class LoadedModel:
         trust_remote_code: Whether code that comes with the checkpoint may be run.
         chat: How prompts are put before it.
         batch_size: How many prompts are run at once; None is automatic.
+        layout: How it lies over processes.
     """
 
     model: Model
@@ -64,6 +69,7 @@ class LoadedModel:
     trust_remote_code: bool = False
     chat: ChatFormat = field(default_factory=ChatFormat)
     batch_size: int | None = None
+    layout: Layout = field(default_factory=Layout)
 
     def __repr__(self) -> str:
         dtype = str(self.model.dtype).removeprefix("torch.")
@@ -99,6 +105,43 @@ class LoadedModel:
         head = self.model.get_output_embeddings()
         config = self.model.config.get_text_config(decoder=True)
         return int(head.weight.shape[0] if head is not None else config.vocab_size)
+
+
+class InTurn(LoadedModel):
+    """One of two models of which one is in memory at a time: it is loaded when it is asked for, the other freed."""
+
+    def __init__(self, like: LoadedModel, load: Callable[[], Model], held: list[Any], source: str) -> None:
+        """Take all but the weights from another; `held` is what both share: whose weights are there, and these."""
+        known = {name: value for name, value in vars(like).items() if name != "model"}
+        vars(self).update(known, source=source, _load=load, _held=held, _size=like.vocabulary_size)
+
+    @property
+    def vocabulary_size(self) -> int:
+        """The other's, so that none is loaded for it."""
+        return int(vars(self)["_size"])
+
+    @property
+    def model(self) -> Model:
+        """The weights."""
+        held: list[Any] = vars(self)["_held"]
+        if held[0] is not self:
+            held[:] = [self, None]
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            held[1] = vars(self)["_load"]()
+        found: Model = held[1]
+        return found
+
+
+def in_turn(
+    base: LoadedModel, load_base: Callable[[], LoadedModel], load_edited: Callable[[], LoadedModel], source: str
+) -> tuple[LoadedModel, LoadedModel]:
+    """Give a model that is in memory, and an edit of it, of which one is there at a time."""
+    held: list[Any] = [None, None]
+    first = InTurn(base, lambda: load_base().model, held, base.source)
+    held[:] = [first, base.model]
+    return first, InTurn(base, lambda: load_edited().model, held, source)
 
 
 def load(
@@ -211,6 +254,7 @@ def _in_memory(source: Any, tokenizer: Any, chat: ChatFormat, batch_size: int | 
         trust_remote_code=type(model).__module__.startswith("transformers_modules."),
         chat=chat,
         batch_size=batch_size,
+        layout=layout_of(model),
     )
 
 
@@ -236,6 +280,7 @@ def load_model(
     batch_size: int | None = None,
     *,
     tokenizer: str | Path | Tokenizer | None = None,
+    progress: Progress = SILENT,
 ) -> LoadedModel:
     """Load a model by directory, hub id or the name `demo`; never with tensors that Transformers made up."""
     name, revision = model_source(model), settings.revision
@@ -246,7 +291,11 @@ def load_model(
         chosen = read_config(name, access, settings.trust_remote_code)
         saved = saved_dtype(name, chosen.described)
         is_quantised, options = _quantisation(settings, chosen, where, wanted or saved or torch.float32)
+        layout = lay_out(name, chosen, settings)
         places |= options
+        if layout.config is not None:
+            del places["device_map"]
+            places["distributed_config"] = layout.config
         # Float32 holds bfloat16 and float16 values exactly.
         if wanted is None and where.type == "cpu" and settings.device_map is None and not is_quantised:
             wanted = torch.float32
@@ -264,7 +313,11 @@ def load_model(
             **access,
         )
         check_complete(name, report)
-    compute_in_float32(built, getattr(built, built.base_model_prefix, built))
+    if layout.said is not None:
+        progress.note(layout.said)
+    let_go(built)
+    if not is_spread(built):
+        compute_in_float32(built, getattr(built, built.base_model_prefix, built))
     return LoadedModel(
         built.eval(),
         tokenizer,
@@ -275,6 +328,7 @@ def load_model(
         trust_remote_code=settings.trust_remote_code,
         chat=chat or ChatFormat(),
         batch_size=batch_size,
+        layout=layout,
     )
 
 
@@ -372,16 +426,16 @@ def parse_dtype(dtype: str) -> torch.dtype | None:
 def fingerprint(loaded: LoadedModel) -> str:
     """Hash what tells models apart, 16 hexadecimal digits: configuration, device, and a sample of each parameter."""
     config = loaded.model.config.to_dict()
-    for name in ("_name_or_path", "transformers_version"):
+    for name in ("_name_or_path", "transformers_version", "distributed_config"):
         config.pop(name, None)
     digest = hashlib.sha256(json.dumps([config, loaded.device.type], sort_keys=True, default=str).encode())
     for name, parameter in loaded.model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         if not parameter.is_meta and parameter.is_floating_point():
-            values = parameter.detach().flatten()
+            values = whole(parameter.detach()).flatten()
             digest.update(str(values[:: max(1, len(values) // 64)].float().tolist()).encode())
             # In parts, since a sum in another data type copies what it adds up to that.
-            parts = values.split(1 << 22)
+            parts = torch.split(values, 1 << 22)
             norm = math.hypot(*(float(torch.linalg.vector_norm(part, dtype=torch.float32)) for part in parts))
             sums = sum(float(part.sum(dtype=torch.float64)) for part in parts), norm
             # Rounded, since the order of a sum depends on how many threads there are.
@@ -389,10 +443,34 @@ def fingerprint(loaded: LoadedModel) -> str:
     return digest.hexdigest()[:16]
 
 
+def free_bytes(device: torch.device) -> int:
+    """Say how much memory a device has left."""
+    if device.type == "cuda":
+        free = int(torch.cuda.mem_get_info(device)[0])
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    from accelerate.utils import get_max_memory
+
+    return int(get_max_memory()["cpu"])
+
+
+def fits_twice(loaded: LoadedModel) -> bool:
+    """Whether every device that holds a part of a model, in every process, has room for as much again."""
+    if loaded.is_offloaded:
+        return True
+    held: dict[torch.device, int] = {}
+    for tensor in loaded.model.parameters():
+        part: torch.Tensor = getattr(tensor, "to_local", lambda own=tensor: own)()
+        held[part.device] = held.get(part.device, 0) + part.nbytes
+    return all(gathered(lambda: all(free_bytes(device) > 1.1 * size for device, size in held.items())))
+
+
 def pick_device(device: str | torch.device | None) -> torch.device:
     """Give the device asked for, or by default `cuda`, `mps` or `cpu`, the first that is there."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     present = [kind for kind, there in available.items() if there]
+    if n_processes() > 1 and present[0] == "cuda" and device in (None, "cuda"):
+        # Each process has chosen its own.
+        return torch.device("cuda", torch.cuda.current_device())
     if device is None:
         return torch.device(present[0])
     try:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from remove_refusals.modelmap import map_model
-from remove_refusals.models import LoadedModel, accepts, hooked, left_padded, longest_first
+from remove_refusals.models import LoadedModel, accepts, hooked, left_padded, longest_first, rows_of
+from remove_refusals.processes import agreed
 
 _TOLERANCE = 1e-3
 
@@ -23,7 +24,8 @@ _TOLERANCE = 1e-3
 class Vocabulary:
     """The tokens that a search looks at: `[n_tokens]`, int64, ascending, on the model's device.
 
-    The weight, `[n_tokens, d_model]`, and bias are the head's rows for them; None where it is not a plain linear layer.
+    The weight, `[n_tokens, d_model]`, and bias are the head's rows for them, where it lies; None where it is no plain
+    linear layer.
     """
 
     tokens: torch.Tensor
@@ -150,17 +152,18 @@ def is_packable(loaded: LoadedModel, token_ids: Tokens, continuations: Tokens, n
             # A model that takes no mask of its own for every token says so in words of its own.
             return False
         apart = float((found.exp() - log_probabilities(loaded, padded).exp()).abs().sum(-1).max())
-    return bool(apart < torch.finfo(model.dtype).eps ** 0.5)
+    return agreed(bool(apart < torch.finfo(model.dtype).eps ** 0.5))
 
 
 def make_vocabulary(loaded: LoadedModel, tokens: torch.Tensor) -> Vocabulary:
     """Take the head's rows for given tokens, of which repeated ones count once."""
-    chosen = torch.unique(tokens.flatten()).to(loaded.device)
+    chosen = agreed(torch.unique(tokens.flatten()).cpu()).to(loaded.device)
     head = loaded.model.get_output_embeddings()
     if type(head) is not torch.nn.Linear:
         return Vocabulary(chosen, None, None)
-    bias = head.bias.detach()[chosen] if head.bias is not None else None
-    return Vocabulary(chosen, head.weight.detach()[chosen], bias)
+    # The bias as a matrix of one column.
+    bias = rows_of(head.bias.detach()[:, None], chosen)[:, 0] if head.bias is not None else None
+    return Vocabulary(chosen, rows_of(head.weight.detach(), chosen), bias)
 
 
 def log_probabilities(loaded: LoadedModel, probe: Probe, vocabulary: Vocabulary | None = None) -> torch.Tensor:
@@ -174,12 +177,15 @@ def _logits(loaded: LoadedModel, probe: Probe, vocabulary: Vocabulary | None = N
     whole_head = head.forward
 
     def reduced_head(hidden: torch.Tensor) -> Any:
-        picked = hidden[probe.places].unsqueeze(0)
+        # The last layer may lie on another device than the first, and the head on a third.
+        rows, columns = (place.to(hidden.device) for place in probe.places)
+        picked = hidden[rows, columns].unsqueeze(0)
         if vocabulary is None:
             return whole_head(picked)
         if vocabulary.weight is None:
-            return whole_head(picked).index_select(-1, vocabulary.tokens)
-        return torch.nn.functional.linear(picked, vocabulary.weight, vocabulary.bias)
+            logits = whole_head(picked)
+            return logits.index_select(-1, vocabulary.tokens.to(logits.device))
+        return torch.nn.functional.linear(picked.to(vocabulary.weight.device), vocabulary.weight, vocabulary.bias)
 
     with ExitStack() as exchanged:
         exchanged.enter_context(_forward_of(head, reduced_head))
@@ -187,7 +193,7 @@ def _logits(loaded: LoadedModel, probe: Probe, vocabulary: Vocabulary | None = N
             layer = loaded.model.get_submodule(name)
             exchanged.enter_context(_forward_of(layer, lambda *_, **__: probe.below))
         logits: torch.Tensor = loaded.model(**probe.inputs, **extra).logits
-    return logits[0]
+    return logits[0].to(loaded.device)
 
 
 def _in_parts(logits: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -233,7 +239,7 @@ def run_once(
             with torch.no_grad():
                 again = whole if len(kept) > 1 else _logits(loaded, kept[0])
             pairs = zip(_in_parts(again), _in_parts(whole), strict=True) if again is not whole else ()
-            if not all(torch.allclose(one, other, atol=_TOLERANCE, rtol=_TOLERANCE) for one, other in pairs):
+            if not agreed(all(torch.allclose(one, other, atol=_TOLERANCE, rtol=_TOLERANCE) for one, other in pairs)):
                 kept.clear()
     return (kept if len(kept) == len(probes) else list(probes)), tokens
 

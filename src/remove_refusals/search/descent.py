@@ -17,6 +17,7 @@ from remove_refusals.files import Journal, Record, atomic_file
 from remove_refusals.measure import labelled
 from remove_refusals.modelmap import map_model
 from remove_refusals.models import Answer, LoadedModel, generate, render
+from remove_refusals.processes import agreed, from_first, is_first, same_everywhere
 from remove_refusals.progress import Progress
 from remove_refusals.search.candidates import Candidate
 from remove_refusals.search.continuations import frozen
@@ -119,7 +120,7 @@ def descend(
         file = journal.unfinished(name, inputs)
         compute = partial(_go_down, steering, material, settings, number, token_ids, file, told)
         found = journal.remember(name, inputs, compute, Reached.to_json, Reached.model_validate)
-        if file is not None:
+        if file is not None and is_first():
             file.unlink(missing_ok=True)
         strengths, vectors = torch.tensor(found.strengths), torch.tensor(found.directions)
         device = material.loaded.device
@@ -171,6 +172,7 @@ class _Descent:
         self.optimizer.step()
         self._schedule.step()
         self.weight = weight
+        same_everywhere(strengths, directions)
         with torch.no_grad():
             strengths.clamp_(0.0, self._most)
             directions.div_(directions.norm(dim=-1, keepdim=True))
@@ -195,8 +197,9 @@ class _Descent:
 
     def go_on(self, file: Path) -> None:
         """Go on from what was written down; the same steps follow."""
-        state = torch.load(file, map_location=self.now.strengths.device, weights_only=True)
-        self.step, self.weight, self._means = state["step"], state["weight"], state["means"]
+        state = from_first(lambda: torch.load(file, map_location="cpu", weights_only=True))
+        device = self.now.strengths.device
+        self.step, self.weight, self._means = state["step"], state["weight"], [one.to(device) for one in state["means"]]
         with torch.no_grad():
             for tensor, kept in zip((self.now.strengths, self.now.directions), state["now"], strict=True):
                 tensor.copy_(kept)
@@ -216,7 +219,7 @@ def _go_down(
     """Go down, each step kept in a file if there is one, and let the model say its first words there."""
     loaded, target = material.loaded, settings.targets[number]
     descent = _Descent(steering, settings, settings.n_more_steps if number else settings.n_steps)
-    if file is not None and file.is_file():
+    if file is not None and from_first(file.is_file):
         descent.go_on(file)
         progress.note(f"Descent {number + 1} goes on at step {descent.step + 1} of {descent.n_steps}.")
     orders, steers = _orders(material, settings.seed + number), descent.now.steers()
@@ -226,10 +229,12 @@ def _go_down(
             refusals, damage = material.refusals(harmful), material.damages(harmless).mean()
             unlikelihood(refusals).backward()  # type: ignore[no-untyped-call]
             (descent.weight * damage).backward()  # type: ignore[no-untyped-call]
-        likely = float(refusals.detach().mean())
+        mean = refusals.detach().mean()
+        same_everywhere(mean)
+        likely = float(mean)
         followed = descent.weight * math.exp(settings.weight_rate * (target - likely) / (target + likely))
         descent.go(max(followed, settings.least_weight))
-        if file is not None:
+        if file is not None and is_first():
             descent.keep(file)
         progress.done(descent.step)
     reached = descent.reached()
@@ -255,4 +260,4 @@ def first_layer_that_counts(directions: Sequence[Direction], material: Material,
     for (_, layer), slope in zip(steering.sites, slopes.tolist(), strict=True):
         won[layer] += max(0.0, -slope)
     from_here = [sum(won[layer:]) for layer in range(len(won))]
-    return max(layer for layer, rest in enumerate(from_here) if rest >= 0.9 * from_here[0])
+    return agreed(max(layer for layer, rest in enumerate(from_here) if rest >= 0.9 * from_here[0]))

@@ -10,6 +10,7 @@ from remove_refusals.directions import ablated, expert_choices, intervene, mean_
 from remove_refusals.files import Journal
 from remove_refusals.modelmap import map_model
 from remove_refusals.models import LoadedModel
+from remove_refusals.processes import agreed
 from remove_refusals.progress import Progress
 from remove_refusals.search.candidates import Candidate, by_rule
 from remove_refusals.search.material import Material
@@ -60,7 +61,7 @@ def writers_of_difference(
     known = [(choice.contribution or 0.0, choice) for choice in choices if choice.layer in editable]
     surely = [(value, choice) for value, choice in known if choice.low is not None and choice.low > 0]
     surely.sort(key=lambda pair: -pair[0])
-    found = tuple(choice for _, choice in surely[:most])
+    found = agreed(tuple(choice for _, choice in surely[:most]))
     return Writers(found, Intervention((direction,), ())) if found else None
 
 

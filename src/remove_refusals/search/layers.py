@@ -16,6 +16,7 @@ from remove_refusals.errors import DirectionError, SelectionError
 from remove_refusals.measure import Answered
 from remove_refusals.modelmap import map_model
 from remove_refusals.models import in_batches
+from remove_refusals.processes import agreed
 from remove_refusals.progress import SILENT, Progress
 from remove_refusals.search.candidates import Candidate
 from remove_refusals.search.continuations import Probe, frozen, log_probabilities, make_probes
@@ -116,7 +117,7 @@ class Bench:
         bypass = (_log_odds(refusals) - self._before[:, :n_harmful]).mean(dim=1)
         induce = (_log_odds(induced) - self._before_induced[:, :n_harmless]).mean(dim=1)
         columns = (bypass, induce, refusals.mean(dim=1), kls.mean(dim=1))
-        return [LayerScore(*values) for values in zip(*(column.tolist() for column in columns), strict=True)]
+        return agreed([LayerScore(*values) for values in zip(*(column.tolist() for column in columns), strict=True)])
 
     def _along(self, course: _Course, n: int, contexts: Sequence[Context], n_each: int) -> torch.Tensor:
         """Run the first `n` prompts with every candidate, `n_each` in each context: `[n_candidates, n]`, float64."""

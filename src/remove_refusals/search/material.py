@@ -9,6 +9,7 @@ import torch
 from remove_refusals.directions import SiteKey, Steer, steered
 from remove_refusals.measure import Answered, Label
 from remove_refusals.models import LoadedModel
+from remove_refusals.processes import agreed
 from remove_refusals.search.continuations import (
     Probe,
     Vocabulary,
@@ -146,7 +147,7 @@ class Material:
         with frozen(self.loaded, gradients=False), steered(self.loaded.model, steers):
             refusals = torch.cat([self.refusals(batch) for batch in range(len(self.refusal_probes))])
             kls = torch.cat([self.damages(batch) for batch in range(len(self.damage_probes))])
-        return float(refusals.mean()), float(kls.mean())
+        return agreed((float(refusals.mean()), float(kls.mean())))
 
 
 def gather(own: OwnAnswers, settings: GradientSettings, first_layer: int = 0) -> Material:

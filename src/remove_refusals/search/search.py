@@ -9,6 +9,7 @@ from remove_refusals.files import Journal
 from remove_refusals.measure import Answered, Label, kept_answers, labelled
 from remove_refusals.modelmap import map_model
 from remove_refusals.models import LoadedModel, check_positions, fingerprint, render, tail_positions
+from remove_refusals.processes import from_first
 from remove_refusals.progress import SILENT, Progress
 from remove_refusals.prompts import split_by_size
 from remove_refusals.search.candidates import Selection
@@ -169,7 +170,9 @@ def _by_gradients(
     progress.begin("first gradients")
     own, descent = base.own, settings.descent.model_copy(update={"seed": settings.seed})
     n = descent.batch_size
-    directions = mean_difference_per_layer(*base.collected, position=position, projected=True, seed=settings.seed)
+    directions = from_first(
+        lambda: mean_difference_per_layer(*base.collected, position=position, projected=True, seed=settings.seed)
+    )
     probing = replace(
         own,
         refused=own.refused.at(range(min(n, len(own.refused)))),

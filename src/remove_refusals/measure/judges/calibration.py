@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -13,12 +13,13 @@ from pydantic import ConfigDict
 
 from remove_refusals.errors import JudgeError
 from remove_refusals.files import Record
-from remove_refusals.measure.judges import JUDGED, Judge, Label
+from remove_refusals.measure.judges import JUDGED, Judge, Judgement, Label
 from remove_refusals.measure.judges.classifier import ClassifierJudge
 from remove_refusals.measure.judges.endpoint import EndpointJudge, default_cache
 from remove_refusals.measure.judges.grader import GradingJudge
 from remove_refusals.measure.judges.phrases import PhraseJudge
 from remove_refusals.measure.statistics import JudgeAccuracy, Rate, wilson_rate
+from remove_refusals.processes import from_first
 from remove_refusals.settings import PUBLISHED_JUDGES, MeasureSettings
 
 Accuracies = Mapping[Label, JudgeAccuracy]
@@ -156,9 +157,32 @@ def make_judge(
     return EndpointJudge(spec, cache=cache, prompt_price=prompt_price, completion_price=completion_price)
 
 
+@dataclass(frozen=True)
+class _Elsewhere:
+    """What is known of a judge that another process asks."""
+
+    name: str
+    labels: frozenset[Label]
+    harmful_only: bool
+
+    def judge(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Judgement]:
+        """Nobody asks."""
+        raise JudgeError(f"The judge {self.name} is with the first process, expected to be asked there; report this.")
+
+
 def measuring_judge(settings: MeasureSettings, device: str | None = None) -> tuple[Judge, Accuracies]:
     """Make the judge of the settings, and read how often it is right."""
-    judge = make_judge(settings.judge, device=device, language=settings.language)
+    own: list[Judge] = []
+
+    def make() -> tuple[str, frozenset[Label], bool]:
+        own.append(make_judge(settings.judge, device=device, language=settings.language))
+        return own[0].name, own[0].labels, getattr(own[0], "harmful_only", False)
+
+    # Of several processes the first alone judges, so that a classifier is in memory once.
+    told = from_first(make)
+    judge: Judge = own[0] if own else _Elsewhere(*told)
+    if settings.judge == "phrases":
+        judge = PhraseJudge(settings.language)
     if settings.calibration is None:
         return judge, {}
     return judge, load_calibration(Path(settings.calibration), judge).accuracies
