@@ -314,12 +314,18 @@ class TestCandidates:
 
     @pytest.fixture(scope="class")
     def searched(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        folder = tmp_path_factory.mktemp("searched")
-        words = ["run", "demo", "-o", "out", "--select", "layer", "--n-prompts", "16", "--n-test", "2"]
-        words += ["--max-new-tokens", "4", "--kl-tokens", "2"]
-        script = "import os, sys; os.umask(0o027); from remove_refusals.cli import main; main()"
-        subprocess.run([sys.executable, "-c", script, *words], cwd=folder, check=True, capture_output=True)
-        return folder / "out"
+        output = tmp_path_factory.mktemp("searched") / "out"
+        words = ["remove-refusals", "run", "demo", "-o", str(output), "--select", "layer", "--n-prompts", "16"]
+        words += ["--n-test", "2", "--max-new-tokens", "4", "--kl-tokens", "2"]
+        before = os.umask(0o027)
+        try:
+            with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+                patch.setattr(sys, "argv", words)
+                cli.main()
+        finally:
+            os.umask(before)
+        assert ended.value.code == 0
+        return output
 
     def test_files_have_the_modes_that_the_umask_says(self, searched: Path) -> None:
         for path in (searched, *searched.rglob("*")):
