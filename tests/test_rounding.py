@@ -1,5 +1,6 @@
 """Rounding to quantised formats: quick ways that choose what plain ones do."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from hypothesis import strategies as st
 
 from remove_refusals.models.checkpoint import TensorEntry
 from remove_refusals.models.quantised import BlockTensor, _turned
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import quantised
 
 FORMATS = ("FP8 e4m3 in blocks", "MXFP4", "NVFP4", "INT4 in groups")
 PLACE = (Path("none"), TensorEntry("none", "U8", (1,), 0, 1))
@@ -109,3 +113,11 @@ def test_a_part_is_cut_into_strips_of_whole_blocks():
         for strip in strips:
             strip[index].fill_(7)
         assert bool((whole == 7).all()) and sum(strip[index].numel() for strip in strips) == whole.numel()
+
+
+@pytest.mark.parametrize("kind", ["fp8", "mxfp4", "int4", "nvfp4"])
+def test_the_benchmark_edits_and_measures_each_format(kind, tmp_path):
+    row = quantised.measured(kind, 256, 128, tmp_path).split()
+    assert row[0] == kind and len(row) == 7
+    # Of the direction hardly anything is left, and the weights are still those.
+    assert float(row[5]) < 0.05 and float(row[6]) < 0.2

@@ -287,7 +287,8 @@ class BlockTensor:
             mantissa, exponent = torch.frexp(largest)
             # A power of two is its own scale.
             needed = exponent + 127 - (mantissa == 0.5).to(torch.int32)
-            return torch.maximum(scales.to(torch.int32), needed * (largest > 0)).clamp_(0, 254).to(torch.uint8)
+            needed = torch.maximum(scales.to(torch.int32), needed * (largest > 0)).clamp_(0, 254).to(torch.uint8)
+            return torch.where(largest > self._factors(scales) * (1 + half / float(self.grid[-1])), needed, scales)
         known = self._factors(scales)
         reach = known * (1 + (half - beyond) / float(self.grid[-1]))
         needed = _rounded_up(largest * self.divisor / self.factor, scales.dtype)
