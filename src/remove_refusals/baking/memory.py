@@ -13,7 +13,7 @@ from remove_refusals.baking.base import Base, has_weights, refuse_layers_with_ad
 from remove_refusals.directions import EditPlan, PlanEntry, resolve
 from remove_refusals.errors import CheckpointError, ModelError, OutputError, require_package
 from remove_refusals.modelmap import map_model
-from remove_refusals.models import FLOAT_DTYPES, LoadedModel, is_spread, load_model, model_of
+from remove_refusals.models import FLOAT_DTYPES, LoadedModel, is_spread, load_model, model_of, model_source
 from remove_refusals.settings import ChatFormat, EditSettings, LoadSettings
 from remove_refusals.types import Intervention
 
@@ -99,8 +99,9 @@ def load_edited(
     edited: str, base: str, settings: LoadSettings, chat: ChatFormat | None = None, batch_size: int | None = None
 ) -> LoadedModel:
     """Load an edited model; a directory with an adapter of PEFT is merged into the base first."""
-    if is_adapter(edited) and not has_weights(Path(edited)):
-        return with_adapter(load_model(base, settings, chat=chat, batch_size=batch_size), Path(edited))
+    place = Path(model_source(edited))
+    if is_adapter(place) and not has_weights(place):
+        return with_adapter(load_model(base, settings, chat=chat, batch_size=batch_size), place)
     return load_model(edited, settings.model_copy(update={"revision": None}), chat=chat, batch_size=batch_size)
 
 
