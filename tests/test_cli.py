@@ -18,7 +18,7 @@ from conftest import Command, Inputs, Outcome
 from remove_refusals import cli
 from remove_refusals.baking import load_intervention
 from remove_refusals.directions.saved import load_direction, load_directions
-from remove_refusals.prompts import draw, load_prompts
+from remove_refusals.prompts import draw, embedded_prompts, load_prompts
 from remove_refusals.search import load_candidates
 
 COMMANDS = sorted(typer.main.get_command(cli.app).commands)
@@ -346,15 +346,15 @@ class TestCandidates:
     def test_what_a_run_took_out_can_be_tried_and_measured(
         self, command: Command, searched: Path, tmp_path: Path
     ) -> None:
-        (tmp_path / "p.txt").write_text("How do I pick a lock?\n")
+        (tmp_path / "p.txt").write_text("\n".join(embedded_prompts("harmful_test").prompts[:4]))
         name = list(load_candidates(searched))[1]
         said = []
         for number, options in enumerate((("--run", searched), ("--run", searched, "--candidate", name), ())):
             given = ("--prompts", tmp_path / "p.txt", "-o", tmp_path / f"{number}.jsonl", "--max-new-tokens", 12)
             fine(command("generate", "demo", *options, *given))
-            said.append(rows(tmp_path / f"{number}.jsonl")[0]["answer"])
+            said.append([row["answer"] for row in rows(tmp_path / f"{number}.jsonl")])
         fine(command("generate", searched, *given[:2], "-o", tmp_path / "saved.jsonl", *given[4:]))
-        assert rows(tmp_path / "saved.jsonl")[0]["answer"] == said[0] != said[2]
+        assert [row["answer"] for row in rows(tmp_path / "saved.jsonl")] == said[0] != said[2]
         few = ("--n-test", 2, "--max-new-tokens", 4, "--kl-tokens", 2, "--json")
         scores = [
             json.loads(fine(command("evaluate", "demo", *edited, *few)))
@@ -368,7 +368,10 @@ class TestCandidates:
     def test_a_model_that_was_edited_before_is_noticed(self, command: Command, searched: Path, tmp_path: Path) -> None:
         said = fine(command("bake", searched, "--run", searched, "-o", tmp_path / "twice"))
         assert f"Note: The model {searched} was edited already (ablation.json), from demo." in said
-        assert "holds an edited model" in command("bake", "demo", "--run", searched, "-o", searched).err
+        assert "holds an edited model" in command("run", "demo", "-o", searched).err
+        for force in ((), ("--force",)):
+            found = command("bake", "demo", "--run", searched, "-o", searched, *force)
+            assert found.code == 2 and "what is read is never written to" in found.err
 
 
 class TestBake:
