@@ -212,7 +212,8 @@ def test_a_full_edit_frees_and_is_confirmed(
     assert again.labels.count(Label.REFUSAL) == found.refusals.count
     assert again.labels.count(Label.DEGENERATE) == found.degenerate.count
     assert (found.match, found.match_of_base) == tuple(answer_match(loaded, again, harmless, by_words=True))
-    assert found.match is not None and found.match.count >= found.match.n - 1
+    # Answers to other prompts would match at 0.15; words alone miss some that are right.
+    assert found.match is not None and found.match.value > 0.6
 
 
 def test_answers_to_other_questions_are_no_success(
