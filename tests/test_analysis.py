@@ -40,12 +40,15 @@ def transformed(parts, function):
     return [Activations(function(part.hidden), part.positions, part.prompts) for part in parts]
 
 
+# The first example imports scipy.stats.
+@settings(deadline=None)
 @given(SCORES, SCORES)
 def test_auroc_is_the_share_of_pairs(positive, negative):
     won = sum((a > b) + (a == b) / 2 for a in positive for b in negative)
     assert auroc(positive, negative) == pytest.approx(won / (len(positive) * len(negative)), abs=1e-12)
 
 
+@settings(deadline=None)
 @given(SCORES, SCORES)
 def test_auroc_mirrors_and_sees_order_alone(positive, negative):
     assert auroc(positive, negative) == pytest.approx(1 - auroc(negative, positive), abs=1e-12)
