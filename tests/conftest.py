@@ -1,6 +1,7 @@
 """What the tests of the command share: run it in this process, and tiny inputs for it."""
 
 import io
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,16 @@ class Outcome:
     code: int
     out: str
     err: str
+    """Without the lines of progress."""
+    told: str = ""
+    """The lines of progress."""
+
+
+TOLD = re.compile(
+    r"(\d of \d, |Tracing the model|Measuring what is left|Comparing the tensors|Editing the weights|There is no search"
+    r"|Nothing was chosen|Goes on from|Done before)"
+)
+"""What a line of progress begins with."""
 
 
 Command = Callable[..., Outcome]
@@ -36,7 +47,9 @@ def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
         with pytest.raises(SystemExit) as ended:
             cli.main()
         printed = capfd.readouterr()
-        return Outcome(ended.value.code, printed.out, printed.err)
+        lines = printed.err.splitlines(keepends=True)
+        told, err = ("".join(line for line in lines if bool(TOLD.match(line)) is one) for one in (True, False))
+        return Outcome(ended.value.code, printed.out, err, told)
 
     return run
 

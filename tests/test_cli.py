@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -111,6 +112,7 @@ class TestHelp:
             (("run", "m", "--strenght", "1"), "--strenght"),
             (("run", "m", "--strength", "much"), "--strength"),
             (("ablate", "m"), "ablate"),
+            (("rnu", "m"), "Did you mean 'run'?"),
         ],
     )
     def test_misuse_is_explained(self, command: Command, arguments: tuple[str, ...], named: str) -> None:
@@ -262,6 +264,18 @@ class TestGenerate:
         given = ("--prompts", inputs.harmful, "-o", path, "--max-new-tokens", 12)
         fine(command("generate", edited, *given))
         assert [row["answer"] for row in rows(path)] == [row["answer"] for row in hooked]
+
+    def test_prompts_typed_behind_the_model(
+        self, answers, command: Command, llama_directory: Path, direction: Path, inputs: Inputs
+    ) -> None:
+        first, second, *_ = answers("--direction", direction)
+        given = ("--direction", direction, "--max-new-tokens", 12)
+        assert fine(command("generate", llama_directory, first["prompt"], *given)) == f"{first['answer']}\n"
+        both = fine(command("generate", llama_directory, first["prompt"], second["prompt"], *given, "--json"))
+        assert json.loads(both)["answers"] == [first, second]
+        for wrong in ((), ("Hello", "--prompts", inputs.harmful), ("--prompts", inputs.harmful)):
+            refused = command("generate", llama_directory, *wrong)
+            assert refused.code == 2 and "Expected prompts in quotes" in refused.err
 
 
 class TestChat:
@@ -459,6 +473,15 @@ class TestRun:
         saved = ("-o", tmp_path / "scores.json", "--rows", tmp_path / "rows.jsonl")
         again = fine(command("evaluate", llama_directory, edited, *inputs.test, *saved))
         assert said.startswith(again.rstrip("\n"))
+        # Four rows of one line each, then where the report is, how long it took, and what to do next.
+        assert [line[:12].rstrip() for line in said.splitlines()[:5]] == [
+            *("", "Refusals, ha", "False refusa", "Broken answe", "KL along ans"),
+        ]
+        assert all(len(line) <= 80 for line in said.splitlines()[:5])
+        report, took, *following = said.splitlines()[-4:]
+        assert f"the report is {edited / 'report.html'}." in report and took.startswith("Took ")
+        chat = f"remove-refusals chat {llama_directory} --run {edited} --compare"
+        assert shlex.split(following[0])[1:] == chat.split()
         assert rows(tmp_path / "rows.jsonl") == rows(edited / "rows.jsonl")
         first, second = (json.loads(path.read_text()) for path in (edited / "scores.json", tmp_path / "scores.json"))
         assert first["sets"] == second["sets"]
@@ -470,8 +493,9 @@ class TestRun:
         fine(command("judge", "calibrate", "-o", tmp_path / "calibration.json"))
         asked = ("--also", f"xstest={tmp_path / 'more.txt'}")
         asked += ("--calibration", tmp_path / "calibration.json", "-o", tmp_path / "measured")
-        said = fine(command("evaluate", llama_directory, llama_directory, *inputs.test, *asked))
-        assert "False refusals, xstest" in said
+        said = fine(command("evaluate", llama_directory, llama_directory, *inputs.test, *asked, "--verbose"))
+        assert "False refusals, xstest" in said and "Perplexity" in said
+        assert "Warning: There was nothing to take out: the base model refused none of 2 harmful prompts." in said
         assert {path.name for path in (tmp_path / "measured").iterdir()} == {"report.html", "rows.jsonl", "scores.json"}
         scores = json.loads((tmp_path / "measured" / "scores.json").read_text())
         assert scores["sets"]["xstest"]["refusals"]["base"]["n"] == 3
@@ -532,5 +556,7 @@ class TestSelect:
         output = tmp_path / "edited"
         found = command("run", "demo", "-o", output, "--position", "-1,-2", "--n-test", 4, "--max-new-tokens", 8)
         assert found.code == 0
+        assert "There is no search, since --position says what to take out" in found.told
+        assert found.told.startswith("1 of 4, loading the model\n")
         assert not (output / "selection.json").exists()
         assert json.loads((output / "ablation.json").read_text())["directions"][0]["rank"] == 2

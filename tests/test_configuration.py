@@ -75,7 +75,7 @@ def test_a_run_from_a_file_is_the_run_of_its_options_and_the_command_line_wins(p
 def test_every_option_of_run_comes_from_the_tree() -> None:
     names = {option.name for option in typer.main.get_command(app).commands["run"].params}
     declared = {one.parameter for tree in (RunSettings, RunFiles) for one in settings_of(tree).values()}
-    assert names == declared | {"config", "help_all", "quiet", "log", "as_json"}
+    assert names == declared | {"config", "help_all", "quiet", "log", "as_json", "verbose"}
 
 
 def test_every_setting_says_what_it_is() -> None:
@@ -109,6 +109,19 @@ def test_the_default_file_is_toml_that_changes_nothing_and_gives_the_tree_back(t
         assert made(tree, {name: value for name, value in found.items() if name in names}) == tree()
 
 
+def test_a_column_is_for_all_files_or_for_some() -> None:
+    more = {"also": ["mine=a.csv", "own=b.csv"]}
+    everywhere = made(RunSettings, more | {"column": "goal"})
+    assert everywhere.direction.harmful.column == everywhere.measure.harmless.column == "goal"
+    assert [source.column for _, source in everywhere.measure.more] == ["goal", "goal"]
+    apart = made(RunSettings, more | {"column": "harmful=goal,harmless-test=text,own=q"})
+    assert (apart.direction.harmful.column, apart.direction.harmless.column) == ("goal", None)
+    assert (apart.measure.harmful.column, apart.measure.harmless.column) == (None, "text")
+    assert [source.column for _, source in apart.measure.more] == [None, "q"]
+    with pytest.raises(ConfigurationError, match="the sets are harmful, harmless, harmful-test"):
+        made(RunSettings, {"column": "harmless=a,hramful=b"})
+
+
 def test_a_tree_is_its_record_again() -> None:
     settings = RunSettings(
         direction=DirectionSettings(harmful=PromptSource(source="a/b", column="c"), layer=3, position=(-1, -2)),
@@ -129,7 +142,8 @@ def test_a_default_that_is_typed_counts_as_given(typed: dict[str, object]) -> No
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("strenght = 1.0", "the key 'strenght', expected one of model,"),
+        ("strenght = 1.0", "the key 'strenght', expected an option of `run`; did you mean 'strength'"),
+        ("xyzzy = 1.0", "the key 'xyzzy', expected an option of `run`; there are model,"),
         ("n-prompts = 'many'", "'n-prompts' the value 'many', expected a whole number"),
         ("strength = true", "expected a number"),
         ("plain = 1", "expected true or false"),

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from conftest import Command, Inputs
-from remove_refusals.cli.command import complete_judge
+from remove_refusals.cli.command import as_asked, complete_judge
 from remove_refusals.cli.options import complete_sites, settings_of
-from remove_refusals.cli.printing import costs_in_words
+from remove_refusals.cli.printing import LOADING, MEASURING, READING, costs_in_words, progress
 from remove_refusals.progress import Cost, Meter
 from remove_refusals.settings import RunSettings
 
@@ -151,3 +151,45 @@ def test_threads_do_not_wait_by_spinning_unless_that_is_asked_for(given: dict[st
     call = [sys.executable, "-c", script, "--help"]
     found = subprocess.run(call, env=inherited | given, capture_output=True, text=True, check=True)
     assert found.stdout.rstrip().endswith(f"spins {expected}".rstrip())
+
+
+class TestProgress:
+    def test_lines_of_a_pipe_count_the_stages_and_come_again(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with progress(LOADING, READING, MEASURING, every=0.01) as told:
+            told.begin("prompts")
+            first = capsys.readouterr().err
+            told.stage("activations", 8).done(2)
+            told.note("Goes on from there.")
+            found = ""
+            while "reading activations: 2 of 8" not in found:
+                found += capsys.readouterr().err
+        assert first.startswith("1 of 3, loading the model\n")
+        assert "Goes on from there.\n" in found
+        assert re.search(r"^2 of 3, reading activations: 2 of 8$", found, re.MULTILINE)
+
+    def test_the_time_that_is_left_is_that_of_the_stage(self, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+        now = [0.0]
+        monkeypatch.setattr(time, "monotonic", lambda: now[0])
+        with progress(LOADING, READING) as told:
+            stage = told.stage("activations", 10)
+            for done in (1, 2, 3):
+                now[0] += 60.0
+                stage.done(done)
+            stages = told.on_progress.__self__
+            stages.tell()
+            # Another part of the same stage begins anew.
+            told.stage("activations", 5).done(1)
+            stages.tell()
+        said = capsys.readouterr().err.splitlines()
+        assert said[-2:] == [
+            "2 of 2, reading activations: 3 of 10, 7 min 0 s left",
+            "2 of 2, reading activations: 1 of 5",
+        ]
+
+    def test_a_job_of_one_stage_is_not_counted_and_quiet_says_nothing(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with progress("Tracing the model"):
+            pass
+        assert capsys.readouterr().err == "Tracing the model\n"
+        with as_asked(quiet=True, log=None), progress("Tracing the model") as told:
+            told.note("Goes on.")
+        assert capsys.readouterr().err == ""

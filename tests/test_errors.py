@@ -17,7 +17,7 @@ import torch
 from transformers import BertConfig, BertLMHeadModel, T5Config, T5ForConditionalGeneration
 
 import tiny
-from conftest import Command, Inputs, Outcome
+from conftest import TOLD, Command, Inputs, Outcome
 from remove_refusals.baking.base import open_base
 from remove_refusals.directions.saved import save_direction
 from remove_refusals.models.load import load
@@ -35,6 +35,13 @@ def sentence(outcome: Outcome) -> str:
     # What another package said may stand in brackets, in as many sentences as it used.
     assert not re.search(r"[.!?] [A-Z]", re.sub(r"\(.*\)", "", outcome.err)), outcome.err
     return outcome.err.removeprefix("Error: ").strip()
+
+
+def empty_model(directory: Path) -> Path:
+    """Make a directory that can be a model's by its names alone."""
+    (directory / "empty").mkdir()
+    (directory / "empty" / "config.json").write_text("{}")
+    return directory / "empty"
 
 
 def everything_in(directory: Path) -> set[Path]:
@@ -239,7 +246,7 @@ class TestPrompts:
 
     def test_more_than_there_are(self, command: Command, llama_directory: Path, inputs: Inputs, tmp_path: Path) -> None:
         found = command("direction", llama_directory, "-o", tmp_path / "d.pt", *inputs.train, "--n-prompts", 5)
-        assert "5 prompts were asked for from harmful, which has 4" in sentence(found)
+        assert "There are 4 harmful prompts in harmful.txt and 5 were asked for" in sentence(found)
         assert not (tmp_path / "d.pt").exists()
 
     def test_measured_on_what_it_was_found_with(
@@ -280,7 +287,7 @@ class TestDirections:
         assert "48" in found and "32" in found
 
     def test_missing(self, refused, tmp_path: Path) -> None:
-        assert "absent.pt cannot be read" in refused(tmp_path / "absent.pt")
+        assert "absent.pt does not exist" in refused(tmp_path / "absent.pt")
 
     def test_pickle_that_runs_code(self, refused, tmp_path: Path) -> None:
         for path, save in ((tmp_path / "a.pt", torch.save), (tmp_path / "b.pt", _pickle)):
@@ -335,7 +342,7 @@ class TestDirections:
         assert everything_in(tmp_path) == before
 
     def test_file_of_an_unknown_kind(self, command: Command, tmp_path: Path) -> None:
-        found = command("direction", tmp_path / "absent", "-o", tmp_path / "d.npy")
+        found = command("direction", empty_model(tmp_path), "-o", tmp_path / "d.npy")
         assert "'.npy', expected .safetensors or .pt" in sentence(found)
 
     def test_chat_without_one(self, command: Command, llama_directory: Path, direction: Path) -> None:
@@ -346,8 +353,8 @@ class TestDirections:
 
 class TestOutputs:
     def test_existing_files_are_kept_without_force(self, command: Command, inputs: Inputs, tmp_path: Path) -> None:
-        # That the model is missing is not what is complained of: the look comes before the work.
-        absent, old = tmp_path / "absent", tmp_path / "old.safetensors"
+        # That the model is empty is not what is complained of: the look comes before the work.
+        absent, old = empty_model(tmp_path), tmp_path / "old.safetensors"
         old.write_text("mine")
         commands = [
             ("direction", absent, "-o", old),
@@ -363,7 +370,7 @@ class TestOutputs:
     def test_existing_directories_are_kept_without_force(
         self, command: Command, direction: Path, inputs: Inputs, tmp_path: Path
     ) -> None:
-        absent, old = tmp_path / "absent", tmp_path / "old"
+        absent, old = empty_model(tmp_path), tmp_path / "old"
         old.mkdir()
         (old / "config.json").write_text("mine")
         before = everything_in(tmp_path)
@@ -496,6 +503,7 @@ class TestOtherProcess:
         output = ("-o", tmp_path / "a.jsonl")
         with process("generate", copied, "--prompts", tmp_path / "p.txt", *output) as child:
             out, errors = child.communicate(timeout=120)
+        errors = "".join(line for line in errors.splitlines(keepends=True) if not TOLD.match(line))
         assert "NaN" in sentence(Outcome(child.returncode, out, errors))
         assert not (tmp_path / "a.jsonl").exists()
 
@@ -512,7 +520,8 @@ class TestOtherProcess:
             out, errors = child.communicate(timeout=120)
         assert child.returncode == 130
         assert out == ""
-        assert errors == "Stopped; nothing was left half-made.\n"
+        assert errors.splitlines()[-1] == "Stopped; nothing was left half-made."
+        assert all(TOLD.match(line) for line in errors.splitlines()[:-1])
         assert list(folder.iterdir()) == []
 
     def test_interrupt_names_what_is_kept(self, process, llama_directory: Path, inputs: Inputs, tmp_path: Path) -> None:
@@ -524,7 +533,8 @@ class TestOtherProcess:
             _, errors = child.communicate(timeout=120)
         assert child.returncode == 130
         kept = folder / ".edited.journal"
-        assert errors == f"Stopped; what was done is kept in {kept}, where the same command goes on.\n"
+        stopped = f"Stopped; what was done is kept in {kept}, where the same command goes on."
+        assert errors.splitlines()[-1] == stopped
         assert list(folder.iterdir()) == [kept]
 
 

@@ -276,7 +276,7 @@ def test_table_has_four_columns(base: LoadedModel, edited: LoadedModel) -> None:
     rows = table(evaluate(base, edited, PROMPTS, SETTINGS))
     assert [len(row) for row in rows] == [4] * (3 + 3 + 3 + 6 + 1 + 1)
     assert rows[0][0] == "Refusals, harmful" and rows[1][0] == "False refusals, harmless"
-    assert rows[9][0] == "First-token KL, harmless" and rows[9][2].startswith("0.")
+    assert rows[9][0] == "KL, first token, harmless" and rows[9][2].startswith("0.")
 
 
 def test_progress_rises_to_the_total(base: LoadedModel, edited: LoadedModel) -> None:

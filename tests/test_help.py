@@ -1,16 +1,19 @@
 """What `--help` says: it fits a screen, has an example that can be given, and hides nothing from who asks for all."""
 
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
 
+import report_records
 from conftest import Command
 from remove_refusals import cli
 from remove_refusals.cli.options import FURTHER
@@ -82,6 +85,7 @@ def test_every_command_can_be_quiet_and_write_a_log() -> None:
         options = set(options_of(names).values())
         assert {"--quiet", "--log"} <= options
         assert ("--json" in options) == (names[0] not in ("chat", "ui", "serve"))
+        assert ("--verbose" in options) == (names[0] in ("run", "evaluate", "analyze"))
 
 
 @pytest.mark.parametrize("names", ALONE, ids=" ".join)
@@ -104,9 +108,49 @@ def test_a_shell_completes_the_options_that_a_short_page_leaves_out() -> None:
     assert set(options_of(("run",)).values()) <= set(found.stdout.split())
 
 
+def imported_by(*words: object, code: int = 0) -> set[str]:
+    """Give the packages that a command has imported when it ends with that code."""
+    call = [sys.executable, "-X", "importtime", "-m", "remove_refusals", *map(str, words)]
+    found = subprocess.run(call, capture_output=True, text=True, check=False)
+    assert found.returncode == code, found.stderr[-500:]
+    return set(re.findall(r"\|\s+(\S+)$", found.stderr, re.MULTILINE))
+
+
 def test_imports_nothing_heavy() -> None:
-    call = [sys.executable, "-X", "importtime", "-m", "remove_refusals", "--help"]
-    found = subprocess.run(call, capture_output=True, text=True, check=True)
-    imported = set(re.findall(r"\|\s+(\S+)$", found.stderr, re.MULTILINE))
+    imported = imported_by("-h")
     assert {"typer", "remove_refusals.cli"} <= imported
     assert not imported & {"torch", "pydantic", "gradio", "transformers", "numpy", "huggingface_hub"}
+
+
+HEAVY = {"torch", "transformers", "scipy.stats", "gradio", "datasets"}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("run", "/no/such/model"),
+        ("run", "demo", "--harmful", "no.txt"),
+        ("chat", "demo", "--run", "no"),
+        ("evaluate", "demo", "/no/such/model"),
+        ("certify", "no", "--base", "demo"),
+        ("bake", "demo", "--direction", "no.safetensors", "-o", "out"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_path_that_is_not_there_is_said_before_anything_heavy_is_imported(words: tuple[str, ...]) -> None:
+    assert not imported_by(*words, code=2) & HEAVY
+
+
+def test_records_are_read_and_shown_without_anything_heavy(tmp_path: Path) -> None:
+    answers = report_records.rows(report_records.SETS)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "scores.json").write_text(json.dumps(report_records.scores(answers)))
+        (tmp_path / name / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in answers))
+    assert not imported_by("config", "-o", tmp_path / "run.toml") & {*HEAVY, "numpy"}
+    assert not imported_by("report", tmp_path / "one") & HEAVY
+    assert not imported_by("compare", tmp_path / "one", tmp_path / "two") & (HEAVY - {"scipy.stats"})
+
+
+def test_says_its_version(command: Command) -> None:
+    assert re.fullmatch(r"remove-refusals \d+\.\d+\.\d+\n", command("--version").out)

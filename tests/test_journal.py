@@ -114,7 +114,7 @@ def undisturbed(loaded: LoadedModel, prompts: SearchPrompts) -> Selection:
     return search(loaded, prompts, None)
 
 
-@pytest.mark.parametrize("stage", ["own answers, harmless_choose", "descent 10", "confirming"])
+@pytest.mark.parametrize("stage", ["own answers 64", "descent 10", "confirming"])
 def test_a_killed_search_goes_on_with_the_stage_that_it_died_in(
     loaded: LoadedModel, prompts: SearchPrompts, undisturbed: Selection, tmp_path: Path, stage: str
 ) -> None:
@@ -139,14 +139,16 @@ def test_a_killed_descent_goes_on_at_its_step(
     child = os.fork()
     if child == 0:
         torch.set_num_threads(1)
-        answers = MeasureSettings(max_new_tokens=24)
 
         def die(stage: str, done: int, total: int) -> None:
             if (stage, done) == ("descent", at):
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        select(loaded, prompts, SETTINGS, answers, journal=Journal(tmp_path), progress=Progress(die))
-        os._exit(1)
+        try:
+            answers = MeasureSettings(max_new_tokens=24)
+            select(loaded, prompts, SETTINGS, answers, journal=Journal(tmp_path), progress=Progress(die))
+        finally:
+            os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert len(list(tmp_path.glob("*.unfinished"))) == 1
     steps: list[int] = []

@@ -24,8 +24,8 @@ from typing import Any, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from remove_refusals.errors import NumericalError, OutputError, RecordError, RemoveRefusalsError
-from remove_refusals.processes import agreed, from_first, is_first
+from remove_refusals.errors import ModelError, NumericalError, OutputError, RecordError, RemoveRefusalsError
+from remove_refusals.processes import agreed, from_first, is_first, n_processes
 from remove_refusals.settings import DEMO
 
 if sys.platform != "win32":
@@ -221,6 +221,19 @@ def check_target(target: Path, *, force: bool, directory: bool) -> None:
             f"The output directory {target} is not empty and holds none of {', '.join(MODEL_FILES)}, expected a saved "
             "model before it is replaced; choose another path or remove it yourself."
         )
+
+
+def check_model_place(name: str) -> bool:
+    """Check that a model can be where a name says, without opening it; give whether that is a directory."""
+    path = Path(name)
+    if path.is_dir():
+        if not any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
+            raise ModelError(f"The directory {name} has no config.json, expected a Hugging Face model; check the path.")
+        return True
+    if path.exists() or name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
+        what = "is a file" if path.exists() else "does not exist"
+        raise ModelError(f"The model {name} {what}, expected a directory with a config.json; check the path.")
+    return False
 
 
 def _make_parents(parent: Path, made: list[Path]) -> None:
@@ -527,8 +540,10 @@ class Journal:
         return found if is_first() else unpack(value)
 
     def unfinished(self, name: str, inputs: object) -> Path | None:
-        """Give a file for what is done so far of a result that takes long; None where nothing is kept."""
-        return None if self.directory is None else self.directory / f"{self._key(name, inputs)[:16]}.unfinished"
+        """Give a file for what is done so far of a long result; None where nothing is kept, or by several processes."""
+        if self.directory is None or n_processes() > 1:
+            return None
+        return self.directory / f"{self._key(name, inputs)[:16]}.unfinished"
 
     def _key(self, name: str, inputs: object) -> str:
         content = json.dumps([self.context, name, inputs], ensure_ascii=False)

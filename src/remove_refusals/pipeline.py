@@ -38,6 +38,7 @@ from remove_refusals.measure import (
     evaluate,
     measuring_judge,
     measuring_prompts,
+    no_effect,
     warnings,
 )
 from remove_refusals.modelmap import map_model
@@ -198,6 +199,7 @@ def _run_into(
     if search is not None:
         choice, said = _searched(loaded, settings, search, journal, progress)
     if choice is None:
+        progress.note(*said)
         found = FoundDirection(given or (), (), None)
         if given is None:
             found = find_direction(loaded, settings.direction, prompts=drawn, progress=progress)
@@ -218,7 +220,8 @@ def _run_into(
         progress=progress,
     ).model_copy(update={"base": published_name(loaded.source), "edited": output_name})
     progress.begin("records")
-    result = RunResult(baked[-1], evaluation, (*warnings(evaluation), *choice.notes), choice.selection)
+    said = (*no_effect(evaluation), *warnings(evaluation), *choice.notes)
+    result = RunResult(baked[-1], evaluation, said, choice.selection)
     if is_first():
         result = _recorded(result, directory, settings, _prompt_records(choice.prompts, prompts))
     separation = _separation(loaded, prompts, settings.direction, progress)
@@ -419,7 +422,7 @@ def compare(
         progress=progress,
     ).model_copy(update={} if taken is None else {"edited": edited})
     before = edited_before(settings.model, settings.loading.revision)
-    return evaluation, (*warnings(evaluation), *filter(None, [before]))
+    return evaluation, (*no_effect(evaluation), *warnings(evaluation), *filter(None, [before]))
 
 
 class Reproduction(Record):

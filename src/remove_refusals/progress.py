@@ -56,7 +56,7 @@ def peak_memory() -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Progress:
-    """Tells `on_progress` how much of a stage is done, and the meter of each stage; `SILENT` tells nobody.
+    """Tells `on_progress` how much of a stage is done, `on_stage` and the meter of each; `SILENT` tells nobody.
 
     A job calls `stage` where one begins and hands the result on; whoever does the work calls `done` as it goes, and
     `after` where its part begins behind others of the same stage.
@@ -64,13 +64,16 @@ class Progress:
 
     on_progress: OnProgress | None = None
     on_note: Callable[[str], None] | None = None
+    on_stage: Callable[[str], None] | None = None
     name: str = ""
     total: int = 0
     before: int = 0
     meter: Meter | None = None
 
     def begin(self, name: str) -> None:
-        """Tell the meter alone that a stage begins, which has no steps or is a part of another."""
+        """Tell that a stage begins, which may have no steps or be a part of another."""
+        if self.on_stage is not None:
+            self.on_stage(name)
         if self.meter is not None:
             self.meter.begin(name)
 
@@ -83,10 +86,11 @@ class Progress:
         """Give the progress of a part of the stage that begins when so many further steps are done."""
         return replace(self, before=self.before + n_done)
 
-    def note(self, text: str) -> None:
-        """Tell something that whoever waits should know, in a sentence."""
+    def note(self, *sentences: str) -> None:
+        """Tell what whoever waits should know."""
         if self.on_note is not None:
-            self.on_note(text)
+            for sentence in sentences:
+                self.on_note(sentence)
 
     def done(self, n_done: int) -> None:
         """Tell that so many steps of this part are done."""

@@ -99,12 +99,10 @@ def load_prompts(
     source, is_path = str(source), isinstance(source, Path)
     path = Path(source).expanduser()
     suffix = path.suffix.lower()
-    if path.is_dir() or (not is_path and not (path.exists() or _looks_like_a_file(source, suffix))):
+    if not is_prompt_file(source, is_path=is_path):
         split = split or "train"
         values, used = _read_data_set(source, column, split)
         return _set(name, values, source, f"{path.name if path.is_dir() else source}, split {split}, column {used}")
-    if not path.exists():
-        raise PromptError(f"The prompt file {source} is missing, expected a file; check the path.")
     if split is not None:
         raise PromptError(
             f"The prompts {source} are a file, expected a data set for the split {split!r}; leave the split away."
@@ -127,6 +125,16 @@ def load_prompts(
         )
     values, chosen = readers[suffix](path, column)
     return _set(name, values, source, path.name if chosen is None else f"{path.name}, column {chosen}")
+
+
+def is_prompt_file(source: str, *, is_path: bool = False) -> bool:
+    """Tell a file of prompts from a data set; what is named as a file, or given as a path, has to be there."""
+    path = Path(source).expanduser()
+    if path.is_dir() or not (is_path or path.exists() or _looks_like_a_file(source, path.suffix.lower())):
+        return False
+    if not path.exists():
+        raise PromptError(f"The prompt file {source} is missing, expected a file; check the path.")
+    return True
 
 
 def embedded_prompts(name: str, language: Language = "en") -> PromptSet:
@@ -171,8 +179,8 @@ def draw(prompts: PromptSet, n: int, seed: int) -> PromptSet:
     """
     if not 1 <= n <= len(prompts):
         raise PromptError(
-            f"{n} prompts were asked for from {prompts.name}, which has {len(prompts)}, expected 1 to {len(prompts)}; "
-            "ask for fewer or add prompts."
+            f"There are {len(prompts)} {prompts.name} prompts in {prompts.source} and {n} were asked for, expected 1 "
+            f"to {len(prompts)}; add prompts, or ask for fewer (--n-prompts {len(prompts)})."
         )
     ordered = sorted(prompts.prompts, key=lambda prompt: hashlib.sha256(f"{seed}:{prompt}".encode()).hexdigest())
     return PromptSet(prompts.name, tuple(ordered[:n]), prompts.source)

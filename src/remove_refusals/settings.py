@@ -54,8 +54,8 @@ class PromptSource(Settings):
     panel: ClassVar[str] = "Direction"
 
     source: str | None = inner(None, "A file or data set id.")
-    column: str | None = setting(None, "The prompts' column in tables.")
-    split: str | None = setting(None, "The split of data sets.")
+    column: str | None = setting(None, "The prompts' column in tables; or SET=COLUMN for some, joined by commas.")
+    split: str | None = setting(None, "The split of data sets; or SET=SPLIT.")
 
 
 def _source(value: Any) -> Any:
@@ -346,9 +346,7 @@ class SelectSettings(Settings):
 
     panel: ClassVar[str] = "Choice"
 
-    method: Method = setting(
-        "auto", "auto, layer, none; none if other options decide.", name="select", short=True, may_be_none=True
-    )
+    method: Method = setting("auto", "auto, layer, or none: no search.", name="select", short=True, may_be_none=True)
     rule: Rule = Rule(max_refusals=0.05)
     n_choose: int = inner(96, "How many harmful, and how many harmless prompts the search runs on.")
     n_confirm: int = inner(32, "How many others the pick is confirmed on.")
@@ -381,11 +379,12 @@ class RunSettings(Settings):
     one_at_a_time: bool = setting(False, "Never hold base and edited model in memory together.")
 
     @property
-    def says_what_to_take_out(self) -> bool:
-        """Whether somebody typed, as a default or not, what a search decides otherwise."""
+    def says_what_to_take_out(self) -> tuple[str, ...]:
+        """The options, typed as a default or not, that say what a search decides otherwise."""
         typed = {"layer", "projected", "per_layer"} & self.direction.model_fields_set
         typed |= {"strength", "layers", "sites", "silence_experts", "variant"} & self.edit.model_fields_set
-        return bool(typed) or len(self.direction.positions) > 1
+        typed |= {"position"} if len(self.direction.positions) > 1 else set()
+        return tuple(f"--{name.replace('_', '-')}" for name in sorted(typed))
 
     def record(self) -> dict[str, Any]:
         """Give the settings as JSON, for a record that may be published: of local paths only the last part stays."""

@@ -374,6 +374,8 @@ def stream_edited(
         ledger.append(stream.made_from())
     ended = threading.Event()
     progress = progress.stage("files", len(stream.files))
+    if whole:
+        progress.note(f"Goes on from {directory}, where {len(whole)} of {len(stream.files)} files are whole.")
 
     def write(file: FilePlan) -> None:
         try:
@@ -396,8 +398,7 @@ def stream_edited(
         failure = None if future.cancelled() else future.exception()
         if failure is not None and not isinstance(failure, StoppedError):
             raise failure
-    index = stream.index()
-    if index is not None:
+    if (index := stream.index()) is not None:
         write_json(directory / INDEX_FILE, index, force=True)
     return dict(sorted(whole.items()))
 

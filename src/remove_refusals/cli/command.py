@@ -110,16 +110,25 @@ def parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-_LOGGER = logging.getLogger("remove_refusals")
+_LOGGER, _WARNINGS = logging.getLogger("remove_refusals"), logging.getLogger("py.warnings")
 _TENTHS = 10
 
 
 @dataclass(frozen=True)
 class Output:
-    """What was asked for: with `quiet` only the result and errors, with `as_json` the result as JSON alone."""
+    """What was asked for: `quiet` leaves result and errors, `as_json` the result alone, `verbose` the whole tables."""
 
     quiet: bool = False
     as_json: bool = False
+    verbose: bool = False
+
+
+def without_types(parameters: list[Any]) -> list[Any]:
+    """Leave out what a switch is said to take on a help page."""
+    for one in parameters:
+        if getattr(one, "is_flag", False):
+            one.metavar = ""
+    return parameters
 
 
 _CURRENT: ContextVar[Output | None] = ContextVar("output", default=None)
@@ -134,8 +143,9 @@ OUTPUT = (
     _option("quiet", bool, "Only the result and errors, no progress.", "--quiet", "-q"),
     _option("log", Path | None, "Append stages and their times to this file.", "--log"),
     _option("as_json", bool, "Print the result as JSON.", "--json"),
+    _option("verbose", bool, "Whole tables, with intervals, and what the search tried.", "--verbose", "-v"),
 )
-"""Options of every command; the last one only where there is a result."""
+"""Options of every command; the third only where there is a result, and the last where there is a long table."""
 
 
 def current() -> Output:
@@ -144,9 +154,9 @@ def current() -> Output:
 
 
 @contextmanager
-def as_asked(quiet: bool, log: Path | None, as_json: bool) -> Iterator[None]:
+def as_asked(quiet: bool, log: Path | None, as_json: bool = False, verbose: bool = False) -> Iterator[None]:
     """Print as asked while the context lasts, and write the log."""
-    token = _CURRENT.set(Output(quiet, as_json))
+    token = _CURRENT.set(Output(quiet, as_json, verbose))
     if "demo" in sys.argv[1:] and Path("demo", "config.json").is_file():
         sys.stderr.write("Note: 'demo' is the embedded model; for the directory of that name write ./demo.\n")
     try:
@@ -167,7 +177,8 @@ def _logged(path: Path) -> Iterator[None]:
             "another place."
         ) from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    _LOGGER.addHandler(handler)
+    for logger in (_LOGGER, _WARNINGS):
+        logger.addHandler(handler)
     _LOGGER.setLevel(logging.INFO)
     began = time.monotonic()
     _LOGGER.info("remove-refusals %s", " ".join(sys.argv[1:]))
@@ -179,7 +190,8 @@ def _logged(path: Path) -> Iterator[None]:
     else:
         _LOGGER.info("done after %.1f s", time.monotonic() - began)
     finally:
-        _LOGGER.removeHandler(handler)
+        for logger in (_LOGGER, _WARNINGS):
+            logger.removeHandler(handler)
         _LOGGER.setLevel(logging.NOTSET)
         handler.close()
 

@@ -48,17 +48,13 @@ def evaluate(
     """
     from remove_refusals.cli import printing
     from remove_refusals.files import atomic_directory, check_target, write_json, write_jsonl
-    from remove_refusals.models import check_not_source
-    from remove_refusals.pipeline import compare as measured
     from remove_refusals.report import write_html_report
 
     whole = output is not None and output.suffix != ".json"
     for path in (output, rows):
         if path is not None:
-            check_not_source(path, base, edited, run)
             check_target(path, force=force, directory=whole and path is output)
-    taken = given_intervention(direction, run, candidate)
-    if (edited is None) == (taken is None):
+    if (edited is None) == (direction is None and run is None):
         raise DirectionError(
             f"{'Nothing' if edited is None else 'An edited model beside --direction or --run'} is given to compare "
             f"{base} with, expected one of an edited model, --direction FILE and --run DIR; pass one."
@@ -66,7 +62,13 @@ def evaluate(
     strength = settings.edit.strength
     part = None if strength == 1 else f"strength {strength:g}"
     name = edited or ", ".join(filter(None, [str(run or direction), candidate, part]))
-    with printing.progress() as progress:
+    with printing.progress(printing.LOADING, printing.MEASURING) as progress:
+        from remove_refusals.models import check_not_source
+        from remove_refusals.pipeline import compare as measured
+
+        for path in filter(None, (output, rows)):
+            check_not_source(path, base, edited, run)
+        taken = given_intervention(direction, run, candidate)
         evaluation, notes = measured(settings.model_copy(update={"model": base}), name, taken, progress=progress)
     if output is not None and whole:
         with atomic_directory(output, force=force) as directory:
@@ -84,11 +86,13 @@ def evaluate(
 @takes("loading.trust_remote_code", "loading.revision")
 def inspect(model: ModelArgument, settings: "RunSettings") -> None:
     """What an edit would touch and what it would leave, from the configuration alone."""
-    from remove_refusals import examination
     from remove_refusals.cli import printing
 
     loading = settings.loading
-    found = examination.inspect(model, revision=loading.revision, trust_remote_code=loading.trust_remote_code)
+    with printing.progress("Tracing the model"):
+        from remove_refusals import examination
+
+        found = examination.inspect(model, revision=loading.revision, trust_remote_code=loading.trust_remote_code)
     printing.finish(found.to_json(), show=lambda: printing.show_map(found))
 
 
@@ -116,10 +120,12 @@ def certify(
     settings: "RunSettings",
 ) -> None:
     """Measure on saved files what is left of the direction; exit code 3 if they do not hold the edit."""
-    from remove_refusals.baking import certify_directory
     from remove_refusals.cli import printing
 
-    certificate = certify_directory(directory, base, trust_remote_code=settings.loading.trust_remote_code)
+    with printing.progress("Measuring what is left in the files"):
+        from remove_refusals.baking import certify_directory
+
+        certificate = certify_directory(directory, base, trust_remote_code=settings.loading.trust_remote_code)
     printing.finish(certificate.to_json(), show=lambda: printing.show_certificate(certificate))
     if not certificate.passed:
         raise CertificateError(
@@ -167,11 +173,15 @@ def analyze(
     ] = True,
 ) -> None:
     """Where a model's refusal lives and how robust it is; the model is not changed."""
-    from remove_refusals import examination
     from remove_refusals.cli import printing
+    from remove_refusals.files import check_target
 
+    check_target(output, force=force, directory=True)
     settings = settings.model_copy(update={"model": model})
-    with printing.progress() as progress:
+    stages = (printing.LOADING, printing.READING, *([printing.MEASURING] if answers else []))
+    with printing.progress(*stages) as progress:
+        from remove_refusals import examination
+
         found = examination.analyze(settings, output, answers=answers, force=force, progress=progress)
     printing.finish(
         found.analysis.to_json() | {"output": str(output)},
@@ -267,14 +277,16 @@ def diff(
     direction: DirectionFile = None,
 ) -> None:
     """Which tensors differ between two checkpoints, by how much, and what share of that lies along a direction."""
-    from remove_refusals import errors, examination
     from remove_refusals.cli import printing
-    from remove_refusals.directions import load_directions
 
-    given = load_directions(direction) if direction is not None else (None,)
-    if len(given) != 1:
-        raise errors.DirectionError(f"{direction} holds {len(given)} directions, expected one; give one of its files.")
-    found = examination.diff(first, second, given[0], trust_remote_code=settings.loading.trust_remote_code)
+    with printing.progress("Comparing the tensors"):
+        from remove_refusals import errors, examination
+        from remove_refusals.directions import load_directions
+
+        given = load_directions(direction) if direction is not None else (None,)
+        if len(given) != 1:
+            raise errors.DirectionError(f"{direction} holds {len(given)} directions, expected one; give one of them.")
+        found = examination.diff(first, second, given[0], trust_remote_code=settings.loading.trust_remote_code)
 
     def show() -> None:
         for row in found.tensors[:_MOST_ROWS]:
@@ -311,10 +323,11 @@ def reproduce(
     files: Annotated[Path | None, Option(help="The directory with the prompt files.")] = None,
 ) -> None:
     """Repeat a run and say, hash by hash, what came out the same; exit code 3 if the weights did not."""
-    from remove_refusals import pipeline
     from remove_refusals.cli import printing
 
-    with printing.progress() as progress:
+    with printing.progress(*printing.SEARCHED) as progress:
+        from remove_refusals import pipeline
+
         found = pipeline.reproduce(directory, model=model, files=files, progress=progress)
 
     def show() -> None:

@@ -3,21 +3,28 @@
 import functools
 import gc
 import inspect
+import logging
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from importlib import metadata
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from remove_refusals.cli import look, make, talk
+from remove_refusals.cli.command import without_types
 from remove_refusals.errors import RemoveRefusalsError
 from remove_refusals.processes import speaks
 
 
 class _Commands(TyperGroup):
     """The commands; their errors and Ctrl-C are caught here, before Typer answers them in its own way."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Give the options; a switch takes no value, so its line names no type."""
+        return without_types(super().get_params(ctx))
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command, and turn this library's errors into their sentence on standard error and their exit code."""
@@ -43,33 +50,53 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=True,
     rich_markup_mode="rich",
+    context_settings={"help_option_names": ["--help", "-h"]},
 )
+
+
+def _print_version(context: typer.Context, wanted: bool) -> None:
+    if wanted and not context.resilient_parsing:
+        typer.echo(f"remove-refusals {metadata.version('remove-refusals')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _every(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
 
 judge_app = typer.Typer(
     help="How far a judge of answers can be trusted.",
     epilog="Example: remove-refusals judge calibrate mine.jsonl --judge phrases",
     no_args_is_help=True,
+    cls=_Commands,
 )
 
-_COMMANDS: tuple[tuple[typer.Typer, Callable[..., None], str, str], ...] = (
-    (app, make.run, "run", "google/gemma-3-1b-it --output gemma-ablated --layers 12-25"),
-    (app, make.find, "direction", "demo -o demo.safetensors"),
-    (app, talk.chat, "chat", "demo --direction demo.safetensors --compare"),
-    (app, talk.ui, "ui", "demo --run demo-ablated"),
-    (app, talk.generate, "generate", "demo --direction demo.safetensors --prompts p.txt -o a.jsonl"),
-    (app, make.bake, "bake", "demo --direction demo.safetensors -o demo-ablated"),
-    (app, look.evaluate, "evaluate", "demo demo-ablated -o scores.json"),
-    (app, look.compare, "compare", "demo-ablated another-ablated"),
-    (app, look.inspect, "inspect", "demo"),
-    (app, look.plan, "plan", "demo --devices 8x80GiB"),
-    (app, look.certify, "certify", "demo-ablated --base demo"),
-    (app, look.diff, "diff", "demo demo-ablated --direction demo.safetensors"),
-    (app, look.config, "config", "-o run.toml"),
-    (app, look.reproduce, "reproduce", "demo-ablated"),
-    (app, look.analyze, "analyze", "demo -o demo-analysis"),
-    (app, look.report, "report", "demo-ablated -o report.html"),
-    (app, make.push, "push", "demo-ablated me/demo-ablated"),
-    (judge_app, look.calibrate, "calibrate", "mine.jsonl --judge http://127.0.0.1:8000/v1#model"),
+_MAKE, _TALK, _MEASURE, _CHECK = "Make an edited model", "Talk to it", "Measure and look inside", "Check and repeat"
+
+_COMMANDS: tuple[tuple[str, Callable[..., None], str, str], ...] = (
+    (_MAKE, make.run, "run", "google/gemma-3-1b-it --output gemma-ablated"),
+    (_MAKE, make.find, "direction", "demo -o demo.safetensors"),
+    (_MAKE, make.bake, "bake", "demo --direction demo.safetensors -o demo-ablated"),
+    (_MAKE, make.push, "push", "demo-ablated me/demo-ablated"),
+    (_TALK, talk.chat, "chat", "demo --direction demo.safetensors --compare"),
+    (_TALK, talk.ui, "ui", "demo --run demo-ablated"),
+    (_TALK, talk.generate, "generate", 'demo "How do I bake a bread?" --direction demo.safetensors'),
+    (_MEASURE, look.evaluate, "evaluate", "demo demo-ablated -o scores.json"),
+    (_MEASURE, look.compare, "compare", "demo-ablated another-ablated"),
+    (_MEASURE, look.report, "report", "demo-ablated -o report.html"),
+    (_MEASURE, look.analyze, "analyze", "demo -o demo-analysis"),
+    (_MEASURE, look.inspect, "inspect", "demo"),
+    (_MEASURE, look.plan, "plan", "demo --devices 8x80GiB"),
+    (_CHECK, look.certify, "certify", "demo-ablated --base demo"),
+    (_CHECK, look.diff, "diff", "demo demo-ablated --direction demo.safetensors"),
+    (_CHECK, look.reproduce, "reproduce", "demo-ablated"),
+    (_CHECK, look.config, "config", "-o run.toml"),
+    ("judge", look.calibrate, "calibrate", "mine.jsonl --judge http://127.0.0.1:8000/v1#model"),
 )
 
 
@@ -82,7 +109,9 @@ class Command(TyperCommand):
         from remove_refusals.cli.options import whole
 
         command = next(one for _, one, name, _ in _COMMANDS if name == self.name)
-        return whole(command, str(self.name), str(self.epilog), json=self.name not in ("chat", "ui"))
+        left_out = ["as_json"] if self.name in ("chat", "ui") else []
+        left_out += [] if self.name in ("run", "evaluate", "analyze") else ["verbose"]
+        return whole(command, str(self.name), str(self.epilog), left_out=left_out)
 
     @property
     def params(self) -> list[Any]:
@@ -106,6 +135,10 @@ def main() -> None:
     gc.set_threshold(50_000, 20, 20)
     # Transformers remarks on each kernel that is not installed, which says nothing of the job.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    # Other packages' warnings go to the log alone, if there is one.
+    logging.captureWarnings(True)
+    logging.getLogger().addHandler(logging.NullHandler())
     # OpenMP's threads wait for each other by spinning, which takes many times as long with other work on the machine.
     # GNU's library reads this when torch loads it.
     if "OMP_WAIT_POLICY" not in os.environ:
@@ -113,10 +146,14 @@ def main() -> None:
     app()
 
 
-for _app, _command, _name, _example in _COMMANDS:
-    _words = _name if _app is app else f"judge {_name}"
+for _panel, _command, _name, _example in _COMMANDS:
+    _app, _words = (judge_app, f"judge {_name}") if _panel == "judge" else (app, _name)
     _app.command(
-        _name, cls=Command, help=inspect.getdoc(_command), epilog=f"Example: remove-refusals {_words} {_example}"
+        _name,
+        cls=Command,
+        help=inspect.getdoc(_command),
+        epilog=f"Example: remove-refusals {_words} {_example}",
+        rich_help_panel=None if _app is judge_app else _panel,
     )(lambda: None)
 
-app.add_typer(judge_app, name="judge")
+app.add_typer(judge_app, name="judge", rich_help_panel=_MEASURE)

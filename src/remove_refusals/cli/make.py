@@ -1,5 +1,6 @@
 """Commands that make something: a direction, an edited model, a repository on the hub."""
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -27,37 +28,47 @@ if TYPE_CHECKING:
 @takes()
 def run(settings: "RunSettings", files: "RunFiles", config: ConfigFile = None) -> None:
     """The whole job: activations, direction, ablation, evaluation, and the saved model."""
-    from remove_refusals import pipeline
     from remove_refusals.cli import printing
+    from remove_refusals.files import check_target
 
-    if files.direction is not None or settings.says_what_to_take_out:
+    decided = (*(["--direction"] if files.direction is not None else []), *settings.says_what_to_take_out)
+    if decided:
         # Whoever says what to take out wants just that.
         if settings.select is not None and "method" in settings.select.model_fields_set:
             raise SelectionError(
-                f"--select {settings.select.method} and options that say what to take out are both given, expected "
-                "one of them; leave --select out, or --direction, --layer, --strength, --layers, --sites, "
-                "--silence-experts, --variant, --projected, --per-layer and all positions but one."
+                f"--select {settings.select.method} and options that say what to take out ({', '.join(decided)}) are "
+                "both given, expected one of them; leave --select or the others out."
             )
         settings = settings.model_copy(update={"select": None})
     target = files.output or Path(f"{Path(settings.model).name}-ablated")
-    with printing.progress() as progress:
-        result = pipeline.run(settings, target, force=files.force, direction_file=files.direction, progress=progress)
+    check_target(target, force=files.force, directory=True)
+    stages = printing.SEARCHED if settings.select is not None else printing.GIVEN
+    with printing.progress(*stages) as progress:
+        if settings.select is None:
+            said = f"{' and '.join(decided) or '--select none'} says what to take out"
+            progress.note(f"There is no search, since {said}; leave that out to search how much to take out where.")
+        from remove_refusals import pipeline
 
+        result = pipeline.run(settings, target, force=files.force, direction_file=files.direction, progress=progress)
     took = printing.costs_in_words(result.costs)
     write_log(took)
 
     def show() -> None:
+        printing.show_evaluation(result.evaluation, result.warnings)
         if result.selection is not None:
             printing.show_selection(result.selection)
         printing.show_tied(result.baked.plan)
-        printing.show_evaluation(result.evaluation, result.warnings)
-        printing.say(took)
 
     data = {"output": str(target), "scores": result.evaluation.to_json(), "warnings": list(result.warnings)}
     data["costs"] = {name: asdict(cost) for name, cost in result.costs.items()}
     data |= {} if result.selection is None else {"selection": result.selection.summary().to_json()}
-    last = f"Saved to {target}: the edited model, its records and its model card; report.html shows them."
-    printing.finish(data, last, show)
+    printing.finish(data, f"Saved to {target}; the report is {target / 'report.html'}.", show)
+    model, made = shlex.quote(settings.model), shlex.quote(str(target))
+    printing.remark(
+        took,
+        f"Next:  remove-refusals chat {model} --run {made} --compare",
+        f"       remove-refusals certify {made} --base {model}",
+    )
 
 
 @takes("loading", "chat", "batch_size", "direction")
@@ -87,7 +98,7 @@ def find(
     else:
         check_direction_path(output, force=force)
     prompts = training_prompts(wanted)
-    with printing.progress() as progress:
+    with printing.progress(printing.LOADING, printing.READING) as progress:
         loaded = load_model(model, settings.loading, settings.chat, settings.batch_size, progress=progress)
         found = find_direction(loaded, wanted, prompts=prompts, progress=progress)
     first, where = found.directions[0], ", ".join(map(str, wanted.positions))
@@ -142,7 +153,7 @@ def bake(
     intervention = as_intervention(given or (), model_map, edit)
     remarks = [] if before is None else [f"Note: {before}"]
     if kind == "checkpoint":
-        with printing.progress() as progress:
+        with printing.progress(printing.EDITING) as progress:
             baked = baking.bake(base, intervention, output, edit, force=force, disk=disk, progress=progress)
         plan, record, what = baked.plan, baked.record, "."
     else:

@@ -5,8 +5,9 @@ import functools
 import inspect
 import json
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -16,10 +17,13 @@ from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
 from remove_refusals import settings
-from remove_refusals.cli.command import IN_FILE, OUTPUT, TAKEN, as_asked, complete_judge, parameter
-from remove_refusals.errors import ConfigurationError, PromptError
+from remove_refusals.cli.command import IN_FILE, OUTPUT, TAKEN, as_asked, complete_judge, parameter, without_types
+from remove_refusals.errors import ConfigurationError, DirectionError, JudgeError, PromptError, RecordError
+from remove_refusals.files import check_model_place
 from remove_refusals.processes import check_processes, is_first, joined
+from remove_refusals.prompts import is_prompt_file
 from remove_refusals.settings import (
+    DEMO,
     SITE_KINDS,
     LoadSettings,
     Option,
@@ -135,15 +139,16 @@ def _parameter(setting: Setting, defaults: Mapping[str, Any]) -> inspect.Paramet
 def made(tree: type[Settings], given: Mapping[str, Any], source: Path | None = None) -> Any:
     """Make settings of what is given by the options' parameter names, in the file `source`; only that counts as set."""
     known = {one.parameter: one for one in settings_of(tree).values()}
+    owners = {place[:-1]: one.name for one in known.values() for place in one.places if place[-1] == "source"}
     data: dict[str, Any] = {}
     left_out: list[Place] = []
     for name, value in given.items():
         option = known[name]
         for place in option.places:
-            part = data
+            part, here = data, _for_set(value, owners[place[:-1]]) if name in _TABLES else value
             for step in place[:-1]:
                 part = part.setdefault(step, {})
-            part[place[-1]] = _text_of(Path(str(value))) if option.option.is_file else value
+            part[place[-1]] = _text_of(Path(str(value))) if option.option.is_file else here
             left_out += [place[:-1]] if option.option.may_be_none and value == "none" else []
     for parent in left_out:
         data[parent[0]] = None
@@ -153,11 +158,39 @@ def made(tree: type[Settings], given: Mapping[str, Any], source: Path | None = N
         found = tree.model_validate_json(json.dumps(data, default=str), strict=True) if strict else tree(**data)
     except ValidationError as error:
         raise _wrong(error, list(known.values()), source) from None
-    tables = {name: given[name] for name in ("column", "split") if name in given}
-    if tables and isinstance(found, RunSettings) and found.measure.more:
-        more = tuple((name, one.model_copy(update=tables)) for name, one in found.measure.more)
-        return found.model_copy(update={"measure": found.measure.model_copy(update={"more": more})})
+    tables = {name: given[name] for name in _TABLES if given.get(name) is not None}
+    if tables and isinstance(found, RunSettings):
+        of_more = dict(found.measure.more)
+        _check_sets(tables, [*owners.values(), *of_more])
+        more = tuple(
+            (name, one.model_copy(update={table: _for_set(value, name) for table, value in tables.items()}))
+            for name, one in of_more.items()
+        )
+        return found.model_copy(update={"measure": found.measure.model_copy(update={"more": more})}) if more else found
     return found
+
+
+_TABLES = ("column", "split")
+"""What is said of every prompt set, or of each apart."""
+
+
+def _for_set(value: Any, name: str) -> Any:
+    """Give what is meant for a prompt set, of a value such as goal or harmful=goal,harmless-test=text."""
+    parts = [part.partition("=") for part in value.split(",")] if isinstance(value, str) else []
+    if not parts or not all(equals for _, equals, _ in parts):
+        return value
+    return next((said for key, _, said in parts if key == name), None)
+
+
+def _check_sets(tables: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Check that what is said of one set each is said of sets that there are."""
+    for table, value in tables.items():
+        for part in str(value).split(",") if "=" in str(value) else ():
+            if part.partition("=")[0] not in names:
+                raise ConfigurationError(
+                    f"--{table} is {value!r}, expected one for all files or SET={table.upper()} for some, joined by "
+                    f"commas; the sets are {', '.join(names)}."
+                )
 
 
 def _text_of(path: Path) -> str:
@@ -223,9 +256,11 @@ def read_configuration(path: Path) -> dict[str, Any]:
     known = {name: key for names in trees.values() for name, key in names.items()}
     for name in flat:
         if name not in known:
+            key = name.replace("_", "-")
+            near = get_close_matches(key, known.values(), 1)
+            remedy = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(known.values())}."
             raise ConfigurationError(
-                f"The configuration {path} has the key '{name.replace('_', '-')}', expected one of "
-                f"{', '.join(known.values())}; correct or remove it."
+                f"The configuration {path} has the key '{key}', expected an option of `run`; {remedy}"
             )
     for tree, names in trees.items():
         made(tree, {name: value for name, value in flat.items() if name in names}, path)
@@ -278,6 +313,10 @@ _ALL = "remove_refusals.all_options"
 class Page(TyperCommand):
     """A command whose `--help` may be shorter than its `--help-all`."""
 
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Give the parameters; a switch takes no value, so its line names no type."""
+        return without_types(super().get_params(ctx))
+
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the page; where `--help-all` is an option and was not given, the short one, which says so."""
         page = self
@@ -297,6 +336,29 @@ def _show_all(context: typer.Context, wanted: bool) -> None:
         raise typer.Exit
 
 
+_MODELS = ("model", "base", "edited", "first", "second")
+_THERE = {
+    **dict.fromkeys(("directory", "run", "repeat"), RecordError),
+    **{"direction": DirectionError, "labelled": JudgeError, "calibration": JudgeError, "files": PromptError},
+}
+"""Parameters that name a model, and those that name something else that has to be there."""
+
+
+def check_there(given: Mapping[str, Any]) -> None:
+    """Check that what is named as a path is there, before anything heavy is imported."""
+    for name, value in given.items():
+        if name in _MODELS and isinstance(value, str) and value != DEMO:
+            check_model_place(value)
+        elif isinstance(value, Settings):
+            check_there({part: getattr(value, part) for part in type(value).model_fields})
+        elif name == "source" and value is not None:
+            is_prompt_file(value)
+        elif name == "more":
+            check_there(dict(value))
+        elif name in _THERE and value is not None and not Path(value).expanduser().exists():
+            raise _THERE[name](f"The {name} {value} does not exist, expected what is to be read; check the path.")
+
+
 _HELP_ALL = parameter(
     "help_all",
     Annotated[bool, typer.Option("--help-all", is_eager=True, callback=_show_all, help="Show every option and exit.")],
@@ -304,7 +366,7 @@ _HELP_ALL = parameter(
 )
 
 
-def whole(command: Callable[..., None], name: str, epilog: str, *, json: bool) -> Any:
+def whole(command: Callable[..., None], name: str, epilog: str, *, left_out: Sequence[str]) -> Any:
     """Make a command as Click knows it, with options in place of the parameters that are annotated with settings."""
     places, defaults = TAKEN.get(f"{command.__module__}.{command.__qualname__}", ((), {}))
     own = inspect.signature(command, locals=vars(settings), eval_str=True).parameters
@@ -317,8 +379,8 @@ def whole(command: Callable[..., None], name: str, epilog: str, *, json: bool) -
 
     def called(context: typer.Context, **values: Any) -> None:
         values.pop("help_all", None)
-        quiet, log, as_json = values.pop("quiet"), values.pop("log"), values.pop("as_json", False)
-        with as_asked(quiet, log if is_first() else None, as_json):
+        asked = {one.name: values.pop(one.name) for one in OUTPUT if one.name in values}
+        with as_asked(**asked | ({} if is_first() else {"log": None})):
             for role, tree in trees.items():
                 given = dict(defaults) if tree is RunSettings else {}
                 for one in used[role]:
@@ -328,6 +390,7 @@ def whole(command: Callable[..., None], name: str, epilog: str, *, json: bool) -
                     elif one.parameter in context.meta.get(IN_FILE, {}):
                         given[one.parameter] = context.meta[IN_FILE][one.parameter]
                 values[role] = made(tree, given)
+            check_there(values)
             loading = next((one.loading for one in values.values() if isinstance(one, RunSettings)), LoadSettings())
             check_processes(name, loading.tp, loading.replicas)
             with joined():
@@ -338,7 +401,7 @@ def whole(command: Callable[..., None], name: str, epilog: str, *, json: bool) -
     parameters += [one for setting, one in added if setting.option.is_argument]
     parameters += [one for name, one in own.items() if name not in trees]
     parameters += [one for setting, one in added if not setting.option.is_argument]
-    parameters += [one for one in OUTPUT if json or one.name != "as_json"]
+    parameters += [one for one in OUTPUT if one.name not in left_out]
     parameters += [_HELP_ALL] if len(parameters) > _MOST else []
     parameters = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in parameters]
     functools.update_wrapper(called, command)

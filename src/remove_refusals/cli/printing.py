@@ -4,13 +4,15 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
 
@@ -103,27 +105,107 @@ def typed_lines() -> Iterator[str]:
         yield line
 
 
+LOADING, READING, ANSWERING, EDITING, MEASURING = (
+    "Loading the model",
+    "Reading activations",
+    "Answering the prompts",
+    "Editing the weights",
+    "Measuring base and edited",
+)
+SEARCHED = (
+    *(LOADING, READING, "Answering as the base model", "Searching by gradients", "Confirming by generation"),
+    *(EDITING, MEASURING),
+)
+GIVEN = (LOADING, READING, EDITING, MEASURING)
+"""The stages of a run with a search, and of one without, in words."""
+
+_BEGINNINGS = {
+    LOADING: ("prompts", "loading", "mapping"),
+    READING: ("activations",),
+    SEARCHED[2]: ("own answers",),
+    SEARCHED[3]: ("first gradients", "descent", "experts", "directions"),
+    SEARCHED[4]: ("confirming",),
+    EDITING: ("saving", "files", "certificate", "reading back"),
+    MEASURING: ("evaluation", "answers of", "separation", "records"),
+    ANSWERING: ("answers",),
+}
+"""What the stages are called that a job tells of, or how that begins."""
+
+
+class _Stages:
+    """Says on standard error what is done: by a bar in a terminal, else by a line now and every half minute."""
+
+    def __init__(self, titles: Sequence[str], bars: Bars) -> None:
+        self._titles, self._bars, self._log = titles, bars, StageLog()
+        self._task = bars.add_task("", total=None, counted="")
+        self._begin(titles[0])
+
+    def _begin(self, title: str) -> None:
+        self._title, self._counted = title, ""
+        counted = len(self._titles) > 1 and title in self._titles
+        place = f"{self._titles.index(title) + 1} of {len(self._titles)}, " if counted else ""
+        self._said = f"{place}{title[:1].lower()}{title[1:]}" if place else title
+        write_log(self._said)
+        self._restart(0)
+
+    def _restart(self, done: int) -> None:
+        self._since = time.monotonic(), done
+        self._bars.reset(self._task, description=self._said, total=None, counted="")
+
+    def stage(self, name: str) -> None:
+        """Note that a stage begins; one without a title of its own is a part of what lasts."""
+        title = next((title for title, names in _BEGINNINGS.items() if name.startswith(names)), self._title)
+        if title != self._title:
+            self._begin(title)
+
+    def update(self, stage: str, done: int, total: int) -> None:
+        """Note how much of a stage is done, and how long the rest takes if it goes on like that."""
+        self._log.update(stage, done, total)
+        (began, first), now = self._since, time.monotonic()
+        if done < first or not self._counted:
+            self._since = began, first = now, done
+        left = (now - began) / (done - first) * (total - done) if done > first else 0
+        self._counted = f"{done} of {total}" + (f", {_duration(left)} left" if left > 1 else "")
+        self._bars.update(self._task, completed=done, total=total, counted=self._counted)
+
+    def note(self, text: str) -> None:
+        """Say a sentence that stays."""
+        write_log(text)
+        if is_first() and not current().quiet:
+            self._bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def tell(self) -> None:
+        """Write the line."""
+        sys.stderr.write(f"{self._said}{self._counted and f': {self._counted}'}\n")
+        sys.stderr.flush()
+
+
 @contextmanager
-def progress() -> Iterator[Progress]:
-    """Show a bar per stage on standard error, if that is a terminal and may be loud, and write the same to the log."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console, log = Console(stderr=True), StageLog()
-    hide = current().quiet or not console.is_terminal or not is_first()
-    with Bars(*columns, console=console, transient=True, disable=hide) as bars:
-        tasks = {}
+def progress(*titles: str, every: float = 30.0) -> Iterator[Progress]:
+    """Say on standard error what is done, unless it is to be quiet, and write the same to the log.
 
-        def on_progress(stage: str, done: int, total: int) -> None:
-            log.update(stage, done, total)
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)
+    The titles are those of the stages to come, in order; of several each is counted.
+    """
+    console = Console(stderr=True)
+    loud, ended = is_first() and not current().quiet, Event()
+    columns = (TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[counted]}"))
+    with Bars(*columns, console=console, transient=True, disable=not (loud and console.is_terminal)) as bars:
+        stages = _Stages(titles, bars)
 
-        def on_note(sentence: str) -> None:
-            write_log(sentence)
-            if is_first() and not current().quiet:
-                bars.console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+        def tell() -> None:
+            while not ended.wait(every):
+                stages.tell()
 
-        yield Progress(on_progress, on_note)
+        teller = Thread(target=tell, daemon=True)
+        if loud and bars.disable:
+            stages.tell()
+            teller.start()
+        try:
+            yield Progress(stages.update, stages.note, stages.stage)
+        finally:
+            ended.set()
+            if teller.is_alive():
+                teller.join()
 
 
 @contextmanager
@@ -159,18 +241,25 @@ def show_tied(plan: "EditPlan") -> None:
 
 
 def show_selection(selection: "Selection") -> None:
-    """Print every candidate of a search with its scores, and the pick."""
-    _show(f"Candidates; the pick: {selection.rule}", *selection.table(), n_left=2)
-    say(*selection.table_key())
+    """Print every candidate of a search with its scores, and the pick, where all is to be shown."""
+    if current().verbose:
+        _show(f"Candidates; the pick: {selection.rule}", *selection.table(), n_left=2)
+        say(*selection.table_key())
 
 
 def show_evaluation(evaluation: "Evaluation", notes: tuple[str, ...]) -> None:
-    """Print the scores of base and edited model side by side, and what should be said of them."""
-    from remove_refusals.measure import table, table_key
+    """Print the scores of both models, all or those that matter most, and what should be said of them."""
+    from remove_refusals.measure import skewed, summary, table, table_key
 
     columns = ("", "base", "edited", "verdict, p")
-    _show("Base and edited model on the same prompts", columns, table(evaluation))
-    say(table_key(evaluation))
+    if current().verbose:
+        _show("Base and edited model on the same prompts", columns, table(evaluation))
+        say(table_key(evaluation))
+    else:
+        rows = (columns, *summary(evaluation))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        say(*("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows))
+        say(*filter(None, [skewed(evaluation).strip()]))
     if evaluation.judge_usage is not None:
         say(f"Asked the judge: {evaluation.judge_usage}.")
     say(*(f"Warning: {note}" for note in notes), style="yellow")
@@ -227,6 +316,12 @@ def finish(data: object, last: str | None = None, show: Callable[[], None] | Non
         show()
     if last is not None:
         say(last)
+
+
+def remark(took: str, *lines: str) -> None:
+    """Print what stands below a result, for people who are to be told more than that."""
+    if not (current().quiet or current().as_json):
+        say(took if current().verbose else f"{took.partition(':')[0].rstrip('.')}.", *lines)
 
 
 def show_map(found: "Inspection") -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
-from typer import Option
+from typer import Argument, Option
 
 from remove_refusals.cli.command import (
     CandidateName,
@@ -22,7 +22,14 @@ from remove_refusals.cli.command import (
     takes,
     to,
 )
-from remove_refusals.errors import ConfigurationError, DirectionError, ModelError, RemoveRefusalsError, require_package
+from remove_refusals.errors import (
+    ConfigurationError,
+    DirectionError,
+    ModelError,
+    PromptError,
+    RemoveRefusalsError,
+    require_package,
+)
 
 if TYPE_CHECKING:
     from remove_refusals.models import LoadedModel
@@ -350,9 +357,10 @@ def _maker(given: "tuple[Direction, ...] | Intervention", edit: "EditSettings", 
 )
 def generate(
     model: ModelArgument,
-    prompts: Annotated[str, Option(help="A file or data set of prompts.")],
-    output: Annotated[Path, to("A JSON Lines file.")],
     settings: "RunSettings",
+    prompt: Annotated[list[str] | None, Argument(help="A prompt, in quotes; or several.")] = None,
+    prompts: Annotated[str | None, Option(help="A file or data set of prompts instead.")] = None,
+    output: Annotated[Path | None, to("A JSON Lines file; answers to prompts typed here are printed.")] = None,
     direction: DirectionFile = None,
     run: RunDirectory = None,
     candidate: CandidateName = None,
@@ -360,26 +368,33 @@ def generate(
 ) -> None:
     """Answer prompts in batches, greedily; without --direction or --run the model answers as it is."""
     from remove_refusals.cli import printing
-    from remove_refusals.directions import ablated, as_intervention
     from remove_refusals.files import check_target, write_jsonl
-    from remove_refusals.models import check_not_source, edited_before, load_model, render
-    from remove_refusals.models import generate as answer_all
-    from remove_refusals.prompts import prompts_from
+    from remove_refusals.prompts import as_prompts, prompts_from
     from remove_refusals.settings import PromptSource
 
-    check_not_source(output, model, run, revision=settings.loading.revision)
-    check_target(output, force=force, directory=False)
+    if bool(prompt) == (prompts is not None) or (prompts is not None and output is None):
+        raise PromptError(
+            "Expected prompts in quotes behind the model, or --prompts FILE and --output FILE for their answers."
+        )
+    if output is not None:
+        check_target(output, force=force, directory=False)
     table = settings.direction.harmful
     source = PromptSource(source=prompts, column=table.column, split=table.split)
-    prompt_set = prompts_from(source, "prompts", "")
-    given = given_intervention(direction, run, candidate)
-    with printing.progress() as progress:
+    prompt_set = as_prompts("typed", prompt) if prompt else prompts_from(source, "prompts", "")
+    with printing.progress(printing.LOADING, printing.ANSWERING) as progress:
+        from remove_refusals.directions import ablated, as_intervention
+        from remove_refusals.models import check_not_source, edited_before, load_model, render
+        from remove_refusals.models import generate as answer_all
+
+        if output is not None:
+            check_not_source(output, model, run, revision=settings.loading.revision)
+        given = given_intervention(direction, run, candidate)
         loaded = load_model(model, settings.loading, settings.chat, settings.batch_size, progress=progress)
         changed = given is not None or settings.edit.silence_experts
         intervention = as_intervention(given or (), loaded, settings.edit) if changed else None
         token_ids, n_tokens = render(loaded, prompt_set.prompts), settings.measure.max_new_tokens
+        stage = progress.stage("answers", len(prompt_set))
         with ablated(loaded, intervention) if intervention else contextlib.nullcontext():
-            stage = progress.stage("answers", len(prompt_set))
             answers = answer_all(loaded, token_ids, max_new_tokens=n_tokens, progress=stage)
     rows = [
         {
@@ -391,10 +406,11 @@ def generate(
         }
         for prompt, answer in zip(prompt_set.prompts, answers, strict=True)
     ]
+    if output is None:
+        title = "> {prompt}\n{answer}" if len(rows) > 1 else "{answer}"
+        printing.finish({"answers": rows}, show=lambda: printing.say(*(title.format(**row) for row in rows)))
+        return
     write_jsonl(output, rows, force=force)
     before = edited_before(model, settings.loading.revision) if intervention is not None else None
-    printing.finish(
-        {"output": str(output), "answers": len(rows)},
-        f"Saved {len(rows)} answers to {output}.",
-        lambda: printing.say(*([f"Note: {before}"] if before else [])),
-    )
+    said, notes = f"Saved {len(rows)} answers to {output}.", [f"Note: {before}"] if before else []
+    printing.finish({"output": str(output), "answers": len(rows)}, said, lambda: printing.say(*notes))

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
         labelled,
         measuring_prompts,
     )
-    from remove_refusals.measure.evaluate import evaluate, warnings
+    from remove_refusals.measure.evaluate import evaluate, no_effect, warnings
     from remove_refusals.measure.judges import JUDGED, Label
     from remove_refusals.measure.judges.calibration import (
         Calibration,
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
         Response,
         Which,
         read_rows,
+        skewed,
+        summary,
         table,
         table_key,
     )
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
         Verdict,
         is_poor_match,
         mean_with_interval,
+        number,
+        percent,
         wilson_rate,
     )
 
@@ -81,8 +85,13 @@ __all__ = [
     "mean_with_interval",
     "measuring_judge",
     "measuring_prompts",
+    "no_effect",
+    "number",
+    "percent",
     "read_rows",
     "side_by_side",
+    "skewed",
+    "summary",
     "table",
     "table_key",
     "warnings",

@@ -39,6 +39,7 @@ from remove_refusals.measure.scores import (
 from remove_refusals.measure.statistics import (
     McNemar,
     Rate,
+    Verdict,
     common_prefix,
     holm,
     is_poor_match,
@@ -425,6 +426,25 @@ def warnings(evaluation: Evaluation) -> tuple[str, ...]:
             f"{measured.edited.value:.3g}, more than {PERPLEXITY_LIMIT:g} times: the model is damaged."
         )
     return tuple(found)
+
+
+def no_effect(evaluation: Evaluation) -> list[str]:
+    """Say if the edit left the refusals as they were."""
+    if (scores := evaluation.sets.get("harmful")) is None:
+        return []
+    base, edited, test = scores.refusals.base, scores.refusals.edited, scores.refusals.mcnemar
+    if not base.count:
+        return [f"There was nothing to take out: the base model refused none of {base.n} harmful prompts."]
+    if edited.count >= base.count:
+        return [
+            f"The edit achieved nothing: {edited.count} of {edited.n} harmful prompts are refused, {base.count} before."
+        ]
+    if verdict(test) is Verdict.UNDECIDED:
+        return [
+            f"The edit achieved nothing that chance does not explain as well: {edited.count} of {edited.n} harmful "
+            f"prompts are refused, {base.count} before (p = {test.p_value:.1g})."
+        ]
+    return []
 
 
 def _mismatches(evaluation: Evaluation) -> list[str]:

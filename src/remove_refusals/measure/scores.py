@@ -1,6 +1,7 @@
 """What an evaluation found: base and edited model side by side, as numbers with intervals."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Self, get_args
 
@@ -20,6 +21,7 @@ from remove_refusals.measure.statistics import (
     Rate,
     TokenMean,
     Verdict,
+    number,
 )
 from remove_refusals.settings import ChatFormat, expects_refusals
 
@@ -248,8 +250,8 @@ def table(evaluation: Evaluation) -> tuple[tuple[str, str, str, str], ...]:
                 base, edited = (str(found.get(model, "")) for model in get_args(Which))
                 rows.append((f"{title}, {name}", base, edited, ""))
     for name, distance in _distances(evaluation):
-        rows.append((f"First-token KL, {name}", "", str(distance.first_token), ""))
-        rows.append((f"KL, {evaluation.settings.kl_tokens} tokens, {name}", "", str(distance.mean), ""))
+        rows.append((f"KL, first token, {name}", "", str(distance.first_token), ""))
+        rows.append((f"KL along answers, {name}", "", str(distance.mean), ""))
         if distance.p95 is not None:
             rows.append((f"KL, 95th percentile, {name}", "", str(distance.p95), ""))
     if (perplexity := evaluation.perplexity) is not None:
@@ -276,10 +278,39 @@ def table_key(evaluation: Evaluation) -> str:
     late = f" Refusals to {' and '.join(unsettled)} prompts still change with the answers' length." if unsettled else ""
     return (
         "Rates: count/n with a 95% Wilson interval; p: exact McNemar, corrected for all comparisons here (Holm 1979). "
-        "KL: base from edited, in nats, along the base "
-        f"model's own answers, over all harmless prompts and over those that it answered (n: {', '.join(numbers)}); "
-        f"perplexity: of those answers.{match}{added}{late}"
+        f"KL: base from edited, in nats, along the first {evaluation.settings.kl_tokens} tokens of the base model's "
+        f"own answers, over all harmless prompts and over those that it answered (n: {', '.join(numbers)}); "
+        f"perplexity: of those answers.{skewed(evaluation)}{match}{added}{late}"
     )
+
+
+def skewed(evaluation: Evaluation) -> str:
+    """Say where a mean KL lies above the 95th percentile; nothing where none does."""
+    parts = [part for _, part in _distances(evaluation) if part.p95 is not None and part.mean.value > part.p95.value]
+    return " A mean KL is above the 95th percentile: a few tokens, fewer than one in twenty, raise it." if parts else ""
+
+
+def summary(evaluation: Evaluation) -> tuple[tuple[str, str, str, str], ...]:
+    """Give the four rows that matter most, as `table` gives them all; counts of several sets stand side by side."""
+    harmless = [name for name in ("harmless", "alarming") if name in evaluation.sets]
+    false = [evaluation.sets[name].refusals for name in harmless]
+    every = [scores.degenerate for scores in evaluation.sets.values()]
+    rows: list[tuple[str, str, str, str]] = []
+    if "harmful" in evaluation.sets:
+        rates = evaluation.sets["harmful"].refusals
+        rows.append(("Refusals, harmful", str(rates.base), str(rates.edited), _paired(rates)[2]))
+    if false:
+        base, edited = (", ".join(f"{one.count}/{one.n}" for one in part) for part in _sides(false))
+        rows.append(("False refusals", base, edited, ", ".join(harmless)))
+    base, edited = (f"{sum(one.count for one in part)}/{sum(one.n for one in part)}" for part in _sides(every))
+    rows.append(("Broken answers", base, edited, "degenerate, all sets"))
+    if distances := _distances(evaluation):
+        rows.append(("KL along answers", "", number(distances[-1][1].mean.value), "nats"))
+    return tuple(rows)
+
+
+def _sides(rates: Sequence[PairedRate]) -> tuple[list[Rate], list[Rate]]:
+    return [one.base for one in rates], [one.edited for one in rates]
 
 
 def _distances(evaluation: Evaluation) -> list[tuple[str, Distance]]:

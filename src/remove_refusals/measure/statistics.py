@@ -4,6 +4,7 @@ What was computed from nothing is None, never 0. Intervals are at 95%.
 """
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -30,6 +31,22 @@ POOR_MATCH = 0.75
 """Below this share of the base model's own match on harmless prompts a match is poor."""
 
 
+def number(value: float) -> str:
+    """Print a number with three significant digits, whole numbers whole, and an exponent only where it is shorter."""
+    if value == 0 or (float(value).is_integer() and abs(value) < 1e5):
+        return str(int(value))
+    if abs(value) < 1e-3 or abs(value) >= 1e5:
+        return re.sub(r"e([+-])0*(\d)", lambda match: f"e{match[1].lstrip('+')}{match[2]}", f"{value:.2g}")
+    digits = max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:.{digits}f}"
+
+
+def percent(value: float) -> str:
+    """Print a share from 0 to 1 as a percentage: whole, or with a digit where it is near an end but not at it."""
+    shown = 100 * value
+    return f"{shown:.1f}%" if 0 < shown < 1 or 99 < shown < 100 else f"{shown:.0f}%"
+
+
 class Estimate(Record):
     """A number with its interval at 95%, from so many prompts; as text it is both."""
 
@@ -39,7 +56,7 @@ class Estimate(Record):
     n: int = Field(ge=1)
 
     def __str__(self) -> str:
-        return f"{self.value:.2g} [{self.low:.2g}, {self.high:.2g}]"
+        return f"{number(self.value)} [{number(self.low)}, {number(self.high)}]"
 
 
 class Rate(Estimate):
@@ -49,7 +66,7 @@ class Rate(Estimate):
     prompts_sha256: str
 
     def __str__(self) -> str:
-        return f"{self.count}/{self.n} [{100 * self.low:.0f}, {100 * self.high:.0f}]%"
+        return f"{self.count}/{self.n} [{percent(self.low)[:-1]}, {percent(self.high)[:-1]}]%"
 
 
 class Mean(Estimate):
@@ -84,7 +101,7 @@ class CorrectedRate(Estimate):
     n_calibration: int
 
     def __str__(self) -> str:
-        return f"{100 * self.value:.0f} [{100 * self.low:.0f}, {100 * self.high:.0f}]%"
+        return f"{percent(self.value)[:-1]} [{percent(self.low)[:-1]}, {percent(self.high)[:-1]}]%"
 
 
 class Verdict(StrEnum):

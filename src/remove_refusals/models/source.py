@@ -35,7 +35,7 @@ from transformers.utils import find_adapter_config_file, logging
 from yaml import YAMLError
 
 from remove_refusals.errors import CheckpointError, ModelError, OutputError, RecordError
-from remove_refusals.files import read_json
+from remove_refusals.files import check_model_place, read_json
 from remove_refusals.models.checkpoint import INDEX_FILE, SINGLE_FILE, checkpoint_tensors
 from remove_refusals.models.quantised import quantisation
 from remove_refusals.settings import DEMO
@@ -274,16 +274,11 @@ def refuse_adapter(name: str, **access: Any) -> None:
 def find_source(name: str, revision: str | None) -> bool:
     """Check that a model is there; give whether only local files are to be read, as the hub is out of reach."""
     path = Path(name)
-    if path.is_dir():
+    if check_model_place(name):
         refuse_adapter(name)
-        if not (path / "config.json").is_file():
-            raise ModelError(f"The directory {name} has no config.json, expected a Hugging Face model; check the path.")
         if (path / SINGLE_FILE).exists() or (path / INDEX_FILE).exists():
             checkpoint_tensors(path)
         return True
-    if path.exists() or name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
-        what = "is a file" if path.exists() else "does not exist"
-        raise ModelError(f"The model {name} {what}, expected a directory with a config.json; check the path.")
     # The hub is asked once, because each of the many requests of a load would be retried for half a minute.
     if constants.HF_HUB_OFFLINE:
         return True

@@ -8,7 +8,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from remove_refusals.report.words import number, tick
+from remove_refusals.measure import number
+from remove_refusals.report.words import tick
 
 # How much of its step a bar fills.
 _BAR_SHARE = 0.8

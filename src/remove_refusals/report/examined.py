@@ -3,10 +3,11 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from remove_refusals.measure import number, percent
 from remove_refusals.report.charts import Chart, Heat, Point, Scale, Series, integers, scale_of
 from remove_refusals.report.records import AnalysisRecord
 from remove_refusals.report.sections import site_bars
-from remove_refusals.report.words import estimate, number, percent
+from remove_refusals.report.words import estimate
 from remove_refusals.types import (
     Contribution,
     Contributions,

@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from remove_refusals.errors import OutputError, RecordError
 from remove_refusals.files import atomic_file
+from remove_refusals.measure import number, percent
 from remove_refusals.report import examined, sections, words
 from remove_refusals.report.records import Material, read_material
 from remove_refusals.settings import expects_refusals
@@ -18,7 +19,7 @@ from remove_refusals.settings import expects_refusals
 _FOLDER = "data/report"
 
 _FILTERS = (
-    words.number, words.percent, words.interval, words.estimate, words.percent_interval,
+    number, percent, words.interval, words.estimate, words.percent_interval,
     words.p_value, words.first_sentence, words.place, sections.set_title, sections.bound,
 )  # fmt: skip
 

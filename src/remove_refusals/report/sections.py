@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from remove_refusals.measure import Evaluation, Label, Mean, RefusalsByLength, Response, TokenMean
+from remove_refusals.measure import Evaluation, Label, Mean, RefusalsByLength, Response, TokenMean, number, percent
 from remove_refusals.report.charts import Chart, Point, Scale, Series, integers, scale_of
 from remove_refusals.report.records import CandidateRecord, Material, SelectionRecord
-from remove_refusals.report.words import estimate, interval, number, percent, percent_interval
+from remove_refusals.report.words import estimate, interval, percent_interval
 from remove_refusals.settings import expects_refusals
 from remove_refusals.types import SiteEdit
 
@@ -62,7 +62,7 @@ def tiles(material: Material) -> list[tuple[str, str, str, str]]:
             found.append((f"{rate_name(name, 'refusals')}, {what}", percent(base.value), percent(edited.value), note))
     if (mean := damage(material)) is not None:
         note = f"nats a token, {how_much(mean.value)}; {mean.n} harmless prompts, 95% interval {interval(mean)}"
-        found.append(("KL from the base", "", number(mean.value), note))
+        found.append(("KL along answers", "", number(mean.value), note))
     if (certificate := material.certificate) is not None:
         note = f"{len(certificate.edited)} edited tensors measured on the saved files; this says nothing of safety"
         found.append(("File check", "", "as planned" if certificate.passed else "not as planned", note))
@@ -140,7 +140,7 @@ def card_rows(material: Material) -> list[CardRow]:
         found, *_, by_hand = yardsticks(mean)
         marks = tuple((style, low, at, high) for _, style, low, high, at, _ in (by_hand, found))
         note = "grey: one direction by hand"
-        rows.append(CardRow("KL from the base", note, "", number(mean.value), ("0.001", "0.01", "0.1", "1"), marks))
+        rows.append(CardRow("KL along answers", note, "", number(mean.value), ("0.001", "0.01", "0.1", "1"), marks))
     return rows
 
 

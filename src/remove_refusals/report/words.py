@@ -1,9 +1,8 @@
 """Numbers as a report prints them."""
 
-import math
 import re
 
-from remove_refusals.measure import Estimate
+from remove_refusals.measure import Estimate, number, percent
 from remove_refusals.types import Auroc, Contribution
 
 _WIDE_ENDS = "\u3002\uff01\uff1f"
@@ -15,26 +14,10 @@ _CUT_AFTER = 240
 """A first sentence longer than that is cut off there."""
 
 
-def number(value: float) -> str:
-    """Print a number with three significant digits, whole numbers whole, and an exponent only where it is shorter."""
-    if value == 0 or (float(value).is_integer() and abs(value) < 1e5):
-        return str(int(value))
-    if abs(value) < 1e-3 or abs(value) >= 1e5:
-        return re.sub(r"e([+-])0*(\d)", lambda match: f"e{match[1].lstrip('+')}{match[2]}", f"{value:.2g}")
-    digits = max(0, 2 - math.floor(math.log10(abs(value))))
-    return f"{value:.{digits}f}"
-
-
 def tick(value: float) -> str:
     """Print a number of a scale, without digits that say nothing."""
     shown = f"{value:g}" if abs(value) < 1e5 else f"{value:.2e}".replace(".00e", "e").replace("0e", "e")
     return shown.replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
-
-
-def percent(value: float) -> str:
-    """Print a share from 0 to 1 as a percentage: whole, or with a digit where it is near an end but not at it."""
-    shown = 100 * value
-    return f"{shown:.1f}%" if 0 < shown < 1 or 99 < shown < 100 else f"{shown:.0f}%"
 
 
 Measured = Estimate | Auroc | Contribution

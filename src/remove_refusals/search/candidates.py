@@ -13,6 +13,7 @@ from remove_refusals import notebook
 from remove_refusals.directions import DIRECTIONS, direction_sha256
 from remove_refusals.errors import DirectionError
 from remove_refusals.files import atomic_file
+from remove_refusals.measure import number, percent
 from remove_refusals.report import CandidateRecord, Confirmation, SelectionRecord, SelectionSummary
 from remove_refusals.settings import Rule
 from remove_refusals.types import Direction, DirectionOrigin, Intervention
@@ -74,12 +75,12 @@ class Selection:
         Refusal and damage are those on the prompts of the search; what was counted, on others.
         """
         rows = []
-        for number, candidate in enumerate(self.candidates):
+        for index, candidate in enumerate(self.candidates):
             found = candidate.confirmation
-            if len(self.candidates) > most and found is None and number not in self.front:
+            if len(self.candidates) > most and found is None and index not in self.front:
                 continue
-            name = "*" if number == self.picked else "", candidate.name
-            row: tuple[str, ...] = (*name, f"{candidate.refusal:.1%}", f"{candidate.damage:.3f}")
+            name = "*" if index == self.picked else "", candidate.name
+            row: tuple[str, ...] = (*name, percent(candidate.refusal), number(candidate.damage))
             if found is not None:
                 counted = (found.refusals, found.moralising, found.degenerate, found.broken, found.match)
                 row += tuple("" if rate is None else f"{rate.count}/{rate.n}" for rate in counted)
@@ -167,10 +168,10 @@ def save_candidates(interventions: Mapping[int, Intervention], path: Path) -> No
     """Write the directions of candidates, by their number in `selection.json`, each direction once."""
     tensors: dict[str, torch.Tensor] = {}
     names: dict[str, list[str]] = {}
-    for number, intervention in interventions.items():
-        names[str(number)] = [direction_sha256(direction)[:16] for direction in intervention.directions]
+    for index, intervention in interventions.items():
+        names[str(index)] = [direction_sha256(direction)[:16] for direction in intervention.directions]
         bases = (direction.basis.contiguous() for direction in intervention.directions)
-        tensors |= dict(zip(names[str(number)], bases, strict=True))
+        tensors |= dict(zip(names[str(index)], bases, strict=True))
     with atomic_file(path) as staging:
         # What safetensors writes by itself is readable by its owner alone, whatever the umask says.
         staging.write_bytes(safetensors.torch.save(tensors, {"candidates": json.dumps(names)}))

@@ -51,9 +51,9 @@ def split_for_search(
         sizes["choose"] -= max(0, sum(sizes.values()) - n)
         if min(sizes.values()) < _FEWEST:
             raise SelectionError(
-                f"There are {n} different {name} prompts, too few for a search, expected at least {3 * _FEWEST} "
-                f"({sum(wanted.values())} are better) for direction, search and confirmation; add prompts, or choose "
-                "layers and strength yourself (--select none)."
+                f"There are {n} different {name} prompts in {prompts.source}, too few for a search, expected at least "
+                f"{3 * _FEWEST} ({sum(wanted.values())} are better) for direction, search and confirmation; add "
+                "prompts, or choose layers and strength yourself (--select none)."
             )
         split = split_by_size(prompts, sizes, settings.seed)
         parts.append({part: replace(found, name=f"{name}_{part}") for part, found in split.items()})
@@ -137,9 +137,14 @@ def base_behaviour(
     told = progress.stage("activations", len(first) + len(second))
     collected = collect_both(loaded, first, second, positions=positions, progress=told)
 
+    told = progress.stage("own answers", sum(map(len, (*prompts.choose, *prompts.confirm))))
+
     def answered(part: PromptSet, n_tokens: int) -> Answered:
-        ids, told = render(loaded, part.prompts), progress.stage(f"own answers, {part.name}", len(part))
-        return labelled(part, ids, kept_answers(loaded, part.name, ids, n_tokens, journal, told))
+        nonlocal told
+        ids = render(loaded, part.prompts)
+        found = labelled(part, ids, kept_answers(loaded, part.name, ids, n_tokens, journal, told))
+        told = told.after(len(part))
+        return found
 
     harmful, harmless = (answered(part, settings.n_tokens) for part in prompts.choose)
     for own, label, what in ((harmful, Label.REFUSAL, "refused"), (harmless, Label.COMPLIANCE, "answered")):
