@@ -452,7 +452,7 @@ def test_the_command(command, directory, tmp_path):
     done = command("report", directory, "-o", tmp_path / "full.html", "--full-answers")
     assert done.code == 0 and "in full" in (tmp_path / "full.html").read_text(encoding="utf-8")
     failed = command("report", tmp_path / "nothing")
-    assert failed.code == 2 and failed.err.startswith("Error: There is no directory") and failed.err.count("\n") == 1
+    assert failed.code == 2 and failed.err.startswith("Error: The directory") and failed.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
