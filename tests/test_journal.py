@@ -17,7 +17,7 @@ from remove_refusals.progress import Progress
 from remove_refusals.prompts import embedded_prompts
 from remove_refusals.search.candidates import Selection
 from remove_refusals.search.search import SearchPrompts, select, split_for_search
-from remove_refusals.settings import GradientSettings, MeasureSettings, SelectSettings
+from remove_refusals.settings import GradientSettings, MeasureSettings, Rule, SelectSettings
 
 
 class Killed(BaseException):
@@ -88,7 +88,11 @@ def test_models_have_fingerprints_of_their_own(loaded: LoadedModel) -> None:
 
 
 SETTINGS = SelectSettings(
-    n_choose=32, n_confirm=16, descent=GradientSettings(targets=(0.05, 0.01), n_steps=8, n_more_steps=4)
+    n_choose=32,
+    n_confirm=16,
+    # Without a limit on refusals there is a second descent, whatever the first one reached.
+    rule=Rule(max_kl=10.0),
+    descent=GradientSettings(targets=(0.05, 0.01), n_steps=8, n_more_steps=4),
 )
 
 
