@@ -231,9 +231,8 @@ def _leave() -> None:
 
 def speaks() -> bool:
     """Whether this process says what went wrong: the first that fails, as the store says that torchrun keeps."""
-    if not _together():
-        # Nobody does anything of his own before the processes are joined.
-        return is_first()
+    if n_processes() == 1:
+        return True
     from torch import distributed
 
     try:
