@@ -243,8 +243,8 @@ class TestGenerate:
         found = answers("--direction", direction)
         assert [row["prompt"] for row in found] == inputs.harmful.read_text().splitlines()
         for row in found:
-            assert set(row) == {"prompt", "answer", "n_tokens", "finished", "ablated"}
-            assert row["ablated"] is True and 1 <= row["n_tokens"] <= 12
+            assert set(row) == {"prompt", "answer", "n_tokens", "finished", "model"}
+            assert row["model"] == "edited" and 1 <= row["n_tokens"] <= 12
 
     def test_strength_decides(self, answers, direction: Path) -> None:
         plain = answers()
@@ -252,7 +252,7 @@ class TestGenerate:
         for same in (answers(*given, "--strength", 0), answers("--batch-size", 1)):
             assert [row["answer"] for row in same] == [row["answer"] for row in plain]
         assert [row["answer"] for row in answers(*given)] != [row["answer"] for row in plain]
-        assert not any(row["ablated"] for row in plain)
+        assert all(row["model"] == "base" for row in plain)
 
     def test_equal_to_the_baked_model(
         self, answers, command: Command, llama_directory: Path, direction: Path, inputs: Inputs, tmp_path: Path

@@ -402,7 +402,7 @@ def generate(
             "answer": answer.text,
             "n_tokens": len(answer.token_ids),
             "finished": answer.finished,
-            "ablated": intervention is not None,
+            "model": "base" if intervention is None else "edited",
         }
         for prompt, answer in zip(prompt_set.prompts, answers, strict=True)
     ]
