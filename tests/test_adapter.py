@@ -245,7 +245,7 @@ class TestRepeat:
         before, after = (load_intervention(tmp_path / name).edits for name in ("made", "half"))
         assert [0.5 * edit.strength for edit in before] == [edit.strength for edit in after]
 
-    @pytest.mark.parametrize("more", [(), ("--run", "a", "--direction", "x.pt"), ("--candidate", "a")])
+    @pytest.mark.parametrize("more", [(), ("--run", ".", "--direction", "."), ("--candidate", "a")])
     def test_one_thing_is_taken_out(self, more, command, tmp_path):
         outcome = command("bake", "demo", *more, "-o", tmp_path / "out")
         assert outcome.code == 2 and "expected" in outcome.err and "--run" in outcome.err

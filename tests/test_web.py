@@ -287,7 +287,7 @@ def test_a_port_that_is_taken_is_said_before_anything_is_read(command: Command) 
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        found = command("ui", "no-such-model", "--direction", "no-such-file", "--port", port)
+        found = command("ui", "no-such-model", "--port", port)
     assert found.code == 2 and found.out == ""
     assert f"127.0.0.1:{port} (Address already in use), expected" in found.err
 

@@ -205,6 +205,11 @@ def evaluate(
         >>> scores = evaluate(model, direction, tokenizer, harmful=prompts, harmless=others)
         >>> scores.sets["harmful"].refusals
     """
+    if isinstance(edited, PreTrainedTokenizerBase | ProcessorMixin):
+        raise ModelError(
+            f"The second argument of `evaluate` is a {type(edited).__name__}, expected what is taken out, or an edited "
+            "model; give the tokenizer third."
+        )
     base, chosen = load(model, tokenizer), settings or MeasureSettings()
     sets = {"harmful": harmful, "harmless": harmless, "alarming": alarming}
     given = {name: as_prompts(name, prompts) for name, prompts in sets.items() if prompts is not None}
@@ -223,11 +228,6 @@ def evaluate(
 
 def _edited(edited: Any, base: LoadedModel) -> tuple[LoadedModel, Any, str]:
     """Give the model that is measured against the base, the context that it runs in, and what it is called."""
-    if isinstance(edited, PreTrainedTokenizerBase | ProcessorMixin):
-        raise ModelError(
-            f"The second argument of `evaluate` is a {type(edited).__name__}, expected what is taken out, or an edited "
-            "model; give the tokenizer third."
-        )
     if isinstance(edited, Intervention | Direction | list | tuple | torch.Tensor):
         context = partial(ablated, base.model, as_intervention(edited, base.model))
         return base, context, f"{published_name(base.source)}, edited by hooks"

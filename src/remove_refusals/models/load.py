@@ -230,7 +230,8 @@ def has_adapter(model: Model) -> bool:
 def _in_memory(source: Any, tokenizer: Any, chat: ChatFormat, batch_size: int | None) -> LoadedModel:
     """Take a model that is in memory, or a pipeline's, with its tokenizer."""
     model = _checked(model_of(source))
-    tokenizer = tokenizer or getattr(source, "processor", None) or getattr(source, "tokenizer", None)
+    if tokenizer is None:
+        tokenizer = getattr(source, "processor", None) or getattr(source, "tokenizer", None)
     if isinstance(tokenizer, str | Path):
         tokenizer = _load_tokenizer(str(tokenizer))
     if isinstance(tokenizer, ProcessorMixin):
