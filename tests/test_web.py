@@ -21,6 +21,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tiny
 from conftest import Command
 from remove_refusals.cli import web
 from remove_refusals.cli.talk import free_port
@@ -270,7 +271,9 @@ def test_the_address_is_said_once_the_page_is_up_and_ctrl_c_ends_it(tmp_path: Pa
     vector = torch.ones(loaded.model.config.hidden_size)
     save_direction(direction_from_vectors(vector), tmp_path / "d.safetensors")
     words = [sys.executable, "-m", "remove_refusals", "ui", "demo", "--direction", str(tmp_path / "d.safetensors")]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=tiny.heed_interrupts
+    ) as process:
         assert process.stdout is not None
         said = process.stdout.readline()
         found = re.fullmatch(r"Serving on (http://127\.0\.0\.1:\d+/); Ctrl-C ends it\.\n", said)
