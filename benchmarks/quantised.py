@@ -3,10 +3,10 @@
     python benchmarks/quantised.py [--rows 7168] [--columns 2048] [--formats fp8,mxfp4,int4,nvfp4]
 
 One expert's down projection in each format, of random numbers, is edited and measured as `bake` and `certify` do it,
-on one thread. The hash is of the written file, and the error the certificate's: another
-version of the program gives the same, or says with them what it lost. To compare with one:
+on one thread. The hash is of the written file, and the error the certificate's: another version of the program gives
+the same, or says with them what it lost. To compare with one:
 
-    git worktree add /tmp/before COMMIT && PYTHONPATH=/tmp/before/src python benchmarks/quantised.py
+    git worktree add ../before COMMIT && PYTHONPATH=../before/src python benchmarks/quantised.py
 """
 
 import argparse

@@ -4,8 +4,8 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from statistics import fmean
-from typing import Any
 
 from remove_refusals.measure.answers import Answered, log_likelihoods, logits_at_once
 from remove_refusals.measure.judges import Label
@@ -157,15 +157,14 @@ def _log_likelihoods(base: LoadedModel, pairs: Sequence[Pair], progress: Progres
     by_prompt: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
     for prompt, answer in pairs:
         by_prompt.setdefault(prompt, []).append(answer)
-    found: dict[Pair, float] = {}
+    most, found = logits_at_once(base, n_tokens), dict[Pair, float]()
+
+    def run(prompt: tuple[int, ...], answers: Sequence[tuple[int, ...]], indices: Sequence[int]) -> list[float]:
+        these = [answers[index] for index in indices]
+        return log_likelihoods(answer_logits(base, [prompt] * len(these), these, n_tokens), len(these))
+
     for prompt, answers in by_prompt.items():
-
-        def run(indices: Sequence[int], prompt: Sequence[int] = prompt, answers: Any = answers) -> list[float]:
-            these = [answers[index] for index in indices]
-            return log_likelihoods(answer_logits(base, [prompt] * len(these), these, n_tokens), len(these))
-
-        most = logits_at_once(base, n_tokens)
-        told = progress.after(len(found))
-        sums = in_order(in_batches(base, [len(answer) for answer in answers], run, most=most, progress=told))
+        lengths, told = [len(answer) for answer in answers], progress.after(len(found))
+        sums = in_order(in_batches(base, lengths, partial(run, prompt, answers), most=most, progress=told))
         found.update(zip(((prompt, answer) for answer in answers), sums, strict=True))
     return agreed(found)
