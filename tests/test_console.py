@@ -140,7 +140,7 @@ class TestCosts:
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"), [({}, "0"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "")]
+    ("given", "expected"), [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "")]
 )
 def test_threads_do_not_wait_by_spinning_unless_that_is_asked_for(given: dict[str, str], expected: str) -> None:
     script = (
